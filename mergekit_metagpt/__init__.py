@@ -1,0 +1,49 @@
+"""MetaGPT model merging (Zhou et al., EMNLP 2024) as merge methods of MergeKit.
+
+Installing the package is enough for the stock MergeKit commands to know
+``merge_method: metagpt``. From Python:
+
+>>> from mergekit_metagpt import scaling_coefficients
+>>> scaling_coefficients([9.0, 3.0])
+[0.75, 0.25]
+
+Importing this package imports neither torch nor MergeKit: an interpreter that only
+starts up must not pay for them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergekit_metagpt.coefficients import scaling_coefficients
+    from mergekit_metagpt.methods import register
+    from mergekit_metagpt.survey import Survey, survey_checkpoints, survey_groups
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Survey",
+    "register",
+    "scaling_coefficients",
+    "survey_checkpoints",
+    "survey_groups",
+]
+
+_HOMES = {
+    "Survey": "survey",
+    "register": "methods",
+    "scaling_coefficients": "coefficients",
+    "survey_checkpoints": "survey",
+    "survey_groups": "survey",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

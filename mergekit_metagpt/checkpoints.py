@@ -1,0 +1,257 @@
+"""Checkpoints as a survey reads them, through MergeKit's architectures and loaders."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import tqdm
+import transformers
+from mergekit.architecture import WeightInfo, get_architecture_info
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io import LazyTensorLoader
+from mergekit.io.tasks import LoaderCache, LoadTensor
+from mergekit.options import MergeOptions
+from torch import Tensor
+
+from mergekit_metagpt.survey import Survey, canonical, measure
+from mergekit_metagpt.task_vectors import promoted_dtype
+
+LOG = logging.getLogger(__name__)
+
+Device = torch.device | str
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """A base and its experts: model directories, or the files of ``mergekit-pytorch``.
+
+    Attributes:
+        base: θ_0.
+        experts: θ_t, in canonical order.
+    """
+
+    base: ModelReference
+    experts: tuple[ModelReference, ...]
+
+    @classmethod
+    def of(
+        cls, base: ModelReference | str, experts: Sequence[ModelReference | str]
+    ) -> "Checkpoints":
+        """Parse references as MergeKit does: ``model``, ``model@revision``, ``model+lora``."""
+        references = [ModelReference.model_validate(expert) for expert in experts]
+        return cls(ModelReference.model_validate(base), tuple(canonical(references)))
+
+    @property
+    def models(self) -> tuple[ModelReference, ...]:
+        """The base, then the experts."""
+        return (self.base, *self.experts)
+
+    @property
+    def are_files(self) -> bool:
+        """Whether the references name single files of tensors."""
+        return os.path.isfile(self.base.model.path)
+
+    def loader(self, model: ModelReference) -> LazyTensorLoader:
+        """Return the loader that MergeKit reads the model with."""
+        if self.are_files:
+            from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
+
+            return SimpleLoaderCache().get(model.model.path)
+        return LoaderCache().get(model)
+
+    def weights(self) -> list[WeightInfo]:
+        """Return the parameters to compare, ordered so that each shard is opened once."""
+        index = self.loader(self.base).index
+        if self.are_files:
+            # With tensors missing somewhere, mergekit-pytorch stops, or was told to go on.
+            common = set(index.tensor_paths).intersection(
+                *(self.loader(expert).index.tensor_paths for expert in self.experts)
+            )
+            weights = [WeightInfo(name=name) for name in index.tensor_paths if name in common]
+        else:
+            weights = self._architecture_weights()
+        return sorted(
+            weights, key=lambda w: index.tensor_paths.get(self.stored_name(self.base, w) or "", "")
+        )
+
+    def _architecture_weights(self) -> list[WeightInfo]:
+        cache = LoaderCache()
+        config = MergeConfiguration.model_validate(
+            {
+                "merge_method": "metagpt",
+                "base_model": self.base,
+                "models": [{"model": model} for model in self.models],
+            }
+        )
+        options = MergeOptions(
+            allow_crimes=True,  # whether architectures may differ is the merge's to decide
+            trust_remote_code=cache.trust_remote_code,
+            transformers_cache=cache.hf_cache_dir,
+            lazy_unpickle=cache.lazy_unpickle,
+        )
+        architecture = get_architecture_info(config, options)
+        return architecture.all_weights(self.base.config(cache.trust_remote_code))
+
+    def stored_name(self, model: ModelReference, weight: WeightInfo) -> str | None:
+        """Return the name a weight is stored under: its own, an alias, or a tied one."""
+        return weight.name if self.are_files else _load_task(model, weight).group_label()
+
+    def load(self, model: ModelReference, weight: WeightInfo, device: Device) -> Tensor | None:
+        """Return a weight as it is stored, or None where the model has none."""
+        if self.are_files:
+            return self.loader(model).get_tensor(
+                weight.name, device=str(device), raise_on_missing=False
+            )
+        return _load_task(model, weight, device).execute()
+
+    def fingerprint(self) -> tuple[tuple[str, int, int, int], ...]:
+        """Return path, inode, size in bytes and time of change of every weight file."""
+        paths = []
+        for model in self.models:
+            index = self.loader(model).index
+            paths += [os.path.join(index.base_path, shard.filename) for shard in index.shards]
+        stats = [(path, os.stat(path)) for path in paths]
+        return tuple((path, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in stats)
+
+    def stored_dtype(self, name: str | None) -> torch.dtype | None:
+        """Return what one tensor's stored dtypes promote to, or None for an unknown tensor."""
+        for weight in self.weights():
+            if weight.name == name:
+                tensors = [self.load(model, weight, "cpu") for model in self.models]
+                return promoted_dtype([tensor for tensor in tensors if tensor is not None])
+        return None
+
+    def survey(self, dtype: torch.dtype | None, device: Device, progress: bool) -> Survey:
+        """Measure every task vector; see :func:`mergekit_metagpt.survey.survey_checkpoints`."""
+        _tokenizers_agree.cache_clear()  # the files may have changed since the last survey
+        norms: dict[str, tuple[float, ...]] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        left_out: list[str] = []
+        stored: set[tuple[str | None, ...]] = set()
+        tieable: list[WeightInfo] = []
+        bar = tqdm.tqdm(
+            self.weights(), desc="Measuring task vectors", unit="tensor", disable=not progress
+        )
+        for weight in bar:
+            names = tuple(self.stored_name(model, weight) for model in self.models)
+            if None not in names and names in stored:
+                continue  # tied, and named twice
+            stored.add(names)
+            try:
+                measured = self._measure(weight, dtype, device)
+            except _DifferentVocabularyError as difference:
+                LOG.warning("%s; the tensor does not count towards the coefficients.", difference)
+                left_out.append(weight.name)
+                continue
+            if measured is None:
+                continue
+            row, stored_dtype = measured
+            if self.are_files or weight.vocabulary_axis is not None or weight.tied_names:
+                if any(
+                    row == norms[other.name] and any(row) and self._equal(weight, other)
+                    for other in tieable
+                ):
+                    continue  # tied, and stored twice
+                tieable.append(weight)
+            norms[weight.name] = row
+            dtypes[weight.name] = stored_dtype
+        return Survey(self.experts, norms, dtypes, tuple(left_out))
+
+    def _measure(
+        self, weight: WeightInfo, dtype: torch.dtype | None, device: Device
+    ) -> tuple[tuple[float, ...], torch.dtype] | None:
+        """Return one tensor's squared norms and stored dtype; None if it is no parameter.
+
+        Holds the base's and one expert's tensor at a time.
+        """
+        base = self.load(self.base, weight, device)
+        if base is None and not weight.optional:
+            raise ValueError(
+                f"The base {self.base} lacks tensor {weight.name}, which its architecture "
+                "calls for; download the checkpoint again."
+            )
+        if base is None or not base.is_floating_point():
+            return None
+        row: list[float] = []
+        stored_dtypes = base.dtype
+        for model in self.experts:
+            expert = self.load(model, weight, device)
+            if expert is None:
+                raise ValueError(
+                    f"Expert {model} lacks tensor {weight.name}, which the base {self.base} "
+                    "holds; complete the checkpoint or leave the expert out of the merge."
+                )
+            if weight.vocabulary_axis is not None:
+                self._compare_vocabularies(weight, model, base, expert)
+            if expert.shape != base.shape:
+                raise ValueError(
+                    f"Tensor {weight.name} has shape {list(expert.shape)} in expert {model} but "
+                    f"{list(base.shape)} in the base {self.base}; merge fine-tunes of one base."
+                )
+            stored_dtypes = torch.promote_types(stored_dtypes, expert.dtype)
+            row += measure(
+                weight.name,
+                (self.base, base.to(dtype or base.dtype)),
+                [(model, expert.to(dtype or expert.dtype))],
+            )
+            del expert
+        return tuple(row), stored_dtypes
+
+    def _compare_vocabularies(
+        self, weight: WeightInfo, model: ModelReference, base: Tensor, expert: Tensor
+    ) -> None:
+        if expert.shape != base.shape:
+            raise _DifferentVocabularyError(
+                f"Vocabulary tensor {weight.name} has shape {list(expert.shape)} in {model} but "
+                f"{list(base.shape)} in {self.base}"
+            )
+        if not _tokenizers_agree(self.base, model, LoaderCache().trust_remote_code):
+            raise _DifferentVocabularyError(
+                f"The tokenizers of {model} and {self.base} give the rows of {weight.name} "
+                "different meanings"
+            )
+
+    def _equal(self, weight: WeightInfo, other: WeightInfo) -> bool:
+        """Return whether every model, the base included, stores the same tensor twice."""
+        return all(
+            torch.equal(first, second)
+            for model in self.models
+            if (first := self.load(model, weight, "cpu")) is not None
+            and (second := self.load(model, other, "cpu")) is not None
+        )
+
+
+class _DifferentVocabularyError(Exception):
+    """Rows of a vocabulary tensor stand for different tokens in base and expert."""
+
+
+def _load_task(model: ModelReference, weight: WeightInfo, device: Device = "cpu") -> LoadTensor:
+    return LoadTensor(
+        model=model,
+        tensor=weight.name,
+        dtype=weight.force_dtype,
+        device=str(device),
+        optional=True,
+        aliases=weight.aliases,
+        tied_names=weight.tied_names,
+    )
+
+
+@lru_cache(maxsize=256)
+def _tokenizers_agree(first: ModelReference, second: ModelReference, trust: bool) -> bool:
+    """Return whether no token id means two things; like MergeKit, assume so without tokenizers."""
+    vocabularies = []
+    for model in (first, second):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                model.model.path, revision=model.model.revision, trust_remote_code=trust
+            )
+        except Exception as error:  # transformers raises whatever its many loaders raise
+            LOG.info("No tokenizer could be loaded for %s: %s", model, error)
+            return True
+        vocabularies.append({id_: token for token, id_ in tokenizer.get_vocab().items()})
+    return all(vocabularies[1].get(id_, token) == token for id_, token in vocabularies[0].items())

@@ -1,0 +1,8 @@
+"""The command ``mergekit-metagpt``."""
+
+import click
+
+
+@click.group()
+def main() -> None:
+    """MetaGPT merges."""

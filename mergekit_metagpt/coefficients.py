@@ -1,0 +1,68 @@
+"""The paper: squared norms of task vectors in, scaling coefficients out.
+
+Nothing here knows of tensors or files.
+"""
+
+import math
+from collections.abc import Sequence
+
+
+def scaling_coefficients(
+    squared_norms: Sequence[float],
+    priors: Sequence[float] | None = None,
+    exponent: float = 2.0,
+) -> list[float]:
+    """Return the coefficients λ_t that MetaGPT gives to T task vectors.
+
+    Theorem 10 of the paper, with a prior w_t per expert and any exponent k::
+
+        λ_t = w_t ‖τ_t‖^k / Σ_j w_j ‖τ_j‖^k
+
+    k = 2 and equal priors are MetaGPT to the letter, k = 0 is the plain average.
+    The coefficients sum to 1, permute with the experts, and do not change when all
+    task vectors are scaled alike.
+
+    Args:
+        squared_norms: ‖τ_t‖², T finite floats that are at least 0.
+        priors: w_t, T finite floats that are at least 0; all 1 when not given.
+        exponent: k, finite and at least 0.
+
+    Returns:
+        T floats that sum to 1; all 0 when every task vector with a positive prior is
+        zero, since the merge is then the base whatever the coefficients are.
+
+    Raises:
+        ValueError: if an argument is out of range or the lengths differ.
+
+    >>> scaling_coefficients([1.0, 1.0, 2.0])
+    [0.25, 0.25, 0.5]
+    >>> scaling_coefficients([4.0, 1.0], exponent=1.0)
+    [0.6666666666666666, 0.3333333333333333]
+    >>> scaling_coefficients([4.0, 1.0], priors=[1.0, 4.0])
+    [0.5, 0.5]
+    >>> scaling_coefficients([0.0, 3.0])
+    [0.0, 1.0]
+    """
+    if priors is None:
+        priors = [1.0] * len(squared_norms)
+    if len(priors) != len(squared_norms):
+        raise ValueError(f"{len(priors)} priors were given for {len(squared_norms)} task vectors.")
+    for what, values in (
+        ("squared norm", squared_norms),
+        ("prior", priors),
+        ("exponent", [exponent]),
+    ):
+        for value in values:
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"A {what} must be finite and at least 0, not {value}.")
+
+    # Ratios to the largest, so that no power overflows and the largest never underflows.
+    largest_norm, largest_prior = max(squared_norms, default=0.0), max(priors, default=0.0)
+    if largest_norm == 0 or largest_prior == 0:
+        return [0.0] * len(squared_norms)
+    shares = [
+        (prior / largest_prior) * (norm / largest_norm) ** (exponent / 2)
+        for norm, prior in zip(squared_norms, priors, strict=True)
+    ]
+    total = math.fsum(shares)  # exact, hence the same for every order of the experts
+    return [share / total if total else 0.0 for share in shares]

@@ -1,0 +1,59 @@
+"""Surveys that the merges of one process share."""
+
+import threading
+from dataclasses import dataclass, field
+
+import torch
+
+from mergekit_metagpt.checkpoints import Checkpoints, Device
+from mergekit_metagpt.survey import Survey
+
+
+@dataclass
+class _Kept:
+    """The surveys of one base and its experts, by the dtype that tensors were cast to."""
+
+    fingerprint: tuple[tuple[str, int, int, int], ...]
+    surveys: dict[torch.dtype | None, Survey] = field(default_factory=dict)
+
+
+_KEPT: dict[Checkpoints, _Kept] = {}
+_LOCK = threading.Lock()
+
+
+def kept_survey(
+    checkpoints: Checkpoints,
+    tensor: str | None,
+    dtype: torch.dtype,
+    device: Device,
+    progress: bool,
+) -> Survey:
+    """Return the survey for a merge that is running, taking it only if it is not known yet.
+
+    Threads that come while it is taken wait for it. It is taken again when a weight file
+    has changed since.
+
+    Args:
+        checkpoints: the models that are merged.
+        tensor: the name of the tensor that is merged now.
+        dtype: the dtype that MergeKit hands this tensor over in. Where that is less than
+            what is stored, the config's ``dtype`` has cast it, and the survey casts too.
+        device: where the arithmetic is done.
+        progress: whether a progress bar is shown.
+    """
+    with _LOCK:
+        fingerprint = checkpoints.fingerprint()
+        kept = _KEPT.get(checkpoints)
+        if kept is None or kept.fingerprint != fingerprint:
+            if kept is not None:
+                for model in checkpoints.models:
+                    checkpoints.loader(model).flush()  # type: ignore[no-untyped-call]  # it may still map the old file
+            kept = _KEPT[checkpoints] = _Kept(fingerprint)
+        known = next(iter(kept.surveys.values()), None)
+        stored = (
+            known.dtypes.get(tensor or "") if known else checkpoints.stored_dtype(tensor)
+        ) or dtype
+        cast = None if torch.promote_types(stored, dtype) == dtype else dtype
+        if cast not in kept.surveys:
+            kept.surveys[cast] = checkpoints.survey(cast, device, progress)
+        return kept.surveys[cast]

@@ -1,0 +1,35 @@
+"""Random numbers that do not depend on the order in which tensors are merged."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import RLock
+from zlib import crc32
+
+import torch
+
+# All threads share a device's default generator.
+_GENERATOR_LOCKS: defaultdict[str, RLock] = defaultdict(RLock)
+
+
+@contextmanager
+def own_stream(device: torch.device, name: str) -> Iterator[None]:
+    """Give the stock method random numbers that depend on the seed and the tensor alone.
+
+    DARE and DELLA draw from the default generator of the tensor's device, in whatever order
+    the tensors are merged. Here each tensor gets a stream of its own, derived from the seed
+    (``--random-seed``), the method and the tensor's name; the caller's state is restored.
+    """
+    accelerator = device.type != "cpu"
+    with _GENERATOR_LOCKS[str(device)]:
+        seed = crc32(f"{torch.initial_seed()}/{name}".encode())
+        with torch.random.fork_rng(
+            devices=[device] if accelerator else [],
+            device_type=device.type if accelerator else "cuda",
+        ):
+            if accelerator:
+                with torch.get_device_module(device).device(device):
+                    torch.get_device_module(device).manual_seed(seed)
+            else:
+                torch.default_generator.manual_seed(seed)
+            yield

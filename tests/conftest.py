@@ -1,0 +1,132 @@
+"""Checkpoints that the tests make themselves, and merges of them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+
+# Each xdist worker has its share of the cores.
+torch.set_num_threads(1)
+
+VOCABULARY = 64
+
+
+def llama_config(**changes: Any) -> transformers.LlamaConfig:
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    return transformers.LlamaConfig(**{**settings, **changes})
+
+
+def perturb(model: torch.nn.Module, scale: float, seed: int) -> None:
+    """Turn a model into a fine-tune of itself: add noise of this scale to each parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            # A size of its own for each parameter, so that no two coefficients agree.
+            parameter += (scale * (1 + (number * 7 % 5)) * noise).to(parameter.dtype)
+
+
+def save_family(
+    directory: Path,
+    config: transformers.PretrainedConfig,
+    scales: tuple[float, ...] = (0.01, 0.03),
+    dtype: torch.dtype = torch.float32,
+    auto: Any = transformers.AutoModelForCausalLM,
+    **save: Any,
+) -> dict[str, str]:
+    """Write a base and one expert per scale; return their absolute paths by name."""
+    torch.manual_seed(0)
+    base = auto.from_config(config).to(dtype)
+    paths = {"base": str(directory / "base")}
+    base.save_pretrained(paths["base"], **save)
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    for number, scale in enumerate(scales):
+        base.load_state_dict(weights)
+        perturb(base, scale, seed=number + 1)
+        name = "abcdefgh"[number]
+        paths[name] = str(directory / name)
+        base.save_pretrained(paths[name], **save)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A float32 Llama and two experts. Not to be written to."""
+    return save_family(tmp_path_factory.mktemp("family"), llama_config())
+
+
+def merge_config(paths: dict[str, str], method: str = "metagpt", **changes: Any) -> dict[str, Any]:
+    """A config that merges every expert of a family."""
+    experts = [name for name in paths if name != "base"]
+    config: dict[str, Any] = {
+        "merge_method": method,
+        "base_model": paths["base"],
+        "models": [{"model": paths[name]} for name in experts],
+    }
+    return {**config, **changes}
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> Callable[..., dict[str, torch.Tensor]]:
+    """Merge with MergeKit's own ``run_merge`` in this process; return the merged tensors."""
+    numbers = iter(range(1000))
+
+    def run(config: dict[str, Any], **options: Any) -> dict[str, torch.Tensor]:
+        out = tmp_path / f"merged-{next(numbers)}"
+        run_merge(
+            MergeConfiguration.model_validate(config),
+            str(out),
+            MergeOptions(**{"quiet": True, "copy_tokenizer": False, **options}),
+        )
+        return read(out)
+
+    return run
+
+
+def read(model: Path | str) -> dict[str, torch.Tensor]:
+    """Return all tensors of a checkpoint directory."""
+    loader = ModelReference.model_validate(str(model)).lazy_loader()
+    return {name: loader.get_tensor(name) for name in loader.index.tensor_paths}
+
+
+def command(name: str) -> str:
+    """Return the path of a console script of the environment that the tests run in."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def run(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user would, offline."""
+    return subprocess.run(
+        [str(word) for word in words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
+        timeout=300,
+    )
+
+
+def write_yaml(path: Path, *documents: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump_all(documents, sort_keys=False))
+    return path

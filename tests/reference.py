@@ -1,0 +1,97 @@
+"""The formula of the paper in plain float64 numpy, independent of the package."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+Weights = Mapping[str, torch.Tensor]
+
+
+def as_float64(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.to(torch.float64).numpy()
+
+
+def squared_norms(base: Weights, experts: list[Weights]) -> dict[str, np.ndarray]:
+    return {
+        name: np.array(
+            [((as_float64(e[name]) - as_float64(tensor)) ** 2).sum() for e in experts]
+        )
+        for name, tensor in base.items()
+    }
+
+
+def scope(name: str, granularity: str) -> str:
+    if granularity == "model":
+        return "model"
+    layer = re.match(r"(.*?(?:^|\.)\d+)\.", name)
+    return layer.group(1) if granularity == "layer" and layer else name
+
+
+def coefficients(
+    base: Weights,
+    experts: list[Weights],
+    granularity: str = "tensor",
+    priors: list[float] | None = None,
+    exponent: float = 2.0,
+) -> dict[str, np.ndarray]:
+    """λ_t = w_t ‖τ_t‖^k / Σ_j w_j ‖τ_j‖^k over the tensors of a scope, by tensor."""
+    norms = squared_norms(base, experts)
+    totals: dict[str, np.ndarray] = {}
+    for name, row in norms.items():
+        key = scope(name, granularity)
+        totals[key] = totals.get(key, 0.0) + row
+    result = {}
+    for name in base:
+        shares = np.array(priors or [1.0] * len(experts)) * totals[
+            scope(name, granularity)
+        ] ** (exponent / 2)
+        result[name] = shares / shares.sum()
+    return result
+
+
+def merged(
+    base: Weights, experts: list[Weights], by_tensor: Mapping[str, np.ndarray], scale: float = 1.0
+) -> dict[str, np.ndarray]:
+    result = {}
+    for name, tensor in base.items():
+        origin = as_float64(tensor)
+        result[name] = origin + scale * sum(
+            c * (as_float64(e[name]) - origin)
+            for c, e in zip(by_tensor[name], experts, strict=True)
+        )
+    return result
+
+
+# Bits of the significand, and the exponent of the least subnormal number.
+_FORMATS = {torch.float32: (24, -149), torch.bfloat16: (8, -133), torch.float16: (11, -24)}
+
+
+def rounding_step(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """The distance to the next number of a format, float64."""
+    bits, least = _FORMATS[dtype]
+    with np.errstate(divide="ignore"):
+        exponents = np.floor(np.log2(abs(values)))
+    return np.exp2(np.maximum(exponents + 1 - bits, least))
+
+
+def assert_merged(
+    actual: Weights,
+    base: Weights,
+    experts: list[Weights],
+    by_tensor: Mapping[str, np.ndarray],
+    scale: float = 1.0,
+) -> None:
+    """One rounding step of the output dtype, two float32 steps of the largest value added,
+    and what 1e-6 in the coefficients moves."""
+    expected = merged(base, experts, by_tensor, scale)
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        origin = as_float64(base[name])
+        deltas = [as_float64(e[name]) - origin for e in experts]
+        weighted = [abs(scale * c * d) for c, d in zip(by_tensor[name], deltas, strict=True)]
+        step = rounding_step(expected[name], tensor.dtype)
+        cancelled = rounding_step(np.maximum.reduce([abs(origin), *weighted]), torch.float32)
+        allowed = step + 2 * cancelled + 1e-6 * sum(weighted)
+        assert (abs(as_float64(tensor) - expected[name]) <= allowed).all(), name
