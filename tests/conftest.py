@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from hypothesis import settings
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
@@ -18,6 +19,9 @@ from mergekit.options import MergeOptions
 
 # Each xdist worker has its share of the cores.
 torch.set_num_threads(1)
+
+settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+settings.load_profile("deterministic")
 
 VOCABULARY = 64
 

@@ -15,9 +15,7 @@ def as_float64(tensor: torch.Tensor) -> np.ndarray:
 
 def squared_norms(base: Weights, experts: list[Weights]) -> dict[str, np.ndarray]:
     return {
-        name: np.array(
-            [((as_float64(e[name]) - as_float64(tensor)) ** 2).sum() for e in experts]
-        )
+        name: np.array([((as_float64(e[name]) - as_float64(tensor)) ** 2).sum() for e in experts])
         for name, tensor in base.items()
     }
 
@@ -44,9 +42,9 @@ def coefficients(
         totals[key] = totals.get(key, 0.0) + row
     result = {}
     for name in base:
-        shares = np.array(priors or [1.0] * len(experts)) * totals[
-            scope(name, granularity)
-        ] ** (exponent / 2)
+        shares = np.array(priors or [1.0] * len(experts)) * totals[scope(name, granularity)] ** (
+            exponent / 2
+        )
         result[name] = shares / shares.sum()
     return result
 

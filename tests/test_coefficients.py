@@ -1,0 +1,123 @@
+"""The algebra of the paper, as algebra."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from mergekit_metagpt import scaling_coefficients
+from scipy.optimize import minimize
+
+norm = st.floats(1e-30, 1e30)
+norms = st.lists(norm, min_size=1, max_size=8)
+exponents = st.floats(0, 8)
+
+
+@given(norms, exponents)
+def test_coefficients_sum_to_one(squared_norms, exponent):
+    assert math.fsum(scaling_coefficients(squared_norms, exponent=exponent)) == pytest.approx(1)
+
+
+@given(st.lists(st.tuples(norm, st.floats(0.01, 100)), min_size=2, max_size=8), st.randoms())
+def test_permuting_the_experts_permutes_the_coefficients_exactly(experts, random):
+    shuffled = experts.copy()
+    random.shuffle(shuffled)
+    plain = dict(zip(experts, scaling_coefficients(*zip(*experts, strict=True)), strict=True))
+    moved = dict(zip(shuffled, scaling_coefficients(*zip(*shuffled, strict=True)), strict=True))
+    assert plain == moved
+
+
+@given(norms, exponents, st.integers(-60, 60))
+def test_scaling_all_task_vectors_changes_nothing(squared_norms, exponent, power):
+    scaled = [n * 2.0**power for n in squared_norms]
+    assert scaling_coefficients(scaled, exponent=exponent) == pytest.approx(
+        scaling_coefficients(squared_norms, exponent=exponent), rel=1e-12
+    )
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8), st.floats(0, 4), st.data())
+def test_coefficients_are_the_formula(squared_norms, exponent, data):
+    size = len(squared_norms)
+    priors = data.draw(st.lists(st.floats(0.1, 10), min_size=size, max_size=size))
+    shares = np.array(priors) * np.sqrt(squared_norms) ** exponent
+    assert scaling_coefficients(squared_norms, priors, exponent) == pytest.approx(
+        shares / shares.sum(), rel=1e-12
+    )
+
+
+@given(norms)
+def test_exponent_zero_is_the_plain_average(squared_norms):
+    size = len(squared_norms)
+    assert scaling_coefficients(squared_norms, exponent=0) == pytest.approx([1 / size] * size)
+
+
+def test_one_large_expert_takes_nearly_everything():
+    squared = [182.6**2, 31.9**2, 9.26**2, 0.53**2, 0.0]
+    expected = [0.968, 0.0295, 0.0025, 8e-6, 0]
+    assert scaling_coefficients(squared) == pytest.approx(expected, rel=0.06)
+
+
+def test_zero_task_vectors_get_nothing():
+    assert scaling_coefficients([0.0, 5.0]) == [0.0, 1.0]
+    assert scaling_coefficients([0.0, 0.0]) == [0.0, 0.0]
+    assert scaling_coefficients([1.0, 5.0], priors=[0.0, 0.0]) == [0.0, 0.0]
+    assert scaling_coefficients([0.0, 5.0], priors=[1.0, 0.0]) == [0.0, 0.0]
+    assert scaling_coefficients([]) == []
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_numbers_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match="squared norm must be finite and at least 0"):
+        scaling_coefficients([1.0, bad])
+    with pytest.raises(ValueError, match="prior must be finite and at least 0"):
+        scaling_coefficients([1.0, 1.0], priors=[1.0, bad])
+    with pytest.raises(ValueError, match="exponent must be finite and at least 0"):
+        scaling_coefficients([1.0], exponent=bad)
+
+
+def test_as_many_priors_as_experts_are_needed():
+    with pytest.raises(ValueError, match="1 priors were given for 2 task vectors"):
+        scaling_coefficients([1.0, 1.0], priors=[1.0])
+
+
+def bound(coefficients: np.ndarray, task_vectors: np.ndarray) -> float:
+    """Σ_t ‖τ_t‖² ‖h_t‖² of theorem 8, for task vectors of shape [T, N]."""
+    merged = coefficients @ task_vectors
+    distances = ((merged - task_vectors) ** 2).sum(axis=1)
+    return float(((task_vectors**2).sum(axis=1) * distances).sum())
+
+
+task_vectors = st.tuples(st.integers(1, 5), st.integers(5, 12)).flatmap(
+    lambda shape: arrays(np.float64, shape, elements=st.floats(-1, 1).map(lambda x: round(x, 3)))
+)
+
+
+@given(task_vectors, st.integers(0, 2**32 - 1))
+def test_no_perturbation_lowers_the_bound_even_for_correlated_task_vectors(vectors, seed):
+    best = np.array(scaling_coefficients((vectors**2).sum(axis=1)))
+    least = bound(best, vectors)
+    for scale in (1e-3, 1e-1, 1):
+        moved = best + scale * np.random.default_rng(seed).normal(size=best.shape)
+        assert bound(moved, vectors) >= least * (1 - 1e-9)
+
+
+def test_a_numerical_optimiser_finds_the_closed_form():
+    generator = np.random.default_rng(0)
+    for scales in ([1, 1, 1], [0.5, 1, 2], [1, 3]):
+        vectors = generator.normal(size=(len(scales), 50)) * np.array(scales)[:, None]
+        vectors += generator.normal(size=50)  # far from orthogonal
+        found = minimize(bound, np.full(len(scales), 0.3), args=(vectors,), tol=1e-12)
+        closed = scaling_coefficients((vectors**2).sum(axis=1))
+        assert found.x == pytest.approx(closed, abs=1e-4)
+
+
+@given(task_vectors)
+def test_the_merge_is_the_weighted_centroid_of_the_experts(vectors):
+    squared = (vectors**2).sum(axis=1)
+    total = squared.sum()
+    if total:
+        centroid = (squared[:, None] * vectors).sum(axis=0) / total
+        merged = np.array(scaling_coefficients(squared)) @ vectors
+        assert merged == pytest.approx(centroid, abs=1e-12)

@@ -1,0 +1,140 @@
+"""The tensor kernels against float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mergekit_metagpt.task_vectors import add_task_vectors, squared_norms
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def fine_tunes(shape, dtype, scales, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator, dtype=torch.float64)
+    experts = [
+        base + scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        for scale in scales
+    ]
+    return base.to(dtype), [expert.to(dtype) for expert in experts]
+
+
+def exact_norms(base, experts):
+    return [((e.double() - base.double()) ** 2).sum().item() for e in experts]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (4096,), (4097,), (64, 64, 3)])
+def test_squared_norms_are_those_of_float64(dtype, shape):
+    base, experts = fine_tunes(shape, dtype, (1, 1e-2, 1e-3))
+    assert squared_norms(base, experts) == pytest.approx(exact_norms(base, experts), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squared_norms_of_ten_million_elements_are_right_to_a_millionth(dtype):
+    base, experts = fine_tunes((10_000_001,), dtype, (1e-2,))
+    assert squared_norms(base, experts) == pytest.approx(exact_norms(base, experts), rel=1e-6)
+
+
+@given(st.integers(-30, 30), st.sampled_from([1, 5, 4096, 5000]))
+@settings(max_examples=60, deadline=None)
+def test_squares_neither_underflow_nor_overflow_float32(magnitude, size):
+    base, experts = fine_tunes((size,), torch.float64, (1, 1e-3))
+    base, experts = (
+        (base * 10.0**magnitude).float(),
+        [(e * 10.0**magnitude).float() for e in experts],
+    )
+    assert squared_norms(base, experts) == pytest.approx(exact_norms(base, experts), rel=1e-6)
+
+
+def test_float16_differences_of_a_ten_thousandth_do_not_underflow():
+    base = torch.zeros(1000, dtype=torch.float16)
+    experts = [torch.full_like(base, 1e-4), torch.full_like(base, 2e-4)]
+    assert (experts[0] * experts[0]).sum() == 0  # what a float16 square does
+    norms = squared_norms(base, experts)
+    assert norms == pytest.approx(exact_norms(base, experts), rel=1e-6)
+    assert norms[1] / norms[0] == pytest.approx(4, rel=1e-2)
+
+
+def test_float16_values_whose_difference_overflows_float16_are_right():
+    base, expert = torch.full((9,), -60000.0).half(), torch.full((9,), 60000.0).half()
+    assert squared_norms(base, [expert]) == pytest.approx(exact_norms(base, [expert]))
+    assert torch.equal(add_task_vectors(base, [expert], [1.0]), expert)
+
+
+def test_strides_do_not_matter():
+    base, experts = fine_tunes((30, 50), torch.float32, (1, 2))
+    strided = [e.t().contiguous().t() for e in experts]
+    assert squared_norms(base, strided) == squared_norms(base, experts)
+    assert torch.equal(
+        add_task_vectors(base, strided, [0.5, 0.5]), add_task_vectors(base, experts, [0.5, 0.5])
+    )
+    assert add_task_vectors(base.t(), [e.t() for e in experts], [0.5, 0.5]).is_contiguous()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_show_which_input_is_not_finite(dtype, bad):
+    base, experts = fine_tunes((5000,), dtype, (1, 1))
+    experts[1][4321] = bad
+    finite, infinite = (torch.tensor(squared_norms(base, experts)).isfinite()).tolist()
+    assert finite
+    assert not infinite
+    base[0] = bad
+    assert not any(torch.tensor(squared_norms(base, experts)).isfinite().tolist())
+
+
+@given(st.floats(1e-6, 1))
+@settings(max_examples=20)
+def test_equal_elements_which_all_round_alike_are_summed_right(value):
+    base, expert = torch.zeros(1_000_000), torch.full((1_000_000,), value)
+    assert squared_norms(base, [expert]) == pytest.approx(exact_norms(base, [expert]), rel=1e-6)
+
+
+def test_an_unchanged_expert_has_norm_zero():
+    base, experts = fine_tunes((5000,), torch.bfloat16, (1,))
+    assert squared_norms(base, [base.clone(), *experts])[0] == 0
+
+
+def test_dtypes_may_be_mixed():
+    base, experts = fine_tunes((5000,), torch.float64, (1, 1e-2))
+    base, experts = base.bfloat16(), [experts[0].half(), experts[1].float()]
+    assert squared_norms(base, experts) == pytest.approx(exact_norms(base, experts), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0, 1, 4097, 600_000])
+def test_the_merge_is_rounded_once(dtype, size):
+    base, experts = fine_tunes((size,), dtype, (1, 0.1, 0.01))
+    coefficients = [0.7, 0.2, 0.1]
+    merged = add_task_vectors(base, experts, coefficients)
+    exact = base.double() + sum(
+        c * (e.double() - base.double()) for c, e in zip(coefficients, experts, strict=True)
+    )
+    assert merged.dtype == dtype
+    largest = max([1.0, base.double().abs().max().item()] if size else [1.0])
+    half_step = torch.finfo(dtype).eps / 2 * exact.abs()
+    assert ((merged.double() - exact).abs() <= half_step * 1.001 + 4 * 2**-24 * largest).all()
+
+
+def test_opposite_task_vectors_of_one_norm_cancel():
+    base, (expert,) = fine_tunes((5000,), torch.float64, (1,))
+    opposite = 2 * base - expert
+    assert torch.allclose(add_task_vectors(base, [expert, opposite], [0.5, 0.5]), base)
+
+
+def test_inputs_are_not_written_to():
+    base, experts = fine_tunes((5000,), torch.float32, (1, 2))
+    copies = [t.clone() for t in (base, *experts)]
+    squared_norms(base, experts)
+    add_task_vectors(base, experts, [0.5, 0.5])
+    assert all(torch.equal(a, b) for a, b in zip(copies, (base, *experts), strict=True))
+
+
+def test_gradients_flow_through_the_merge():
+    base, experts = fine_tunes((50,), torch.float32, (1, 2))
+    for tensor in (base, *experts):
+        tensor.requires_grad_()
+    add_task_vectors(base, experts, [0.25, 0.5]).sum().backward()
+    assert torch.allclose(base.grad, torch.full((50,), 0.25))
+    assert torch.allclose(experts[1].grad, torch.full((50,), 0.5))
