@@ -21,6 +21,16 @@ _KEPT: dict[Checkpoints, _Kept] = {}
 _LOCK = threading.Lock()
 
 
+def forget_changed(checkpoints: Checkpoints) -> None:
+    """Drop what is known of these models, and open their files anew, if one has changed."""
+    with _LOCK:
+        kept = _KEPT.get(checkpoints)
+        if kept is not None and kept.fingerprint != checkpoints.fingerprint():
+            del _KEPT[checkpoints]
+            for model in checkpoints.models:
+                checkpoints.loader(model).flush()  # type: ignore[no-untyped-call]
+
+
 def kept_survey(
     checkpoints: Checkpoints,
     tensor: str | None,
@@ -41,14 +51,11 @@ def kept_survey(
         device: where the arithmetic is done.
         progress: whether a progress bar is shown.
     """
+    forget_changed(checkpoints)
     with _LOCK:
-        fingerprint = checkpoints.fingerprint()
         kept = _KEPT.get(checkpoints)
-        if kept is None or kept.fingerprint != fingerprint:
-            if kept is not None:
-                for model in checkpoints.models:
-                    checkpoints.loader(model).flush()  # type: ignore[no-untyped-call]  # it may still map the old file
-            kept = _KEPT[checkpoints] = _Kept(fingerprint)
+        if kept is None:
+            kept = _KEPT[checkpoints] = _Kept(checkpoints.fingerprint())
         known = next(iter(kept.surveys.values()), None)
         stored = (
             known.dtypes.get(tensor or "") if known else checkpoints.stored_dtype(tensor)

@@ -6,10 +6,10 @@ scaling coefficient λ_t of the MetaGPT paper: ``metagpt`` for plain task arithm
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -37,6 +37,9 @@ from mergekit_metagpt.survey import (
     survey_groups,
 )
 from mergekit_metagpt.task_vectors import add_task_vectors, working_dtype
+
+if TYPE_CHECKING:
+    from mergekit_metagpt.checkpoints import Checkpoints
 
 _PAPER = "https://arxiv.org/abs/2406.11385"
 
@@ -74,6 +77,20 @@ class MetaGPTMerge(GroupMergeMethod):
             parameters=with_priors(stock.parameters),
         )
 
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Check the inputs as MergeKit does; when it plans, also for changed files."""
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        if _are_checkpoints(input_ids):
+            from mergekit_metagpt.kept_surveys import forget_changed
+
+            forget_changed(_checkpoints(input_ids, base_id))
+
     def _execute(
         self,
         groups: Sequence[TensorGroup],
@@ -85,7 +102,11 @@ class MetaGPTMerge(GroupMergeMethod):
     ) -> tuple[Tensor, ...]:
         # merge_state_dicts hands over all groups at once: the only moment to survey them.
         coarse = {p.get("granularity") for p in parameters} & {"layer", "model"}
-        if coarse and len(groups) > 1 and not _are_checkpoints(groups[0]):
+        if (
+            coarse
+            and len(groups) > 1
+            and not _are_checkpoints([entry.id for entry in groups[0].entries])
+        ):
             survey = survey_groups(groups, input_dtypes)
             parameters = [{**p, "survey": survey} for p in parameters]
         merged: tuple[Tensor, ...] = super()._execute(
@@ -183,24 +204,29 @@ def _measure(group: TensorGroup) -> tuple[float, ...]:
     return measure(group.metadata.name, (base.id, base.tensor), [(e.id, e.tensor) for e in experts])
 
 
-def _are_checkpoints(group: TensorGroup) -> bool:
+def _are_checkpoints(ids: Iterable[Hashable]) -> bool:
     from mergekit.common import ModelReference
 
-    return all(isinstance(entry.id, ModelReference) for entry in group.entries)
+    return all(isinstance(id_, ModelReference) for id_ in ids)
+
+
+def _checkpoints(ids: Iterable[Any], base: Any) -> "Checkpoints":
+    from mergekit_metagpt.checkpoints import Checkpoints
+
+    return Checkpoints.of(base, [id_ for id_ in ids if id_ != base])
 
 
 def _survey_of(group: TensorGroup) -> Survey:
-    if not _are_checkpoints(group):
+    base, _ = split(group)
+    ids = [entry.id for entry in group.entries]
+    if not _are_checkpoints(ids):
         return survey_groups([group])
-    from mergekit_metagpt.checkpoints import Checkpoints
     from mergekit_metagpt.kept_surveys import kept_survey
 
-    base, experts = split(group)
-    models: list[Any] = [entry.id for entry in (base, *experts)]
     command = click.get_current_context(silent=True)
     quiet = command is not None and command.params.get("quiet", False)
     return kept_survey(
-        Checkpoints.of(models[0], models[1:]),
+        _checkpoints(ids, base.id),
         group.metadata.name,
         base.tensor.dtype,
         base.tensor.device,

@@ -92,6 +92,26 @@ def merge_config(paths: dict[str, str], method: str = "metagpt", **changes: Any)
     return {**config, **changes}
 
 
+def slices_config(
+    paths: dict[str, str], *slices: list[list[int]], **changes: Any
+) -> dict[str, Any]:
+    """A config with one slice for each list of layer ranges, which the models take in turn."""
+    return {
+        "merge_method": "metagpt",
+        "base_model": paths["base"],
+        "slices": [
+            {
+                "sources": [
+                    {"model": path, "layer_range": ranges[number % len(ranges)]}
+                    for number, path in enumerate(paths.values())
+                ]
+            }
+            for ranges in slices
+        ],
+        **changes,
+    }
+
+
 @pytest.fixture
 def merge(tmp_path: Path) -> Callable[..., dict[str, torch.Tensor]]:
     """Merge with MergeKit's own ``run_merge`` in this process; return the merged tensors."""

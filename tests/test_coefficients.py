@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from mergekit_metagpt import scaling_coefficients
 from scipy.optimize import minimize
+
+from mergekit_metagpt import scaling_coefficients
 
 norm = st.floats(1e-30, 1e30)
 norms = st.lists(norm, min_size=1, max_size=8)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import get, merge_state_dicts, merge_tensors, registered_methods
 from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+
 from mergekit_metagpt.methods import MetaGPTMerge, register
 
 STOCK = [m for m in registered_methods() if isinstance(m, GeneralizedTaskArithmeticMerge)]
@@ -185,20 +186,20 @@ def test_sparsified_variants_are_the_stock_methods_with_the_coefficients_as_weig
     base, experts = state_dicts()
     parameters = parameters_for(method, normalize=normalize, rescale=True)
     expected = reference.coefficients(base, list(experts.values()))
+    stock = method.stock
+    calls = []
+
+    class Spy(GeneralizedTaskArithmeticMerge):
+        def merge_group(self, group, /, **kwargs):
+            calls.append((torch.get_rng_state(), kwargs["weight"]))
+            return super().merge_group(group, **kwargs)
+
+    spied = MetaGPTMerge(Spy(**{field.name: getattr(stock, field.name) for field in fields(stock)}))
     for tensor in base:
         inputs = [base[tensor], *(e[tensor] for e in experts.values())]
-        states = []
-        stock = method.stock
-
-        class Spy(GeneralizedTaskArithmeticMerge):
-            def merge_group(self, group, /, **kwargs):
-                states.append((torch.get_rng_state(), kwargs["weight"]))
-                return super().merge_group(group, **kwargs)
-
-        spied = MetaGPTMerge(Spy(**{f: getattr(stock, f) for f in stock.__dataclass_fields__}))
         options = {"base_index": 0, "name": tensor, "ids": ["base", *experts]}
         ours = merge_tensors(inputs, spied, parameters=parameters, **options)
-        ((state, weights),) = states
+        state, weights = calls.pop()
         assert [weights[name] for name in experts] == pytest.approx(expected[tensor], rel=1e-6)
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(state)
@@ -291,7 +292,7 @@ def test_a_number_that_is_not_finite_is_reported_with_model_and_tensor(method, g
 
 def test_a_result_beyond_the_dtype_is_refused():
     base, expert = torch.zeros(3).half(), torch.full((3,), 40000.0).half()
-    with pytest.raises(ValueError, match="overflows torch.float16"):
+    with pytest.raises(ValueError, match=r"overflows torch\.float16"):
         merge_tensors([base, expert], "metagpt", base_index=0, parameters={"lambda": 2}, name="w")
 
 

@@ -1,0 +1,121 @@
+"""Architectures, each as a tiny randomly initialised checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+import transformers
+from click.testing import CliRunner
+from conftest import llama_config, merge_config, read, save_family, write_yaml
+from mergekit.scripts import merge_raw_pytorch, run_yaml
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def bert() -> transformers.BertConfig:
+    sizes = {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}
+    return transformers.BertConfig(**sizes)
+
+
+ARCHITECTURES: dict[str, tuple[Callable[[], transformers.PretrainedConfig], Any]] = {
+    "Llama": (llama_config, AutoModelForCausalLM),
+    "Mistral": (lambda: transformers.MistralConfig(**_SIZES), AutoModelForCausalLM),
+    "Qwen3": (lambda: transformers.Qwen3Config(**_SIZES, head_dim=8), AutoModelForCausalLM),
+    "Gemma 3": (lambda: transformers.Gemma3TextConfig(**_SIZES, head_dim=8), AutoModelForCausalLM),
+    "GPT-2": (
+        lambda: transformers.GPT2Config(
+            vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64
+        ),
+        AutoModelForCausalLM,
+    ),
+    "Mixtral": (
+        lambda: transformers.MixtralConfig(**_SIZES, num_local_experts=4),
+        AutoModelForCausalLM,
+    ),
+    "BERT classifier": (bert, AutoModelForSequenceClassification),
+    "T5": (
+        lambda: transformers.T5Config(
+            vocab_size=64,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",  # the one form of T5 that MergeKit describes
+            tie_word_embeddings=False,
+        ),
+        AutoModelForSeq2SeqLM,
+    ),
+}
+
+
+def mergekit_yaml(config: dict[str, Any], directory: Path) -> Exception | None:
+    """Run the command ``mergekit-yaml`` in this process; its output is directory / out."""
+    yml = write_yaml(directory / "metagpt.yml", config)
+    done = CliRunner().invoke(run_yaml.main, [str(yml), str(directory / "out"), "--quiet"])
+    assert (done.exit_code == 0) == (done.exception is None)
+    return done.exception
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "model"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_architecture_merges_and_loads(architecture, granularity, tmp_path):
+    config, auto = ARCHITECTURES[architecture]
+    paths = save_family(tmp_path, config(), auto=auto)
+    assert not mergekit_yaml(merge_config(paths, parameters={"granularity": granularity}), tmp_path)
+    model, loading = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+
+    # Compared as transformers loads them: MergeKit writes some names another way.
+    def loaded(path: str) -> dict[str, torch.Tensor]:
+        return dict(auto.from_pretrained(path).named_parameters())
+
+    base, *experts = (
+        {name: parameter.detach() for name, parameter in loaded(path).items()}
+        for path in paths.values()
+    )
+    expected = reference.coefficients(base, experts, granularity)
+    merged = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    reference.assert_merged(merged, base, experts, expected)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "model"])
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForMaskedLM])
+def test_bert_encoders_merge_with_mergekit_pytorch_where_mergekit_yaml_fails_on_any_method(
+    auto, granularity, tmp_path
+):
+    paths = save_family(tmp_path, bert(), auto=auto)
+    stock = mergekit_yaml(
+        merge_config(paths, "task_arithmetic", parameters={"weight": 0.5}), tmp_path
+    )
+    ours = mergekit_yaml(merge_config(paths, parameters={"granularity": granularity}), tmp_path)
+    assert repr(stock) == repr(ours) != "None"
+
+    files = {name: str(Path(path, "model.safetensors")) for name, path in paths.items()}
+    config = merge_config(files, parameters={"granularity": granularity})
+    yml = write_yaml(tmp_path / "metagpt.yml", config)
+    out = tmp_path / "out"
+    done = CliRunner().invoke(merge_raw_pytorch.main, [str(yml), str(out)])
+    assert done.exit_code == 0, done.output
+    base, *experts = map(read, paths.values())
+    expected = reference.coefficients(base, experts, granularity)
+    reference.assert_merged(read(out), base, experts, expected)
