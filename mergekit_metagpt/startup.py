@@ -41,7 +41,7 @@ class _Finder:
 
     def find_spec(
         self,
-        name: "str",
+        name: str,
         path: "Sequence[str] | None" = None,
         target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
@@ -67,7 +67,7 @@ class _Loader:
         self._loader = loader
         self._hook = hook
 
-    def __getattr__(self, name: "str") -> "Any":
+    def __getattr__(self, name: str) -> "Any":
         return getattr(self._loader, name)
 
     def exec_module(self, module: "ModuleType") -> None:
@@ -105,7 +105,7 @@ _HOOKS = {
 }
 
 
-def _warn(reason: "str") -> None:
+def _warn(reason: str) -> None:
     import warnings
     from importlib.metadata import version
 

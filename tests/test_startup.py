@@ -1,0 +1,194 @@
+"""How stock MergeKit finds the package: start-up files, in real installations."""
+
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import run
+
+ROOT = Path(__file__).parents[1]
+
+LIST = """
+from mergekit.merge_methods import registered_methods
+print([m.spec.name for m in registered_methods() if "metagpt" in m.spec.name])
+"""
+
+SPAWN = """
+import multiprocessing
+def names(_):
+    from mergekit.merge_methods import get
+    return get("metagpt").spec.name
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.map(names, [0]))
+"""
+
+
+class Environment:
+    """A virtual environment that borrows MergeKit, and nothing that starts up, from ours."""
+
+    def __init__(self, directory: Path):
+        venv.create(directory, with_pip=False)
+        self.interpreter = directory / "bin" / "python"
+        (self.site,) = directory.glob("lib/python*/site-packages")
+        self.borrow(sysconfig.get_path("purelib"))
+
+    def borrow(self, *paths: str | Path) -> None:
+        # A path in a .pth file is only put on sys.path: no .pth file in it is read.
+        (self.site / "zz-borrowed.pth").write_text("\n".join(map(str, paths)))
+
+    def pip(self, *words: str | Path) -> None:
+        pip = [sys.executable, "-m", "pip", "--python", self.interpreter]
+        offline = ["--no-deps", "--no-index", "--no-build-isolation"]
+        done = run(*pip, *words, *(offline if words[0] == "install" else ["--yes"]))
+        assert done.returncode == 0, done.stderr
+
+    def python(self, program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return run(self.interpreter, "-c", program, **environment)
+
+    def methods(self, **environment: str) -> list[str]:
+        done = self.python(LIST, **environment)
+        assert done.returncode == 0, done.stderr
+        return eval(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("wheel")
+    done = run(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index",
+        "--no-build-isolation", "-w", directory, ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (file,) = directory.glob("*.whl")
+    return file
+
+
+@pytest.fixture
+def environment(tmp_path):
+    return Environment(tmp_path / "venv")
+
+
+def fake_mergekit(directory: Path, version: str, **modules: str) -> Path:
+    """A MergeKit with another registry than the one that this package knows."""
+    package = directory / "mergekit" / "merge_methods"
+    package.mkdir(parents=True)
+    (directory / "mergekit" / "__init__.py").touch()
+    (package / "__init__.py").write_text(modules.pop("init", ""))
+    for name, source in modules.items():
+        (package / f"{name}.py").write_text(source)
+    information = directory / f"mergekit-{version}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: mergekit\nVersion: {version}\n"
+    )
+    return directory
+
+
+def test_the_wheel_holds_the_package_and_the_startup_files_only(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        outside = {n for n in archive.namelist() if not n.startswith("mergekit_metagpt")}
+        inside = {n for n in archive.namelist() if n.startswith("mergekit_metagpt/")}
+    assert outside == {"mergekit-metagpt.pth", "mergekit-metagpt.start"}
+    assert "mergekit_metagpt/py.typed" in inside
+    assert not {n for n in inside if n.endswith((".pth", ".start"))}
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_mergekit_knows_metagpt_from_installation_to_uninstallation(
+    kind, wheel, environment, tmp_path
+):
+    environment.pip("install", *([wheel] if kind == "wheel" else ["--editable", ROOT]))
+    assert "metagpt" in environment.methods()
+    assert environment.methods(MERGEKIT_METAGPT_AUTOLOAD="0") == []
+    script = tmp_path / "spawn.py"
+    script.write_text(SPAWN)
+    assert run(environment.interpreter, script).stdout.strip() == "['metagpt']"
+    environment.pip("uninstall", "mergekit-metagpt")
+    assert environment.methods() == []
+
+
+def test_an_interpreter_that_starts_up_imports_nothing_heavy(wheel, environment):
+    environment.pip("install", wheel)
+    program = "import sys; print([m for m in ('torch', 'mergekit', 'typing') if m in sys.modules])"
+    assert (
+        environment.python(program).stdout
+        == environment.python(program, MERGEKIT_METAGPT_AUTOLOAD="0").stdout
+    )
+    assert "torch" not in environment.python(program).stdout
+
+
+def test_reading_the_startup_file_twice_registers_once(wheel, environment):
+    environment.pip("install", wheel)
+    startup = environment.site / "mergekit-metagpt.pth"
+    (environment.site / "another-copy.pth").write_text(startup.read_text())
+    finders = "import sys; print([type(f).__name__ for f in sys.meta_path].count('_Finder'))"
+    assert environment.python(finders).stdout.strip() == "1"
+
+
+def test_without_mergekit_nothing_happens(wheel, environment):
+    environment.pip("install", wheel)
+    environment.borrow()
+    done = environment.python("import json; print('fine')")
+    assert (done.stdout, done.stderr) == ("fine\n", "")
+    done = environment.python("import mergekit.merge_methods")
+    assert "No module named 'mergekit'" in done.stderr
+    assert "metagpt" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "modules"),
+    [
+        ("0.1.4", {"init": "from . import registry", "registry": "REGISTERED = {}"}),
+        ("0.9.0", {"init": ""}),
+    ],
+)
+def test_an_incompatible_mergekit_gives_one_warning_that_says_what_to_install(
+    version, modules, wheel, environment, tmp_path
+):
+    environment.pip("install", wheel)
+    environment.borrow(fake_mergekit(tmp_path, version, **modules))
+    done = environment.python("import mergekit.merge_methods; print('fine')")
+    assert done.stdout == "fine\n"
+    assert done.stderr.count("mergekit-metagpt needs") == 1
+    assert f"found {version}" in done.stderr
+    assert "pip install 'mergekit>=0.1.5,<0.2'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_where_startup_files_are_not_read_register_does_the_same():
+    program = f"""
+import sys
+sys.path[:0] = {[str(ROOT), sysconfig.get_path("purelib")]!r}
+from mergekit.merge_methods import get, registered_methods
+before = len(registered_methods())
+import mergekit_metagpt
+mergekit_metagpt.register()
+print(before, len(registered_methods()), get("metagpt").spec.name)
+"""
+    done = run(sys.executable, "-S", "-c", program)
+    before, after, name = done.stdout.split()
+    assert int(after) >= int(before) + 8
+    assert name == "metagpt"
+
+
+def test_modules_keep_their_own_loaders():
+    program = """
+import mergekit.merge_methods, mergekit.merge_methods.registry, inspect
+for module in (mergekit.merge_methods, mergekit.merge_methods.registry):
+    print(type(module.__spec__.loader).__name__, type(module.__loader__).__name__)
+    inspect.getsource(module)
+"""
+    assert set(run(sys.executable, "-c", program).stdout.split()) == {"SourceFileLoader"}
+
+
+def test_evolve_knows_what_may_evolve():
+    program = """
+from mergekit.evo.genome import METHOD_PARAM_MAPS
+print(METHOD_PARAM_MAPS["metagpt"], METHOD_PARAM_MAPS["metagpt_ties"])
+"""
+    assert run(sys.executable, "-c", program).stdout == "['weight'] ['weight', 'density']\n"
