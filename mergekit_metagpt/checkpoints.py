@@ -17,8 +17,8 @@ from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_metagpt.survey import Survey, canonical, measure
-from mergekit_metagpt.task_vectors import promoted_dtype
+from mergekit_metagpt.survey import Survey, canonical, measure, sum_matrices
+from mergekit_metagpt.task_vectors import inner_products, promoted_dtype
 
 LOG = logging.getLogger(__name__)
 
@@ -125,11 +125,16 @@ class Checkpoints:
                 return promoted_dtype([tensor for tensor in tensors if tensor is not None])
         return None
 
-    def survey(self, dtype: torch.dtype | None, device: Device, progress: bool) -> Survey:
+    def survey(
+        self,
+        dtype: torch.dtype | None,
+        device: Device,
+        progress: bool,
+        products: bool = False,
+    ) -> Survey:
         """Measure every task vector; see :func:`mergekit_metagpt.survey.survey_checkpoints`."""
         _tokenizers_agree.cache_clear()  # the files may have changed since the last survey
-        norms: dict[str, tuple[float, ...]] = {}
-        dtypes: dict[str, torch.dtype] = {}
+        measured: dict[str, _Measured] = {}
         left_out: list[str] = []
         stored: set[tuple[str | None, ...]] = set()
         tieable: list[WeightInfo] = []
@@ -142,31 +147,38 @@ class Checkpoints:
                 continue  # tied, and named twice
             stored.add(names)
             try:
-                measured = self._measure(weight, dtype, device)
+                tensor = self._measure(weight, dtype, device, products)
             except _DifferentVocabularyError as difference:
                 LOG.warning("%s; the tensor does not count towards the coefficients.", difference)
                 left_out.append(weight.name)
                 continue
-            if measured is None:
+            if tensor is None:
                 continue
-            row, stored_dtype = measured
             if self.are_files or weight.vocabulary_axis is not None or weight.tied_names:
                 if any(
-                    row == norms[other.name] and any(row) and self._equal(weight, other)
+                    any(tensor.norms)
+                    and tensor.norms == measured[other.name].norms
+                    and self._equal(weight, other)
                     for other in tieable
                 ):
                     continue  # tied, and stored twice
                 tieable.append(weight)
-            norms[weight.name] = row
-            dtypes[weight.name] = stored_dtype
-        return Survey(self.experts, norms, dtypes, tuple(left_out))
+            measured[weight.name] = tensor
+        return Survey(
+            self.experts,
+            squared_norms={name: tensor.norms for name, tensor in measured.items()},
+            dtypes={name: tensor.dtype for name, tensor in measured.items()},
+            left_out=tuple(left_out),
+            parameters=sum(tensor.size for tensor in measured.values()),
+            products=sum_matrices([t.products for t in measured.values()]) if products else None,
+        )
 
     def _measure(
-        self, weight: WeightInfo, dtype: torch.dtype | None, device: Device
-    ) -> tuple[tuple[float, ...], torch.dtype] | None:
-        """Return one tensor's squared norms and stored dtype; None if it is no parameter.
+        self, weight: WeightInfo, dtype: torch.dtype | None, device: Device, products: bool
+    ) -> "_Measured | None":
+        """Measure one tensor; None if it is no parameter of the base.
 
-        Holds the base's and one expert's tensor at a time.
+        Holds the base's and one expert's tensor at a time, or all of them for products.
         """
         base = self.load(self.base, weight, device)
         if base is None and not weight.optional:
@@ -176,30 +188,38 @@ class Checkpoints:
             )
         if base is None or not base.is_floating_point():
             return None
-        row: list[float] = []
-        stored_dtypes = base.dtype
+        origin = (self.base, base.to(dtype or base.dtype))
+        stored_dtype = base.dtype
+        experts: list[tuple[ModelReference, Tensor]] = []
+        norms: tuple[float, ...] = ()
         for model in self.experts:
-            expert = self.load(model, weight, device)
-            if expert is None:
-                raise ValueError(
-                    f"Expert {model} lacks tensor {weight.name}, which the base {self.base} "
-                    "holds; complete the checkpoint or leave the expert out of the merge."
-                )
-            if weight.vocabulary_axis is not None:
-                self._compare_vocabularies(weight, model, base, expert)
-            if expert.shape != base.shape:
-                raise ValueError(
-                    f"Tensor {weight.name} has shape {list(expert.shape)} in expert {model} but "
-                    f"{list(base.shape)} in the base {self.base}; merge fine-tunes of one base."
-                )
-            stored_dtypes = torch.promote_types(stored_dtypes, expert.dtype)
-            row += measure(
-                weight.name,
-                (self.base, base.to(dtype or base.dtype)),
-                [(model, expert.to(dtype or expert.dtype))],
-            )
+            expert = self._load_expert(model, weight, base, device)
+            stored_dtype = torch.promote_types(stored_dtype, expert.dtype)
+            expert = expert.to(dtype or expert.dtype)
+            norms += measure(weight.name, origin, [(model, expert)])
+            if products:
+                experts.append((model, expert))
             del expert
-        return tuple(row), stored_dtypes
+        gram = inner_products(origin[1], [tensor for _, tensor in experts]) if products else []
+        return _Measured(norms, stored_dtype, base.numel(), gram)
+
+    def _load_expert(
+        self, model: ModelReference, weight: WeightInfo, base: Tensor, device: Device
+    ) -> Tensor:
+        expert = self.load(model, weight, device)
+        if expert is None:
+            raise ValueError(
+                f"Expert {model} lacks tensor {weight.name}, which the base {self.base} "
+                "holds; complete the checkpoint or leave the expert out of the merge."
+            )
+        if weight.vocabulary_axis is not None:
+            self._compare_vocabularies(weight, model, base, expert)
+        if expert.shape != base.shape:
+            raise ValueError(
+                f"Tensor {weight.name} has shape {list(expert.shape)} in expert {model} but "
+                f"{list(base.shape)} in the base {self.base}; merge fine-tunes of one base."
+            )
+        return expert
 
     def _compare_vocabularies(
         self, weight: WeightInfo, model: ModelReference, base: Tensor, expert: Tensor
@@ -223,6 +243,16 @@ class Checkpoints:
             if (first := self.load(model, weight, "cpu")) is not None
             and (second := self.load(model, other, "cpu")) is not None
         )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One tensor: squared norms per expert, stored dtype, elements, inner products."""
+
+    norms: tuple[float, ...]
+    dtype: torch.dtype
+    size: int
+    products: list[list[float]]
 
 
 class _DifferentVocabularyError(Exception):

@@ -66,3 +66,27 @@ def scaling_coefficients(
     ]
     total = math.fsum(shares)  # exact, hence the same for every order of the experts
     return [share / total if total else 0.0 for share in shares]
+
+
+def bound(products: Sequence[Sequence[float]], coefficients: Sequence[float]) -> float:
+    """Return Σ_t ‖τ_t‖² ‖h_t‖², the bound of Theorem 8 on the average loss difference.
+
+    h_t = Σ_k λ_k τ_k − τ_t is the distance of the merge to expert t (equation 7). The
+    constant c of the theorem is left out, so that only ratios mean something. For every
+    Gram matrix the coefficients of MetaGPT are those that make it least: they put the merge
+    on the centroid of the experts, weighted by ‖τ_t‖².
+
+    Args:
+        products: ⟨τ_i, τ_j⟩, a symmetric T x T matrix.
+        coefficients: λ_t, T floats.
+
+    >>> bound([[1.0, 0.0], [0.0, 1.0]], [0.5, 0.5])
+    1.0
+    >>> bound([[1.0, 0.0], [0.0, 1.0]], [1.0, 0.0])
+    2.0
+    """
+    merged = [math.fsum(c * p for c, p in zip(coefficients, row, strict=True)) for row in products]
+    length = math.fsum(c * m for c, m in zip(coefficients, merged, strict=True))
+    return math.fsum(
+        row[t] * max(0.0, length - 2 * merged[t] + row[t]) for t, row in enumerate(products)
+    )

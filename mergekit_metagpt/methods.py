@@ -25,14 +25,15 @@ from mergekit.merge_methods.base import (
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from torch import Tensor
 
+from mergekit_metagpt import journal
 from mergekit_metagpt.coefficients import scaling_coefficients
 from mergekit_metagpt.parameters import with_priors
 from mergekit_metagpt.random_streams import own_stream
 from mergekit_metagpt.survey import (
     Granularity,
     Survey,
-    layer_of,
     measure,
+    scoped_norms,
     split,
     survey_groups,
 )
@@ -45,9 +46,6 @@ _PAPER = "https://arxiv.org/abs/2406.11385"
 
 # The square of a length whose differences cannot overflow float32.
 _LARGEST_SAFE_NORM = 1e74
-
-# Recomputed norms differ from surveyed ones by rounding only.
-_SAME_NORM = 1e-5
 
 
 @dataclass(frozen=True)
@@ -144,9 +142,13 @@ class MetaGPTMerge(GroupMergeMethod):
         base, experts = split(group)
         if not experts or base.tensor.numel() == 0:
             return base.tensor.clone()
-        norms = _squared_norms(group, granularity, survey)
+        name = group.metadata.name
+        norms = scoped_norms(
+            name, granularity, lambda: _measure(group), lambda: survey or _survey_of(group)
+        )
         priors = parameters["weight"]
         coefficients = scaling_coefficients(norms, [priors[e.id] for e in experts], exponent)
+        journal.note(name, granularity, [e.id for e in experts], norms, coefficients)
         if not any(coefficients):
             return base.tensor.clone()
         if self.is_plain:
@@ -170,33 +172,6 @@ class MetaGPTMerge(GroupMergeMethod):
         with own_stream(base.tensor.device, f"{self.stock.spec.name}/{group.metadata.name}"):
             merged: Tensor = self.stock.merge_group(stock_group, **parameters)
         return merged.to(base.tensor.dtype)
-
-
-def _squared_norms(
-    group: TensorGroup, granularity: Granularity, survey: Survey | None
-) -> tuple[float, ...]:
-    """Return T squared norms over the scope that this tensor's coefficients are shared over."""
-    name = group.metadata.name
-    if granularity == "model":
-        survey = survey or _survey_of(group)
-        if name not in survey.squared_norms:
-            _measure(group)  # nobody has looked for NaN and Inf in it yet
-        return survey.model
-    norms = _measure(group)
-    layer = layer_of(name)
-    if granularity == "tensor" or layer is None:
-        return norms
-    survey = survey or _survey_of(group)
-    surveyed = survey.squared_norms.get(name or "")
-    if surveyed is None or not all(
-        math.isclose(a, b, rel_tol=_SAME_NORM) for a, b in zip(norms, surveyed, strict=True)
-    ):
-        raise ValueError(
-            f"Granularity layer cannot choose the coefficients of {name}: the slices of this "
-            f"merge put tensors of another layer there than {name} of the base. Use "
-            "granularity: tensor or granularity: model."
-        )
-    return survey.layers[layer]
 
 
 def _measure(group: TensorGroup) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ expert's tensor at a time, and keeps T floats per tensor.
 
 import math
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Granularity = Literal["tensor", "layer", "model"]
 Id = TypeVar("Id", bound=Hashable)
+
+# Recomputed norms differ from surveyed ones by rounding only.
+_SAME_NORM = 1e-5
 
 _LAYER = re.compile(r"(?:^|\.)\d+(?=\.)")
 
@@ -52,12 +55,16 @@ class Survey:
             that is tied to another stands here once.
         dtypes: for each tensor name the dtype that base and experts promote to as stored.
         left_out: vocabulary tensors that could not be compared.
+        parameters: how many elements were measured.
+        products: the T x T inner products ⟨τ_i, τ_j⟩ over the whole model, if asked for.
     """
 
     experts: tuple[Hashable, ...]
     squared_norms: Mapping[str, tuple[float, ...]]
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    parameters: int = 0
+    products: tuple[tuple[float, ...], ...] | None = None
 
     @cached_property
     def model(self) -> tuple[float, ...]:
@@ -73,10 +80,32 @@ class Survey:
                 members.setdefault(layer, []).append(name)
         return {layer: self._sum(names) for layer, names in members.items()}
 
+    @property
+    def cosines(self) -> list[list[float]]:
+        """T x T cosines of the task vectors (Property 6: 0 where i ≠ j); of a zero vector 0.
+
+        Raises:
+            ValueError: if the survey was taken without inner products.
+        """
+        if self.products is None:
+            raise ValueError("This survey holds no inner products; take it with products=True.")
+        lengths = [math.sqrt(row[t]) for t, row in enumerate(self.products)]
+        return [
+            [value / (a * b) if a * b else 0.0 for value, b in zip(row, lengths, strict=True)]
+            for row, a in zip(self.products, lengths, strict=True)
+        ]
+
     def _sum(self, names: Iterable[str]) -> tuple[float, ...]:
         rows = [self.squared_norms[name] for name in names]
         # fsum is exact, so that the order of the tensors does not matter.
         return tuple(math.fsum(row[t] for row in rows) for t in range(len(self.experts)))
+
+
+def sum_matrices(matrices: Sequence[Sequence[Sequence[float]]]) -> tuple[tuple[float, ...], ...]:
+    """Add up matrices of one shape, exactly rounded."""
+    return tuple(
+        tuple(map(math.fsum, zip(*rows, strict=True))) for rows in zip(*matrices, strict=True)
+    )
 
 
 def measure(
@@ -102,6 +131,45 @@ def measure(
             f"check the values of {', '.join(str(model) for model, _ in (base, *experts))}."
         )
     return tuple(norms)
+
+
+def scoped_norms(
+    tensor: str | None,
+    granularity: Granularity,
+    own: Callable[[], tuple[float, ...]],
+    survey: Callable[[], Survey],
+) -> tuple[float, ...]:
+    """Return T squared norms over the scope that a tensor's coefficients are shared over.
+
+    Args:
+        tensor: the name of the merged tensor.
+        granularity: ``tensor``, ``layer`` (tensors outside of any layer have a scope of
+            their own) or ``model``.
+        own: measures the tensors that are merged; called unless the survey has done so.
+        survey: the survey of the whole models; called unless it is not needed.
+
+    Raises:
+        ValueError: if ``layer`` is asked for and the tensors that are merged are not those
+            that the survey knows by this name.
+    """
+    if granularity == "model":
+        if tensor not in survey().squared_norms:
+            own()  # nobody has looked for NaN and Inf in it yet
+        return survey().model
+    norms = own()
+    layer = layer_of(tensor)
+    if granularity == "tensor" or layer is None:
+        return norms
+    surveyed = survey().squared_norms.get(tensor or "")
+    if surveyed is None or not all(
+        math.isclose(a, b, rel_tol=_SAME_NORM) for a, b in zip(norms, surveyed, strict=True)
+    ):
+        raise ValueError(
+            f"Granularity layer cannot choose the coefficients of {tensor}: the slices of this "
+            f"merge put tensors of another layer there than {tensor} of the base. Use "
+            "granularity: tensor or granularity: model."
+        )
+    return survey().layers[layer]
 
 
 def survey_groups(
@@ -162,6 +230,7 @@ def survey_checkpoints(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    products: bool = False,
 ) -> Survey:
     """Survey checkpoints on disk or on the Hugging Face hub.
 
@@ -173,6 +242,8 @@ def survey_checkpoints(
             does; as stored when not given.
         device: where the arithmetic is done.
         progress: whether a progress bar is shown.
+        products: whether inner products are measured too, which takes the tensors of all
+            experts into memory at once.
 
     Returns:
         The survey. Vocabulary tensors whose shapes or tokenizers differ are left out of it.
@@ -184,4 +255,4 @@ def survey_checkpoints(
     # Not at the top: MergeKit itself is only half imported when this module is.
     from mergekit_metagpt.checkpoints import Checkpoints
 
-    return Checkpoints.of(base, experts).survey(dtype, device, progress)
+    return Checkpoints.of(base, experts).survey(dtype, device, progress, products)

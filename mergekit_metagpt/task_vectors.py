@@ -56,6 +56,37 @@ def squared_norms(base: Tensor, experts: Sequence[Tensor]) -> list[float]:
     return [float(value) for value in sums]
 
 
+def inner_products(base: Tensor, experts: Sequence[Tensor]) -> list[list[float]]:
+    """Return ⟨θ_i − θ_0, θ_j − θ_0⟩, the Gram matrix of the task vectors.
+
+    Args:
+        base: θ_0, of any shape, strides, device and floating-point dtype.
+        experts: θ_t, T tensors of the base's shape and device.
+
+    Returns:
+        A symmetric T x T matrix; its diagonal is that of :func:`squared_norms`.
+    """
+    norms = squared_norms(base, experts)
+    in_range = all(n == 0 or n >= _LEAST_MEAN_SQUARE * base.numel() for n in norms)
+    dtype = working_dtype(promoted_dtype([base, *experts])) if in_range else torch.float64
+    count = len(experts)
+    sums = torch.zeros(count, count, dtype=torch.float64, device=base.device)
+    origin, product, *differences = _buffers(base, dtype, 2 + count)
+    for base_chunk, *chunks in _chunks(base, *experts):
+        n = len(base_chunk)
+        origin[:n].copy_(base_chunk)
+        for i, chunk in enumerate(chunks):
+            torch.sub(chunk, origin[:n], out=differences[i][:n])
+            for j in range(i):
+                sums[i, j] += _sum(
+                    torch.mul(differences[i][:n], differences[j][:n], out=product[:n])
+                )
+    products: list[list[float]] = (sums + sums.T).tolist()
+    for t, norm in enumerate(norms):
+        products[t][t] = norm
+    return products
+
+
 def add_task_vectors(
     base: Tensor, experts: Sequence[Tensor], coefficients: Sequence[float]
 ) -> Tensor:
@@ -94,13 +125,17 @@ def _sums_of_squares(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype
     origin, difference = _buffers(base, dtype, 2)
     for base_chunk, *chunks in _chunks(base, *experts):
         n = len(base_chunk)
-        rows = n - n % _ROW
         origin[:n].copy_(base_chunk)
         for t, chunk in enumerate(chunks):
-            squares = torch.sub(chunk, origin[:n], out=difference[:n]).square_()
-            for part in (squares[:rows].view(-1, _ROW), squares[rows:].view(1, -1)):
-                sums[t] += part.sum(dim=1).double().sum()
+            sums[t] += _sum(torch.sub(chunk, origin[:n], out=difference[:n]).square_())
     return sums
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Return the sum of a flat tensor as a float64 scalar."""
+    rows = len(values) - len(values) % _ROW
+    whole = values[:rows].view(-1, _ROW).sum(dim=1).double().sum()
+    return whole + values[rows:].sum().double()
 
 
 def _chunk_size(tensor: Tensor) -> int:

@@ -10,6 +10,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import minimize
 
 from mergekit_metagpt import scaling_coefficients
+from mergekit_metagpt.coefficients import bound as bound_of_products
 
 norm = st.floats(1e-30, 1e30)
 norms = st.lists(norm, min_size=1, max_size=8)
@@ -122,3 +123,11 @@ def test_the_merge_is_the_weighted_centroid_of_the_experts(vectors):
         centroid = (squared[:, None] * vectors).sum(axis=0) / total
         merged = np.array(scaling_coefficients(squared)) @ vectors
         assert merged == pytest.approx(centroid, abs=1e-12)
+
+
+@given(task_vectors, st.integers(0, 2**32 - 1))
+def test_the_bound_is_read_off_the_inner_products(vectors, seed):
+    coefficients = np.random.default_rng(seed).normal(size=len(vectors))
+    products = (vectors @ vectors.T).tolist()
+    expected = bound(coefficients, vectors)
+    assert bound_of_products(products, coefficients) == pytest.approx(expected, abs=1e-9)

@@ -72,6 +72,24 @@ def test_every_tensor_is_measured_as_float64_does(family):
         assert found.layers[layer] == pytest.approx(sum(rows), rel=1e-6)
 
 
+def test_cosines_are_those_of_the_whole_task_vectors(family):
+    found = survey(family, products=True)
+    base, *experts = map(read, family.values())
+    vectors = [
+        torch.cat([(e[name].double() - base[name].double()).flatten() for name in base])
+        for e in experts
+    ]
+    expected = torch.nn.functional.cosine_similarity(vectors[0], vectors[1], dim=0).item()
+    assert found.cosines == [
+        pytest.approx([1, expected], rel=1e-5),
+        pytest.approx([expected, 1], rel=1e-5),
+    ]
+    assert found.squared_norms == survey(family).squared_norms
+    assert found.parameters == sum(tensor.numel() for tensor in base.values())
+    with pytest.raises(ValueError, match="holds no inner products"):
+        _ = survey(family).cosines
+
+
 def test_a_survey_gives_theorem_10(family):
     base, *experts = map(read, family.values())
     expected = reference.coefficients(base, experts, "model")["model.norm.weight"]

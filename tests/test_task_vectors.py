@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_metagpt.task_vectors import add_task_vectors, squared_norms
+from mergekit_metagpt.task_vectors import add_task_vectors, inner_products, squared_norms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -139,3 +139,22 @@ def test_gradients_flow_through_the_merge():
     add_task_vectors(base, experts, [0.25, 0.5]).sum().backward()
     assert torch.allclose(base.grad, torch.full((50,), 0.25))
     assert torch.allclose(experts[1].grad, torch.full((50,), 0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0, 3, 600_000])
+def test_inner_products_are_those_of_float64(dtype, size):
+    base, experts = fine_tunes((size,), dtype, (1, 1e-2))
+    experts.append((2 * base.double() - experts[0].double()).to(dtype))
+    vectors = torch.stack([e.double() - base.double() for e in experts])
+    products = torch.tensor(inner_products(base, experts), dtype=torch.float64)
+    norms = vectors.norm(dim=1)
+    error = (products - vectors @ vectors.T).abs()
+    assert (error <= 1e-6 * norms[:, None] * norms).all()
+    assert products.diagonal().tolist() == squared_norms(base, experts)
+
+
+def test_inner_products_of_tiny_task_vectors_do_not_underflow():
+    base = torch.zeros(100)
+    experts = [torch.full((100,), 1e-25), torch.full((100,), -2e-25)]
+    assert inner_products(base, experts)[0][1] == pytest.approx(-2e-48, rel=1e-6)
