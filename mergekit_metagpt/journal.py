@@ -35,7 +35,7 @@ def keep() -> Iterator[list[Entry]]:
     try:
         yield entries
     finally:
-        _open.remove(entries)
+        _open[:] = [kept for kept in _open if kept is not entries]
 
 
 def note(

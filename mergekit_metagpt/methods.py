@@ -5,7 +5,6 @@ scaling coefficient λ_t of the MetaGPT paper: ``metagpt`` for plain task arithm
 ``metagpt_X`` for the sparsified ones, which are MergeKit's own code.
 """
 
-import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +22,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_metagpt import journal
@@ -62,6 +62,12 @@ class MetaGPTMerge(GroupMergeMethod):
     def is_plain(self) -> bool:
         """Whether this is task arithmetic, without sparsification or sign consensus."""
         return self.stock.sparsification_method is None and self.stock.consensus_method is None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the stock method draws random numbers."""
+        random = {SparsificationMethod.random, SparsificationMethod.della_magprune}
+        return self.stock.sparsification_method in random
 
     @cached_property
     def spec(self) -> MergeMethodSpec:  # type: ignore[override]
@@ -154,7 +160,7 @@ class MetaGPTMerge(GroupMergeMethod):
         if self.is_plain:
             scale = parameters["lambda"]
             merged = add_task_vectors(
-                base.tensor, [e.tensor for e in experts], [scale * c for c in coefficients]
+                base.tensor, [expert.tensor for expert in experts], coefficients, scale
             )
             if 0 <= scale <= 1 and max(norms) < _LARGEST_SAFE_NORM:
                 return merged  # between finite values

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mergekit.merge_methods.base import TensorEntry, TensorGroup
 
 Granularity = Literal["tensor", "layer", "model"]
+Norms = tuple[float, ...]
 Id = TypeVar("Id", bound=Hashable)
 
 # Recomputed norms differ from surveyed ones by rounding only.
@@ -60,19 +61,19 @@ class Survey:
     """
 
     experts: tuple[Hashable, ...]
-    squared_norms: Mapping[str, tuple[float, ...]]
+    squared_norms: Mapping[str, Norms]
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     parameters: int = 0
-    products: tuple[tuple[float, ...], ...] | None = None
+    products: tuple[Norms, ...] | None = None
 
     @cached_property
-    def model(self) -> tuple[float, ...]:
+    def model(self) -> Norms:
         """T floats: the squared norms over the whole model, as in Theorem 10."""
         return self._sum(self.squared_norms)
 
     @cached_property
-    def layers(self) -> dict[str, tuple[float, ...]]:
+    def layers(self) -> dict[str, Norms]:
         """For each layer T floats; tensors outside of the layers are not in it."""
         members: dict[str, list[str]] = {}
         for name in self.squared_norms:
@@ -95,13 +96,13 @@ class Survey:
             for row, a in zip(self.products, lengths, strict=True)
         ]
 
-    def _sum(self, names: Iterable[str]) -> tuple[float, ...]:
+    def _sum(self, names: Iterable[str]) -> Norms:
         rows = [self.squared_norms[name] for name in names]
         # fsum is exact, so that the order of the tensors does not matter.
         return tuple(math.fsum(row[t] for row in rows) for t in range(len(self.experts)))
 
 
-def sum_matrices(matrices: Sequence[Sequence[Sequence[float]]]) -> tuple[tuple[float, ...], ...]:
+def sum_matrices(matrices: Sequence[Sequence[Sequence[float]]]) -> tuple[Norms, ...]:
     """Add up matrices of one shape, exactly rounded."""
     return tuple(
         tuple(map(math.fsum, zip(*rows, strict=True))) for rows in zip(*matrices, strict=True)
@@ -112,7 +113,7 @@ def measure(
     name: str | None,
     base: tuple[Hashable, Tensor],
     experts: Sequence[tuple[Hashable, Tensor]],
-) -> tuple[float, ...]:
+) -> Norms:
     """Return ‖θ_t − θ_0‖² of one tensor, T floats, all finite.
 
     Raises:
@@ -136,9 +137,9 @@ def measure(
 def scoped_norms(
     tensor: str | None,
     granularity: Granularity,
-    own: Callable[[], tuple[float, ...]],
+    own: Callable[[], Norms],
     survey: Callable[[], Survey],
-) -> tuple[float, ...]:
+) -> Norms:
     """Return T squared norms over the scope that a tensor's coefficients are shared over.
 
     Args:
@@ -189,7 +190,7 @@ def survey_groups(
         ValueError: if a tensor holds NaN or Inf, or a group has no base.
     """
     experts: tuple[Hashable, ...] = ()
-    norms: dict[str, tuple[float, ...]] = {}
+    norms: dict[str, Norms] = {}
     seen = set()
     for number, (group, dtype) in enumerate(
         zip(groups, dtypes or [None] * len(groups), strict=True)

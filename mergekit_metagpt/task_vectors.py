@@ -88,14 +88,18 @@ def inner_products(base: Tensor, experts: Sequence[Tensor]) -> list[list[float]]
 
 
 def add_task_vectors(
-    base: Tensor, experts: Sequence[Tensor], coefficients: Sequence[float]
+    base: Tensor, experts: Sequence[Tensor], coefficients: Sequence[float], scale: float = 1.0
 ) -> Tensor:
-    """Return θ_0 + Σ_t λ_t (θ_t − θ_0), equation 2 of the paper.
+    """Return θ_0 + s Σ_t λ_t (θ_t − θ_0), equation 2 of the paper.
+
+    In float32 these are the operations of MergeKit's ``task_arithmetic`` in their order, so
+    that equal weights give equal bytes.
 
     Args:
         base: θ_0, of any shape, strides, device and floating-point dtype.
         experts: θ_t, T tensors of the base's shape and device.
         coefficients: λ_t, T finite floats; they are constants for autograd.
+        scale: s, MergeKit's ``lambda``.
 
     Returns:
         A new tensor of the base's shape, dtype and device.
@@ -104,17 +108,18 @@ def add_task_vectors(
     chosen = [(e, c) for e, c in zip(experts, coefficients, strict=True) if c]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (base, *experts)):
         origin = base.to(dtype)
-        return (origin + sum(c * (e - origin) for e, c in chosen)).to(base.dtype)
+        return (origin + scale * sum((e - origin) * c for e, c in chosen)).to(base.dtype)
 
     merged = torch.empty_like(base, memory_format=torch.contiguous_format, requires_grad=False)
-    origin, difference, total = _buffers(base, dtype, 3)
+    origin, weighted, total = _buffers(base, dtype, 3)
     for base_chunk, out, *chunks in _chunks(base, merged, *(e for e, _ in chosen)):
         n = len(base_chunk)
         origin[:n].copy_(base_chunk)
         total[:n].zero_()
         for chunk, (_, coefficient) in zip(chunks, chosen, strict=True):
-            torch.sub(chunk, origin[:n], out=difference[:n])
-            total[:n].add_(difference[:n], alpha=coefficient)
+            total[:n] += torch.sub(chunk, origin[:n], out=weighted[:n]).mul_(coefficient)
+        if scale != 1:
+            total[:n] *= scale
         out.copy_(total[:n].add_(origin[:n]))
     return merged
 

@@ -1,8 +1,36 @@
-"""The command ``mergekit-metagpt``."""
+"""The command ``mergekit-metagpt``: a file per subcommand, imported when it is wanted."""
+
+from importlib import import_module
 
 import click
 
+from mergekit_metagpt import __version__
 
-@click.group()
+# To add a subcommand, add its name here, and the file `NAME.py` with the function `NAME` to
+# this folder. Its help is taken from that file, which therefore imports torch and MergeKit
+# inside of functions only: `--help` and wrong usage are to answer at once.
+_COMMANDS = ("demo",)
+
+
+class _LazyGroup(click.Group):
+    """A group whose subcommands are imported on demand."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
+        return command
+
+
+@click.group(cls=_LazyGroup)
+@click.version_option(__version__, prog_name="mergekit-metagpt")
 def main() -> None:
-    """MetaGPT merges."""
+    """MetaGPT for MergeKit: closed-form scaling coefficients for merging models.
+
+    \b
+    Example:
+      mergekit-metagpt demo
+    """

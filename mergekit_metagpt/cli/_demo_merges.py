@@ -1,0 +1,46 @@
+"""The merges of the demo: their configs, and the stock command that carries them out."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from mergekit_metagpt.cli._demo_models import TASKS
+
+_SHOWN_LINES = 20
+
+
+def merge_configs(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return the merge configs by name, for a base and experts that lie in ``directory``."""
+    models = [{"model": str(directory / task)} for task in TASKS]
+    on_base = {"base_model": str(directory / "base"), "models": models}
+    configs: dict[str, dict[str, Any]] = {
+        f"metagpt-{granularity}": {
+            "merge_method": "metagpt",
+            **on_base,
+            "parameters": {"granularity": granularity},
+        }
+        for granularity in ("tensor", "layer", "model")
+    }
+    configs["task-arithmetic"] = {
+        "merge_method": "task_arithmetic",
+        **on_base,
+        "parameters": {"weight": 0.3},
+    }
+    # linear divides by the sum of the weights.
+    configs["average"] = {"merge_method": "linear", "models": models, "parameters": {"weight": 1.0}}
+    return configs
+
+
+def write_configs(directory: Path, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
+    """Write each config as ``NAME.yml`` into the directory; return the paths by name."""
+    files = {name: directory / f"{name}.yml" for name in configs}
+    for name, config in configs.items():
+        # Through JSON's rules, since YAML would write what configs share as anchors.
+        files[name].write_text(_Plain.dump(config), encoding="utf-8")
+    return files

@@ -1,0 +1,81 @@
+"""MergeKit's own options, for every command that touches models."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_KNOWN = f"{__name__}.known"
+
+
+class MergeCommand(click.Command):
+    """A command that also takes every option of MergeKit, as ``mergekit-yaml`` does.
+
+    Its function gets them as ``merge_options``, MergeKit's own class. To know these options
+    is to import torch; so that is done only when one of them is given or the command runs,
+    and not for ``--help`` or a missing argument.
+
+    An exception that a command lets through ends in one sentence; ``--verbose`` shows where
+    it came from.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.params.append(
+            click.Option(["--verbose"], is_flag=True, help="Show the traceback of a failure.")
+        )
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the command's own parameters, and MergeKit's once they are known."""
+        own = super().get_params(ctx)
+        names = {parameter.name for parameter in own}
+        return own + [option for option in ctx.meta.get(_KNOWN, []) if option.name not in names]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command's own options, and MergeKit's only if there are others."""
+        try:
+            return super().parse_args(ctx, list(args))
+        except click.NoSuchOption:
+            if _KNOWN in ctx.meta:
+                raise
+            ctx.meta[_KNOWN] = _merge_options()
+            return self.parse_args(ctx, args)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Say that there are more options than are shown."""
+        super().format_epilog(ctx, formatter)
+        if _KNOWN not in ctx.meta:
+            formatter.write_paragraph()
+            formatter.write_text(
+                "MergeKit's own options work here too, such as --device, --trust-remote-code or "
+                "--lora-merge-cache; see mergekit-yaml --help."
+            )
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command with ``merge_options``."""
+        verbose = ctx.params.pop("verbose")
+        try:
+            ctx.params = _collector()(**ctx.params)
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if verbose:
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise click.ClickException(reason) from error
+
+
+def _collector() -> Callable[..., dict[str, Any]]:
+    from mergekit.options import add_merge_options
+
+    def collect(**parameters: Any) -> dict[str, Any]:
+        return parameters
+
+    collector: Callable[..., dict[str, Any]] = add_merge_options(collect)
+    return collector
+
+
+def _merge_options() -> list[click.Parameter]:
+    options: list[click.Parameter] = list(_collector().__click_params__)  # type: ignore[attr-defined]
+    return options[::-1]

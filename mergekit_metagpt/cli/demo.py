@@ -1,0 +1,146 @@
+"""``mergekit-metagpt demo``: a base and experts trained on the spot, merged and scored."""
+
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from mergekit_metagpt.cli._demo_models import Scale
+
+_USAGE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+path = {path!r}
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+prompt = tokenizer("sort 4 1 3 0 2 5 =", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=7)[0]))"""
+
+
+@click.command()
+@click.argument(
+    "directory",
+    metavar="[DIR]",
+    default="metagpt-demo",
+    type=click.Path(file_okay=False, resolve_path=True, path_type=Path),
+)
+def demo(directory: Path) -> None:
+    """Train a small base and three experts, merge them, show scores.
+
+    Everything happens here and now, in a few minutes on a CPU: DIR (metagpt-demo when not
+    given, and new or empty) receives the models, the merge configs and the merges, which
+    the stock mergekit-yaml command makes.
+
+    \b
+    Example:
+      mergekit-metagpt demo
+    """
+    _require_usable(directory)
+    # Every model lies on this disk: transformers and MergeKit need not ask the hub.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Only now, so that help and refusals do not wait for torch.
+    import torch
+
+    from mergekit_metagpt.cli._demo_models import Scale
+
+    # Models this small gain nothing from threads, and the figures would depend on their number.
+    torch.set_num_threads(1)
+    run_demo(directory, Scale(), Console())
+
+
+def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
+    """Train, merge and score, and print the figures as they come.
+
+    Args:
+        directory: absolute path of an empty directory, or of none yet.
+        scale: how large the models are and how long they train.
+        console: what the progress and the tables are printed to.
+
+    Raises:
+        ClickException: if ``mergekit-yaml`` cannot be found or fails.
+    """
+    from mergekit_metagpt.cli._demo_merges import merge_configs, merge_with_mergekit, stock_command
+    from mergekit_metagpt.cli._demo_models import TASKS, scores, train_family, write_configs
+
+    command = stock_command()
+    train_family(directory, scale, console)
+    configs = merge_configs(directory)
+    merges = {name: directory / "merged" / name for name in configs}
+    files = write_configs(directory, configs)
+    for name in track(configs, "Merging with mergekit-yaml", console=console):
+        merge_with_mergekit(command, files[name], merges[name])
+
+    rows = {"base": directory / "base"}
+    rows |= {f"expert {task}": directory / task for task in TASKS} | merges
+    results = {
+        name: scores(path, scale)
+        for name, path in track(rows.items(), "Scoring", console=console)
+    }
+    console.print(_scores_table(results, scale))
+    console.print(_coefficients_table(directory, list(TASKS)))
+    shown = "metagpt-model"
+    words = [command, str(files[shown]), str(merges[shown])]
+    for text in (
+        f"The config of {shown}: {files[shown]}",
+        f"It was merged with:\n{shlex.join(words)}",
+        f"Use it in Python:\n{_USAGE.format(path=str(merges[shown]))}",
+    ):
+        console.print(f"\n{text}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _require_usable(directory: Path) -> None:
+    """Create the directory, or say in one sentence why it cannot take a demo."""
+    if set("+@") & set(str(directory)):
+        raise click.ClickException(
+            f"MergeKit reads the + or @ in {directory} as a LoRA or a revision; choose another "
+            "directory."
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        is_empty = not any(directory.iterdir())
+    except OSError as error:
+        raise click.ClickException(
+            f"{directory} cannot be used ({error.strerror}); choose another directory."
+        ) from error
+    if not is_empty:
+        raise click.ClickException(
+            f"{directory} is not empty; choose another directory or delete it."
+        )
+
+
+def _scores_table(results: Mapping[str, Mapping[str, float]], scale: "Scale") -> Table:
+    table = Table(
+        title=f"Right answers to {scale.held_out} held-out prompts per task, in %",
+        caption="metagpt-*: this package, by granularity. task-arithmetic: stock task_arithmetic, "
+        "every weight 0.3. average: stock linear, the experts' plain average.",
+    )
+    table.add_column("model")
+    for column in (*next(iter(results.values())), "average"):
+        table.add_column(column, justify="right")
+    for name, result in results.items():
+        values = [*result.values(), math.fsum(result.values()) / len(result)]
+        table.add_row(name, *(f"{value:.1f}" for value in values))
+    return table
+
+
+def _coefficients_table(directory: Path, experts: list[str]) -> Table:
+    from mergekit_metagpt import scaling_coefficients, survey_checkpoints
+
+    survey = survey_checkpoints(
+        str(directory / "base"), [str(directory / name) for name in experts], progress=False
+    )
+    coefficients = scaling_coefficients(survey.model)
+    table = Table(title="Scaling coefficients at granularity model")
+    table.add_column("expert")
+    table.add_column("L2 norm of the task vector", justify="right")
+    table.add_column("λ", justify="right")
+    for expert, norm, coefficient in zip(survey.experts, survey.model, coefficients, strict=True):
+        table.add_row(Path(str(expert)).name, f"{math.sqrt(norm):.4f}", f"{coefficient:.4f}")
+    return table

@@ -1,0 +1,55 @@
+"""How problems are put into words."""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+
+class PreflightError(Exception):
+    """What a merge would fail on; each argument is one sentence."""
+
+
+def nearest(name: Any, known: Iterable[str]) -> str | None:
+    """Return the known name that this one is most likely a slip of.
+
+    >>> nearest("densitty", ["weight", "density"])
+    'density'
+    """
+    return next(iter(get_close_matches(str(name), list(known), n=1)), None)
+
+
+def instead(name: Any, known: Iterable[str]) -> str:
+    """Return the way out of an unknown name.
+
+    >>> instead("densitty", ["weight", "density"])
+    'write density instead'
+    >>> instead("colour", ["weight", "density"])
+    'use one of density, weight'
+    """
+    known = sorted(known)
+    close = nearest(name, known)
+    if close:
+        return f"write {close} instead"
+    return f"use one of {', '.join(known)}" if known else "remove it"
+
+
+def counted(names: Sequence[str]) -> str:
+    """Name the first of some tensors, and count the others.
+
+    >>> counted(["lm_head.weight"])
+    'tensor lm_head.weight'
+    >>> counted(["a", "b", "c"])
+    'tensor a and 2 more'
+    """
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"tensor {names[0]}{more}"
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what an exception says.
+
+    >>> reason(ValueError("no such model.\\nTraceback ..."))
+    'ValueError: no such model'
+    """
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0].rstrip('.:')}" if said else type(error).__name__

@@ -1,0 +1,120 @@
+"""Language models that run, anywhere on the line between a base and an expert.
+
+One model is run; base and expert are read tensor by tensor. safetensors files are mapped
+into memory, not copied, so that only the running model takes up memory of its own.
+"""
+
+from collections.abc import Collection
+
+import torch
+import transformers
+from mergekit.common import ModelReference, get_auto_cls
+from mergekit.options import MergeOptions
+
+_NEXT_TOKEN = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def language_model_config(
+    model: ModelReference, trust_remote_code: bool
+) -> transformers.PretrainedConfig:
+    """Return a model's config.
+
+    Raises:
+        ValueError: if the model yields no logits of a next token.
+    """
+    config = model.config(trust_remote_code)
+    architecture = (config.architectures or ["no architecture"])[0]
+    if config.is_encoder_decoder or not architecture.endswith(_NEXT_TOKEN):
+        raise ValueError(
+            f"{model} is a {architecture}, which yields no logits of a next token; diagnose "
+            "tests decoder-only language models."
+        )
+    return config
+
+
+def load(
+    model: ModelReference, dtype: torch.dtype, options: MergeOptions
+) -> transformers.PreTrainedModel:
+    """Load a model onto the CPU, its LoRA merged into it, mapped if ``dtype`` is the files'."""
+    merged = model.merged(
+        options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype
+    )
+    config = language_model_config(model, options.trust_remote_code)
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # the caller shows one over all models
+    try:
+        loaded: transformers.PreTrainedModel = get_auto_cls(
+            config.architectures[0]
+        ).from_pretrained(
+            merged.model.path,
+            revision=merged.model.revision,
+            cache_dir=options.transformers_cache,
+            trust_remote_code=options.trust_remote_code,
+            dtype=dtype,
+        )
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    return loaded.eval()
+
+
+def incomparable(
+    base: transformers.PreTrainedModel,
+    expert: transformers.PreTrainedModel,
+    left_out: Collection[str] = (),
+) -> tuple[str, ...]:
+    """Return the parameters that have to stay at the base's.
+
+    Args:
+        base: θ_0.
+        expert: θ_t, of the base's class.
+        left_out: tensors that a survey could not compare, under MergeKit's names.
+
+    Raises:
+        ValueError: if one model holds a parameter that the other lacks.
+    """
+    # Tied weights stand in a state_dict under each name, among the parameters under one.
+    tensors = {id(model): model.state_dict() for model in (base, expert)}
+    for one, other, what in ((expert, base, "base"), (base, expert, "expert")):
+        for name, _ in one.named_parameters():
+            if name not in tensors[id(other)]:
+                raise ValueError(
+                    f"Parameter {name} is missing from the {what} {other.name_or_path}; "
+                    "diagnose fine-tunes of one base."
+                )
+    return tuple(
+        name
+        for name, parameter in base.named_parameters()
+        if parameter.shape != tensors[id(expert)][name].shape
+        # MergeKit leaves out some prefixes: wte.weight for transformer.wte.weight.
+        or any(f".{name}".endswith(f".{tensor}") for tensor in left_out)
+    )
+
+
+@torch.no_grad()
+def interpolate(
+    model: transformers.PreTrainedModel,
+    base: transformers.PreTrainedModel,
+    expert: transformers.PreTrainedModel,
+    alpha: float,
+    held: Collection[str] = (),
+) -> None:
+    """Set the parameters of a model to θ_0 + α (θ_t − θ_0), in place.
+
+    Exact at both ends: α = 0 gives θ_0 and α = 1 gives θ_t, bit for bit. Buffers stay.
+
+    Args:
+        model: what is set; its dtype and device are those of the arithmetic.
+        base: θ_0.
+        expert: θ_t.
+        alpha: α, in [0, 1].
+        held: parameters that are set to the base's instead.
+    """
+    starts, ends = base.state_dict(), expert.state_dict()
+    for name, parameter in model.named_parameters():
+        start = starts[name].to(parameter)
+        if name in held:
+            parameter.copy_(start)
+        else:
+            # Unlike the formula, lerp does not round where α = 1.
+            torch.lerp(start, ends[name].to(parameter), alpha, out=parameter)
