@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from typing import cast
 
 import torch
 import tqdm
@@ -13,7 +14,10 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_metagpt.running import incomparable, interpolate, load
+from mergekit_metagpt.survey import Survey
 from mergekit_metagpt.task_vectors import working_dtype
+
+Names = tuple[str, ...]
 
 ALPHAS = tuple(step / 10 for step in range(11))
 
@@ -37,7 +41,7 @@ class Linearity:
 
     expert: ModelReference
     outputs: Tensor
-    held: tuple[str, ...] = ()
+    held: Names = ()
 
     @cached_property
     def line(self) -> Tensor:
@@ -73,7 +77,7 @@ class Linearity:
 
     @property
     def largest_deviation(self) -> float:
-        """max |z_o(α) − line_o(α)| / max |z_o(1) − z_o(0)|; NaN if the outputs do not move."""
+        """Max |z_o(α) − line_o(α)| / max |z_o(1) − z_o(0)|, NaN if the outputs do not move."""
         deviation = (self.outputs - self.line).abs().max().item()
         most = (self.outputs[-1] - self.outputs[0]).abs().max().item()
         return deviation / most if self.moves else math.nan
@@ -151,15 +155,13 @@ def sample_tokens(base: Tensor, expert: Tensor, seed: int) -> Tensor:
 
 def measure_linearity(
     base: ModelReference,
-    experts: Sequence[ModelReference],
+    survey: Survey,
     prompts: Sequence[Tensor],
     *,
-    stored: torch.dtype,
     options: MergeOptions,
-    left_out: Sequence[str] = (),
     progress: bool = True,
 ) -> list[Linearity]:
-    """Follow outputs from the base to each expert.
+    """Follow outputs from a base to each of its experts.
 
     The model runs in float32 whatever it is stored in (float64 for float64): half precision
     would round small steps along a task vector away and add noise to the outputs. That
@@ -167,41 +169,43 @@ def measure_linearity(
 
     Args:
         base: θ_0, a decoder-only language model.
-        experts: θ_t, T of the same.
+        survey: of the base and its T experts; tensors that it left out stay at the base's.
         prompts: token ids, int64 of shape [L] each; at least one.
-        stored: a dtype that holds the values of all models as they are stored.
         options: MergeKit's; the device, the random seed, trust and caches count here.
-        left_out: tensors that a survey could not compare; they stay at the base's.
         progress: whether a progress bar is shown.
+
+    Returns:
+        T results, in the order of the survey's experts.
 
     Raises:
         ValueError: if a model holds a parameter that another lacks, or outputs overflow.
     """
     seed = options.random_seed or 0
     probe = Probe.sample(prompts, seed)
-    model = load(base, working_dtype(stored), options).to(options.device)
+    stored = reduce(torch.promote_types, survey.dtypes.values())
+    model = load(base, working_dtype(stored), options, options.device or "cpu")
     start = load(base, stored, options)
     found = []
     with tqdm.tqdm(
-        total=1 + len(experts) * (len(ALPHAS) - 1),
+        total=1 + len(survey.experts) * (len(ALPHAS) - 1),
         desc="Running the models",
         unit="model",
         disable=not progress,
     ) as bar:
-        first = probe.logits(model)
-        bar.update()
-        for expert in experts:
-            end = load(expert, stored, options)
-            held = incomparable(start, end, left_out)
-            interpolate(model, start, end, 1.0, held)
-            last = probe.logits(model)
+
+        def outputs(end: transformers.PreTrainedModel, alpha: float, held: Names = ()) -> Tensor:
+            interpolate(model, start, end, alpha, held)
             bar.update()
+            return probe.logits(model)
+
+        first = outputs(start, 0.0)
+        for expert in cast("tuple[ModelReference, ...]", survey.experts):
+            end = load(expert, stored, options)
+            held = incomparable(start, end, survey.left_out)
+            last = outputs(end, 1.0, held)
             tokens = sample_tokens(first, last, seed)
-            between = []
-            for alpha in ALPHAS[1:-1]:
-                interpolate(model, start, end, alpha, held)
-                between.append(probe.logits(model).gather(-1, tokens))
-                bar.update()
+            # Of the logits in between only those of the sampled tokens are kept.
+            between = [outputs(end, alpha, held).gather(-1, tokens) for alpha in ALPHAS[1:-1]]
             rows = [first.gather(-1, tokens), *between, last.gather(-1, tokens)]
             found.append(Linearity(expert, torch.stack(rows).double(), held))
             del end  # before the next expert is loaded

@@ -204,15 +204,22 @@ def _survey_of(group: TensorGroup) -> Survey:
         return survey_groups([group])
     from mergekit_metagpt.kept_surveys import kept_survey
 
-    command = click.get_current_context(silent=True)
-    quiet = command is not None and command.params.get("quiet", False)
     return kept_survey(
         _checkpoints(ids, base.id),
         group.metadata.name,
         base.tensor.dtype,
         base.tensor.device,
-        progress=not quiet,
+        progress=not _quiet(),
     )
+
+
+def _quiet() -> bool:
+    """Return whether the command that runs was given ``--quiet``, which methods are not told."""
+    command = click.get_current_context(silent=True)
+    if command is None:
+        return False
+    options = command.params.get("merge_options")
+    return bool(command.params.get("quiet", getattr(options, "quiet", False)))
 
 
 def _require_finite(merged: Tensor, group: TensorGroup) -> None:

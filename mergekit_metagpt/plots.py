@@ -7,11 +7,12 @@ To add a figure: a public function that takes numbers and a path, draws on the a
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.lines import Line2D
 
     from mergekit_metagpt.linearity import Linearity
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _SERIES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"))
 
 _PANEL = (3.6, 3.1)  # inches
+_MOST_COLUMNS = 3
 _LONGEST_NAME = 24
 _MOST_NUMBERS = 12  # rows of a matrix up to which the cells hold their numbers
 
@@ -37,7 +39,7 @@ def require_plotting(path: Path) -> None:
         raise ValueError(f"The directory of {path} does not exist; create it first.")
 
 
-def plot_diagnosis(
+def draw_diagnosis(
     path: Path,
     names: Sequence[str],
     linearities: Sequence["Linearity"],
@@ -51,18 +53,22 @@ def plot_diagnosis(
         linearities: their outputs, in that order.
         cosines: T x T cosines of their task vectors, in that order.
     """
-    panels = len(names) + 1
-    columns = min(panels, 3 if panels <= 6 else 4)
-    figure = _figure(columns, -(-panels // columns))
-    axes = [figure.add_subplot(-(-panels // columns), columns, n + 1) for n in range(panels)]
-    for ax, name, linearity in zip(axes, names, linearities, strict=False):
-        _draw_outputs(ax, name, linearity)
-    _draw_matrix(axes[-1], names, cosines)
-    axes[-1].set_title("Cosines of the task vectors", fontsize=10)
+    columns = min(len(names), _MOST_COLUMNS)
+    rows = -(-len(names) // columns)
+    figure = _figure(columns + 1.2, rows)
+    left, right = cast("Sequence[SubFigure]", figure.subfigures(1, 2, width_ratios=(columns, 1.2)))
+    for number, (name, linearity) in enumerate(zip(names, linearities, strict=True), 1):
+        ax = left.add_subplot(rows, columns, number)
+        _draw_outputs(ax, linearity)
+        fit = f"R² = {linearity.r_squared:.3f}" if linearity.moves else "does not move"
+        ax.set_title(f"{_short(name)}: {fit}", fontsize=10)
+    left.axes[0].legend(*_legend(), fontsize=8)
+    _draw_matrix(right.add_subplot(), names, cosines)
+    right.axes[0].set_title("Cosines of the task vectors", fontsize=10)
     figure.savefig(path)
 
 
-def _figure(columns: int, rows: int) -> "Figure":
+def _figure(columns: float, rows: float) -> "Figure":
     """Return an empty figure for so many panels; it belongs to no window and no pyplot state."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -77,7 +83,7 @@ def _figure(columns: int, rows: int) -> "Figure":
     return figure
 
 
-def _draw_outputs(ax: "Axes", name: str, linearity: "Linearity") -> None:
+def _draw_outputs(ax: "Axes", linearity: "Linearity") -> None:
     """Draw three outputs z(α) − z(0), and the straight lines to their ends."""
     from mergekit_metagpt.linearity import ALPHAS
 
@@ -88,25 +94,42 @@ def _draw_outputs(ax: "Axes", name: str, linearity: "Linearity") -> None:
         shifted = (output - output[0]).tolist()
         ax.plot(ALPHAS, shifted, color=colour, marker=marker, markersize=4, linewidth=1.5)
         ax.plot((0, 1), (0, shifted[-1]), color=colour, linestyle="--", linewidth=1)
-    ax.set_title(f"{_short(name)}: R² = {linearity.r_squared:.3f}", fontsize=10)
     ax.set_xlabel("α")
     ax.set_ylabel("logit − logit of the base")
     ax.grid(alpha=0.3)
 
 
+def _legend() -> tuple[list["Line2D"], list[str]]:
+    from matplotlib.lines import Line2D
+
+    styles = [Line2D([], [], color="black", linestyle=style) for style in ("-", "--")]
+    return styles, ["output", "straight line"]
+
+
 def _draw_matrix(ax: "Axes", names: Sequence[str], values: Sequence[Sequence[float]]) -> None:
     """Draw a T x T matrix of values from −1 to 1."""
     ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
-    labels = [_short(name) for name in names]
-    ax.set_xticks(range(len(names)), labels, rotation=45, ha="right", fontsize=8)
+    # Rows carry the names, columns only their numbers: long names do not stand well.
+    numbers = range(1, len(names) + 1)
+    ax.set_xticks(range(len(names)), [str(number) for number in numbers], fontsize=8)
+    labels = [f"{_short(name)}  {n}" for n, name in zip(numbers, names, strict=True)]
     ax.set_yticks(range(len(names)), labels, fontsize=8)
     if len(names) > _MOST_NUMBERS:
         return
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             colour = "white" if abs(value) > 0.6 else "black"
-            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+            ax.text(
+                j,
+                i,
+                f"{round(value, 2) + 0.0:.2f}",
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=8,
+            )
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
+    half = _LONGEST_NAME // 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[:half]}…{name[1 - half :]}"

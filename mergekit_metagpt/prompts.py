@@ -1,13 +1,19 @@
 """The texts that a model is probed with, as token ids."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
 from torch import Tensor
 
-#: One per line in a file of the user's own.
+LOG = logging.getLogger(__name__)
+
+# Neutral, and of several kinds: facts, stories, sums, code, questions, instructions.
 BUILT_IN = (
     "The capital of France is the city of Paris, which lies on the river",
     "Water boils at a lower temperature in the mountains because the air pressure",
@@ -25,7 +31,7 @@ _RANDOM_PROMPTS, _RANDOM_LENGTH = 8, 16
 _LONGEST = 256
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path) -> Sequence[str]:
     """Return the lines of a UTF-8 file that are not blank.
 
     Raises:
@@ -41,25 +47,61 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def tokenize(
-    prompts: list[str], base: ModelReference, trust_remote_code: bool, cache: str | None
-) -> list[Tensor] | None:
-    """Return each prompt's token ids, int64 of shape [L], or None if the base has no tokenizer."""
+def token_ids(
+    file: Path | None, base: ModelReference, vocabulary: int, options: MergeOptions
+) -> tuple[list[Tensor], str]:
+    """Return the prompts that a base and its experts are probed with.
+
+    Args:
+        file: one prompt per line; the built-in prompts if None.
+        base: the model whose tokenizer is used.
+        vocabulary: how many tokens the base knows.
+        options: MergeKit's; the random seed, trust and caches count here.
+
+    Returns:
+        The token ids, int64 of shape [L] each, and in words what they are. Without a
+        tokenizer and a file they are random.
+
+    Raises:
+        ValueError: if the file is no list of prompts, or does not fit the tokenizer.
+    """
+    prompts = BUILT_IN if file is None else read_prompts(file)
+    tokenizer = _tokenizer(base, options)
+    if tokenizer is None:
+        if file is not None:
+            raise ValueError(
+                f"No tokenizer could be loaded for {base}, which {file} would need; add its "
+                "tokenizer files, or leave out --prompts to use random token ids."
+            )
+        seed = options.random_seed or 0
+        return _random(vocabulary, seed), (
+            f"{_RANDOM_PROMPTS} prompts of random token ids (seed {seed}), since no tokenizer "
+            f"could be loaded for {base}"
+        )
+    ids = [torch.tensor(tokenizer(prompt)["input_ids"][:_LONGEST]).long() for prompt in prompts]
+    ids = [row for row in ids if len(row)]
+    if not ids or max(row.max().item() for row in ids) >= vocabulary:
+        raise ValueError(
+            f"The tokenizer of {base} does not fit the model, which knows {vocabulary} tokens; "
+            "download its tokenizer files again."
+        )
+    source = "built-in prompts" if file is None else f"prompts from {file}"
+    return ids, f"{len(ids)} {source}"
+
+
+def _tokenizer(base: ModelReference, options: MergeOptions) -> Any:
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
+        return transformers.AutoTokenizer.from_pretrained(
             base.model.path,
             revision=base.model.revision,
-            trust_remote_code=trust_remote_code,
-            cache_dir=cache,
+            trust_remote_code=options.trust_remote_code,
+            cache_dir=options.transformers_cache,
         )
-    except Exception:  # transformers raises whatever its many loaders raise
+    except Exception as error:  # transformers raises whatever its many loaders raise
+        LOG.info("No tokenizer could be loaded for %s: %s", base, error)
         return None
-    ids = [torch.tensor(tokenizer(prompt)["input_ids"][:_LONGEST]) for prompt in prompts]
-    return [row.long() for row in ids if len(row)]
 
 
-def random_prompts(vocabulary: int, seed: int) -> list[Tensor]:
-    """Return token ids drawn from [0, vocabulary), int64 of shape [16] each."""
+def _random(vocabulary: int, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary, (_RANDOM_PROMPTS, _RANDOM_LENGTH), generator=generator)
-    return list(ids)
+    return list(torch.randint(vocabulary, (_RANDOM_PROMPTS, _RANDOM_LENGTH), generator=generator))

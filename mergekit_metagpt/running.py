@@ -4,7 +4,9 @@ One model is run; base and expert are read tensor by tensor. safetensors files a
 into memory, not copied, so that only the running model takes up memory of its own.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import transformers
@@ -33,29 +35,37 @@ def language_model_config(
 
 
 def load(
-    model: ModelReference, dtype: torch.dtype, options: MergeOptions
+    model: ModelReference,
+    dtype: torch.dtype,
+    options: MergeOptions,
+    device: torch.device | str = "cpu",
 ) -> transformers.PreTrainedModel:
-    """Load a model onto the CPU, its LoRA merged into it, mapped if ``dtype`` is the files'."""
+    """Load a model, its LoRA merged; on the CPU it is mapped if ``dtype`` is the files'."""
     merged = model.merged(
         options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype
     )
     config = language_model_config(model, options.trust_remote_code)
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # the caller shows one over all models
-    try:
-        loaded: transformers.PreTrainedModel = get_auto_cls(
-            config.architectures[0]
-        ).from_pretrained(
+    with _no_progress_bar():  # the caller shows one over all models
+        loaded: Any = get_auto_cls((config.architectures or [""])[0]).from_pretrained(
             merged.model.path,
             revision=merged.model.revision,
             cache_dir=options.transformers_cache,
             trust_remote_code=options.trust_remote_code,
             dtype=dtype,
         )
+    return cast(transformers.PreTrainedModel, loaded.to(device).eval())
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    logging: Any = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-    return loaded.eval()
+        if shown:
+            logging.enable_progress_bar()
 
 
 def incomparable(

@@ -9,7 +9,7 @@ from mergekit_metagpt import __version__
 # To add a subcommand, add its name here, and the file `NAME.py` with the function `NAME` to
 # this folder. Its help is taken from that file, which therefore imports torch and MergeKit
 # inside of functions only: `--help` and wrong usage are to answer at once.
-_COMMANDS = ("demo",)
+_COMMANDS = ("coefficients", "diagnose", "resolve", "merge", "demo")
 
 
 class _LazyGroup(click.Group):

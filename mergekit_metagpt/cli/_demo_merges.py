@@ -41,6 +41,40 @@ def write_configs(directory: Path, configs: Mapping[str, Mapping[str, Any]]) -> 
     """Write each config as ``NAME.yml`` into the directory; return the paths by name."""
     files = {name: directory / f"{name}.yml" for name in configs}
     for name, config in configs.items():
-        # Through JSON's rules, since YAML would write what configs share as anchors.
-        files[name].write_text(_Plain.dump(config), encoding="utf-8")
+        files[name].write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return files
+
+
+def stock_command() -> str:
+    """Return the path of the ``mergekit-yaml`` that belongs to this interpreter.
+
+    Raises:
+        ClickException: if there is none.
+    """
+    scripts = Path(sys.executable).parent
+    found = shutil.which("mergekit-yaml", path=str(scripts))
+    if found is None:
+        raise click.ClickException(
+            f"There is no mergekit-yaml in {scripts}; install MergeKit for this interpreter."
+        )
+    return found
+
+
+def merge_with_mergekit(command: str, config: Path, out: Path) -> None:
+    """Run ``mergekit-yaml CONFIG OUT`` as a user would.
+
+    Raises:
+        ClickException: if it fails; the last lines of its stderr are shown before.
+    """
+    done = subprocess.run(
+        [command, str(config), str(out)],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    if done.returncode:
+        click.echo("\n".join(done.stderr.splitlines()[-_SHOWN_LINES:]), err=True)
+        raise click.ClickException(
+            f"mergekit-yaml could not merge {config} (exit status {done.returncode}); its last "
+            "lines stand above."
+        )

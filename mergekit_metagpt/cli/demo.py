@@ -66,8 +66,13 @@ def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
     Raises:
         ClickException: if ``mergekit-yaml`` cannot be found or fails.
     """
-    from mergekit_metagpt.cli._demo_merges import merge_configs, merge_with_mergekit, stock_command
-    from mergekit_metagpt.cli._demo_models import TASKS, scores, train_family, write_configs
+    from mergekit_metagpt.cli._demo_merges import (
+        merge_configs,
+        merge_with_mergekit,
+        stock_command,
+        write_configs,
+    )
+    from mergekit_metagpt.cli._demo_models import TASKS, scores, train_family
 
     command = stock_command()
     train_family(directory, scale, console)
@@ -80,8 +85,7 @@ def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
     rows = {"base": directory / "base"}
     rows |= {f"expert {task}": directory / task for task in TASKS} | merges
     results = {
-        name: scores(path, scale)
-        for name, path in track(rows.items(), "Scoring", console=console)
+        name: scores(path, scale) for name, path in track(rows.items(), "Scoring", console=console)
     }
     console.print(_scores_table(results, scale))
     console.print(_coefficients_table(directory, list(TASKS)))

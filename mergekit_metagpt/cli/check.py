@@ -1,0 +1,73 @@
+"""``mergekit-metagpt check``: what would go wrong, before an hour is spent."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from mergekit_metagpt.cli._options import MergeCommand
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+    from mergekit_metagpt.preflight import Costs
+
+
+@click.command(cls=MergeCommand)
+@click.argument("config", type=click.Path())
+@click.argument("out", type=click.Path(), required=False)
+@click.pass_context
+def check(
+    context: click.Context, config: str, out: str | None, merge_options: "MergeOptions"
+) -> None:
+    """Find what is wrong with a merge, without reading a tensor.
+
+    CONFIG is a MergeKit config, of any merge method; OUT is where the merge would be written.
+    Prints what the merge will cost, or all problems, and then ends with exit code 1. Reads
+    configs, the headers of weight files and tokenizers only, so it takes seconds.
+    """
+    import logging
+
+    import transformers
+
+    from mergekit_metagpt.preflight import inspect
+
+    logging.basicConfig(level=logging.INFO if merge_options.verbosity else logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    found = inspect(config, out, merge_options)
+    for problem in found.problems:
+        click.echo(problem, err=True)
+    if found.plan is None:
+        context.exit(1)
+    if not merge_options.quiet:
+        show(found.plan)
+
+
+def show(plan: "Costs") -> None:
+    """Print a plan as a table, and its notes."""
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    rows = [("Method", plan.method)]
+    rows += [("Base", plan.base)] if plan.base else []
+    rows += [("Expert" if plan.base else "Model", expert) for expert in plan.experts]
+    rows += [
+        ("Tensors", f"{plan.tensors:,}"),
+        ("Parameters", f"{plan.parameters:,}"),
+        ("Passes over the models", str(plan.passes)),
+        ("Bytes read", decimal(plan.bytes_read)),
+        ("Bytes written", decimal(plan.bytes_written)),
+        ("Output shards", str(plan.shards)),
+        ("Peak memory, about", decimal(plan.peak_memory)),
+    ]
+    if plan.bytes_applied:
+        rows.append(("Bytes written to the LoRA cache", decimal(plan.bytes_applied)))
+    table = Table(title="Nothing stands against this merge", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    console.print(table)
+    for note in plan.notes:
+        console.print(note, markup=False, soft_wrap=True)

@@ -1,0 +1,192 @@
+"""``mergekit-metagpt diagnose``: whether the paper's two assumptions hold for these models."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mergekit_metagpt.cli._config import config_argument, read_config, wants_progress
+from mergekit_metagpt.cli._options import MergeCommand
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    from mergekit_metagpt.linearity import Linearity
+
+# From here on outputs count as linear in α, and task vectors as orthogonal.
+_LINEAR, _ORTHOGONAL = 0.95, 0.1
+
+
+@click.command(cls=MergeCommand)
+@config_argument
+@click.option(
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="One prompt per line, in UTF-8; a few built-in ones if not given.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Draw the outputs and the cosines.",
+)
+def diagnose(
+    config: str, prompts: Path | None, plot: Path | None, merge_options: "MergeOptions"
+) -> None:
+    """Test the assumptions of MetaGPT on the models of CONFIG, any MergeKit config.
+
+    Linearity: logits of the next token are followed from the base to each expert, in 10
+    steps. R² says how straight they go. Orthogonality: the cosines of the task vectors.
+
+    One model at a time runs, in float32: it takes 4 bytes of memory per parameter, on the
+    --device that is given.
+
+    \b
+    Example:
+      mergekit-metagpt diagnose metagpt.yml --prompts questions.txt --plot assumptions.png
+    """
+    if plot is not None:
+        from mergekit_metagpt.plots import require_plotting
+
+        require_plotting(plot)
+    from mergekit_metagpt.report import matrix, short_names
+
+    console = Console()
+    merge_options.apply_global_options()  # type: ignore[no-untyped-call]
+    linearities, cosines = _measure(read_config(config), prompts, merge_options, console)
+    names = short_names([str(linearity.expert) for linearity in linearities])
+    _show_linearity(console, names, linearities)
+    console.print(matrix("Cosines of the task vectors (Property 6)", names, cosines))
+    _say(console, _cosines_verdict(names, cosines))
+    if plot is not None:
+        from mergekit_metagpt.plots import draw_diagnosis
+
+        draw_diagnosis(plot, names, linearities, cosines)
+        _say(console, f"The figure is in {plot}.")
+
+
+def _measure(
+    config: "MergeConfiguration", prompts: Path | None, options: "MergeOptions", console: Console
+) -> tuple[list["Linearity"], list[list[float]]]:
+    """Return the outputs of T experts and the T x T cosines, experts in the same order."""
+    from mergekit.common import dtype_from_name
+    from mergekit.io.tasks import LoaderCache
+
+    from mergekit_metagpt.linearity import measure_linearity
+    from mergekit_metagpt.prompts import token_ids
+    from mergekit_metagpt.running import language_model_config
+    from mergekit_metagpt.survey import survey_checkpoints
+
+    LoaderCache().setup(options)
+    base, experts = _models(config)
+    for model in (*experts, base):
+        known = language_model_config(model, options.trust_remote_code)
+    ids, source = token_ids(prompts, base, known.get_text_config().vocab_size, options)
+    _say(console, f"Prompts: {source}.")
+    progress = wants_progress(options)
+    survey = survey_checkpoints(
+        base,
+        experts,
+        dtype=dtype_from_name(config.dtype),
+        device=options.device or "cpu",
+        progress=progress,
+        products=True,
+    )
+    results = measure_linearity(base, survey, ids, options=options, progress=progress)
+    return results, survey.cosines
+
+
+def _models(config: "MergeConfiguration") -> tuple["ModelReference", list["ModelReference"]]:
+    """Return the base and the experts of a config."""
+    slices = list(config.slices or [])
+    for module in (config.modules or {}).values():
+        slices += module.slices or []
+    named = [config.base_model, *(part.base_model for part in slices)]
+    bases = {base for base in named if base is not None}
+    if len(bases) != 1:
+        raise ValueError(
+            "Task vectors start at one base, but the merge config names "
+            f"{'several' if bases else 'none'}; set base_model."
+        )
+    base = next(iter(bases))
+    experts = [model for model in config.referenced_models() if model != base]
+    if not experts:
+        raise ValueError("The merge config names no model beside the base; add the experts.")
+    return base, experts
+
+
+def _show_linearity(
+    console: Console, names: Sequence[str], linearities: Sequence["Linearity"]
+) -> None:
+    table = Table(
+        title="Linearity from the base to each expert (Property 5)",
+        box=box.SIMPLE,
+        title_justify="left",
+    )
+    table.add_column("expert", overflow="fold")
+    for column in ("R²", "largest deviation", "movement, logits"):
+        table.add_column(column, justify="right")
+    for name, result in zip(names, linearities, strict=True):
+        fit = [f"{result.r_squared:.4f}", f"{result.largest_deviation:.1%}"]
+        table.add_row(name, *(fit if result.moves else ["", ""]), f"{result.movement:.2g}")
+    console.print(table)
+    for name, result in zip(names, linearities, strict=True):
+        if result.held:
+            _say(
+                console,
+                f"{', '.join(result.held)}: no way to compare with {name}, whose vocabulary "
+                "differs; held at the base's, so that the lines end short of this expert.",
+            )
+    _say(console, _linearity_verdict(names, linearities))
+
+
+def _linearity_verdict(names: Sequence[str], linearities: Sequence["Linearity"]) -> str:
+    """Say what the R² mean for the merge."""
+    pairs = list(zip(names, linearities, strict=True))
+    still = [name for name, result in pairs if not result.moves]
+    curved = [name for name, result in pairs if result.moves and result.r_squared < _LINEAR]
+    verdicts = []
+    if still:
+        verdicts.append(
+            f"{', '.join(still)}: the outputs do not move by more than rounding, so there is no "
+            "R² to tell."
+        )
+    if curved:
+        verdicts.append(
+            f"{', '.join(curved)}: not in the linear regime (R² under {_LINEAR}). There the bound "
+            "that MetaGPT minimises is not assured and its coefficients are a heuristic; score "
+            "the merge before you rely on it."
+        )
+    elif len(still) < len(names):
+        verdicts.append(
+            f"In the linear regime (every R² is at least {_LINEAR}): Property 5 holds on these "
+            "prompts, and the bound that MetaGPT minimises applies to the merge."
+        )
+    return "\n".join(verdicts)
+
+
+def _cosines_verdict(names: Sequence[str], cosines: Sequence[Sequence[float]]) -> str:
+    """Say what the cosines mean for the merge."""
+    pairs = [(abs(cosines[i][j]), i, j) for i in range(len(names)) for j in range(i)]
+    if not pairs:
+        return "With one expert there is no pair to compare."
+    largest, i, j = max(pairs)
+    if largest < _ORTHOGONAL:
+        return f"Nearly orthogonal: no |cosine| of two experts reaches {_ORTHOGONAL} (Property 6)."
+    effect = "share a direction" if cosines[i][j] > 0 else "undo each other in part"
+    return (
+        f"Not orthogonal: {names[j]} and {names[i]} {effect} (cosine {cosines[i][j]:.2f}). The "
+        "coefficients are still the exact minimiser of the bound, which does not need "
+        "orthogonality, but expect these experts to interact in the merge."
+    )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

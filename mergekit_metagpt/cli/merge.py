@@ -1,0 +1,32 @@
+"""``mergekit-metagpt merge``: check, merge, record; the output appears whole or not at all."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mergekit_metagpt.cli._config import config_argument, read_config
+from mergekit_metagpt.cli._options import MergeCommand
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+
+@click.command(cls=MergeCommand)
+@config_argument
+@click.argument("out", type=click.Path(path_type=Path))
+def merge(config: str, out: Path, merge_options: "MergeOptions") -> None:
+    """Merge CONFIG into the new directory OUT, as mergekit-yaml does, but safely.
+
+    Everything that can be known beforehand is checked before any work. OUT appears when the
+    merge is complete, with the coefficients in its model card and a record in metagpt.json.
+
+    \b
+    Example:
+      mergekit-metagpt merge metagpt.yml merged/ --random-seed 0
+    """
+    from mergekit_metagpt.whole import merge_whole
+
+    merge_options.apply_global_options()
+    parsed = read_config(config)
+    merge_whole(parsed, Path(config).read_text("utf-8"), out, merge_options)

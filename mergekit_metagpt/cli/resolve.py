@@ -1,0 +1,39 @@
+"""``mergekit-metagpt resolve``: the same merge for a machine without this package."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from mergekit_metagpt.cli._config import config_argument, read_config, wants_progress
+from mergekit_metagpt.cli._options import MergeCommand
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+
+@click.command(cls=MergeCommand)
+@config_argument
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False),
+    default="-",
+    help="Write to this file in place of standard output.",
+)
+def resolve(config: str, output: str, merge_options: "MergeOptions") -> None:
+    """Write CONFIG as stock MergeKit YAML with explicit weights.
+
+    Any MergeKit merges it to the same bytes in float32, without this package; except for
+    DARE and DELLA, whose random masks differ.
+
+    \b
+    Example:
+      mergekit-metagpt resolve metagpt.yml -o stock.yml
+      mergekit-yaml stock.yml merged/
+    """
+    from mergekit_metagpt.plan import plan_merge
+    from mergekit_metagpt.resolve import resolve as resolve_plan
+
+    plan = plan_merge(read_config(config), merge_options, progress=wants_progress(merge_options))
+    with click.open_file(output, "w", encoding="utf-8", atomic=output != "-") as file:
+        file.write(resolve_plan(plan))

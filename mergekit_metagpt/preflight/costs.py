@@ -1,0 +1,183 @@
+"""What a merge will cost: bytes, passes, memory and files."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from mergekit import merge_methods
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from mergekit_metagpt.methods import MetaGPTMerge
+from mergekit_metagpt.preflight.models import Checkpoint
+from mergekit_metagpt.preflight.planned import MergePlan, Planned
+
+# What the kernels hold besides the tensors: three buffers of 2^19 float64 numbers.
+_BUFFERS = 3 * 8 << 19
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a merge will cost.
+
+    Attributes:
+        method: its name.
+        base: the base, if the method has one.
+        experts: the other models.
+        tensors: how many will be written.
+        parameters: how many numbers they hold.
+        passes: how often the models are read.
+        bytes_read: by all passes, of tensors.
+        bytes_written: of tensors.
+        bytes_applied: of models that MergeKit writes to the LoRA cache first.
+        shards: how many weight files there will be.
+        peak_memory: bytes of tensors held at once, roughly.
+        notes: what else is worth knowing, one sentence each.
+    """
+
+    method: str
+    base: str | None
+    experts: tuple[str, ...]
+    tensors: int
+    parameters: int
+    passes: int
+    bytes_read: int
+    bytes_written: int
+    bytes_applied: int
+    shards: int
+    peak_memory: int
+    notes: tuple[str, ...]
+
+
+def costs(
+    plan: MergePlan,
+    config: MergeConfiguration,
+    options: MergeOptions,
+    checkpoints: Mapping[ModelReference, Checkpoint],
+    rows: int | None,
+) -> Costs:
+    """Add up what a plan will cost; ``rows`` is the output's vocabulary, if that changes."""
+    shapes = [_written_shape(tensor, rows) for tensor in plan.tensors]
+    parameters = [math.prod(shape) for shape in shapes]
+    sizes = [
+        count * tensor.written_dtype.itemsize
+        for count, tensor in zip(parameters, plan.tensors, strict=True)
+    ]
+    shards = _shard_sizes(sizes, options.out_shard_size)
+    passes = _passes(plan)
+    once = sum(_bytes_used(plan, checkpoint) for checkpoint in checkpoints.values())
+    # A survey measures whole models, even those that slices take a few layers of.
+    whole = sum(_bytes_held(checkpoint) for checkpoint in checkpoints.values())
+    return Costs(
+        method=config.merge_method,
+        base=str(config.base_model) if config.base_model else None,
+        experts=tuple(sorted(str(m) for m in checkpoints if m != config.base_model)),
+        tensors=len(sizes),
+        parameters=sum(parameters),
+        passes=passes,
+        bytes_read=once + (passes - 1) * whole,
+        bytes_written=sum(sizes),
+        bytes_applied=sum(_bytes_applied(c, options) for c in checkpoints.values()),
+        shards=len(shards),
+        peak_memory=max(shards, default=0)
+        + max(map(_memory, plan.tensors, parameters), default=0)
+        + _pickled(checkpoints, options),
+        notes=tuple(_notes(plan, checkpoints)),
+    )
+
+
+def _written_shape(tensor: Planned, rows: int | None) -> tuple[int, ...]:
+    shapes = [header.shape for header in tensor.stored.values()]
+    axis = tensor.task.output_weight.vocabulary_axis
+    if axis is None or not tensor.vocabulary_is_aligned:
+        return shapes[0]
+    shared = rows or min(shape[axis] for shape in shapes)
+    return (*shapes[0][:axis], shared, *shapes[0][axis + 1 :])
+
+
+def _shard_sizes(sizes: list[int], limit: int) -> list[int]:
+    """Fill shards as MergeKit's writer does, one after another."""
+    shards: list[int] = []
+    for size in sizes:
+        if not shards or (limit > 0 and shards[-1] + size > limit):
+            shards.append(0)
+        shards[-1] += size
+    return shards
+
+
+def _passes(plan: MergePlan) -> int:
+    chosen = {dict(t.task.parameters.items()).get("granularity") for t in plan.tensors}
+    return 2 if chosen & {"layer", "model"} else 1
+
+
+def _bytes_held(checkpoint: Checkpoint) -> int:
+    return sum(header.bytes for header in checkpoint.weights.tensors.values())
+
+
+def _bytes_used(plan: MergePlan, checkpoint: Checkpoint) -> int:
+    """Return the size of the tensors that are merged; of all, if some have to be converted."""
+    used = {}
+    for tensor in plan.tensors:
+        header = tensor.stored.get(checkpoint.model)
+        if header is not None:
+            used[id(header)] = header
+        elif checkpoint.model in tensor.loads and checkpoint.model not in tensor.absent:
+            return _bytes_held(checkpoint)
+    return sum(header.bytes for header in used.values())
+
+
+def _bytes_applied(checkpoint: Checkpoint, options: MergeOptions) -> int:
+    """Return what MergeKit writes when it applies an adapter."""
+    if checkpoint.to_apply is None:
+        return 0
+    dtype = dtype_from_name(options.lora_merge_dtype)
+    return sum(
+        math.prod(header.shape) * dtype.itemsize if dtype else header.bytes
+        for header in checkpoint.weights.tensors.values()
+    )
+
+
+def _memory(tensor: Planned, parameters: int) -> int:
+    """Return about how many bytes are held while one tensor is merged."""
+    inputs = list(tensor.stored.values())
+    loaded = sum(
+        math.prod(header.shape)
+        * (dtype_from_name(tensor.loads[model].dtype) or tensor.merged_dtype).itemsize
+        for model, header in tensor.stored.items()
+    )
+    method = merge_methods.get(tensor.task.method_name)
+    if isinstance(method, MetaGPTMerge) and method.is_plain:
+        work = _BUFFERS
+    else:  # the task vectors, a mask for each, and what it takes to sort one
+        work = parameters * 4 * (3 * len(inputs) + 6)
+    return loaded + 2 * parameters * tensor.written_dtype.itemsize + work
+
+
+def _pickled(checkpoints: Mapping[ModelReference, Checkpoint], options: MergeOptions) -> int:
+    """Return the size of the pickled files that MergeKit holds in memory, one per model."""
+    if options.lazy_unpickle:
+        return 0
+    total = 0
+    for checkpoint in checkpoints.values():
+        files: dict[str, int] = {}
+        for header in checkpoint.weights.tensors.values():
+            if not header.file.endswith(".safetensors"):
+                files[header.file] = files.get(header.file, 0) + header.bytes
+        total += max(files.values(), default=0)
+    return total
+
+
+def _notes(plan: MergePlan, checkpoints: Mapping[ModelReference, Checkpoint]) -> Iterator[str]:
+    yield (
+        "Headers do not show NaN, Inf or experts that equal the base: mergekit-metagpt "
+        "coefficients and the merge itself find those."
+    )
+    dtypes = sorted({h.dtype for tensor in plan.tensors for h in tensor.stored.values()})
+    if len(dtypes) > 1:
+        yield f"The models are stored as {', '.join(dtypes)}; each tensor is merged in the widest."
+    for model, checkpoint in checkpoints.items():
+        if checkpoint.to_apply:
+            yield (
+                f"MergeKit first writes {model} with its adapter applied to {checkpoint.to_apply}."
+            )

@@ -1,0 +1,62 @@
+"""The directory that a merge is written to."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mergekit.common import ModelReference
+from rich.filesize import decimal
+
+from mergekit_metagpt.preflight.costs import Costs
+from mergekit_metagpt.preflight.models import Checkpoint
+
+
+def bad_output(out: str, checkpoints: Mapping[ModelReference, Checkpoint]) -> Iterator[str]:
+    """Find reasons not to write to a directory."""
+    path = Path(out).resolve()
+    for checkpoint in checkpoints.values():
+        places = [checkpoint.weights.directory, os.path.dirname(checkpoint.adapter or "")]
+        inputs = {Path(place).resolve() for place in places if place}
+        if any(path == place or place in path.parents for place in inputs):
+            yield (
+                f"Output {out} is the input model {checkpoint.model}, or lies within it; choose "
+                "another directory."
+            )
+            return
+    try:
+        if path.exists() and not path.is_dir():
+            yield f"Output {out} is a file; choose a directory that does not exist yet."
+        elif path.is_dir() and any(path.iterdir()):
+            merge = (path / "mergekit_config.yml").exists() or (path / "config.json").exists()
+            held = "holds an older merge or model" if merge else "is not empty"
+            yield f"Output directory {out} {held}; remove it, or choose another."
+        elif not os.access(_existing(path), os.W_OK):
+            yield f"Output {out} cannot be written: {_existing(path)} is read-only; choose another."
+    except OSError as error:
+        yield f"Output {out} cannot be used ({error.strerror}); choose another directory."
+
+
+def no_room(
+    cost: Costs, out: str | None, checkpoints: Mapping[ModelReference, Checkpoint]
+) -> Iterator[str]:
+    """Find disks that are too full for what will be written there."""
+    needs: dict[int, tuple[Path, int]] = {}
+    caches = [checkpoint.to_apply for checkpoint in checkpoints.values() if checkpoint.to_apply]
+    for place, size in ((out, cost.bytes_written), (min(caches, default=None), cost.bytes_applied)):
+        if place is not None:
+            disk = _existing(Path(place).resolve())
+            _, before = needs.get(disk.stat().st_dev, (disk, 0))
+            needs[disk.stat().st_dev] = (disk, before + size)
+    for disk, size in needs.values():
+        free = shutil.disk_usage(disk).free
+        if free < size:
+            yield (
+                f"The disk of {disk} has {decimal(free)} left, but {decimal(size)} will be "
+                "written; make room, or write elsewhere."
+            )
+
+
+def _existing(path: Path) -> Path:
+    """Return a path, or the nearest parent of it that exists."""
+    return next(parent for parent in (path, *path.parents) if parent.exists())

@@ -1,0 +1,201 @@
+"""What MergeKit will merge, tensor by tensor: its own plan, made from headers alone."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from mergekit.architecture import ModelArchitecture, arch_info_for_config, get_architecture_info
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor
+from mergekit.io import LazyTensorLoader
+from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
+from mergekit.merge import _model_out_config
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from mergekit.tokenizer import BuildTokenizer
+
+from mergekit_metagpt.preflight.headers import Header
+from mergekit_metagpt.preflight.models import Checkpoint
+from mergekit_metagpt.preflight.wording import PreflightError, instead, reason
+
+LOG = logging.getLogger(__name__)
+
+
+class PlannerError(PreflightError):
+    """MergeKit itself refuses to plan."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One output tensor.
+
+    Attributes:
+        save: the task that writes it.
+        task: the task that merges it.
+        loads: the task that reads each model's input.
+        stored: the header of each input; not of those that are absent or converted.
+        absent: the models that have no such tensor.
+    """
+
+    save: SaveTensor
+    task: ExecuteMergeMethodTask
+    loads: Mapping[ModelReference, LoadTensor]
+    stored: Mapping[ModelReference, Header]
+    absent: tuple[ModelReference, ...]
+
+    @property
+    def name(self) -> str:
+        """The name in the output."""
+        return str(self.save.tensor_name)
+
+    @property
+    def vocabulary_is_aligned(self) -> bool:
+        """Whether MergeKit gives all models the same rows before it merges."""
+        return not isinstance(self.task.gather_tensors, GatherTensors)
+
+    @property
+    def merged_dtype(self) -> torch.dtype:
+        """The dtype that the inputs are brought to."""
+        dtypes = [
+            dtype_from_name(self.loads[model].dtype) or header.torch_dtype or torch.float32
+            for model, header in self.stored.items()
+        ]
+        return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+
+    @property
+    def written_dtype(self) -> torch.dtype:
+        """The dtype in the output."""
+        return dtype_from_name(self.save.dtype) or self.merged_dtype
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All output tensors, in the order in which they will be written.
+
+    Attributes:
+        architecture: what MergeKit knows of the models' tensors.
+        tokenizer: the task that builds the output's tokenizer, if the config asks for one.
+    """
+
+    tensors: tuple[Planned, ...]
+    architecture: ModelArchitecture
+    tokenizer: BuildTokenizer | None
+
+    @property
+    def is_inferred(self) -> bool:
+        """Whether MergeKit does not know the architecture and has guessed its tensors."""
+        return not self.architecture.architectures
+
+
+def plan_merge(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    checkpoints: Mapping[ModelReference, Checkpoint],
+    file: str,
+) -> MergePlan:
+    """Plan as MergeKit's ``run_merge`` does; nothing is executed.
+
+    Raises:
+        PlannerError: if MergeKit refuses.
+    """
+    config = config.model_copy(deep=True)  # MergeKit rewrites what it plans
+    with _loaders_of(checkpoints, options):
+        try:
+            architecture = get_architecture_info(config, options)
+            _require_modules(config, architecture, file)
+            out_config = _model_out_config(config, architecture, options.trust_remote_code)
+            tasks = MergePlanner(config, architecture, options, out_config).plan_to_disk("")
+            schedule = [handle.task() for handle in Executor(tasks).schedule.tasks]
+        except PreflightError:
+            raise
+        except Exception as error:  # MergeKit raises whatever its many parts raise
+            LOG.debug("MergeKit's planner failed", exc_info=True)
+            raise PlannerError(
+                f"MergeKit cannot plan the merge of {file} ({reason(error)}); correct that."
+            ) from error
+        saves = [task for task in schedule if isinstance(task, SaveTensor)]
+        tensors = tuple(_planned(save, checkpoints) for save in saves)
+    tokenizer = next((task for task in tasks if isinstance(task, BuildTokenizer)), None)
+    return MergePlan(tensors, architecture, tokenizer)
+
+
+@contextmanager
+def _loaders_of(
+    checkpoints: Mapping[ModelReference, Checkpoint], options: MergeOptions
+) -> Iterator[None]:
+    """Let MergeKit find these headers where it would open the models and apply adapters."""
+    cache = LoaderCache()
+    cache.setup(options)
+    opened = dict(cache.loaders)
+    cache.loaders.update(
+        {model: LazyTensorLoader(c.weights.index) for model, c in checkpoints.items()}
+    )
+    try:
+        yield
+    finally:
+        cache.loaders.clear()
+        cache.loaders.update(opened)
+
+
+def _require_modules(
+    config: MergeConfiguration, architecture: ModelArchitecture, file: str
+) -> None:
+    known = list(architecture.modules)
+    for name in config.modules or {}:
+        if name not in known:
+            raise PreflightError(
+                f"{file} names the module {name}, which these models do not have; "
+                f"{instead(name, known)}."
+            )
+
+
+def _planned(save: SaveTensor, checkpoints: Mapping[ModelReference, Checkpoint]) -> Planned:
+    task = save.tensor_task
+    gather = task.gather_tensors
+    if not isinstance(gather, GatherTensors):
+        gather = gather.gather_tensors
+    loads = {load.model: load for load in gather.arguments().values()}
+    stored, absent = {}, []
+    for model, load in loads.items():
+        checkpoint = checkpoints[model]
+        name = load.group_label()
+        if name is not None:
+            stored[model] = checkpoint.weights.tensors[name]
+        elif not _is_convertible(checkpoint, load):
+            absent.append(model)
+    return Planned(save, task, loads, stored, tuple(absent))
+
+
+def _is_convertible(checkpoint: Checkpoint, load: LoadTensor) -> bool:
+    """Whether MergeKit makes the tensor from others, such as one of all experts of a layer."""
+    names = set(checkpoint.weights.tensors)
+    return any(
+        can_convert_checkpoint_keys(getattr(checkpoint.config, "model_type", None), names, name)
+        for name in (load.tensor, *(load.aliases or ()))
+    )
+
+
+def different_architectures(
+    base: ModelReference | None, checkpoints: list[Checkpoint]
+) -> Iterator[str]:
+    """Find models that MergeKit does not merge with the base, or with the first."""
+    known = [(c, arch_info_for_config(c.config)) for c in checkpoints if c.config]
+    known.sort(key=lambda pair: (pair[0].model != base, str(pair[0].model)))
+    for checkpoint, architecture in known[1:]:
+        first, expected = known[0]
+        both_known = architecture is not None and expected is not None
+        if (
+            architecture != expected
+            if both_known
+            else checkpoint.architecture != first.architecture
+        ):
+            yield (
+                f"Model {checkpoint.model} is a {checkpoint.architecture}, but {first.model} is a "
+                f"{first.architecture}; merge fine-tunes of one base, or pass --allow-crimes."
+            )

@@ -1,0 +1,199 @@
+"""What can be wrong with the tensors of models that are to be merged with each other."""
+
+from collections.abc import Iterator, Mapping
+
+from mergekit import merge_methods
+from mergekit.common import ModelReference
+from mergekit.merge_methods.base import OptionalTensorPolicy
+
+from mergekit_metagpt.preflight.headers import FLOATS, Header
+from mergekit_metagpt.preflight.models import Checkpoint
+from mergekit_metagpt.preflight.planned import MergePlan, Planned
+from mergekit_metagpt.preflight.wording import counted
+from mergekit_metagpt.survey import layer_of
+
+TOKENIZER_WAY = (
+    "add `tokenizer: {{source: base}}` to {file} to keep the base's tokens, or "
+    "`tokenizer: {{source: union}}` to keep all"
+)
+
+# Buffers that older versions of transformers wrote, and newer ones compute.
+_COMPUTED = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", "position_ids")
+
+
+def missing(
+    plan: MergePlan, base: ModelReference | None, checkpoints: Mapping[ModelReference, Checkpoint]
+) -> Iterator[str]:
+    """Find tensors that some models lack, whose files are as they should be."""
+    lacking: dict[ModelReference, list[Planned]] = {}
+    for tensor in plan.tensors:
+        for model in tensor.absent:
+            if not checkpoints[model].weights.problems and _fails_without(tensor, model):
+                lacking.setdefault(model, []).append(tensor)
+    for model, tensors in lacking.items():
+        names = [tensor.loads[model].tensor for tensor in tensors]
+        if plan.is_inferred:
+            way = (
+                "MergeKit does not describe this architecture and has guessed its tensors; if they "
+                "are there under other names, merge the weight files with mergekit-pytorch"
+            )
+        elif model == base:
+            way = "complete the checkpoint, or merge only fine-tunes that have no more than it"
+        else:
+            way = "complete the checkpoint, correct its layer_range, or leave the model out"
+        yield f"Model {model} lacks {counted(names)}, which this merge needs of it; {way}."
+
+
+def _fails_without(tensor: Planned, model: ModelReference) -> bool:
+    """Whether it stops the merge that a model lacks a tensor, which may be an optional one."""
+    if not tensor.loads[model].optional:
+        return True
+    base = tensor.task.base_model
+    if dict(tensor.task.parameters.items()).get("granularity") in ("layer", "model"):
+        return base in tensor.stored  # the survey compares each expert with it
+    spec = merge_methods.get(tensor.task.method_name).spec
+    if spec.optional_tensor_policy != OptionalTensorPolicy.ERROR:
+        return False
+    try:
+        spec.contract.validate_ids(list(tensor.stored), base)
+    except ValueError:
+        return True
+    return False
+
+
+def different_shapes(plan: MergePlan, base: ModelReference | None, file: str) -> Iterator[str]:
+    """Find tensors that have other shapes than in the base, or than in the first model."""
+    found: dict[tuple[ModelReference, bool], list[tuple[str, Header, Header, ModelReference]]] = {}
+    for tensor in plan.tensors:
+        if not tensor.stored:
+            continue
+        first = base if base in tensor.stored else next(iter(tensor.stored))
+        assert first is not None
+        for model, header in tensor.stored.items():
+            vocabulary = _differs_in_vocabulary_only(tensor, header, tensor.stored[first])
+            if header.shape != tensor.stored[first].shape and not (
+                vocabulary and tensor.vocabulary_is_aligned
+            ):
+                name = tensor.loads[model].tensor
+                difference = (name, header, tensor.stored[first], first)
+                found.setdefault((model, vocabulary), []).append(difference)
+    for (model, vocabulary), differences in found.items():
+        name, header, expected, first = differences[0]
+        more = f" (and {len(differences) - 1} more differ)" if len(differences) > 1 else ""
+        way = TOKENIZER_WAY.format(file=file) if vocabulary else "merge fine-tunes of one base"
+        yield (
+            f"{'Vocabulary tensor' if vocabulary else 'Tensor'} {name} has shape "
+            f"{list(header.shape)} in model {model} but {list(expected.shape)} in {first}{more}; "
+            f"{way}."
+        )
+
+
+def _differs_in_vocabulary_only(tensor: Planned, header: Header, expected: Header) -> bool:
+    axis = tensor.task.output_weight.vocabulary_axis
+    if axis is None or len(header.shape) != len(expected.shape) or axis >= len(header.shape):
+        return False
+    rest = [shape[:axis] + shape[axis + 1 :] for shape in (header.shape, expected.shape)]
+    return rest[0] == rest[1]
+
+
+def quantized(plan: MergePlan) -> Iterator[str]:
+    """Find weights that are no floating-point numbers to compute with."""
+    found: dict[tuple[ModelReference, str], list[str]] = {}
+    for tensor in plan.tensors:
+        dtypes = {header.dtype for header in tensor.stored.values()}
+        for model, header in tensor.stored.items():
+            # Buffers of integers are copied, if they are the same everywhere.
+            is_buffer = header.torch_dtype is not None and dtypes == {header.dtype}
+            if header.dtype not in FLOATS and not is_buffer:
+                found.setdefault((model, header.dtype), []).append(tensor.loads[model].tensor)
+    for (model, dtype), names in found.items():
+        yield (
+            f"Model {model} stores {counted(names)} as {dtype}, and quantized or integer weights "
+            "cannot be merged; use the float checkpoint that it was made from."
+        )
+
+
+def lost(
+    plan: MergePlan, base: ModelReference | None, checkpoints: Mapping[ModelReference, Checkpoint]
+) -> Iterator[str]:
+    """Find weights of an expert that the merge would drop without a word.
+
+    A tensor that the base holds too is MergeKit's to know or to leave out. One that only the
+    expert holds came from its training, such as a head that was added; unless it is a buffer
+    that its version of transformers used to write.
+    """
+    if base is None:
+        return
+    held = checkpoints[base].weights.tensors
+    converted = {
+        model
+        for tensor in plan.tensors
+        for model in tensor.loads
+        if model not in tensor.stored and model not in tensor.absent
+    }
+    for model, checkpoint in checkpoints.items():
+        if model == base or model in converted or checkpoint.config is None:
+            continue
+        known = {
+            name
+            for weight in plan.architecture.all_weights(checkpoint.config)
+            for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
+        }
+        extra = [
+            name
+            for name, header in checkpoint.weights.tensors.items()
+            if name not in held and name not in known
+            if header.dtype in FLOATS and not name.endswith(_COMPUTED)
+        ]
+        if extra:
+            yield (
+                f"Model {model} holds {counted(sorted(extra))}, which the base {base} has no "
+                "counterpart of and the merge would drop; merge a checkpoint without it, or "
+                "choose the base that this model was fine-tuned from."
+            )
+
+
+def bad_values(plan: MergePlan, file: str) -> Iterator[str]:
+    """Find parameters that are right alone, but not with each other or with the slices."""
+    yield from _bad_epsilons(plan, file)
+    weights = [
+        values["weight"]
+        for tensor in plan.tensors
+        for values in tensor.task.input_parameters.values()
+        if "weight" in values
+    ]
+    if weights and not any(weights):
+        yield (
+            f"{file} gives every model the weight 0 for every tensor, so that nothing is merged; "
+            "give at least one a weight above 0."
+        )
+    for tensor in plan.tensors:
+        shared = dict(tensor.task.parameters.items())
+        names = {load.tensor for load in tensor.loads.values()}
+        if shared.get("granularity") == "layer" and layer_of(tensor.name):
+            if names != {tensor.name}:
+                yield (
+                    f"{file} sets granularity: layer, but its slices put tensors of another layer "
+                    f"at {tensor.name}; use granularity: tensor or granularity: model."
+                )
+                return
+
+
+def _bad_epsilons(plan: MergePlan, file: str) -> Iterator[str]:
+    """DELLA keeps entries with probabilities from density − epsilon to density + epsilon."""
+    seen = set()
+    for tensor in plan.tensors:
+        if "della" not in tensor.task.method_name:
+            return
+        for model, values in tensor.task.input_parameters.items():
+            density, epsilon = values.get("density"), values.get("epsilon")
+            if density is None or epsilon is None or not 0 < density < 1:
+                continue
+            within = density - epsilon > 0 and density + epsilon < 1
+            if not within and (model, density, epsilon) not in seen:
+                seen.add((model, density, epsilon))
+                yield (
+                    f"{file} gives model {model} density {density} and epsilon {epsilon} for "
+                    f"tensor {tensor.name}, but density ± epsilon has to stay between 0 and 1; "
+                    f"set an epsilon below {min(density, 1 - density):g}."
+                )

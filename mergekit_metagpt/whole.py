@@ -1,0 +1,77 @@
+"""Merges that appear whole or not at all."""
+
+import glob
+import json
+import os
+import shutil
+from datetime import datetime, timezone
+from pathlib import Path
+
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+
+from mergekit_metagpt import journal
+from mergekit_metagpt.record import merge_record, write_card
+
+_MARK = ".metagpt-partial-"
+
+
+def merge_whole(config: MergeConfiguration, source: str, out: Path, options: MergeOptions) -> None:
+    """Merge beside ``out`` with MergeKit's ``run_merge``, and rename the finished whole.
+
+    Until the rename the merge lies in ``OUT.metagpt-partial-PID``. A merge that fails takes
+    that along; one that is killed leaves it to the next merge into ``out``.
+
+    Args:
+        config: what to merge; MergeKit changes it.
+        source: its YAML, as it was written.
+        out: the directory to make; must not exist, or be empty.
+        options: MergeKit's options.
+
+    Raises:
+        OSError: if ``out`` is in use by then, or the disk is full.
+    """
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
+    partial = out.with_name(f"{out.name}{_MARK}{os.getpid()}")
+    given = config.model_copy(deep=True)
+    started = _now()
+    try:
+        with journal.keep() as entries:
+            run_merge(config, str(partial), options, config_source=source)
+        record = merge_record(given, source, entries, options)
+        if options.write_model_card:
+            # MergeKit has named the model after the directory that it wrote to.
+            write_card(partial / "README.md", out.name, given, source, record)
+        record["times"] = {"started": started, "finished": _now()}
+        (partial / "metagpt.json").write_text(
+            json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what merges into ``out`` left behind whose processes are gone."""
+    for leftover in out.parent.glob(f"{glob.escape(out.name)}{_MARK}*"):
+        process = leftover.name.rpartition("-")[2]
+        if process.isdigit() and not _runs(int(process)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return process != os.getpid()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
