@@ -5,6 +5,7 @@ scaling coefficient λ_t of the MetaGPT paper: ``metagpt`` for plain task arithm
 ``metagpt_X`` for the sparsified ones, which are MergeKit's own code.
 """
 
+import sys
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -186,9 +187,10 @@ def _measure(group: TensorGroup) -> tuple[float, ...]:
 
 
 def _are_checkpoints(ids: Iterable[Hashable]) -> bool:
-    from mergekit.common import ModelReference
-
-    return all(isinstance(id_, ModelReference) for id_ in ids)
+    """Return whether the ids refer to models on disk, not to tensors in memory."""
+    # Without the module there are no references, and importing it takes transformers along.
+    common = sys.modules.get("mergekit.common")
+    return common is not None and all(isinstance(id_, common.ModelReference) for id_ in ids)
 
 
 def _checkpoints(ids: Iterable[Any], base: Any) -> "Checkpoints":
