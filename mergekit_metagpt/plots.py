@@ -40,18 +40,18 @@ def require_plotting(path: Path) -> None:
 
 
 def draw_diagnosis(
-    path: Path,
     names: Sequence[str],
     linearities: Sequence["Linearity"],
     cosines: Sequence[Sequence[float]],
+    path: Path,
 ) -> None:
     """Draw figure 4 of the paper: outputs along each task vector, and the cosines.
 
     Args:
-        path: where the picture is written; the suffix says the format.
         names: T experts.
         linearities: their outputs, in that order.
         cosines: T x T cosines of their task vectors, in that order.
+        path: where the picture is written; the suffix says the format.
     """
     columns = min(len(names), _MOST_COLUMNS)
     rows = -(-len(names) // columns)
@@ -66,6 +66,57 @@ def draw_diagnosis(
     _draw_matrix(right.add_subplot(), names, cosines)
     right.axes[0].set_title("Cosines of the task vectors", fontsize=10)
     figure.savefig(path)
+
+
+def draw_coefficients(
+    path: Path,
+    names: Sequence[str],
+    coefficients: Sequence[float],
+    layers: Sequence[Sequence[float]],
+    cosines: Sequence[Sequence[float]],
+) -> None:
+    """Draw what a merge will do: each expert's share, its share by layer, and the cosines.
+
+    Args:
+        path: where the picture is written; the suffix says the format.
+        names: T experts.
+        coefficients: their shares of the whole model.
+        layers: for each layer, first to last, T shares that sum to 1.
+        cosines: T x T cosines of their task vectors.
+    """
+    figure = _figure(4.2, 1 + len(names) / 12)
+    shares, by_layer, matrix = figure.subplots(1, 3, width_ratios=(1, 1.6, 1.4))
+    places = range(len(names))
+    colours = _share_colours(len(names))
+    shares.barh(places, coefficients, color=colours)
+    for t, coefficient in enumerate(coefficients):
+        shares.text(coefficient + 0.02, t, f"{coefficient:.3g}", va="center", fontsize=8)
+    shares.set_yticks(places, [_short(name) for name in names], fontsize=8)
+    shares.invert_yaxis()
+    shares.set_xlim(0, 1.25)  # room for the numbers
+    shares.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    shares.set_title("Coefficients λ", fontsize=10)
+
+    under = [0.0] * len(layers)
+    for t, colour in enumerate(colours):
+        own = [row[t] for row in layers]
+        by_layer.bar(range(len(layers)), own, 1.0, under, color=colour, label=_short(names[t]))
+        under = [a + b for a, b in zip(under, own, strict=True)]
+    by_layer.set_xlabel("layer")
+    by_layer.set_ylim(0, 1)
+    by_layer.margins(x=0)
+    by_layer.set_title("Share by layer", fontsize=10)
+
+    _draw_matrix(matrix, names, cosines)
+    matrix.set_title("Cosines of the task vectors", fontsize=10)
+    figure.savefig(path)
+
+
+def _share_colours(count: int) -> list[tuple[float, ...]]:
+    """Return as many colours as there are experts, told apart by the colour-blind."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](t / max(1, count - 1) * 0.95) for t in range(count)]
 
 
 def _figure(columns: float, rows: float) -> "Figure":

@@ -92,6 +92,17 @@ def tables(plan: Plan) -> RenderableType:
     return Group(*parts)
 
 
+def layer_shares(plan: Plan) -> list[list[float]]:
+    """Return for each layer, first to last, the T shares that its own norms would give."""
+    rows = sorted(plan.survey.layers.items(), key=lambda item: _in_order(item[0]))
+    return [scaling_coefficients(norms, plan.priors, plan.exponent) for _, norms in rows]
+
+
+def _in_order(layer: str) -> tuple[str, int]:
+    stack, _, number = layer.rpartition(".")
+    return stack, int(number)
+
+
 def short_names(models: Sequence[str]) -> list[str]:
     """Return the last part of each name, or the whole names where two would be the same.
 
@@ -104,13 +115,13 @@ def short_names(models: Sequence[str]) -> list[str]:
 
 def matrix(title: str, names: Sequence[str], rows: Sequence[Sequence[float]]) -> Table:
     """Return a table of a square matrix whose rows and columns bear names."""
-    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("")
     table.add_column("")
     for number in range(len(names)):
         table.add_column(str(number + 1), justify="right")
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
-        table.add_row(str(number + 1), name, *(f"{value:+.3f}" for value in row))
+        table.add_row(str(number + 1), name, *(f"{round(value, 2) + 0.0:.2f}" for value in row))
     return table
 
 
@@ -120,8 +131,7 @@ def _coefficients(plan: Plan, names: Sequence[str]) -> Table:
     table.add_column("‖τ‖", justify="right")
     table.add_column("λ", justify="right")
     table.add_column("share per layer, first to last", no_wrap=True)
-    layers = list(plan.survey.layers.values())
-    shares = [scaling_coefficients(row, plan.priors, plan.exponent) for row in layers]
+    shares = layer_shares(plan)
     rows = zip(names, plan.survey.model, plan.coefficients, strict=True)
     for t, (name, norm, coefficient) in enumerate(rows):
         table.add_row(

@@ -81,21 +81,24 @@ def incomparable(
         left_out: tensors that a survey could not compare, under MergeKit's names.
 
     Raises:
-        ValueError: if one model holds a parameter that the other lacks.
+        ValueError: if one model holds a parameter that the other lacks or ties.
     """
-    # Tied weights stand in a state_dict under each name, among the parameters under one.
-    tensors = {id(model): model.state_dict() for model in (base, expert)}
-    for one, other, what in ((expert, base, "base"), (base, expert, "expert")):
-        for name, _ in one.named_parameters():
-            if name not in tensors[id(other)]:
-                raise ValueError(
-                    f"Parameter {name} is missing from the {what} {other.name_or_path}; "
-                    "diagnose fine-tunes of one base."
-                )
+    parameters, tensors = dict(base.named_parameters()), expert.state_dict()
+    # Tied weights stand among the parameters once, and in a state_dict under each name.
+    for missing, owner, lacking in (
+        (dict(expert.named_parameters()).keys() - parameters.keys(), expert, base),
+        (parameters.keys() - tensors.keys(), base, expert),
+    ):
+        for name in sorted(missing):
+            raise ValueError(
+                f"Parameter {name} of {owner.name_or_path} is missing from "
+                f"{lacking.name_or_path}, or tied to another one there; diagnose fine-tunes of "
+                "one base."
+            )
     return tuple(
         name
-        for name, parameter in base.named_parameters()
-        if parameter.shape != tensors[id(expert)][name].shape
+        for name, parameter in parameters.items()
+        if parameter.shape != tensors[name].shape
         # MergeKit leaves out some prefixes: wte.weight for transformer.wte.weight.
         or any(f".{name}".endswith(f".{tensor}") for tensor in left_out)
     )

@@ -82,6 +82,13 @@ def test_people_see_tables(config):
     assert "▇" in output or "█" in output
 
 
+def test_the_plot_is_a_picture(config, tmp_path):
+    invoke("coefficients", config, "--plot", tmp_path / "coefficients.png")
+    assert (tmp_path / "coefficients.png").read_bytes().startswith(b"\x89PNG")
+    failed = invoke("coefficients", config, "--plot", tmp_path / "coefficients.doc", status=1)
+    assert "cannot be written as coefficients.doc" in failed.stderr
+
+
 def test_a_dominant_expert_is_pointed_out(tmp_path):
     paths = save_family(tmp_path, llama_config(), scales=(0.001, 0.1))
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))

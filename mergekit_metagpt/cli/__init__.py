@@ -9,7 +9,7 @@ from mergekit_metagpt import __version__
 # To add a subcommand, add its name here, and the file `NAME.py` with the function `NAME` to
 # this folder. Its help is taken from that file, which therefore imports torch and MergeKit
 # inside of functions only: `--help` and wrong usage are to answer at once.
-_COMMANDS = ("coefficients", "diagnose", "resolve", "merge", "demo")
+_COMMANDS = ("check", "coefficients", "diagnose", "resolve", "merge", "demo")
 
 
 class _LazyGroup(click.Group):
@@ -25,12 +25,7 @@ class _LazyGroup(click.Group):
         return command
 
 
-@click.group(cls=_LazyGroup)
+@click.group(cls=_LazyGroup, epilog="Example: mergekit-metagpt demo")
 @click.version_option(__version__, prog_name="mergekit-metagpt")
 def main() -> None:
-    """MetaGPT for MergeKit: closed-form scaling coefficients for merging models.
-
-    \b
-    Example:
-      mergekit-metagpt demo
-    """
+    """MetaGPT for MergeKit: closed-form scaling coefficients for merging models."""

@@ -32,7 +32,7 @@ def check(
     from mergekit_metagpt.preflight import inspect
 
     logging.basicConfig(level=logging.INFO if merge_options.verbosity else logging.ERROR)
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     found = inspect(config, out, merge_options)
     for problem in found.problems:
         click.echo(problem, err=True)
@@ -58,7 +58,7 @@ def show(plan: "Costs") -> None:
         ("Bytes read", decimal(plan.bytes_read)),
         ("Bytes written", decimal(plan.bytes_written)),
         ("Output shards", str(plan.shards)),
-        ("Peak memory, about", decimal(plan.peak_memory)),
+        ("Memory for tensors, about", decimal(plan.peak_memory)),
     ]
     if plan.bytes_applied:
         rows.append(("Bytes written to the LoRA cache", decimal(plan.bytes_applied)))

@@ -1,5 +1,6 @@
 """``mergekit-metagpt coefficients``: see the coefficients before you merge."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -19,12 +20,16 @@ if TYPE_CHECKING:
     help="Use this scope in place of the config's.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
-@click.option("--plot", type=click.Path(dir_okay=False), help="Draw a picture, such as FILE.png.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw coefficients, shares by layer and cosines, such as FILE.png.",
+)
 def coefficients(
     config: str,
     granularity: str | None,
     as_json: bool,
-    plot: str | None,
+    plot: Path | None,
     merge_options: "MergeOptions",
 ) -> None:
     """Measure the task vectors of CONFIG and print the coefficients its merge will use.
@@ -39,9 +44,11 @@ def coefficients(
 
     from rich.console import Console
 
-    from mergekit_metagpt import report
+    from mergekit_metagpt import plots, report
     from mergekit_metagpt.plan import plan_merge
 
+    if plot is not None:
+        plots.require_plotting(plot)
     plan = plan_merge(
         read_config(config),
         merge_options,
@@ -55,6 +62,10 @@ def coefficients(
     for warning in report.warnings(plan):
         click.secho(f"Warning: {warning}", fg="yellow", err=True)
     if plot is not None:
-        from mergekit_metagpt.plots import draw_coefficients
-
-        draw_coefficients(plan, plot)
+        plots.draw_coefficients(
+            plot,
+            report.short_names([str(expert) for expert in plan.experts]),
+            plan.coefficients,
+            report.layer_shares(plan),
+            plan.survey.cosines,
+        )

@@ -24,7 +24,7 @@ prompt = tokenizer("sort 4 1 3 0 2 5 =", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=7)[0]))"""
 
 
-@click.command()
+@click.command(epilog="Example: mergekit-metagpt demo my-demo")
 @click.argument(
     "directory",
     metavar="[DIR]",
@@ -32,15 +32,11 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=7)[0]))"""
     type=click.Path(file_okay=False, resolve_path=True, path_type=Path),
 )
 def demo(directory: Path) -> None:
-    """Train a small base and three experts, merge them, show scores.
+    """Train small models, merge them and show the scores.
 
-    Everything happens here and now, in a few minutes on a CPU: DIR (metagpt-demo when not
-    given, and new or empty) receives the models, the merge configs and the merges, which
-    the stock mergekit-yaml command makes.
-
-    \b
-    Example:
-      mergekit-metagpt demo
+    A base and three experts are trained here and now, in a minute or two on a CPU, and merged
+    by the stock mergekit-yaml command. DIR receives the models, the merge configs and the
+    merges; it must be new or empty, and is metagpt-demo when not given.
     """
     _require_usable(directory)
     # Every model lies on this disk: transformers and MergeKit need not ask the hub.
@@ -122,8 +118,10 @@ def _require_usable(directory: Path) -> None:
 def _scores_table(results: Mapping[str, Mapping[str, float]], scale: "Scale") -> Table:
     table = Table(
         title=f"Right answers to {scale.held_out} held-out prompts per task, in %",
-        caption="metagpt-*: this package, by granularity. task-arithmetic: stock task_arithmetic, "
-        "every weight 0.3. average: stock linear, the experts' plain average.",
+        caption="metagpt-*: merge_method metagpt, by granularity\n"
+        "task-arithmetic: stock task_arithmetic, weight 0.3 each\n"
+        "average: stock linear, the plain average of the experts\n"
+        "One small run: an illustration, not a benchmark",
     )
     table.add_column("model")
     for column in (*next(iter(results.values())), "average"):

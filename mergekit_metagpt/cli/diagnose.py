@@ -42,10 +42,13 @@ def diagnose(
 ) -> None:
     """Test the assumptions of MetaGPT on the models of CONFIG, any MergeKit config.
 
-    Linearity: logits of the next token are followed from the base to each expert, in 10
-    steps. R² says how straight they go. Orthogonality: the cosines of the task vectors.
+    Linearity: logits of the next token are followed from the base to each expert in 10
+    steps, and compared with straight lines. R² is taken over all of them together; the
+    largest deviation from a line is a share of the largest movement, which is the change of
+    a logit from base to expert (root mean square in the table). Orthogonality: the cosines
+    of the task vectors.
 
-    One model at a time runs, in float32: it takes 4 bytes of memory per parameter, on the
+    One model runs at a time, in float32: that takes 4 bytes of memory per parameter, on the
     --device that is given.
 
     \b
@@ -63,12 +66,12 @@ def diagnose(
     linearities, cosines = _measure(read_config(config), prompts, merge_options, console)
     names = short_names([str(linearity.expert) for linearity in linearities])
     _show_linearity(console, names, linearities)
-    console.print(matrix("Cosines of the task vectors (Property 6)", names, cosines))
+    console.print(matrix("Orthogonality (Property 6)", names, cosines))
     _say(console, _cosines_verdict(names, cosines))
     if plot is not None:
         from mergekit_metagpt.plots import draw_diagnosis
 
-        draw_diagnosis(plot, names, linearities, cosines)
+        draw_diagnosis(names, linearities, cosines, plot)
         _say(console, f"The figure is in {plot}.")
 
 
@@ -126,7 +129,7 @@ def _show_linearity(
     console: Console, names: Sequence[str], linearities: Sequence["Linearity"]
 ) -> None:
     table = Table(
-        title="Linearity from the base to each expert (Property 5)",
+        title="Linearity (Property 5)",
         box=box.SIMPLE,
         title_justify="left",
     )
@@ -141,8 +144,8 @@ def _show_linearity(
         if result.held:
             _say(
                 console,
-                f"{', '.join(result.held)}: no way to compare with {name}, whose vocabulary "
-                "differs; held at the base's, so that the lines end short of this expert.",
+                f"{', '.join(result.held)}: the vocabulary of {name} differs, so that these "
+                "tensors stay at the base's and the lines end short of this expert.",
             )
     _say(console, _linearity_verdict(names, linearities))
 
@@ -167,7 +170,7 @@ def _linearity_verdict(names: Sequence[str], linearities: Sequence["Linearity"])
     elif len(still) < len(names):
         verdicts.append(
             f"In the linear regime (every R² is at least {_LINEAR}): Property 5 holds on these "
-            "prompts, and the bound that MetaGPT minimises applies to the merge."
+            "prompts, so that the bound which MetaGPT minimises applies to these models."
         )
     return "\n".join(verdicts)
 
@@ -179,7 +182,10 @@ def _cosines_verdict(names: Sequence[str], cosines: Sequence[Sequence[float]]) -
         return "With one expert there is no pair to compare."
     largest, i, j = max(pairs)
     if largest < _ORTHOGONAL:
-        return f"Nearly orthogonal: no |cosine| of two experts reaches {_ORTHOGONAL} (Property 6)."
+        return (
+            f"Nearly orthogonal: no |cosine| of two experts reaches {_ORTHOGONAL}, as Property 6 "
+            "assumes; they hardly interfere with each other in the merge."
+        )
     effect = "share a direction" if cosines[i][j] > 0 else "undo each other in part"
     return (
         f"Not orthogonal: {names[j]} and {names[i]} {effect} (cosine {cosines[i][j]:.2f}). The "

@@ -27,6 +27,6 @@ def merge(config: str, out: Path, merge_options: "MergeOptions") -> None:
     """
     from mergekit_metagpt.whole import merge_whole
 
-    merge_options.apply_global_options()
+    merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     parsed = read_config(config)
     merge_whole(parsed, Path(config).read_text("utf-8"), out, merge_options)

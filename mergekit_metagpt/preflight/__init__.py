@@ -25,7 +25,7 @@ from mergekit_metagpt.preflight.planned import (
 )
 from mergekit_metagpt.preflight.structure import bad_structure
 from mergekit_metagpt.preflight.vocabularies import different_tokenizers, output_rows
-from mergekit_metagpt.preflight.wording import PreflightError, instead
+from mergekit_metagpt.preflight.wording import PreflightError, instead, nearest
 
 __all__ = ["Costs", "Preflight", "inspect"]
 
@@ -89,20 +89,26 @@ class _Inspection:
         if method is not None:
             self.problems += configs.bad_parameters(raw, self.file, method)
         config = configs.parse(raw, self.file)
-        self.problems += configs.bad_settings(config, self.file)
+        bad_dtypes = configs.bad_dtypes(config, self.file)
+        self.problems += bad_dtypes.values()
+        config = config.model_copy(update=dict.fromkeys(bad_dtypes))
+        self.problems += configs.bad_template(config, self.file)
         if method is not None:
             self.problems += bad_structure(config, self.file, method)
         return config
 
     def _method(self, raw: dict[str, Any]) -> MergeMethod | None:
+        """Return the method that the config names, or most likely means."""
         methods = {method.spec.name: method for method in merge_methods.registered_methods()}
         name = raw.get("merge_method")
-        if isinstance(name, str) and name not in methods:
+        if not isinstance(name, str):
+            return None  # as the config's parser will say
+        if name not in methods:
             self.problems.append(
                 f"{self.file} has the merge_method {name}, which MergeKit does not know; "
                 f"{instead(name, methods)}."
             )
-        return methods.get(name) if isinstance(name, str) else None
+        return methods.get(name) or methods.get(nearest(name, methods) or "")
 
     def _look_at_models(self, config: MergeConfiguration) -> None:
         for model in sorted(config.referenced_models(), key=str):

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 from mergekit._data import chat_templates
-from mergekit.common import dtype_from_name
 from mergekit.config import (
     InputModelDefinition,
     InputSliceDefinition,
@@ -34,7 +33,7 @@ _CHILDREN: dict[str, type[BaseModel]] = {
     "tokenizer": TokenizerConfig,
 }
 
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def read_yaml(file: str) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def parse(raw: dict[str, Any], file: str) -> MergeConfiguration:
     try:
         return MergeConfiguration.model_validate(raw)
     except ValidationError as error:
-        places = {}
+        places: dict[tuple[int | str, ...], str] = {}
         for found in error.errors():
             place = _existing(raw, found["loc"])
             if found["type"] == "missing":
@@ -153,11 +152,10 @@ def unknown_keys(raw: dict[str, Any], file: str, method: MergeMethod | None) -> 
         for key in level.values:
             if key in known | ignored:
                 continue
-            way = instead(key, known)
+            close = nearest(key, known - set(level.values))
+            way = f"write {close} instead" if close else "remove it"
             if key in parameters and "parameters" in known:
                 way = "move it under parameters there"
-            elif not nearest(key, known):
-                way = "remove it"
             yield f"{file} has the unknown key {key}{level.at}, which MergeKit ignores; {way}."
 
 
@@ -217,18 +215,17 @@ def _complaint(spec: ParameterSpec, value: Any) -> str | None:
     return None
 
 
-def bad_settings(config: MergeConfiguration, file: str) -> Iterator[str]:
-    """Find values that MergeKit would take, and fail on while it merges or afterwards."""
-    for key in ("dtype", "out_dtype"):
-        name = getattr(config, key)
-        try:
-            known = dtype_from_name(name)
-        except RuntimeError:
-            known = None
-        if name and (known is None or not known.is_floating_point):
-            yield f"{file} has the {key} {name}, which MergeKit cannot merge in; " + (
-                f"{instead(name, _DTYPES)}."
-            )
+def bad_dtypes(config: MergeConfiguration, file: str) -> dict[str, str]:
+    """Return a sentence for each dtype that MergeKit would fail on while it merges."""
+    return {
+        key: f"{file} has the {key} {name}, which MergeKit cannot merge in; {instead(name, DTYPES)}."
+        for key in ("dtype", "out_dtype")
+        if (name := getattr(config, key)) and name.removeprefix("torch.") not in DTYPES
+    }
+
+
+def bad_template(config: MergeConfiguration, file: str) -> Iterator[str]:
+    """Find a chat template that MergeKit would fail on after it has merged."""
     template = config.chat_template
     files = importlib.resources.files(chat_templates).iterdir()
     built_in = {Path(f.name).stem for f in files if f.name.endswith(".jinja")} | {"auto"}

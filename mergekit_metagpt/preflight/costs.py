@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mergekit import merge_methods
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
+from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.methods import MetaGPTMerge
@@ -32,7 +33,7 @@ class Costs:
         bytes_written: of tensors.
         bytes_applied: of models that MergeKit writes to the LoRA cache first.
         shards: how many weight files there will be.
-        peak_memory: bytes of tensors held at once, roughly.
+        peak_memory: bytes of tensors held at once, roughly; Python itself takes more.
         notes: what else is worth knowing, one sentence each.
     """
 
@@ -88,7 +89,7 @@ def costs(
 
 
 def _written_shape(tensor: Planned, rows: int | None) -> tuple[int, ...]:
-    shapes = [header.shape for header in tensor.stored.values()]
+    shapes = [header.shape for header in tensor.stored.values()] or [()]
     axis = tensor.task.output_weight.vocabulary_axis
     if axis is None or not tensor.vocabulary_is_aligned:
         return shapes[0]
@@ -120,10 +121,10 @@ def _bytes_used(plan: MergePlan, checkpoint: Checkpoint) -> int:
     used = {}
     for tensor in plan.tensors:
         header = tensor.stored.get(checkpoint.model)
+        if header is not None and not header.file:
+            return _bytes_held(checkpoint)
         if header is not None:
             used[id(header)] = header
-        elif checkpoint.model in tensor.loads and checkpoint.model not in tensor.absent:
-            return _bytes_held(checkpoint)
     return sum(header.bytes for header in used.values())
 
 
@@ -140,18 +141,26 @@ def _bytes_applied(checkpoint: Checkpoint, options: MergeOptions) -> int:
 
 def _memory(tensor: Planned, parameters: int) -> int:
     """Return about how many bytes are held while one tensor is merged."""
-    inputs = list(tensor.stored.values())
-    loaded = sum(
-        math.prod(header.shape)
-        * (dtype_from_name(tensor.loads[model].dtype) or tensor.merged_dtype).itemsize
-        for model, header in tensor.stored.items()
-    )
+    inputs = sum(math.prod(header.shape) for header in tensor.stored.values())
+    dtypes = {tensor.merged_dtype, tensor.written_dtype}
+    outputs = sum(parameters * dtype.itemsize for dtype in dtypes)
+    work = _work(tensor, len(tensor.stored), parameters)
+    return inputs * tensor.merged_dtype.itemsize + outputs + work
+
+
+def _work(tensor: Planned, models: int, parameters: int) -> int:
+    """Return what a method holds besides its inputs and its result, as measured."""
     method = merge_methods.get(tensor.task.method_name)
-    if isinstance(method, MetaGPTMerge) and method.is_plain:
-        work = _BUFFERS
-    else:  # the task vectors, a mask for each, and what it takes to sort one
-        work = parameters * 4 * (3 * len(inputs) + 6)
-    return loaded + 2 * parameters * tensor.written_dtype.itemsize + work
+    if isinstance(method, MetaGPTMerge):
+        if method.is_plain:
+            return _BUFFERS
+        method = method.stock
+    if isinstance(method, GeneralizedTaskArithmeticMerge) and (
+        method.sparsification_method or method.consensus_method
+    ):
+        # Sorting one task vector, or choosing the signs of all.
+        return parameters * 4 * max(models + 8, 3 * models)
+    return parameters * tensor.merged_dtype.itemsize * (models + 2)
 
 
 def _pickled(checkpoints: Mapping[ModelReference, Checkpoint], options: MergeOptions) -> int:

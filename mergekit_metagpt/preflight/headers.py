@@ -39,12 +39,18 @@ class Header:
     Attributes:
         shape: of the tensor.
         dtype: as safetensors calls it, such as F32 or BF16.
-        file: the path of the weight file.
+        file: the path of the weight file; empty for a tensor that MergeKit makes from others.
     """
 
     shape: tuple[int, ...]
     dtype: str
     file: str
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, file: str = "") -> "Header":
+        """Describe a tensor, which may be without data."""
+        dtype = _NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        return cls(tuple(tensor.shape), dtype, file)
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -208,5 +214,4 @@ def _pickle(path: str) -> Iterator[tuple[str, Header]]:
     # With map_location meta, torch skips the data of an archive.
     for name, tensor in torch.load(path, map_location="meta", weights_only=True).items():
         if isinstance(tensor, torch.Tensor):
-            dtype = _NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-            yield name, Header(tuple(tensor.shape), dtype, path)
+            yield name, Header.of(tensor, path)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from mergekit.architecture import ModelArchitecture, arch_info_for_config
 from mergekit.common import ModelPath, ModelReference
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
+from mergekit_metagpt.preflight.configs import DTYPES
 from mergekit_metagpt.preflight.headers import Header, Weights, read_header, read_weights
-from mergekit_metagpt.preflight.wording import PreflightError, reason
+from mergekit_metagpt.preflight.wording import PreflightError, instead, reason
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,12 @@ class Checkpoint:
     @property
     def architecture(self) -> str:
         """The class that the model's config names."""
-        return str(self.config.architectures[0]) if self.config else ""
+        return str((self.config.architectures or [""])[0]) if self.config else ""
+
+    @cached_property
+    def description(self) -> ModelArchitecture | None:
+        """What MergeKit knows of that class; None if it has to guess."""
+        return arch_info_for_config(self.config) if self.config else None
 
 
 def open_checkpoint(model: ModelReference, options: MergeOptions) -> Checkpoint:
@@ -84,15 +91,25 @@ def _with_adapter(model: ModelReference, lora: ModelPath, options: MergeOptions)
         adapter = _adapter(model, lora, options)
     except PreflightError as error:
         problems += error.args
-    cache = options.lora_merge_cache
-    if not cache:
+    cache, dtype = options.lora_merge_cache, options.lora_merge_dtype
+    if dtype and dtype.removeprefix("torch.") not in DTYPES:
+        problems.append(
+            f"MergeKit cannot apply adapters in --lora-merge-dtype {dtype}; "
+            f"{instead(dtype, DTYPES)}."
+        )
+        cache = None
+    elif not cache:
         problems.append(
             f"Model {model} has an adapter to be applied, for which MergeKit needs a directory; "
             "pass --lora-merge-cache DIRECTORY."
         )
+    if not cache:
         return replace(checkpoint, adapter=adapter, problems=tuple(problems))
-    applied = os.path.join(cache, f"{model.model._unique_id()}_{lora._unique_id()}")
-    weights, to_apply = checkpoint.weights, applied
+    # As MergeKit names it.
+    parts: list[str] = [part._unique_id() for part in (model.model, lora)]  # type: ignore[no-untyped-call]
+    applied = os.path.join(cache, "_".join(parts))
+    weights = checkpoint.weights
+    to_apply: str | None = applied
     if os.path.exists(applied):
         weights, to_apply = read_weights(applied, model), None
         if weights.problems:

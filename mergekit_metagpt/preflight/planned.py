@@ -4,11 +4,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
+from typing import Any
 
 import torch
-from mergekit.architecture import ModelArchitecture, arch_info_for_config, get_architecture_info
-from mergekit.architecture.conversion import can_convert_checkpoint_keys
+from mergekit.architecture import ModelArchitecture, get_architecture_info
+from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
@@ -39,7 +40,7 @@ class Planned:
         save: the task that writes it.
         task: the task that merges it.
         loads: the task that reads each model's input.
-        stored: the header of each input; not of those that are absent or converted.
+        stored: the header of each input that is there, also of one that is made from others.
         absent: the models that have no such tensor.
     """
 
@@ -104,6 +105,13 @@ def plan_merge(
     Raises:
         PlannerError: if MergeKit refuses.
     """
+    for checkpoint in checkpoints.values():
+        if not (checkpoint.description or checkpoint.weights.directory):
+            raise PlannerError(
+                f"MergeKit does not describe {checkpoint.architecture}, and has to open "
+                f"{checkpoint.model} to guess how it is built; run hf download "
+                f"{checkpoint.model.model.path} first."
+            )
     config = config.model_copy(deep=True)  # MergeKit rewrites what it plans
     with _loaders_of(checkpoints, options):
         try:
@@ -115,14 +123,22 @@ def plan_merge(
         except PreflightError:
             raise
         except Exception as error:  # MergeKit raises whatever its many parts raise
-            LOG.debug("MergeKit's planner failed", exc_info=True)
-            raise PlannerError(
-                f"MergeKit cannot plan the merge of {file} ({reason(error)}); correct that."
-            ) from error
+            LOG.info("MergeKit's planner failed", exc_info=True)
+            raise PlannerError(_refusal(error, checkpoints, file)) from error
         saves = [task for task in schedule if isinstance(task, SaveTensor)]
         tensors = tuple(_planned(save, checkpoints) for save in saves)
     tokenizer = next((task for task in tasks if isinstance(task, BuildTokenizer)), None)
     return MergePlan(tensors, architecture, tokenizer)
+
+
+def _refusal(error: Exception, checkpoints: Mapping[ModelReference, Checkpoint], file: str) -> str:
+    guessed = sorted(c.architecture for c in checkpoints.values() if not c.description)
+    if guessed:
+        return (
+            f"MergeKit does not describe {guessed[0]}, and fails to guess how these models are "
+            f"built ({reason(error)}); merge their weight files with mergekit-pytorch."
+        )
+    return f"MergeKit cannot plan the merge of {file} ({reason(error)}); correct that."
 
 
 @contextmanager
@@ -156,7 +172,7 @@ def _require_modules(
 
 
 def _planned(save: SaveTensor, checkpoints: Mapping[ModelReference, Checkpoint]) -> Planned:
-    task = save.tensor_task
+    task: Any = save.tensor_task
     gather = task.gather_tensors
     if not isinstance(gather, GatherTensors):
         gather = gather.gather_tensors
@@ -165,36 +181,42 @@ def _planned(save: SaveTensor, checkpoints: Mapping[ModelReference, Checkpoint])
     for model, load in loads.items():
         checkpoint = checkpoints[model]
         name = load.group_label()
-        if name is not None:
-            stored[model] = checkpoint.weights.tensors[name]
-        elif not _is_convertible(checkpoint, load):
+        held = checkpoint.weights.tensors
+        header = held[name] if name is not None else _converted(checkpoint, load)
+        if header is None:
             absent.append(model)
+        else:
+            stored[model] = header
     return Planned(save, task, loads, stored, tuple(absent))
 
 
-def _is_convertible(checkpoint: Checkpoint, load: LoadTensor) -> bool:
-    """Whether MergeKit makes the tensor from others, such as one of all experts of a layer."""
-    names = set(checkpoint.weights.tensors)
-    return any(
-        can_convert_checkpoint_keys(getattr(checkpoint.config, "model_type", None), names, name)
-        for name in (load.tensor, *(load.aliases or ()))
-    )
+def _converted(checkpoint: Checkpoint, load: LoadTensor) -> Header | None:
+    """Return what MergeKit makes from other tensors, such as those of all experts of a layer."""
+    sources = {
+        name: partial(torch.empty, header.shape, dtype=header.torch_dtype, device="meta")
+        for name, header in checkpoint.weights.tensors.items()
+    }
+    for name in (load.tensor, *(load.aliases or ())):
+        model_type = getattr(checkpoint.config, "model_type", None)
+        tensor = convert_checkpoint_tensors(model_type, sources, name)
+        if tensor is not None:
+            return Header.of(tensor)
+    return None
 
 
 def different_architectures(
     base: ModelReference | None, checkpoints: list[Checkpoint]
 ) -> Iterator[str]:
     """Find models that MergeKit does not merge with the base, or with the first."""
-    known = [(c, arch_info_for_config(c.config)) for c in checkpoints if c.config]
-    known.sort(key=lambda pair: (pair[0].model != base, str(pair[0].model)))
-    for checkpoint, architecture in known[1:]:
-        first, expected = known[0]
-        both_known = architecture is not None and expected is not None
-        if (
-            architecture != expected
-            if both_known
-            else checkpoint.architecture != first.architecture
-        ):
+    known = [checkpoint for checkpoint in checkpoints if checkpoint.config]
+    known.sort(key=lambda c: (c.model != base, str(c.model)))
+    for checkpoint in known[1:]:
+        first = known[0]
+        if checkpoint.description and first.description:
+            differ = checkpoint.description != first.description
+        else:
+            differ = checkpoint.architecture != first.architecture
+        if differ:
             yield (
                 f"Model {checkpoint.model} is a {checkpoint.architecture}, but {first.model} is a "
                 f"{first.architecture}; merge fine-tunes of one base, or pass --allow-crimes."

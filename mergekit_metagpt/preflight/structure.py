@@ -5,7 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration, OutputSliceDefinition
+from mergekit.config import (
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+)
 from mergekit.merge_methods.base import BasePolicy, MergeMethod
 
 
@@ -31,7 +35,7 @@ class Group:
 
 def groups(config: MergeConfiguration) -> Iterator[Group]:
     """Yield what is merged with what."""
-    parts = {"": config}
+    parts: dict[str, MergeConfiguration | OutputModuleDefinition] = {"": config}
     parts |= {f"modules.{name}.": module for name, module in (config.modules or {}).items()}
     for place, part in parts.items():
         if part.models:

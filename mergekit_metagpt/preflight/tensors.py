@@ -126,10 +126,7 @@ def lost(
         return
     held = checkpoints[base].weights.tensors
     converted = {
-        model
-        for tensor in plan.tensors
-        for model in tensor.loads
-        if model not in tensor.stored and model not in tensor.absent
+        model for t in plan.tensors for model, header in t.stored.items() if not header.file
     }
     for model, checkpoint in checkpoints.items():
         if model == base or model in converted or checkpoint.config is None:
@@ -170,13 +167,13 @@ def bad_values(plan: MergePlan, file: str) -> Iterator[str]:
     for tensor in plan.tensors:
         shared = dict(tensor.task.parameters.items())
         names = {load.tensor for load in tensor.loads.values()}
-        if shared.get("granularity") == "layer" and layer_of(tensor.name):
-            if names != {tensor.name}:
-                yield (
-                    f"{file} sets granularity: layer, but its slices put tensors of another layer "
-                    f"at {tensor.name}; use granularity: tensor or granularity: model."
-                )
-                return
+        is_by_layer = shared.get("granularity") == "layer" and layer_of(tensor.name)
+        if is_by_layer and names != {tensor.name}:
+            yield (
+                f"{file} sets granularity: layer, but its slices put tensors of another layer "
+                f"at {tensor.name}; use granularity: tensor or granularity: model."
+            )
+            return
 
 
 def _bad_epsilons(plan: MergePlan, file: str) -> Iterator[str]:
@@ -185,7 +182,8 @@ def _bad_epsilons(plan: MergePlan, file: str) -> Iterator[str]:
     for tensor in plan.tensors:
         if "della" not in tensor.task.method_name:
             return
-        for model, values in tensor.task.input_parameters.items():
+        for model, parameters in tensor.task.input_parameters.items():
+            values = dict(parameters.items())
             density, epsilon = values.get("density"), values.get("epsilon")
             if density is None or epsilon is None or not 0 < density < 1:
                 continue
