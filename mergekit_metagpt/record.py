@@ -111,12 +111,13 @@ def write_card(
     """Write MergeKit's model card, with a section on the coefficients if there are any."""
     ordered = _OrderedConfiguration.model_validate(config.model_dump())
     card = ModelCard(generate_card(config=ordered, config_yaml=source, name=name))
+    data: Any = card.data
     if record["experts"]:
-        card.data.tags = [*(card.data.tags or []), "metagpt"]
+        data.tags = [*(data.tags or []), "metagpt"]
         card.text = f"{card.text.rstrip()}\n\n{_section(config, record)}"
-    card.data.base_model_relation = "merge"
-    if not card.data.base_model:
-        del card.data.base_model  # local paths only: the hub accepts no empty list
+    data.base_model_relation = "merge"
+    if not data.base_model:
+        del data.base_model  # local paths only: the hub accepts no empty list
     card.save(path)
 
 

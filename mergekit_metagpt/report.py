@@ -7,6 +7,7 @@ from typing import Any
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from mergekit_metagpt.coefficients import bound, scaling_coefficients
 from mergekit_metagpt.plan import Plan
@@ -85,8 +86,12 @@ def tables(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [
         f"{plan.method.spec.name}, granularity {plan.granularity}, exponent {plan.exponent:g}; "
         f"base {plan.base}",
+        "",
+        Text("Scaling coefficients", "bold"),
         _coefficients(plan, names),
-        matrix("Cosines of the task vectors", names, plan.survey.cosines),
+        Text("Cosines of the task vectors", "bold"),
+        matrix(names, plan.survey.cosines),
+        Text("The paper's bound on the average loss difference, relative to MetaGPT", "bold"),
         _bounds(plan),
     ]
     return Group(*parts)
@@ -113,9 +118,9 @@ def short_names(models: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(models) else list(models)
 
 
-def matrix(title: str, names: Sequence[str], rows: Sequence[Sequence[float]]) -> Table:
+def matrix(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Table:
     """Return a table of a square matrix whose rows and columns bear names."""
-    table = Table(title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("")
     table.add_column("")
     for number in range(len(names)):
@@ -126,7 +131,7 @@ def matrix(title: str, names: Sequence[str], rows: Sequence[Sequence[float]]) ->
 
 
 def _coefficients(plan: Plan, names: Sequence[str]) -> Table:
-    table = Table(title="Scaling coefficients", box=box.SIMPLE, title_justify="left")
+    table = Table(box=box.SIMPLE)
     table.add_column("expert", overflow="fold")
     table.add_column("‖τ‖", justify="right")
     table.add_column("λ", justify="right")
@@ -160,11 +165,7 @@ def bar(shares: Sequence[float]) -> str:
 
 
 def _bounds(plan: Plan) -> Table:
-    table = Table(
-        title="The paper's bound on the average loss difference, relative to MetaGPT",
-        box=box.SIMPLE,
-        title_justify="left",
-    )
+    table = Table(box=box.SIMPLE)
     for name in ("MetaGPT", "plain average", "0.3 each", "1.0 each"):
         table.add_column(name, justify="right")
     table.add_row(*(f"{value:.3f}" for value in bounds(plan).values()))

@@ -66,7 +66,8 @@ def diagnose(
     linearities, cosines = _measure(read_config(config), prompts, merge_options, console)
     names = short_names([str(linearity.expert) for linearity in linearities])
     _show_linearity(console, names, linearities)
-    console.print(matrix("Orthogonality (Property 6)", names, cosines))
+    console.print("[bold]Orthogonality (Property 6): cosines of the task vectors[/]")
+    console.print(matrix(names, cosines))
     _say(console, _cosines_verdict(names, cosines))
     if plot is not None:
         from mergekit_metagpt.plots import draw_diagnosis

@@ -17,6 +17,16 @@ from transformers import PretrainedConfig
 from mergekit_metagpt.preflight.configs import DTYPES
 from mergekit_metagpt.preflight.headers import Header, Weights, read_header, read_weights
 from mergekit_metagpt.preflight.wording import PreflightError, instead, reason
+from mergekit_metagpt.survey import layer_of
+
+
+def number_of_layer(tensor: str) -> str | None:
+    """Return the number of the layer that a tensor belongs to, whatever its prefix is.
+
+    >>> number_of_layer("model.layers.3.mlp.experts.7.w1.weight")
+    '3'
+    """
+    return (layer_of(tensor) or "").rpartition(".")[2] or None
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,14 @@ class Checkpoint:
         files = [*self.weights.files, *([self.adapter] if self.adapter else [])]
         stats = [os.stat(file) for file in files if os.path.isfile(file)]
         return frozenset((s.st_dev, s.st_ino) for s in stats)
+
+    @cached_property
+    def by_layer(self) -> dict[str | None, dict[str, Header]]:
+        """The headers of each layer; those of no layer under None."""
+        layers: dict[str | None, dict[str, Header]] = {}
+        for name, header in self.weights.tensors.items():
+            layers.setdefault(number_of_layer(name), {})[name] = header
+        return layers
 
     @property
     def architecture(self) -> str:

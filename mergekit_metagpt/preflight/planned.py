@@ -22,7 +22,7 @@ from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer
 
 from mergekit_metagpt.preflight.headers import Header
-from mergekit_metagpt.preflight.models import Checkpoint
+from mergekit_metagpt.preflight.models import Checkpoint, number_of_layer
 from mergekit_metagpt.preflight.wording import PreflightError, instead, reason
 
 LOG = logging.getLogger(__name__)
@@ -192,12 +192,13 @@ def _planned(save: SaveTensor, checkpoints: Mapping[ModelReference, Checkpoint])
 
 def _converted(checkpoint: Checkpoint, load: LoadTensor) -> Header | None:
     """Return what MergeKit makes from other tensors, such as those of all experts of a layer."""
-    sources = {
-        name: partial(torch.empty, header.shape, dtype=header.torch_dtype, device="meta")
-        for name, header in checkpoint.weights.tensors.items()
-    }
+    model_type = getattr(checkpoint.config, "model_type", None)
     for name in (load.tensor, *(load.aliases or ())):
-        model_type = getattr(checkpoint.config, "model_type", None)
+        # Those of one layer only: MergeKit tries each rule on each of them.
+        sources = {
+            source: partial(torch.empty, header.shape, dtype=header.torch_dtype, device="meta")
+            for source, header in checkpoint.by_layer.get(number_of_layer(name), {}).items()
+        }
         tensor = convert_checkpoint_tensors(model_type, sources, name)
         if tensor is not None:
             return Header.of(tensor)
