@@ -144,7 +144,7 @@ class TestPlan:
         words = " ".join(done.stdout.replace("│", " ").split())
         for said in ("Method metagpt_ties", "Tensors 30", "Parameters 27,360", "models 1"):
             assert said in words
-        for said in ("read 328.3 kB", "written 109.4 kB", "shards 28", "Memory for tensors"):
+        for said in ("read 328.3 kB", "written 109.4 kB", "shards 30", "Memory for tensors"):
             assert said in words
         assert "mergekit-metagpt coefficients and the merge itself find those." in words
         assert not (tmp_path / "out").exists()
@@ -346,6 +346,11 @@ def lose_index(model: str) -> None:
     Path(model, "model.safetensors.index.json").unlink()
 
 
+def break_index(model: str) -> None:
+    reshard(model)
+    Path(model, "model.safetensors.index.json").write_text("[")
+
+
 def pickle_of(content: bytes) -> Callable[[str], None]:
     def pickled(model: str) -> None:
         Path(model, "model.safetensors").unlink()
@@ -381,7 +386,7 @@ MODELS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
         overwrite("model.safetensors.index.json", b'{"weight_map": {"x": "model.safetensors"}}'),
         ("holds both", "remove whichever"),
     ),
-    "has a broken index": (overwrite("model.safetensors.index.json", b"["), ("is corrupt",)),
+    "has a broken index": (break_index, ("model.safetensors.index.json", "is corrupt")),
     "has a stale index": (edit_index(move_norm), (NORM, "stale", "does not hold it")),
     "has an index with a gap": (edit_index(lambda i: i.pop(NORM)), (NORM, "does not name")),
     "is a broken pickle": (pickle_of(b"PK\x03\x04"), ("pytorch_model.bin", "corrupt")),
@@ -563,6 +568,17 @@ class TestHub:
         found = problems(merge_config({**family, "b": "nobody/nothing"}))
         the_only(found, "nobody/nothing", "offline", "HF_HUB_OFFLINE", "download the model first")
 
+    def test_a_downloaded_model_is_named_by_its_directory_offline(
+        self, family, problems, offline, tmp_path
+    ):
+        cache = tmp_path / "cache" / "models--some--model"
+        shutil.copytree(family["b"], cache / "snapshots" / "0123")
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text("0123")
+        config = merge_config({**family, "b": "some/model"})
+        found = problems(config, "--transformers-cache", tmp_path / "cache")
+        the_only(found, "some/model is downloaded", f"write its directory {cache}/snapshots/0123")
+
     def test_headers_are_read_from_afar(self, family, tmp_path, monkeypatch):
         header = json.loads(Path(family["b"], SAFETENSORS).read_bytes()[8:].split(b"}}")[0] + b"}}")
         tensors = {
@@ -572,6 +588,9 @@ class TestHub:
         }
         found = SimpleNamespace(files_metadata={SAFETENSORS: SimpleNamespace(tensors=tensors)})
         monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda *_, **__: found)
+        monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: None)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
         config = transformers.AutoConfig.from_pretrained
         monkeypatch.setattr(
             transformers.AutoConfig,
@@ -610,9 +629,9 @@ def test_all_problems_are_reported_at_once(own, problems):
 def test_tensors_are_compared_even_if_the_config_has_mistakes(own, problems):
     rewrite(own["b"], **{NORM: None, "lm_head.weight": torch.ones(65, 32)})
     config = merge_config(own, "metagtp", parameters={"weight": -1})
-    config["models"].append({"model": own["a"]})
+    config["models"] += [{"model": own["a"]}, {"model": "/not/there"}]
     said = "\n".join(problems(config))
-    for part in ("metagtp", "not -1", "twice", f"lacks tensor {NORM}", "[65, 32]"):
+    for part in ("metagtp", "not -1", "twice", "/not/there", f"lacks tensor {NORM}", "[65, 32]"):
         assert part in said
 
 

@@ -121,13 +121,12 @@ class _Inspection:
             self.problems += different_architectures(config.base_model, found)
 
     def _plan(self, config: MergeConfiguration) -> MergePlan | None:
-        """Plan the merge; where the config does not allow for it, a plain one of its models."""
+        """Plan the merge; where it has problems already, else a plain one of its sound models."""
         attempts = [config]
         if self.problems and config.models and config.base_model:
-            models = {
-                model.model: InputModelDefinition(model=model.model) for model in config.models
-            }
-            changes = {"merge_method": "metagpt", "parameters": None, "models": [*models.values()]}
+            known = [m.model for m in config.models if self.checkpoints[m.model].config]
+            models = [InputModelDefinition(model=model) for model in dict.fromkeys(known)]
+            changes = {"merge_method": "metagpt", "parameters": None, "models": models}
             attempts.append(config.model_copy(update=changes))
         for attempt in attempts:
             try:

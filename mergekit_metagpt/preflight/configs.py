@@ -218,7 +218,7 @@ def _complaint(spec: ParameterSpec, value: Any) -> str | None:
 def bad_dtypes(config: MergeConfiguration, file: str) -> dict[str, str]:
     """Return a sentence for each dtype that MergeKit would fail on while it merges."""
     return {
-        key: f"{file} has the {key} {name}, which MergeKit cannot merge in; {instead(name, DTYPES)}."
+        key: f"{file} has the {key} {name}, which cannot be merged in; {instead(name, DTYPES)}."
         for key in ("dtype", "out_dtype")
         if (name := getattr(config, key)) and name.removeprefix("torch.") not in DTYPES
     }

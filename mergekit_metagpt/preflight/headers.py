@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mergekit.io.lazy_tensor_loader import ShardInfo
 from safetensors import SafetensorError, safe_open
 
 from mergekit_metagpt.preflight.wording import PreflightError, counted, reason
+from mergekit_metagpt.survey import layer_of
 
 # The names that safetensors has for dtypes; whoever is not here has no arithmetic in torch.
 _DTYPES = {
@@ -64,6 +66,15 @@ class Header:
         return math.prod(self.shape) * (dtype.itemsize if dtype else 1)
 
 
+def number_of_layer(tensor: str) -> str | None:
+    """Return the number of the layer that a tensor belongs to, whatever its prefix is.
+
+    >>> number_of_layer("model.layers.3.mlp.experts.7.w1.weight")
+    '3'
+    """
+    return (layer_of(tensor) or "").rpartition(".")[2] or None
+
+
 @dataclass
 class Weights:
     """All tensors of a checkpoint, as far as they could be found.
@@ -77,6 +88,14 @@ class Weights:
     directory: str = ""
     tensors: dict[str, Header] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+    @cached_property
+    def by_layer(self) -> dict[str | None, dict[str, Header]]:
+        """The headers of each layer; those of no layer under None."""
+        layers: dict[str | None, dict[str, Header]] = {}
+        for name, header in self.tensors.items():
+            layers.setdefault(number_of_layer(name), {})[name] = header
+        return layers
 
     @property
     def files(self) -> list[str]:
@@ -194,8 +213,8 @@ def read_header(path: str, model: Any) -> dict[str, Header]:
         return dict(_safetensors(path) if safetensors else _pickle(path))
     except (SafetensorError, OSError) as error:
         cut = any(sign in str(error) for sign in ("not fully covered", "invalid header length"))
-        said = "truncated, or longer than its header says" if cut else "corrupt"
-        raise PreflightError(f"{what} is {said} ({reason(error)}); {again}.") from None
+        said = "truncated, or longer than its header says" if cut else f"corrupt ({reason(error)})"
+        raise PreflightError(f"{what} is {said}; {again}.") from None
     except Exception as error:  # an unpickler raises whatever its input makes it raise
         raise PreflightError(
             f"{what} is corrupt, or holds more than tensors ({reason(error)}); {again}, or save "

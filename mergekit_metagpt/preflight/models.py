@@ -7,26 +7,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from mergekit.architecture import ModelArchitecture, arch_info_for_config
 from mergekit.common import ModelPath, ModelReference
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_metagpt.preflight.configs import DTYPES
-from mergekit_metagpt.preflight.headers import Header, Weights, read_header, read_weights
+from mergekit_metagpt.preflight.headers import Weights, read_header, read_weights
+from mergekit_metagpt.preflight.locations import find_directory, find_weights
 from mergekit_metagpt.preflight.wording import PreflightError, instead, reason
-from mergekit_metagpt.survey import layer_of
-
-
-def number_of_layer(tensor: str) -> str | None:
-    """Return the number of the layer that a tensor belongs to, whatever its prefix is.
-
-    >>> number_of_layer("model.layers.3.mlp.experts.7.w1.weight")
-    '3'
-    """
-    return (layer_of(tensor) or "").rpartition(".")[2] or None
 
 
 @dataclass(frozen=True)
@@ -59,14 +48,6 @@ class Checkpoint:
         stats = [os.stat(file) for file in files if os.path.isfile(file)]
         return frozenset((s.st_dev, s.st_ino) for s in stats)
 
-    @cached_property
-    def by_layer(self) -> dict[str | None, dict[str, Header]]:
-        """The headers of each layer; those of no layer under None."""
-        layers: dict[str | None, dict[str, Header]] = {}
-        for name, header in self.weights.tensors.items():
-            layers.setdefault(number_of_layer(name), {})[name] = header
-        return layers
-
     @property
     def architecture(self) -> str:
         """The class that the model's config names."""
@@ -83,8 +64,8 @@ def open_checkpoint(model: ModelReference, options: MergeOptions) -> Checkpoint:
     if model.lora:
         return _with_adapter(model, model.lora, options)
     try:
-        weights = _find(model.model, options)
-        config = _config(model, options, weights.directory or None)
+        weights = find_weights(model.model, options)
+        config = _config(model, options)
     except PreflightError as error:
         return Checkpoint(model, problems=error.args)
     problems = tuple(weights.problems)
@@ -141,7 +122,7 @@ def _with_adapter(model: ModelReference, lora: ModelPath, options: MergeOptions)
 
 def _adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> str | None:
     """Return the path of an adapter's weights, if they are on this machine."""
-    directory = _directory(lora, options)
+    directory = find_directory(lora, options)
     if directory is None:
         return None
     try:
@@ -167,80 +148,7 @@ def _adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> s
     )
 
 
-def _find(model: ModelPath, options: MergeOptions) -> Weights:
-    directory = _directory(model, options)
-    if directory is not None and not os.path.exists(os.path.join(directory, "config.json")):
-        raise PreflightError(
-            f"Model {model} is no checkpoint: {directory} holds no config.json; correct the path, "
-            "or download the model again."
-        )
-    return read_weights(directory, model) if directory is not None else _weights_on_hub(model)
-
-
-def _directory(model: ModelPath, options: MergeOptions) -> str | None:
-    """Return where a model is on this machine, or None for one that the hub is to be asked for."""
-    if os.path.isdir(model.path):
-        return model.path
-    if os.path.exists(model.path):
-        raise PreflightError(
-            f"Model {model} is a file; name the directory that it lies in, or merge files with "
-            "mergekit-pytorch."
-        )
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
-    try:
-        snapshot = huggingface_hub.snapshot_download(
-            model.path,
-            revision=model.revision,
-            cache_dir=options.transformers_cache,
-            local_files_only=True,
-        )
-    except HFValidationError:
-        raise PreflightError(
-            f"Model directory {model} does not exist; correct the path in the merge config."
-        ) from None
-    except LocalEntryNotFoundError:
-        if offline:
-            raise PreflightError(
-                f"Model {model} is no directory here, and the hub cannot be asked for it offline "
-                "(HF_HUB_OFFLINE is set); correct the name, or download the model first."
-            ) from None
-        return None
-    if offline:  # MergeKit asks the hub for a list of files even then
-        raise PreflightError(
-            f"Model {model} is downloaded, but MergeKit looks it up on the hub, which it cannot do "
-            f"offline (HF_HUB_OFFLINE is set); write its directory {snapshot} in the merge config."
-        )
-    complete = any(Path(snapshot).glob("*.safetensors")) or any(Path(snapshot).glob("*.bin"))
-    return snapshot if complete else None
-
-
-def _weights_on_hub(model: ModelPath) -> Weights:
-    """Read the headers of a repository without downloading it."""
-    try:
-        found = huggingface_hub.get_safetensors_metadata(model.path, revision=model.revision)
-    except huggingface_hub.errors.NotASafetensorsRepoError:
-        raise PreflightError(
-            f"Model {model} has no safetensors files on the hub, and other files cannot be checked "
-            f"from afar; run hf download {model.path} first."
-        ) from None
-    except Exception as error:  # of the hub's client, or of whatever connects it
-        raise PreflightError(
-            f"Model {model} is no directory here, and the hub cannot be asked for it "
-            f"({reason(error)}); correct the name, run hf auth login if it is gated, or check the "
-            "connection."
-        ) from None
-    return Weights(
-        tensors={
-            name: Header(tuple(tensor.shape), tensor.dtype, file)
-            for file, shard in found.files_metadata.items()
-            for name, tensor in shard.tensors.items()
-        }
-    )
-
-
-def _config(
-    model: ModelReference, options: MergeOptions, directory: str | None
-) -> PretrainedConfig:
+def _config(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
     where = f"The config.json of model {model}"
     try:
         config = model.config(trust_remote_code=options.trust_remote_code)

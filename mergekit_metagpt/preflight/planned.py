@@ -21,8 +21,8 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer
 
-from mergekit_metagpt.preflight.headers import Header
-from mergekit_metagpt.preflight.models import Checkpoint, number_of_layer
+from mergekit_metagpt.preflight.headers import Header, number_of_layer
+from mergekit_metagpt.preflight.models import Checkpoint
 from mergekit_metagpt.preflight.wording import PreflightError, instead, reason
 
 LOG = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ def plan_merge(
     Raises:
         PlannerError: if MergeKit refuses.
     """
+    checkpoints = {model: checkpoints[model] for model in config.referenced_models()}
     for checkpoint in checkpoints.values():
         if not (checkpoint.description or checkpoint.weights.directory):
             raise PlannerError(
@@ -197,7 +198,7 @@ def _converted(checkpoint: Checkpoint, load: LoadTensor) -> Header | None:
         # Those of one layer only: MergeKit tries each rule on each of them.
         sources = {
             source: partial(torch.empty, header.shape, dtype=header.torch_dtype, device="meta")
-            for source, header in checkpoint.by_layer.get(number_of_layer(name), {}).items()
+            for source, header in checkpoint.weights.by_layer.get(number_of_layer(name), {}).items()
         }
         tensor = convert_checkpoint_tensors(model_type, sources, name)
         if tensor is not None:

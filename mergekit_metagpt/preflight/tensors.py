@@ -38,9 +38,9 @@ def missing(
                 "are there under other names, merge the weight files with mergekit-pytorch"
             )
         elif model == base:
-            way = "complete the checkpoint, or merge only fine-tunes that have no more than it"
+            way = "complete it, correct its layer_range, or merge only fine-tunes of it"
         else:
-            way = "complete the checkpoint, correct its layer_range, or leave the model out"
+            way = "complete it, correct its layer_range, or leave the model out"
         yield f"Model {model} lacks {counted(names)}, which this merge needs of it; {way}."
 
 

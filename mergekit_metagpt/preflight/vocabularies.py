@@ -49,9 +49,9 @@ def _tokens(model: ModelReference, options: MergeOptions) -> dict[int, str] | No
             revision=model.model.revision,
             trust_remote_code=options.trust_remote_code,
         )
+        return {id_: token for token, id_ in tokenizer.get_vocab().items()}
     except Exception:  # transformers raises whatever its many loaders raise
         return None
-    return {id_: token for token, id_ in tokenizer.get_vocab().items()}
 
 
 def output_rows(plan: MergePlan, config: TokenizerConfig | None, file: str) -> int | None:

@@ -46,10 +46,12 @@ def counted(names: Sequence[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of what an exception says.
+    """Return the first sentence of what an exception says.
 
-    >>> reason(ValueError("no such model.\\nTraceback ..."))
-    'ValueError: no such model'
+    >>> reason(ValueError("no such model. Have a look at ..."))
+    'no such model'
+    >>> reason(KeyError("dtype"))
+    "KeyError: 'dtype'"
     """
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0].rstrip('.:')}" if said else type(error).__name__
+    said = " ".join(str(error).split()).split(". ")[0].rstrip(".: ")
+    return said if " " in said else f"{type(error).__name__}: {said}".rstrip(": ")
