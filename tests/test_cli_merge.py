@@ -132,6 +132,18 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
     assert set(tmp_path.iterdir()) == before
 
 
+def test_what_check_finds_stops_it_before_any_work(config, family, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "something").touch()
+    text = config.read_text().replace("granularity", "granularty")
+    config.write_text(text)
+    before = set(tmp_path.iterdir())
+    done = merge(config, tmp_path / "merged", status=1)
+    assert "granularty" in done.stderr
+    assert "not empty" in done.stderr
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_leftovers_of_dead_processes_are_removed_and_those_of_live_ones_kept(config, tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()

@@ -15,34 +15,41 @@ if TYPE_CHECKING:
 @click.command(cls=MergeCommand)
 @click.argument("config", type=click.Path())
 @click.argument("out", type=click.Path(), required=False)
-@click.pass_context
-def check(
-    context: click.Context, config: str, out: str | None, merge_options: "MergeOptions"
-) -> None:
+def check(config: str, out: str | None, merge_options: "MergeOptions") -> None:
     """Find what is wrong with a merge, without reading a tensor.
 
     CONFIG is a MergeKit config, of any merge method; OUT is where the merge would be written.
     Prints what the merge will cost, or all problems, and then ends with exit code 1. Reads
     configs, the headers of weight files and tokenizers only, so it takes seconds.
+
+    \b
+    Example:
+      mergekit-metagpt check metagpt.yml merged/
     """
     import logging
 
     import transformers
 
-    from mergekit_metagpt.preflight import inspect
-
     logging.basicConfig(level=logging.INFO if merge_options.verbosity else logging.ERROR)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    found = inspect(config, out, merge_options)
+    plan = require_sound(config, out, merge_options)
+    if not merge_options.quiet:
+        _show(plan)
+
+
+def require_sound(config: str, out: str | None, options: "MergeOptions") -> "Costs":
+    """Return what a merge will cost, or print all its problems and exit with 1."""
+    from mergekit_metagpt.preflight import inspect
+
+    found = inspect(config, out, options)
     for problem in found.problems:
         click.echo(problem, err=True)
     if found.plan is None:
-        context.exit(1)
-    if not merge_options.quiet:
-        show(found.plan)
+        raise click.exceptions.Exit(1)
+    return found.plan
 
 
-def show(plan: "Costs") -> None:
+def _show(plan: "Costs") -> None:
     """Print a plan as a table, and its notes."""
     from rich.console import Console
     from rich.filesize import decimal

@@ -7,6 +7,7 @@ import click
 
 from mergekit_metagpt.cli._config import config_argument, read_config
 from mergekit_metagpt.cli._options import MergeCommand
+from mergekit_metagpt.cli.check import require_sound
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -28,5 +29,5 @@ def merge(config: str, out: Path, merge_options: "MergeOptions") -> None:
     from mergekit_metagpt.whole import merge_whole
 
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
-    parsed = read_config(config)
-    merge_whole(parsed, Path(config).read_text("utf-8"), out, merge_options)
+    require_sound(config, str(out), merge_options)
+    merge_whole(read_config(config), Path(config).read_text("utf-8"), out, merge_options)
