@@ -43,7 +43,8 @@ class Environment:
 
     def pip(self, *words: str | Path) -> None:
         pip = [sys.executable, "-m", "pip", "--python", self.interpreter]
-        offline = ["--no-deps", "--no-index", "--no-build-isolation"]
+        # What is borrowed may hold this package too: that does not count as installed.
+        offline = ["--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed"]
         done = run(*pip, *words, *(offline if words[0] == "install" else ["--yes"]))
         assert done.returncode == 0, done.stderr
 
