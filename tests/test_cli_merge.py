@@ -144,6 +144,19 @@ def test_what_check_finds_stops_it_before_any_work(config, family, tmp_path):
     assert set(tmp_path.iterdir()) == before
 
 
+def test_a_base_without_a_tokenizer_is_one_sentence_and_no_progress_is_piped(config, tmp_path):
+    done = run(command("mergekit-metagpt"), "merge", config, tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    assert "Failed to copy tokenizer" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "%|" not in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_one_sentence(config, tmp_path):
+    assert "no cuda device here" in merge(config, tmp_path / "merged", "--cuda", status=1).stderr
+
+
 def test_leftovers_of_dead_processes_are_removed_and_those_of_live_ones_kept(config, tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()

@@ -1,5 +1,6 @@
 """MergeKit's own options, for every command that touches models."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -54,8 +55,11 @@ class MergeCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command with ``merge_options``."""
         verbose = ctx.params.pop("verbose")
+        if not verbose:
+            logging.getLogger("mergekit.merge").addFilter(_without_traceback)
         try:
             ctx.params = _collector()(**ctx.params)
+            _require_device(ctx.params["merge_options"].device)
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -64,6 +68,21 @@ class MergeCommand(click.Command):
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise click.ClickException(reason) from error
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Keep the sentence of a log record, such as that no tokenizer could be copied."""
+    record.exc_info = None
+    return True
+
+
+def _require_device(name: str) -> None:
+    import torch
+
+    kind = torch.device(name).type
+    module = getattr(torch, kind, None)
+    if kind != "cpu" and not (module is not None and module.is_available()):
+        raise click.ClickException(f"There is no {kind} device here; use --device cpu.")
 
 
 def _collector() -> Callable[..., dict[str, Any]]:

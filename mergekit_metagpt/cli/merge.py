@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_metagpt.cli._config import config_argument, read_config
+from mergekit_metagpt.cli._config import config_argument, read_config, wants_progress
 from mergekit_metagpt.cli._options import MergeCommand
 from mergekit_metagpt.cli.check import require_sound
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 @click.command(cls=MergeCommand)
 @config_argument
 @click.argument("out", type=click.Path(path_type=Path))
-def merge(config: str, out: Path, merge_options: "MergeOptions") -> None:
+@click.pass_context
+def merge(context: click.Context, config: str, out: Path, merge_options: "MergeOptions") -> None:
     """Merge CONFIG into the new directory OUT, as mergekit-yaml does, but safely.
 
     Everything that can be known beforehand is checked before any work. OUT appears when the
@@ -30,4 +31,6 @@ def merge(config: str, out: Path, merge_options: "MergeOptions") -> None:
 
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     require_sound(config, str(out), merge_options)
+    merge_options = merge_options.model_copy(update={"quiet": not wants_progress(merge_options)})
+    context.params["merge_options"] = merge_options  # a survey asks there whether it is quiet
     merge_whole(read_config(config), Path(config).read_text("utf-8"), out, merge_options)
