@@ -117,6 +117,9 @@ class MetaGPTMerge(GroupMergeMethod):
         merged: tuple[Tensor, ...] = super()._execute(
             groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype
         )
+        if out_dtype in (torch.float16, torch.bfloat16):  # rounded after merge_group
+            for group, tensor in zip(groups, merged, strict=True):
+                _require_finite(tensor, group)
         return merged
 
     def merge_group(
@@ -173,6 +176,8 @@ class MetaGPTMerge(GroupMergeMethod):
 
     def _merge_sparsified(self, group: TensorGroup, parameters: dict[str, Any]) -> Tensor:
         base, experts = split(group)
+        if self.stock.sparsification_method == SparsificationMethod.della_magprune:
+            _require_ranks(group, parameters["density"].values())
         # The stock method subtracts, scales and sums in the base's dtype and returns that.
         exact = replace(base, tensor=base.tensor.to(working_dtype(base.tensor.dtype)))
         stock_group = replace(group, entries=(exact, *experts))
@@ -224,8 +229,22 @@ def _quiet() -> bool:
     return bool(command.params.get("quiet", getattr(options, "quiet", False)))
 
 
+def _require_ranks(group: TensorGroup, densities: Iterable[float]) -> None:
+    """Refuse rows of one number: DELLA ranks the numbers of a row, and MergeKit divides by 0."""
+    shape = group.tensors[0].shape
+    row = shape[1] if len(shape) > 1 else shape.numel()
+    if row == 1 and any(0 < density < 1 for density in densities):
+        raise ValueError(
+            f"DELLA cannot rank the numbers of tensor {group.metadata.name} of shape "
+            f"{list(shape)}, one to a row; set its density to 1 with a filter, or choose a DARE "
+            "method."
+        )
+
+
 def _require_finite(merged: Tensor, group: TensorGroup) -> None:
     """Refuse a result that left its dtype's range, which finite inputs allow."""
+    if not merged.numel():
+        return
     least, most = merged.detach().aminmax()
     if not (least.isfinite() & most.isfinite()):
         raise ValueError(

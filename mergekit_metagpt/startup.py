@@ -80,10 +80,13 @@ class _Loader:
             _warn(f"{type(error).__name__}: {error}")
 
 
-def _register(registry: "ModuleType") -> None:
-    from mergekit_metagpt.methods import register
+def _load(registry: "ModuleType") -> None:
+    # Where our methods came first and are importing MergeKit, they are not complete yet.
+    import mergekit_metagpt.methods  # noqa: F401
 
-    register()
+
+def _register(methods: "ModuleType") -> None:
+    methods.register()
 
 
 def _check(merge_methods: "ModuleType") -> None:
@@ -99,7 +102,8 @@ def _teach_evolve(genome: "ModuleType") -> None:
 
 
 _HOOKS = {
-    "mergekit.merge_methods.registry": _register,
+    "mergekit.merge_methods.registry": _load,
+    "mergekit_metagpt.methods": _register,
     "mergekit.merge_methods": _check,
     "mergekit.evo.genome": _teach_evolve,
 }

@@ -124,8 +124,9 @@ def measure(
         for model, tensor in (base, *experts):
             if not tensor.isfinite().all():
                 raise ValueError(
-                    f"Tensor {name} of model {model} holds NaN or Inf; repair or replace that "
-                    "checkpoint, or leave the model out of the merge."
+                    f"Tensor {name} of model {model} holds NaN or Inf in {tensor.dtype}; repair or "
+                    "replace that checkpoint, leave the model out of the merge, or, if its "
+                    "numbers are only too large for the config's dtype, set a wider one."
                 )
         raise ValueError(
             f"The task vectors of tensor {name} are too large to be squared in float64; "

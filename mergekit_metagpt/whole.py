@@ -5,8 +5,11 @@ import json
 import os
 import shutil
 from datetime import datetime, timezone
+from operator import itemgetter
 from pathlib import Path
 
+import torch
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -31,6 +34,7 @@ def merge_whole(config: MergeConfiguration, source: str, out: Path, options: Mer
 
     Raises:
         OSError: if ``out`` is in use by then, or the disk is full.
+        ValueError: if a merged tensor overflows ``out_dtype``.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +45,8 @@ def merge_whole(config: MergeConfiguration, source: str, out: Path, options: Mer
     try:
         with journal.keep() as entries:
             run_merge(config, str(partial), options, config_source=source)
+        if dtype_from_name(given.out_dtype) == torch.float16:
+            _require_finite(partial)
         record = merge_record(given, source, entries, options)
         if options.write_model_card:
             # MergeKit has named the model after the directory that it wrote to.
@@ -71,6 +77,18 @@ def _runs(process: int) -> bool:
     except PermissionError:
         return True  # somebody else's
     return process != os.getpid()
+
+
+def _require_finite(merged: Path) -> None:
+    """Refuse a merge that overflowed ``out_dtype``, to which MergeKit rounds without a look."""
+    loader = ModelReference.model_validate(str(merged)).lazy_loader()
+    for name, _ in sorted(loader.index.tensor_paths.items(), key=itemgetter(1)):  # by shard
+        tensor = loader.get_tensor(name)
+        if tensor is not None and not tensor.isfinite().all():
+            raise ValueError(
+                f"Merging tensor {name} overflows {tensor.dtype}; set a wider one (out_dtype: "
+                "bfloat16 or float32)."
+            )
 
 
 def _now() -> str:

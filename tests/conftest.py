@@ -20,6 +20,16 @@ from mergekit.options import MergeOptions
 # Each xdist worker has its share of the cores.
 torch.set_num_threads(1)
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz",
+        type=int,
+        metavar="N",
+        help="run N random cases of test_fuzz.py, not a few hundred",
+    )
+
+
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
 
