@@ -4,10 +4,9 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
-import tqdm
 import transformers
 from mergekit.architecture import WeightInfo, get_architecture_info
 from mergekit.common import ModelReference
@@ -17,6 +16,7 @@ from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
 from torch import Tensor
 
+from mergekit_metagpt.distributed import Mapper, in_this_process
 from mergekit_metagpt.survey import Survey, canonical, measure, sum_matrices
 from mergekit_metagpt.task_vectors import inner_products, promoted_dtype
 
@@ -131,25 +131,18 @@ class Checkpoints:
         device: Device,
         progress: bool,
         products: bool = False,
+        mapper: Mapper = in_this_process,
     ) -> Survey:
         """Measure every task vector; see :func:`mergekit_metagpt.survey.survey_checkpoints`."""
         _tokenizers_agree.cache_clear()  # the files may have changed since the last survey
         measured: dict[str, _Measured] = {}
         left_out: list[str] = []
-        stored: set[tuple[str | None, ...]] = set()
         tieable: list[WeightInfo] = []
-        bar = tqdm.tqdm(
-            self.weights(), desc="Measuring task vectors", unit="tensor", disable=not progress
-        )
-        for weight in bar:
-            names = tuple(self.stored_name(model, weight) for model in self.models)
-            if None not in names and names in stored:
-                continue  # tied, and named twice
-            stored.add(names)
-            try:
-                tensor = self._measure(weight, dtype, device, products)
-            except _DifferentVocabularyError as difference:
-                LOG.warning("%s; the tensor does not count towards the coefficients.", difference)
+        weights = self._named_once()
+        measure = partial(self._measured, dtype=dtype, device=device, products=products)
+        for weight, tensor in zip(weights, mapper(measure, weights, progress), strict=True):
+            if isinstance(tensor, _DifferentVocabularyError):
+                LOG.warning("%s; the tensor does not count towards the coefficients.", tensor)
                 left_out.append(weight.name)
                 continue
             if tensor is None:
@@ -172,6 +165,24 @@ class Checkpoints:
             parameters=sum(tensor.size for tensor in measured.values()),
             products=sum_matrices([t.products for t in measured.values()]) if products else None,
         )
+
+    def _named_once(self) -> list[WeightInfo]:
+        """Return the weights without those that are stored as another one in every model."""
+        weights: dict[tuple[str | None, ...], WeightInfo] = {}
+        for weight in self.weights():
+            names = tuple(self.stored_name(model, weight) for model in self.models)
+            # Without a stored name it is computed from others, and is like no other.
+            weights.setdefault((weight.name, None) if None in names else names, weight)
+        return list(weights.values())
+
+    def _measured(
+        self, weight: WeightInfo, dtype: torch.dtype | None, device: Device, products: bool
+    ) -> "_Measured | _DifferentVocabularyError | None":
+        """Measure one tensor, or return why it cannot be compared."""
+        try:
+            return self._measure(weight, dtype, device, products)
+        except _DifferentVocabularyError as difference:
+            return difference
 
     def _measure(
         self, weight: WeightInfo, dtype: torch.dtype | None, device: Device, products: bool
@@ -269,6 +280,12 @@ def _load_task(model: ModelReference, weight: WeightInfo, device: Device = "cpu"
         aliases=weight.aliases,
         tied_names=weight.tied_names,
     )
+
+
+def forget_files() -> None:
+    """Read models anew from here on, in every thread."""
+    LoaderCache.loaders.clear()
+    _tokenizers_agree.cache_clear()
 
 
 @lru_cache(maxsize=256)

@@ -16,6 +16,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.coefficients import scaling_coefficients
+from mergekit_metagpt.distributed import Mapper, in_this_process
 from mergekit_metagpt.methods import MetaGPTMerge
 from mergekit_metagpt.planner import Measurements, Place, Step, planned_steps
 from mergekit_metagpt.survey import Norms, Survey, canonical, layer_of, scoped_norms
@@ -111,6 +112,7 @@ def plan_merge(
     *,
     granularity: str | None = None,
     progress: bool = True,
+    mapper: Mapper = in_this_process,
 ) -> Plan:
     """Measure what a merge will measure, and return the coefficients it will use.
 
@@ -119,6 +121,7 @@ def plan_merge(
         options: MergeKit's options.
         granularity: used in place of the config's.
         progress: whether a progress bar is shown.
+        mapper: who measures the models.
 
     Raises:
         ValueError: if the method is another one, or the merge itself would refuse its inputs.
@@ -139,7 +142,7 @@ def plan_merge(
     if base is None:
         raise ValueError("The merge config names no base_model; add the model that was fine-tuned.")
     experts = tuple(canonical({m for s in steps for m in s.task.model_order} - {base}))
-    measurements = Measurements(base, experts, config, options, progress)
+    measurements = Measurements(base, experts, config, options, progress, mapper)
     measurements.take(steps)
     tensors = [t for step in steps if (t := _planned(step, measurements)) is not None]
     shared = dict(steps[0].task.parameters.items())

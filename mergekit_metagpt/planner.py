@@ -19,6 +19,7 @@ from mergekit.plan import MergePlanner
 from torch import Tensor
 
 from mergekit_metagpt.checkpoints import Checkpoints
+from mergekit_metagpt.distributed import Mapper, in_this_process
 from mergekit_metagpt.survey import Norms, Survey, canonical, measure, split
 
 # The module of a config, and the number of the slice in it.
@@ -103,6 +104,7 @@ class Measurements:
     config: MergeConfiguration
     options: MergeOptions
     progress: bool
+    mapper: Mapper = in_this_process
     own: dict[str, tuple[tuple[ModelReference, ...], Norms]] = field(default_factory=dict)
     surveys: dict[tuple[ModelReference, ...], Survey] = field(default_factory=dict)
 
@@ -125,6 +127,7 @@ class Measurements:
             self.options.device or "cpu",
             self.progress,
             products,
+            self.mapper,
         )
 
     def take(self, steps: Sequence[Step]) -> None:

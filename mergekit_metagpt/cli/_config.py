@@ -10,7 +10,16 @@ if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
+    from mergekit_metagpt.distributed import Mapper
+
 config_argument = click.argument("config", type=click.Path(exists=True, dir_okay=False))
+ray_option = click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="",
+    metavar="[ADDRESS]",
+    help="Measure on a Ray cluster, or as one on this machine alone. Give it after CONFIG.",
+)
 
 
 def read_config(path: str) -> "MergeConfiguration":
@@ -39,3 +48,10 @@ def read_config(path: str) -> "MergeConfiguration":
 def wants_progress(options: "MergeOptions") -> bool:
     """Return whether progress bars are shown: on a terminal, unless ``--quiet`` is given."""
     return sys.stderr.isatty() and not options.quiet
+
+
+def mapper(ray: str | None, options: "MergeOptions") -> "Mapper":
+    """Return who measures, for the value of ``--ray``."""
+    from mergekit_metagpt.distributed import RayMapper, in_this_process
+
+    return in_this_process if ray is None else RayMapper(ray or None, options)

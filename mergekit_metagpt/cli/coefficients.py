@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_metagpt.cli._config import config_argument, read_config, wants_progress
+from mergekit_metagpt.cli._config import (
+    config_argument,
+    mapper,
+    ray_option,
+    read_config,
+    wants_progress,
+)
 from mergekit_metagpt.cli._options import MergeCommand
 
 if TYPE_CHECKING:
@@ -25,11 +31,13 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Draw coefficients, shares by layer and cosines, such as FILE.png.",
 )
+@ray_option
 def coefficients(
     config: str,
     granularity: str | None,
     as_json: bool,
     plot: Path | None,
+    ray: str | None,
     merge_options: "MergeOptions",
 ) -> None:
     """Measure the task vectors of CONFIG and print the coefficients its merge will use.
@@ -54,6 +62,7 @@ def coefficients(
         merge_options,
         granularity=granularity,
         progress=wants_progress(merge_options),
+        mapper=mapper(ray, merge_options),
     )
     if as_json:
         click.echo(json.dumps(report.as_json(plan)))

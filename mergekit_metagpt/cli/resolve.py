@@ -4,7 +4,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_metagpt.cli._config import config_argument, read_config, wants_progress
+from mergekit_metagpt.cli._config import (
+    config_argument,
+    mapper,
+    ray_option,
+    read_config,
+    wants_progress,
+)
 from mergekit_metagpt.cli._options import MergeCommand
 
 if TYPE_CHECKING:
@@ -20,7 +26,8 @@ if TYPE_CHECKING:
     default="-",
     help="Write to this file in place of standard output.",
 )
-def resolve(config: str, output: str, merge_options: "MergeOptions") -> None:
+@ray_option
+def resolve(config: str, output: str, ray: str | None, merge_options: "MergeOptions") -> None:
     """Write CONFIG as stock MergeKit YAML with explicit weights.
 
     Any MergeKit merges it to the same bytes in float32, without this package; except for
@@ -34,6 +41,11 @@ def resolve(config: str, output: str, merge_options: "MergeOptions") -> None:
     from mergekit_metagpt.plan import plan_merge
     from mergekit_metagpt.resolve import resolve as resolve_plan
 
-    plan = plan_merge(read_config(config), merge_options, progress=wants_progress(merge_options))
+    plan = plan_merge(
+        read_config(config),
+        merge_options,
+        progress=wants_progress(merge_options),
+        mapper=mapper(ray, merge_options),
+    )
     with click.open_file(output, "w", encoding="utf-8", atomic=output != "-") as file:
         file.write(resolve_plan(plan))
