@@ -139,8 +139,8 @@ class Checkpoints:
         left_out: list[str] = []
         tieable: list[WeightInfo] = []
         weights = self._named_once()
-        measure = partial(self._measured, dtype=dtype, device=device, products=products)
-        for weight, tensor in zip(weights, mapper(measure, weights, progress), strict=True):
+        one = partial(self._measured, dtype=dtype, device=device, products=products)
+        for weight, tensor in zip(weights, mapper(one, weights, progress), strict=True):
             if isinstance(tensor, _DifferentVocabularyError):
                 LOG.warning("%s; the tensor does not count towards the coefficients.", tensor)
                 left_out.append(weight.name)
