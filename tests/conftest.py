@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +164,24 @@ def run(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[s
 def write_yaml(path: Path, *documents: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump_all(documents, sort_keys=False))
     return path
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """The address of a Ray cluster on this machine, that this process is connected to.
+
+    It has one CPU, which Ray only counts: of tasks that take up 1 / n of it n run at a time.
+    Tests that use it belong to the xdist group "ray": two clusters are too many for two cores.
+    """
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers import the tests
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        context = ray.init(
+            "local", num_cpus=1, include_dashboard=False, log_to_driver=False,
+            object_store_memory=100 * 2**20, logging_level="ERROR",
+        )  # fmt: skip
+    yield context.address_info["address"]
+    ray.shutdown()

@@ -18,19 +18,7 @@ from mergekit_metagpt.distributed import RayMapper, in_this_process
 
 ray = pytest.importorskip("ray")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    """The address of a cluster on this machine, that this process is connected to.
-
-    It has one CPU, which Ray only counts: of tasks that take up 1 / n of it n run at a time.
-    """
-    context = ray.init(
-        "local", num_cpus=1, include_dashboard=False, log_to_driver=False,
-        object_store_memory=100 * 2**20, logging_level="ERROR",
-    )  # fmt: skip
-    yield context.address_info["address"]
-    ray.shutdown()
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("cluster")]
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,7 @@
 
 import importlib
 import os
-import shutil
 import sys
-import tempfile
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -196,39 +194,20 @@ def test_cma_es_ends_no_worse_than_the_closed_form(method, evaluator):
         assert abs(best.xbest[0]) > abs(best.xbest[1])
 
 
+@pytest.mark.xdist_group("ray")
 def test_ray_workers_score_as_one_process_does_and_survey_once_each(
-    family, evaluator, tmp_path, monkeypatch
+    family, evaluator, tmp_path, cluster
 ):
-    ray = pytest.importorskip("ray")
+    import ray
+
     genotypes = torch.tensor([[1.0, 1.0], [4.0, 1.0], [1.0, 4.0]])
     parameters = {"granularity": "model"}
     expected = evaluator(parameters=parameters).report(genotypes)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    for name, value in {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    sockets = tempfile.mkdtemp(prefix="ray")  # the names of sockets have to be short
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=80 * 2**20,
-        _temp_dir=sockets,
-    )
-    try:
-        remote = ray.remote(num_cpus=1)(Evaluator)
-        workers = [
-            remote.remote(family, tmp_path / str(number), parameters=parameters)
-            for number in range(2)
-        ]
-        reports = ray.get([worker.report.remote(genotypes) for worker in workers], timeout=120)
-    finally:
-        ray.shutdown()
-        shutil.rmtree(sockets, ignore_errors=True)
+    remote = ray.remote(num_cpus=0.5)(Evaluator)
+    workers = [
+        remote.remote(family, tmp_path / str(number), parameters=parameters) for number in range(2)
+    ]
+    reports = ray.get([worker.report.remote(genotypes) for worker in workers], timeout=120)
     assert len({process for process, _, _ in (expected, *reports)}) == 3
     for _, surveys, scores in reports:
         assert surveys == 1
