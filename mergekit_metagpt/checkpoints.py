@@ -4,10 +4,9 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
-import transformers
 from mergekit.architecture import WeightInfo, get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -19,6 +18,11 @@ from torch import Tensor
 from mergekit_metagpt.distributed import Mapper, in_this_process
 from mergekit_metagpt.survey import Survey, canonical, measure, sum_matrices
 from mergekit_metagpt.task_vectors import inner_products, promoted_dtype
+from mergekit_metagpt.vocabularies import (
+    DifferentVocabularyError,
+    compare_vocabularies,
+    tokenizers_agree,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -134,14 +138,14 @@ class Checkpoints:
         mapper: Mapper = in_this_process,
     ) -> Survey:
         """Measure every task vector; see :func:`mergekit_metagpt.survey.survey_checkpoints`."""
-        _tokenizers_agree.cache_clear()  # the files may have changed since the last survey
+        tokenizers_agree.cache_clear()  # the files may have changed since the last survey
         measured: dict[str, _Measured] = {}
         left_out: list[str] = []
         tieable: list[WeightInfo] = []
         weights = self._named_once()
         one = partial(self._measured, dtype=dtype, device=device, products=products)
         for weight, tensor in zip(weights, mapper(one, weights, progress), strict=True):
-            if isinstance(tensor, _DifferentVocabularyError):
+            if isinstance(tensor, DifferentVocabularyError):
                 LOG.warning("%s; the tensor does not count towards the coefficients.", tensor)
                 left_out.append(weight.name)
                 continue
@@ -177,11 +181,11 @@ class Checkpoints:
 
     def _measured(
         self, weight: WeightInfo, dtype: torch.dtype | None, device: Device, products: bool
-    ) -> "_Measured | _DifferentVocabularyError | None":
+    ) -> "_Measured | DifferentVocabularyError | None":
         """Measure one tensor, or return why it cannot be compared."""
         try:
             return self._measure(weight, dtype, device, products)
-        except _DifferentVocabularyError as difference:
+        except DifferentVocabularyError as difference:
             return difference
 
     def _measure(
@@ -224,27 +228,13 @@ class Checkpoints:
                 "holds; complete the checkpoint or leave the expert out of the merge."
             )
         if weight.vocabulary_axis is not None:
-            self._compare_vocabularies(weight, model, base, expert)
+            compare_vocabularies(weight, (self.base, base), (model, expert))
         if expert.shape != base.shape:
             raise ValueError(
                 f"Tensor {weight.name} has shape {list(expert.shape)} in expert {model} but "
                 f"{list(base.shape)} in the base {self.base}; merge fine-tunes of one base."
             )
         return expert
-
-    def _compare_vocabularies(
-        self, weight: WeightInfo, model: ModelReference, base: Tensor, expert: Tensor
-    ) -> None:
-        if expert.shape != base.shape:
-            raise _DifferentVocabularyError(
-                f"Vocabulary tensor {weight.name} has shape {list(expert.shape)} in {model} but "
-                f"{list(base.shape)} in {self.base}"
-            )
-        if not _tokenizers_agree(self.base, model, LoaderCache().trust_remote_code):
-            raise _DifferentVocabularyError(
-                f"The tokenizers of {model} and {self.base} give the rows of {weight.name} "
-                "different meanings"
-            )
 
     def _equal(self, weight: WeightInfo, other: WeightInfo) -> bool:
         """Return whether every model, the base included, stores the same tensor twice."""
@@ -266,10 +256,6 @@ class _Measured:
     products: list[list[float]]
 
 
-class _DifferentVocabularyError(Exception):
-    """Rows of a vocabulary tensor stand for different tokens in base and expert."""
-
-
 def _load_task(model: ModelReference, weight: WeightInfo, device: Device = "cpu") -> LoadTensor:
     return LoadTensor(
         model=model,
@@ -285,20 +271,4 @@ def _load_task(model: ModelReference, weight: WeightInfo, device: Device = "cpu"
 def forget_files() -> None:
     """Read models anew from here on, in every thread."""
     LoaderCache.loaders.clear()
-    _tokenizers_agree.cache_clear()
-
-
-@lru_cache(maxsize=256)
-def _tokenizers_agree(first: ModelReference, second: ModelReference, trust: bool) -> bool:
-    """Return whether no token id means two things; like MergeKit, assume so without tokenizers."""
-    vocabularies = []
-    for model in (first, second):
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                model.model.path, revision=model.model.revision, trust_remote_code=trust
-            )
-        except Exception as error:  # transformers raises whatever its many loaders raise
-            LOG.info("No tokenizer could be loaded for %s: %s", model, error)
-            return True
-        vocabularies.append({id_: token for token, id_ in tokenizer.get_vocab().items()})
-    return all(vocabularies[1].get(id_, token) == token for id_, token in vocabularies[0].items())
+    tokenizers_agree.cache_clear()
