@@ -1,4 +1,4 @@
-"""What the start-up file adds to every interpreter: `python benchmarks/startup.py`.
+"""What the start-up file adds to every interpreter: `python -m benchmarks.startup`.
 
 Two virtual environments that differ in this package alone run ``python -c pass`` in turn.
 Writes benchmarks/results/startup.md.
@@ -14,8 +14,9 @@ import time
 import venv
 from pathlib import Path
 
+from benchmarks.results_file import write_measured
+
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "startup.md"
 ROUNDS = 20
 WARM_UP = 3
 
@@ -56,7 +57,7 @@ def main() -> None:
     report = f"""# Start of an interpreter
 
 `python -c pass`, {ROUNDS} interleaved runs each; Python {platform.python_version()},
-{platform.machine()}. Written by `python benchmarks/startup.py`.
+{platform.machine()}. Written by `python -m benchmarks.startup`.
 
 | | median, ms | least, ms | most, ms |
 |---|---|---|---|
@@ -65,7 +66,7 @@ def main() -> None:
 
 The start-up file adds {with_ - without:.2f} ms (ratio {with_ / without:.3f}).
 """
-    RESULTS.write_text(report)
+    write_measured("startup.md", report)
     print(report)
 
 

@@ -1,0 +1,21 @@
+"""Results files: what a benchmark measured, between two marks, and what a person says of it."""
+
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+_BEGIN, _END = "<!-- measured -->\n", "<!-- /measured -->\n"
+
+
+def write_measured(name: str, text: str) -> None:
+    """Write Markdown into ``benchmarks/results/name``; what stands outside the marks is kept.
+
+    Args:
+        name: the file's name, with its suffix.
+        text: Markdown, measured just now.
+    """
+    path = RESULTS / name
+    before, after = "", ""
+    if path.exists():
+        before, _, rest = path.read_text("utf-8").partition(_BEGIN)
+        after = rest.partition(_END)[2]
+    path.write_text(f"{before}{_BEGIN}{text.rstrip()}\n{_END}{after}", "utf-8")
