@@ -191,10 +191,7 @@ class Checkpoints:
     def _measure(
         self, weight: WeightInfo, dtype: torch.dtype | None, device: Device, products: bool
     ) -> "_Measured | None":
-        """Measure one tensor; None if it is no parameter of the base.
-
-        Holds the base's and one expert's tensor at a time, or all of them for products.
-        """
+        """Measure one tensor; None if it is no parameter of the base."""
         base = self.load(self.base, weight, device)
         if base is None and not weight.optional:
             raise ValueError(
@@ -203,20 +200,13 @@ class Checkpoints:
             )
         if base is None or not base.is_floating_point():
             return None
-        origin = (self.base, base.to(dtype or base.dtype))
-        stored_dtype = base.dtype
-        experts: list[tuple[ModelReference, Tensor]] = []
-        norms: tuple[float, ...] = ()
-        for model in self.experts:
-            expert = self._load_expert(model, weight, base, device)
-            stored_dtype = torch.promote_types(stored_dtype, expert.dtype)
-            expert = expert.to(dtype or expert.dtype)
-            norms += measure(weight.name, origin, [(model, expert)])
-            if products:
-                experts.append((model, expert))
-            del expert
-        gram = inner_products(origin[1], [tensor for _, tensor in experts]) if products else []
-        return _Measured(norms, stored_dtype, base.numel(), gram)
+        stored = [self._load_expert(model, weight, base, device) for model in self.experts]
+        origin, *experts = [tensor.to(dtype or tensor.dtype) for tensor in (base, *stored)]
+        norms = measure(
+            weight.name, (self.base, origin), list(zip(self.experts, experts, strict=True))
+        )
+        gram = inner_products(origin, experts) if products else []
+        return _Measured(norms, promoted_dtype([base, *stored]), base.numel(), gram)
 
     def _load_expert(
         self, model: ModelReference, weight: WeightInfo, base: Tensor, device: Device

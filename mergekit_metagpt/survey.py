@@ -1,7 +1,7 @@
 """Surveys: the squared norms of whole models' task vectors, measured tensor by tensor.
 
-A survey streams checkpoints through MergeKit's own loaders, holds the base's and one
-expert's tensor at a time, and keeps T floats per tensor.
+A survey streams checkpoints through MergeKit's own loaders, holds one tensor of the base and
+of each expert at a time, and keeps T floats per tensor.
 """
 
 import math
@@ -244,8 +244,7 @@ def survey_checkpoints(
             does; as stored when not given.
         device: where the arithmetic is done.
         progress: whether a progress bar is shown.
-        products: whether inner products are measured too, which takes the tensors of all
-            experts into memory at once.
+        products: whether inner products are measured too.
 
     Returns:
         The survey. Vocabulary tensors whose shapes or tokenizers differ are left out of it.

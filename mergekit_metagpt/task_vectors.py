@@ -1,26 +1,29 @@
 """Tensor kernels: squared norms of task vectors, and the base plus their weighted sum.
 
-Both stream over the tensors in chunks through buffers that are allocated once, since
-fresh large temporaries cost page faults, which took half of the time of the obvious
-formulas. Differences and products are float32 (float64 for float64 inputs), sums
-across rows are float64, and a result is rounded to its dtype once.
+Both stream over the tensors in chunks, through buffers that are allocated once: the page
+faults of fresh large temporaries took half of the time of the obvious formulas. All
+arithmetic is float32 (float64 for float64 inputs), sums across rows are float64, and a
+result is rounded to its dtype once.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-# A chunk of 2^19 elements stays in cache; much smaller ones pay for waking the thread
-# pool, and an accelerator wants few large kernels.
-_CHUNK = 1 << 19
+# A chunk of 2^20 elements stays in the last level of cache; smaller ones pay for waking the
+# thread pool, and an accelerator wants few large kernels.
+_CHUNK = 1 << 20
 _ACCELERATOR_CHUNK = 1 << 25
 # torch.sum adds float32 pairwise: over rows of 4096 it is right to 2e-7 even where all
 # elements are equal and round alike. A vector_norm of a row misses by 6e-6, a dot by 1e-4.
 _ROW = 1 << 12
 # Below this mean square, float32 squares start to vanish (its least normal number is 1e-38).
 _LEAST_MEAN_SQUARE = 1e-30
+_NO_REDUCTION = 0  # ATen's number for it
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,14 +49,14 @@ def squared_norms(base: Tensor, experts: Sequence[Tensor]) -> list[float]:
         leaves even float64's range.
     """
     dtype = promoted_dtype([base, *experts])
-    sums = _sums_of_squares(base, experts, working_dtype(dtype)).tolist()
+    sums = _sums_of_squares(base, experts, working_dtype(dtype))
     if dtype != torch.float64:
         least = _LEAST_MEAN_SQUARE * base.numel()
         for t, expert in enumerate(experts):
             # Out of float32's range, or exactly zero and then most likely unchanged.
             if not least <= sums[t] < float("inf") and not torch.equal(base, expert):
-                sums[t] = _sums_of_squares(base, [expert], torch.float64).item()
-    return [float(value) for value in sums]
+                [sums[t]] = _sums_of_squares(base, [expert], torch.float64)
+    return sums
 
 
 def inner_products(base: Tensor, experts: Sequence[Tensor]) -> list[list[float]]:
@@ -69,19 +72,20 @@ def inner_products(base: Tensor, experts: Sequence[Tensor]) -> list[list[float]]
     norms = squared_norms(base, experts)
     in_range = all(n == 0 or n >= _LEAST_MEAN_SQUARE * base.numel() for n in norms)
     dtype = working_dtype(promoted_dtype([base, *experts])) if in_range else torch.float64
-    count = len(experts)
-    sums = torch.zeros(count, count, dtype=torch.float64, device=base.device)
-    origin, product, *differences = _buffers(base, dtype, 2 + count)
+    sums: dict[tuple[int, int], _Sum] = {
+        (i, j): _Sum() for i in range(len(experts)) for j in range(i)
+    }
+    origin, product, *differences = _buffers(base, dtype, 2 + len(experts))
     for base_chunk, *chunks in _chunks(base, *experts):
         n = len(base_chunk)
-        origin[:n].copy_(base_chunk)
-        for i, chunk in enumerate(chunks):
-            torch.sub(chunk, origin[:n], out=differences[i][:n])
-            for j in range(i):
-                sums[i, j] += _sum(
-                    torch.mul(differences[i][:n], differences[j][:n], out=product[:n])
-                )
-    products: list[list[float]] = (sums + sums.T).tolist()
+        start = _converted(base_chunk, origin)
+        for difference, chunk in zip(differences, chunks, strict=True):
+            torch.sub(_converted(chunk, difference), start, out=difference[:n])
+        for (i, j), total in sums.items():
+            total.add(torch.mul(differences[i][:n], differences[j][:n], out=product[:n]))
+    products = [[0.0] * len(experts) for _ in experts]
+    for (i, j), total in sums.items():
+        products[i][j] = products[j][i] = total.value
     for t, norm in enumerate(norms):
         products[t][t] = norm
     return products
@@ -92,60 +96,81 @@ def add_task_vectors(
 ) -> Tensor:
     """Return θ_0 + s Σ_t λ_t (θ_t − θ_0), equation 2 of the paper.
 
-    In float32 these are the operations of MergeKit's ``task_arithmetic`` in their order, so
-    that equal weights give equal bytes.
+    It is computed as what it is, a weighted mean of the experts, and then a point on the line
+    from the base to that mean: an interpolation for each expert, where differences, products
+    and sums take three passes. Where the base and all experts hold one value, so does the
+    result, bit for bit.
 
     Args:
         base: θ_0, of any shape, strides, device and floating-point dtype.
         experts: θ_t, T tensors of the base's shape and device.
-        coefficients: λ_t, T finite floats; they are constants for autograd.
+        coefficients: λ_t ≥ 0, T finite floats; they are constants for autograd.
         scale: s, MergeKit's ``lambda``.
 
     Returns:
         A new tensor of the base's shape, dtype and device.
     """
-    dtype = working_dtype(promoted_dtype([base, *experts]))
     chosen = [(e, c) for e, c in zip(experts, coefficients, strict=True) if c]
+    if not chosen:
+        return base.clone()
+    dtype = working_dtype(promoted_dtype([base, *experts]))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (base, *experts)):
         origin = base.to(dtype)
         return (origin + scale * sum((e - origin) * c for e, c in chosen)).to(base.dtype)
 
+    totals = list(accumulate(c for _, c in chosen))
+    # Of each further expert in the mean of those up to it, and of the mean in the result.
+    shares = [c / total for (_, c), total in zip(chosen, totals, strict=True)][1:]
+    distance = scale * totals[-1]
     merged = torch.empty_like(base, memory_format=torch.contiguous_format, requires_grad=False)
-    origin, weighted, total = _buffers(base, dtype, 3)
-    for base_chunk, out, *chunks in _chunks(base, merged, *(e for e, _ in chosen)):
-        n = len(base_chunk)
-        origin[:n].copy_(base_chunk)
-        total[:n].zero_()
-        for chunk, (_, coefficient) in zip(chunks, chosen, strict=True):
-            total[:n] += torch.sub(chunk, origin[:n], out=weighted[:n]).mul_(coefficient)
-        if scale != 1:
-            total[:n] *= scale
-        out.copy_(total[:n].add_(origin[:n]))
+    buffers = _buffers(base, dtype, 2)
+    for out, origin, first, *others in _chunks(merged, base, *(e for e, _ in chosen)):
+        target = out if out.dtype == dtype else buffers[0][: len(out)]
+        mean = _converted(first, buffers[0])
+        for chunk, share in zip(others, shares, strict=True):
+            mean = torch.lerp(mean, _converted(chunk, buffers[1]), share, out=target)
+        if not math.isclose(distance, 1, rel_tol=1e-14):
+            mean = torch.lerp(_converted(origin, buffers[1]), mean, distance, out=target)
+        if mean is not out:
+            out.copy_(mean)
     return merged
 
 
-def _sums_of_squares(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return ‖θ_t − θ_0‖² as a float64 tensor of shape [T], differences in ``dtype``."""
-    sums = torch.zeros(len(experts), dtype=torch.float64, device=base.device)
-    origin, difference = _buffers(base, dtype, 2)
+class _Sum:
+    """A float64 sum of float32 or float64 values; it waits for no device until it is read."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+
+    def add(self, values: Tensor) -> None:
+        """Add up a flat tensor, which may be overwritten afterwards."""
+        whole = len(values) - len(values) % _ROW
+        self._rows.append(values[:whole].view(-1, _ROW).sum(dim=1))
+        if whole < len(values):
+            self._rows.append(values[whole:].sum().view(1))
+
+    @property
+    def value(self) -> float:
+        """The sum so far."""
+        return float(torch.cat(self._rows).double().sum()) if self._rows else 0.0
+
+
+def _sums_of_squares(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype) -> list[float]:
+    """Return ‖θ_t − θ_0‖² for every expert, differences and squares in ``dtype``."""
+    sums = [_Sum() for _ in experts]
+    origin, squares = _buffers(base, dtype, 2)
+    squared_differences = torch.ops.aten.mse_loss.out  # in one pass; the public one allocates
     for base_chunk, *chunks in _chunks(base, *experts):
-        n = len(base_chunk)
-        origin[:n].copy_(base_chunk)
-        for t, chunk in enumerate(chunks):
-            sums[t] += _sum(torch.sub(chunk, origin[:n], out=difference[:n]).square_())
-    return sums
+        start, out = _converted(base_chunk, origin), squares[: len(base_chunk)]
+        for total, chunk in zip(sums, chunks, strict=True):
+            squared_differences(_converted(chunk, squares), start, _NO_REDUCTION, out=out)
+            total.add(out)
+    return [total.value for total in sums]
 
 
-def _sum(values: Tensor) -> Tensor:
-    """Return the sum of a flat tensor as a float64 scalar."""
-    rows = len(values) - len(values) % _ROW
-    whole = values[:rows].view(-1, _ROW).sum(dim=1).double().sum()
-    return whole + values[rows:].sum().double()
-
-
-def _chunk_size(tensor: Tensor) -> int:
-    limit = _CHUNK if tensor.device.type == "cpu" else _ACCELERATOR_CHUNK
-    return max(1, min(limit, tensor.numel()))
+def _converted(chunk: Tensor, buffer: Tensor) -> Tensor:
+    """Return the chunk in the buffer's dtype: itself, or a copy in the buffer."""
+    return chunk if chunk.dtype == buffer.dtype else buffer[: len(chunk)].copy_(chunk)
 
 
 def _buffers(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
@@ -153,9 +178,12 @@ def _buffers(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
     return [torch.empty(size, dtype=dtype, device=like.device) for _ in range(count)]
 
 
-def _chunks(*tensors: Tensor) -> Iterator[list[Tensor]]:
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the tensors' flat chunks side by side, detached from autograd."""
-    flat = [tensor.detach().reshape(-1) for tensor in tensors]
     size = _chunk_size(tensors[0])
-    for start in range(0, tensors[0].numel(), size):
-        yield [tensor[start : start + size] for tensor in flat]
+    return zip(*(tensor.detach().reshape(-1).split(size) for tensor in tensors), strict=True)
+
+
+def _chunk_size(tensor: Tensor) -> int:
+    limit = _CHUNK if tensor.device.type == "cpu" else _ACCELERATOR_CHUNK
+    return max(1, min(limit, tensor.numel()))

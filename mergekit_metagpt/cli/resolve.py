@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def resolve(config: str, output: str, ray: str | None, merge_options: "MergeOptions") -> None:
     """Write CONFIG as stock MergeKit YAML with explicit weights.
 
-    Any MergeKit merges it to the same bytes in float32, without this package; except for
-    DARE and DELLA, whose random masks differ.
+    Any MergeKit merges it to the same result, without this package: in float32 to the same
+    bytes, but to two rounding steps for plain metagpt, and with other masks for DARE and DELLA.
 
     \b
     Example:
