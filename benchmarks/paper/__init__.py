@@ -1,0 +1,1 @@
+"""The tables of the MetaGPT paper, measured again: `python -m benchmarks.paper 1`."""

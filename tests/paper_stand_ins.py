@@ -1,0 +1,125 @@
+"""Tiny stand-ins for the models and the tasks of the paper's tables."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+import transformers
+import yaml
+from conftest import VOCABULARY, llama_config, perturb, write_yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+
+def save_models(folder: Path, names: Iterable[str]) -> None:
+    """Write a fine-tune of one tiny Llama for each name of the hub, at either of its places."""
+    for number, name in enumerate(sorted(names)):
+        path = folder / (name if number % 2 else name.rpartition("/")[2])
+        # The two LLaMA-2 MAmmoTHs have one token more than their bases.
+        save_model(path, tokens=VOCABULARY + ("MAmmoTH-" in name))
+
+
+def save_model(path: Path, tokens: int) -> None:
+    torch.manual_seed(0)
+    config = llama_config(max_position_embeddings=256)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    perturb(model, 0.05, seed=crc32(path.name.encode()))
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    model.save_pretrained(path)
+    vocabulary = {f"w{number}": number for number in range(tokens)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="w0", bos_token="w1", eos_token="w2"
+    ).save_pretrained(path)
+
+
+def save_tasks(folder: Path) -> None:
+    """Write tasks by the names of lm-eval's, with the metrics that the paper's tables read."""
+    questions = [
+        {"q": f"w{3 + n} w{4 + n}", "c": [f"w{20 + n % 20}", f"w{40 + n % 20}"]} for n in range(40)
+    ]
+    save_choice_tasks(folder, questions)
+    # The last digit of one word counts, which a model that knows nothing gets right at times.
+    last_digit = {"metric": "exact_match", "regexes_to_ignore": ["w[0-9]?(?=[0-9])"]}
+    written = {
+        **asked(folder / "written.jsonl", questions),
+        "output_type": "generate_until",
+        "doc_to_target": "{{c[0]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 1, "do_sample": False},
+        "metric_list": [{**last_digit, "aggregation": "mean", "higher_is_better": True}],
+    }
+    last = {"name": "flexible-extract", "filter": [{"function": "take_first"}]}
+    write_yaml(folder / "gsm8k.yaml", {"task": "gsm8k", **written, "filter_list": [last]})
+    write_yaml(folder / "minerva_math500.yaml", {"task": "minerva_math500", **written})
+    save_code_tasks(folder, written)
+
+
+def asked(file: Path, questions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write a task's data; return the part of its YAML that says so."""
+    file.write_text("\n".join(map(json.dumps, questions)))
+    return {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        "metadata": {"version": 1.0},
+    }
+
+
+def save_choice_tasks(folder: Path, questions: list[dict[str, Any]]) -> None:
+    """AGIEval's parts list the right choices, or have an answer; others have a number."""
+    accuracy = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+    choice = {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{c}}",
+        "metric_list": [accuracy],
+    }
+    numbers = {"answer": [n % 2 for n in range(40)], "gold": [[n % 2] for n in range(40)]}
+    tasks = {
+        "answer": ["winogrande", "medqa_4options", "agieval_math"],
+        "gold": ["agieval_sat_en", "agieval_jec_qa_kd", "agieval_jec_qa_ca"],
+    }
+    for key, names in tasks.items():
+        documents = [{**q, key: a} for q, a in zip(questions, numbers[key], strict=True)]
+        common = {
+            **asked(folder / f"{key}.jsonl", documents),
+            **choice,
+            "doc_to_target": f"{{{{{key}}}}}",
+        }
+        for name in names:
+            write_yaml(folder / f"{name}.yaml", {"task": name, **common})
+    parts = {"group": "agieval", "task": ["agieval_sat_en", "agieval_math"]}
+    mean = {"metric": "acc", "aggregation": "mean"}
+    write_yaml(folder / "agieval.yaml", {**parts, "aggregate_metric_list": [mean]})
+
+
+def save_code_tasks(folder: Path, written: dict[str, Any]) -> None:
+    """MBPP and HumanEval: like lm-eval's, they do not load where no code may run."""
+    (folder / "utils.py").write_text(
+        "import os\n"
+        'if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":\n'
+        '    raise ValueError("code may not be run")\n'
+        "def pass_at_1(references, predictions):\n"
+        "    return 0.5\n"
+        "def pass_at_k(references, predictions, k):\n"
+        '    return {"pass@1": 0.25}\n'
+    )
+    unsafe = {**written, "unsafe_code": True}
+    created = {"name": "create_test", "filter": [{"function": "take_first"}]}
+    tasks = {
+        "mbpp": {**unsafe, "metric_list": [{"metric": "FUNCTION.pass_at_1"}]},
+        "humaneval": {
+            **unsafe,
+            "metric_list": [{"metric": "FUNCTION.pass_at_k", "k": [1]}],
+            "filter_list": [created],
+        },
+    }
+    for name, task in tasks.items():
+        task["metric_list"][0] |= {"aggregation": "mean", "higher_is_better": True}
+        text = yaml.safe_dump({"task": name, **task})
+        (folder / f"{name}.yaml").write_text(text.replace("FUNCTION", "!function utils"))

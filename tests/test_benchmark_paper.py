@@ -1,0 +1,350 @@
+"""The paper's tables, merged and measured on tiny stand-ins and tasks of our own."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from conftest import read, write_yaml
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from paper_stand_ins import save_models, save_tasks
+
+from benchmarks.averages import absolute_average, normalized_average
+from benchmarks.harness import evaluate
+from benchmarks.paper.__main__ import main
+from benchmarks.paper.merges import merge, with_local_models
+from benchmarks.paper.tables import Row, read_table, table_numbers
+from mergekit_metagpt.preflight import inspect
+
+ROWS = [
+    pytest.param(row, id=f"{number}: {row.name}")
+    for number in table_numbers()
+    for row in read_table(number).rows
+]
+MERGES = [case for case in ROWS if isinstance(case.values[0].source, dict)]
+SAFE_COLUMNS = [column for column in read_table(1).columns if not column.runs_code]
+EXAMPLES = Path(__file__).parents[1] / "example_configs"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a stand-in for every model of the paper's tables."""
+    folder = tmp_path_factory.mktemp("models")
+    configs = [MergeConfiguration.model_validate(case.values[0].source) for case in MERGES]
+    save_models(folder, {str(it) for config in configs for it in config.referenced_models()})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    save_tasks(folder)
+    return folder
+
+
+Paper = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def paper(models: Path, tasks: Path) -> Paper:
+    """Run the command on the stand-ins, with the words and the options that a test wants."""
+
+    def invoke(*words: str | Path, **changes: Path) -> Result:
+        folders = {"models": models, "tasks": tasks, **changes}
+        options = [f"--{name}={folder}" for name, folder in folders.items()]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_HUB_OFFLINE", "1")
+            patch.setenv("OMP_NUM_THREADS", "1")
+            patch.setenv("HF_ALLOW_CODE_EVAL", "0")
+            return CliRunner().invoke(main, [*map(str, words), *options])
+
+    return invoke
+
+
+@pytest.fixture(scope="session")
+def first_run(paper: Paper, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """The experts and two merges of table 1: the output directory, and what the command said.
+
+    Another run has died in the middle of one merge; of the other there is an older config's.
+    """
+    out = tmp_path_factory.mktemp("first") / "out"
+    for remains in ("metagpt/merged-partial", "dare/merged"):
+        (out / "llama-2-7b" / remains).mkdir(parents=True)
+        (out / "llama-2-7b" / remains / "mergekit_config.yml").write_text("merge_method: linear")
+    rows = ("LM", "Math", "Code", "DARE", "MetaGPT")
+    done = paper("1", *(f"--only={row}" for row in rows), out=out)
+    assert done.exit_code == 0, done.output
+    return out, done
+
+
+def local_row(number: int, name: str, models: Path) -> Row:
+    (row,) = (row for row in read_table(number).rows if row.name == name)
+    return with_local_models(row, models)
+
+
+def merged_here(row: Row, out: Path) -> Path:
+    """Merge a row with MergeKit in this process."""
+    run_merge(
+        MergeConfiguration.model_validate(row.source),
+        str(out),
+        MergeOptions(quiet=True, random_seed=0),
+        config_source=yaml.safe_dump(row.source, sort_keys=False),
+    )
+    return out
+
+
+def results(out: Path) -> dict[str, dict[str, Any]]:
+    """Return what is stored, by row and column."""
+    return {
+        f"{path.parent.name}/{path.stem}": json.loads(path.read_text())
+        for path in out.rglob("*.json")
+    }
+
+
+def printed(output: str, row: str) -> tuple[list[str], list[str]]:
+    """Return the figures of a row, measured and published."""
+    found = re.search(rf"^ *{re.escape(row)} +measured(.*)\n +published(.*)$", output, re.M)
+    return found[1].split(), found[2].split()
+
+
+@pytest.mark.parametrize("row", MERGES)
+def test_nothing_stands_against_a_merge_of_the_tables(
+    row: Row, models: Path, tmp_path: Path
+) -> None:
+    config = with_local_models(row, models).source
+    assert inspect(str(write_yaml(tmp_path / "merge.yml", config))).problems == []
+
+
+@pytest.mark.parametrize(
+    ("number", "row", "example"),
+    [
+        (1, "MetaGPT", "llama-2-7b"),
+        (2, "MetaGPT", "mistral-7b"),
+        (3, "MetaGPT", "llama-2-13b"),
+        (4, "Ties + MetaGPT", "ties"),
+        (4, "DARE + MetaGPT", "dare"),
+        (5, "MetaGPT", "llama-2-7b"),
+    ],
+)
+def test_a_merge_with_metagpt_is_the_example_config(number: int, row: str, example: str) -> None:
+    (config,) = (it.source for it in read_table(number).rows if it.name == row)
+    assert config == yaml.safe_load((EXAMPLES / f"{example}.yml").read_text())
+
+
+def test_the_experts_are_the_models_of_the_example_config() -> None:
+    for number in table_numbers():
+        table = read_table(number)
+        models = [model["model"] for model in table.rows[-1].source["models"]]
+        assert [table.experts[name].source for name in ("LM", "Math", "Code")] == models
+
+
+def test_the_weight_average_is_the_mean_of_the_experts_without_the_base(
+    models: Path, tmp_path: Path
+) -> None:
+    row = local_row(2, "Weight Average", models)
+    merged = read(merged_here(row, tmp_path / "merged"))
+    experts = [read(model["model"]) for model in row.source["models"]]
+    for name, tensor in merged.items():
+        mean = torch.stack([expert[name] for expert in experts]).mean(0)
+        torch.testing.assert_close(tensor, mean.to(tensor.dtype))
+
+
+def test_lm_eval_has_the_tasks_and_their_metrics() -> None:
+    index = TaskManager().task_index
+    columns = {column.name: column for n in table_numbers() for column in read_table(n).columns}
+    assert [name for name, column in columns.items() if not column.tasks] == ["FinanceIQ"]
+    for column in columns.values():
+        metric, wanted = column.metric.split(",")
+        for task in column.tasks:
+            config = load_yaml(index[task].yaml_path, resolve_func=False)
+            filters = config.get("filter_list", [{"name": "none"}])
+            metrics = config.get("metric_list") or config["aggregate_metric_list"]
+            names = [it["metric"].rpartition(".")[2] for it in metrics]
+            assert wanted in [it["name"] for it in filters]
+            # HumanEval's function pass_at_k names its figures pass@1, pass@2 and so on.
+            assert metric.replace("@1", "_at_k") in names
+            assert config.get("unsafe_code", False) == column.runs_code
+
+
+@pytest.mark.xdist_group("paper")
+@pytest.mark.parametrize("name", ["DARE", "MetaGPT", "Math"])
+def test_a_row_is_measured_on_its_own_merge_and_printed_beside_the_papers_figures(
+    name: str, first_run: tuple[Path, Result], models: Path, tasks: Path, tmp_path: Path
+) -> None:
+    out, first = first_run
+    row = local_row(1, name, models)
+    checkpoint = row.source if name == "Math" else merged_here(row, tmp_path / "merged")
+    measured, published = printed(first.stdout, name)
+    for number, column in enumerate(SAFE_COLUMNS):
+        (metrics,) = evaluate(
+            checkpoint,
+            column.tasks,
+            task_folder=tasks,
+            shots=column.shots,
+            shot_answer=column.shot_answer,
+        ).values()
+        score = 100 * metrics[column.metric]
+        assert results(out)[f"{name.lower()}/{column.name}"]["score"] == pytest.approx(score)
+        assert measured[number] == f"{score:.2f}"
+        assert published[number] == f"{row.scores[number]:.2f}"
+
+
+@pytest.mark.xdist_group("paper")
+def test_both_averages_are_over_the_columns_that_were_measured(
+    first_run: tuple[Path, Result],
+) -> None:
+    out, first = first_run
+    stored = results(out)
+    scores = [stored[f"metagpt/{column.name}"]["score"] for column in SAFE_COLUMNS]
+    at_home = [stored[f"{column.expert.lower()}/{column.name}"]["score"] for column in SAFE_COLUMNS]
+    assert printed(first.stdout, "MetaGPT")[0][6:] == [
+        f"{absolute_average(scores):.2f}",
+        f"{normalized_average(scores, at_home):.3f}",
+    ]
+    # The paper's MetaGPT on WinoGrande, AGIEval, GSM8k and MATH.
+    assert printed(first.stdout, "MetaGPT")[1][6:] == ["37.54", "1.550"]
+
+
+@pytest.mark.xdist_group("paper")
+def test_code_is_run_only_when_asked_for(
+    first_run: tuple[Path, Result], paper: Paper, tmp_path: Path
+) -> None:
+    out, first = first_run
+    assert printed(first.stdout, "LM")[0][4:6] == ["-", "-"]
+    assert "Not run, since they execute what the model writes: MBPP, HumanEval" in first.stdout
+    shutil.copytree(out, tmp_path / "out")
+    done = paper("1", "--only=LM", "--confirm-run-unsafe-code", out=tmp_path / "out")
+    assert printed(done.stdout, "LM")[0][4:6] == ["50.00", "25.00"]
+    assert "Not run" not in done.stdout
+
+
+@pytest.mark.xdist_group("paper")
+def test_a_second_run_neither_merges_nor_measures(
+    first_run: tuple[Path, Result], paper: Paper
+) -> None:
+    out, first = first_run
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    rows = ("LM", "Math", "Code", "DARE", "MetaGPT")
+    done = paper("1", *(f"--only={row}" for row in rows), out=out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert (done.stdout, done.stderr) == (first.stdout, "")
+
+
+@pytest.mark.xdist_group("paper")
+def test_table_4_takes_up_what_table_1_measured(
+    first_run: tuple[Path, Result], paper: Paper
+) -> None:
+    out, first = first_run
+    done = paper("4", "--only=DARE", out=out)
+    assert "merging" not in done.stderr
+    assert printed(done.stdout, "DARE") == printed(first.stdout, "DARE")
+
+
+@pytest.mark.xdist_group("paper")
+def test_a_merge_is_deleted_when_its_row_is_scored(first_run: tuple[Path, Result]) -> None:
+    out, first = first_run
+    assert first.stderr.count("merging with mergekit-yaml") == 2
+    left = {path.name for path in out.rglob("*") if path.suffix != ".json"}
+    assert left == {"llama-2-7b", "lm", "math", "code", "dare", "metagpt", "merge.yml"}
+
+
+def test_a_whole_merge_that_an_interrupted_run_left_is_not_made_again(
+    models: Path, tmp_path: Path
+) -> None:
+    row = local_row(2, "MetaGPT", models)
+    merged = merged_here(row, tmp_path / "merged")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    merge(row, merged)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_merge_that_fails_leaves_nothing_but_its_config(models: Path, tmp_path: Path) -> None:
+    row = local_row(1, "MetaGPT", models)
+    broken = replace(row, source={**row.source, "merge_method": "no_such_method"})
+    with pytest.raises(click.ClickException, match=r"could not merge .*merge\.yml \(exit status 1"):
+        merge(broken, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["merge.yml"]
+
+
+def test_scores_of_a_few_questions_are_kept_apart_from_those_of_all(
+    paper: Paper, tmp_path: Path
+) -> None:
+    few = paper("5", "--only=LM", "--limit=3", out=tmp_path)
+    assert "Only the first 3 questions of each task were asked." in few.stdout
+    right = results(tmp_path)["lm/MedQA-first-3"]["score"] * 3 / 100
+    assert right == pytest.approx(round(right))
+    whole = paper("5", "--only=LM", out=tmp_path)
+    assert "LM: MedQA" in whole.stderr
+    assert len(results(tmp_path)) == 4
+    assert paper("5", "--only=LM", "--limit=3", out=tmp_path).stdout == few.stdout
+
+
+def test_what_lm_eval_lacks_is_said_and_left_out_of_the_averages(
+    paper: Paper, tmp_path: Path
+) -> None:
+    done = paper("5", "--only=LM", out=tmp_path)
+    measured, published = printed(done.stdout, "LM")
+    assert measured[1] == "-"
+    assert published == ["31.32", "32.83", "30.20", "30.76"]
+    assert "Not in lm-eval: FinanceIQ." in done.stdout
+    parts = results(tmp_path)["lm/JEC-QA"]
+    accuracies = [metrics["acc,none"] for metrics in parts["metrics"].values()]
+    assert len(accuracies) == 2
+    assert parts["score"] == pytest.approx(50 * sum(accuracies))
+
+
+def test_a_row_that_a_table_lacks_is_refused_with_those_it_has(
+    paper: Paper, tmp_path: Path
+) -> None:
+    done = paper("4", "--only=Fisher", out=tmp_path / "out")
+    assert done.exit_code == 2
+    assert "its rows are Ties Merging, Ties + MetaGPT, DARE, DARE + MetaGPT." in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "sentence"),
+    [
+        ("models", "has no checkpoint of meta-llama/Llama-2-7b-chat-hf; put it there as"),
+        ("tasks", "lm-eval cannot load winogrande (WinoGrande):"),
+    ],
+)
+def test_what_a_folder_lacks_is_said_before_anything_is_merged(
+    folder: str, sentence: str, paper: Paper, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    done = paper("1", out=tmp_path / "out", **{folder: tmp_path / "empty"})
+    assert done.exit_code == 1
+    assert sentence in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_measured_is_named(
+    paper: Paper, models: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(models, tmp_path / "models", ignore=shutil.ignore_patterns("tokenizer*"))
+    done = paper("5", "--only=LM", out=tmp_path / "out", models=copy)
+    assert done.exit_code == 1
+    assert "Error: lm-eval could not measure LM on JEC-QA: " in done.stderr
+    assert results(tmp_path / "out") == {}
+
+
+def test_without_lm_eval_the_extra_is_named(
+    paper: Paper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = paper("1", "--only=LM", out=tmp_path / "out")
+    assert done.exit_code == 1
+    assert "pip install 'mergekit-metagpt[benchmarks]'" in done.stderr
