@@ -1,4 +1,4 @@
-"""Who measures: this process, or the machines of a Ray cluster.
+"""Who works: this process, or the machines of a Ray cluster.
 
 To know what a survey counts takes all tensors, to measure one takes nothing but that one. So
 the measuring goes through a :data:`Mapper`, and only its few numbers come back. They do so in
@@ -10,7 +10,7 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -42,14 +42,14 @@ def in_this_process(
     function: Callable[[Item], Result], items: Sequence[Item], progress: bool
 ) -> Iterator[Result]:
     """Apply the function to one item after the other, each when its result is asked for."""
-    with _bar(len(items), progress) as bar:
+    with _measuring(len(items), progress) as bar:
         for item in items:
             yield function(item)
             bar.update()
 
 
 class RayMapper:
-    """Applies functions on a Ray cluster, to short runs of neighbouring items.
+    """Applies functions on a Ray cluster; as a :data:`Mapper`, to short runs of items.
 
     The machines of the cluster need this package, and the models: by the same paths, or from
     the hub. The function and the items are pickled. After an exception, tasks that have been
@@ -93,40 +93,63 @@ class RayMapper:
         self, function: Callable[[Item], Result], items: Sequence[Item], progress: bool
     ) -> Iterator[Result]:
         """Yield ``function(item)`` for each item, as it has come from the cluster."""
+        runs = [items[start : start + _RUN] for start in range(0, len(items), _RUN)]
+        with _measuring(len(items), progress) as bar:
+            for measured in self.results(self.submit(partial(_each, function), runs)):
+                yield from measured
+                bar.update(len(measured))
+
+    def submit(
+        self, function: Callable[[Item], Result], items: Sequence[Item], cpus: float | None = None
+    ) -> list[Any]:
+        """Hand out a task for each item; return what :meth:`results` takes.
+
+        ``cpus`` is how many CPUs one takes up, if others than usual; at most those of the
+        largest machine, where it would otherwise wait for ever.
+        """
         ray = _ray()
-        task = ray.remote(max_retries=_RETRIES, **self._resources)(_apply)
+        resources = dict(self._resources)
+        if cpus is not None:
+            largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+            resources["num_cpus"] = min(cpus, largest)
+        task = ray.remote(max_retries=_RETRIES, **resources)(_apply)
         shared = ray.put((uuid.uuid4().hex, self.options, os.getcwd(), function))
-        pending = [
-            task.remote(shared, items[start : start + _RUN]) for start in range(0, len(items), _RUN)
-        ]
+        return [task.remote(shared, item) for item in items]
+
+    def results(self, tasks: Sequence[Any]) -> Iterator[Any]:
+        """Yield what the tasks return, in their order, or raise the first exception of one."""
+        ray = _ray()
         try:
-            with _bar(len(items), progress) as bar:
-                for result in pending:
-                    measured = ray.get(result)
-                    yield from measured
-                    bar.update(len(measured))
+            for task in tasks:
+                yield ray.get(task)
         except ray.exceptions.RayTaskError as error:
             # The function's own exception, as it would be here, not the worker's traceback.
             raise error.cause from error
 
+    def wait(self, tasks: Sequence[Any]) -> None:
+        """Return when all tasks have ended, whatever their results."""
+        _ray().wait(tasks, num_returns=len(tasks), fetch_local=False)
 
-def _apply(
-    shared: tuple[str, MergeOptions, str, Callable[[Item], Result]], items: Sequence[Item]
-) -> list[Result]:
-    """Run in a worker: set it up, unless the same mapping has done so, and apply."""
-    mapping, options, directory, function = shared
-    _set_up(mapping, options, directory)
+
+def _each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     return [function(item) for item in items]
 
 
+def _apply(shared: tuple[str, MergeOptions, str, Callable[[Item], Result]], item: Item) -> Result:
+    """Run in a worker: set it up, unless a task of the same call has done so, and apply."""
+    call, options, directory, function = shared
+    _set_up(call, options, directory)
+    return function(item)
+
+
 @lru_cache(maxsize=1)
-def _set_up(mapping: str, options: MergeOptions, directory: str) -> None:
-    """Make MergeKit's loaders those of the process that asks; ``mapping`` tells surveys apart."""
+def _set_up(call: str, options: MergeOptions, directory: str) -> None:
+    """Make MergeKit's loaders those of the process that asks; ``call`` tells its calls apart."""
     from mergekit_metagpt.checkpoints import forget_files
 
     if os.path.isdir(directory):
         os.chdir(directory)  # where a config's relative paths start
-    forget_files()  # they may have changed since this worker's last survey
+    forget_files()  # they may have changed since this worker's last task
     LoaderCache().setup(options)
 
 
@@ -137,7 +160,7 @@ def _require_listener(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
 
 
-def _bar(total: int, progress: bool) -> "tqdm.tqdm[Any]":
+def _measuring(total: int, progress: bool) -> "tqdm.tqdm[Any]":
     return tqdm.tqdm(
         total=total, desc="Measuring task vectors", unit="tensor", disable=not progress
     )
@@ -148,6 +171,6 @@ def _ray() -> Any:
         import ray
     except ImportError as error:
         raise ImportError(
-            "Distributed measuring needs Ray; run: pip install 'mergekit-metagpt[ray]'"
+            "Distributed work needs Ray; run: pip install 'mergekit-metagpt[ray]'"
         ) from error
     return ray

@@ -46,7 +46,10 @@ def note(
     coefficients: Sequence[float],
 ) -> None:
     """Add an entry to every journal that is kept at the moment."""
+    add([Entry(tensor, granularity, tuple(experts), tuple(squared_norms), tuple(coefficients))])
+
+
+def add(noted: Sequence[Entry]) -> None:
+    """Add entries, such as another process's, to every journal that is kept at the moment."""
     for entries in _open:
-        entries.append(
-            Entry(tensor, granularity, tuple(experts), tuple(squared_norms), tuple(coefficients))
-        )
+        entries.extend(noted)

@@ -1,20 +1,23 @@
 """Surveys that the merges of one process share."""
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from mergekit_metagpt.checkpoints import Checkpoints, Device
+from mergekit_metagpt.distributed import Mapper, in_this_process
 from mergekit_metagpt.survey import Survey
+
+# The surveys of one base and its experts, by the dtype that tensors were cast to.
+Surveys = dict[torch.dtype | None, Survey]
 
 
 @dataclass
 class _Kept:
-    """The surveys of one base and its experts, by the dtype that tensors were cast to."""
-
     fingerprint: tuple[tuple[str, int, int, int], ...]
-    surveys: dict[torch.dtype | None, Survey] = field(default_factory=dict)
+    surveys: Surveys = field(default_factory=dict)
 
 
 _KEPT: dict[Checkpoints, _Kept] = {}
@@ -37,6 +40,7 @@ def kept_survey(
     dtype: torch.dtype,
     device: Device,
     progress: bool,
+    mapper: Mapper = in_this_process,
 ) -> Survey:
     """Return the survey for a merge that is running, taking it only if it is not known yet.
 
@@ -50,6 +54,7 @@ def kept_survey(
             what is stored, the config's ``dtype`` has cast it, and the survey casts too.
         device: where the arithmetic is done.
         progress: whether a progress bar is shown.
+        mapper: who measures the models.
     """
     forget_changed(checkpoints)
     with _LOCK:
@@ -57,10 +62,22 @@ def kept_survey(
         if kept is None:
             kept = _KEPT[checkpoints] = _Kept(checkpoints.fingerprint())
         known = next(iter(kept.surveys.values()), None)
-        stored = (
-            known.dtypes.get(tensor or "") if known else checkpoints.stored_dtype(tensor)
-        ) or dtype
+        surveyed = known.dtypes.get(tensor or "") if known else None  # not if tied to another
+        stored = surveyed or checkpoints.stored_dtype(tensor) or dtype
         cast = None if torch.promote_types(stored, dtype) == dtype else dtype
         if cast not in kept.surveys:
-            kept.surveys[cast] = checkpoints.survey(cast, device, progress)
+            kept.surveys[cast] = checkpoints.survey(cast, device, progress, mapper=mapper)
         return kept.surveys[cast]
+
+
+def surveys_to_share(models: Iterable[Checkpoints]) -> dict[Checkpoints, Surveys]:
+    """Return what is known of these models, for processes that merge them too."""
+    with _LOCK:
+        return {checkpoints: dict(_KEPT[checkpoints].surveys) for checkpoints in models}
+
+
+def adopt_surveys(shared: dict[Checkpoints, Surveys]) -> None:
+    """Keep what another process has measured in the files that lie here now."""
+    with _LOCK:
+        for checkpoints, surveys in shared.items():
+            _KEPT[checkpoints] = _Kept(checkpoints.fingerprint(), dict(surveys))

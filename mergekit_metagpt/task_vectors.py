@@ -181,7 +181,7 @@ def _buffers(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the tensors' flat chunks side by side, detached from autograd."""
     size = _chunk_size(tensors[0])
-    return zip(*(tensor.detach().reshape(-1).split(size) for tensor in tensors), strict=True)
+    return zip(*(torch.split(t.detach().reshape(-1), size) for t in tensors), strict=True)
 
 
 def _chunk_size(tensor: Tensor) -> int:

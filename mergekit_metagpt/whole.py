@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import shutil
+from collections.abc import Callable
 from datetime import datetime, timezone
 from operator import itemgetter
 from pathlib import Path
@@ -19,9 +20,26 @@ from mergekit_metagpt.record import merge_record, write_card
 
 _MARK = ".metagpt-partial-"
 
+# Merges a config, whose YAML is the second argument, into a new directory.
+Merger = Callable[[MergeConfiguration, str, Path, MergeOptions], None]
 
-def merge_whole(config: MergeConfiguration, source: str, out: Path, options: MergeOptions) -> None:
-    """Merge beside ``out`` with MergeKit's ``run_merge``, and rename the finished whole.
+
+def merge_here(
+    config: MergeConfiguration, source: str, directory: Path, options: MergeOptions
+) -> None:
+    """Merge in this process, with MergeKit's ``run_merge``."""
+    run_merge(config, str(directory), options, config_source=source)
+    require_in_range(directory, config.out_dtype)
+
+
+def merge_whole(
+    config: MergeConfiguration,
+    source: str,
+    out: Path,
+    options: MergeOptions,
+    merge: Merger = merge_here,
+) -> None:
+    """Merge beside ``out``, record it, and rename the finished whole.
 
     Until the rename the merge lies in ``OUT.metagpt-partial-PID``. A merge that fails takes
     that along; one that is killed leaves it to the next merge into ``out``.
@@ -31,6 +49,7 @@ def merge_whole(config: MergeConfiguration, source: str, out: Path, options: Mer
         source: its YAML, as it was written.
         out: the directory to make; must not exist, or be empty.
         options: MergeKit's options.
+        merge: writes everything but the record.
 
     Raises:
         OSError: if ``out`` is in use by then, or the disk is full.
@@ -44,9 +63,7 @@ def merge_whole(config: MergeConfiguration, source: str, out: Path, options: Mer
     started = _now()
     try:
         with journal.keep() as entries:
-            run_merge(config, str(partial), options, config_source=source)
-        if dtype_from_name(given.out_dtype) == torch.float16:
-            _require_finite(partial)
+            merge(config, source, partial, options)
         record = merge_record(given, source, entries, options)
         if options.write_model_card:
             # MergeKit has named the model after the directory that it wrote to.
@@ -79,8 +96,10 @@ def _runs(process: int) -> bool:
     return process != os.getpid()
 
 
-def _require_finite(merged: Path) -> None:
+def require_in_range(merged: Path, out_dtype: str | None) -> None:
     """Refuse a merge that overflowed ``out_dtype``, to which MergeKit rounds without a look."""
+    if dtype_from_name(out_dtype) != torch.float16:
+        return
     loader = ModelReference.model_validate(str(merged)).lazy_loader()
     for name, _ in sorted(loader.index.tensor_paths.items(), key=itemgetter(1)):  # by shard
         tensor = loader.get_tensor(name)

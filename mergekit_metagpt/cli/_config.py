@@ -18,7 +18,7 @@ ray_option = click.option(
     is_flag=False,
     flag_value="",
     metavar="[ADDRESS]",
-    help="Measure on a Ray cluster, or as one on this machine alone. Give it after CONFIG.",
+    help="Work on a Ray cluster, or as one on this machine alone. Give it after the arguments.",
 )
 
 

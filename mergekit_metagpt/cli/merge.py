@@ -1,23 +1,38 @@
 """``mergekit-metagpt merge``: check, merge, record; the output appears whole or not at all."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_metagpt.cli._config import config_argument, read_config, wants_progress
+from mergekit_metagpt.cli._config import (
+    config_argument,
+    ray_option,
+    read_config,
+    wants_progress,
+)
 from mergekit_metagpt.cli._options import MergeCommand
 from mergekit_metagpt.cli.check import require_sound
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
+    from mergekit_metagpt.whole import Merger
+
 
 @click.command(cls=MergeCommand)
 @config_argument
 @click.argument("out", type=click.Path(path_type=Path))
+@ray_option
 @click.pass_context
-def merge(context: click.Context, config: str, out: Path, merge_options: "MergeOptions") -> None:
+def merge(
+    context: click.Context,
+    config: str,
+    out: Path,
+    ray: str | None,
+    merge_options: "MergeOptions",
+) -> None:
     """Merge CONFIG into the new directory OUT, as mergekit-yaml does, but safely.
 
     Everything that can be known beforehand is checked before any work. OUT appears when the
@@ -27,10 +42,15 @@ def merge(context: click.Context, config: str, out: Path, merge_options: "MergeO
     Example:
       mergekit-metagpt merge metagpt.yml merged/ --random-seed 0
     """
-    from mergekit_metagpt.whole import merge_whole
+    from mergekit_metagpt.distributed import RayMapper
+    from mergekit_metagpt.sharded import merge_on_cluster
+    from mergekit_metagpt.whole import merge_here, merge_whole
 
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     require_sound(config, str(out), merge_options)
     merge_options = merge_options.model_copy(update={"quiet": not wants_progress(merge_options)})
     context.params["merge_options"] = merge_options  # a survey asks there whether it is quiet
-    merge_whole(read_config(config), Path(config).read_text("utf-8"), out, merge_options)
+    merger: Merger = merge_here
+    if ray is not None:
+        merger = partial(merge_on_cluster, mapper=RayMapper(ray or None, merge_options))
+    merge_whole(read_config(config), Path(config).read_text("utf-8"), out, merge_options, merger)

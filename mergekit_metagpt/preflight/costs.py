@@ -59,13 +59,11 @@ def costs(
     rows: int | None,
 ) -> Costs:
     """Add up what a plan will cost; ``rows`` is the output's vocabulary, if that changes."""
-    shapes = [_written_shape(tensor, rows) for tensor in plan.tensors]
-    parameters = [math.prod(shape) for shape in shapes]
-    sizes = [
-        count * tensor.written_dtype.itemsize
-        for count, tensor in zip(parameters, plan.tensors, strict=True)
+    parameters = [_written_parameters(tensor, rows) for tensor in plan.tensors]
+    shards = [
+        sum(_written_bytes(tensor, rows) for tensor in shard)
+        for shard in written_shards(plan, rows, options.out_shard_size)
     ]
-    shards = _shard_sizes(sizes, options.out_shard_size)
     passes = _passes(plan)
     once = sum(_bytes_used(plan, checkpoint) for checkpoint in checkpoints.values())
     # A survey measures whole models, even those that slices take a few layers of.
@@ -74,11 +72,11 @@ def costs(
         method=config.merge_method,
         base=str(config.base_model) if config.base_model else None,
         experts=tuple(sorted(str(m) for m in checkpoints if m != config.base_model)),
-        tensors=len(sizes),
+        tensors=len(plan.tensors),
         parameters=sum(parameters),
         passes=passes,
         bytes_read=once + (passes - 1) * whole,
-        bytes_written=sum(sizes),
+        bytes_written=sum(shards),
         bytes_applied=sum(_bytes_applied(c, options) for c in checkpoints.values()),
         shards=len(shards),
         peak_memory=max(shards, default=0)
@@ -88,23 +86,37 @@ def costs(
     )
 
 
-def _written_shape(tensor: Planned, rows: int | None) -> tuple[int, ...]:
+def written_shards(plan: MergePlan, rows: int | None, limit: int) -> list[list[Planned]]:
+    """Return the tensors of each weight file, which MergeKit's writer fills one after another.
+
+    Args:
+        plan: what will be written.
+        rows: the output's vocabulary, if that changes.
+        limit: the size of a file, in bytes; 0 for one file.
+    """
+    shards: list[list[Planned]] = []
+    filled = 0
+    for tensor in plan.tensors:
+        size = _written_bytes(tensor, rows)
+        if not shards or (limit > 0 and filled + size > limit):
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    return shards
+
+
+def _written_bytes(tensor: Planned, rows: int | None) -> int:
+    return _written_parameters(tensor, rows) * tensor.written_dtype.itemsize
+
+
+def _written_parameters(tensor: Planned, rows: int | None) -> int:
     shapes = [header.shape for header in tensor.stored.values()] or [()]
     axis = tensor.task.output_weight.vocabulary_axis
     if axis is None or not tensor.vocabulary_is_aligned:
-        return shapes[0]
+        return math.prod(shapes[0])
     shared = rows or min(shape[axis] for shape in shapes)
-    return (*shapes[0][:axis], shared, *shapes[0][axis + 1 :])
-
-
-def _shard_sizes(sizes: list[int], limit: int) -> list[int]:
-    """Fill shards as MergeKit's writer does, one after another."""
-    shards: list[int] = []
-    for size in sizes:
-        if not shards or (limit > 0 and shards[-1] + size > limit):
-            shards.append(0)
-        shards[-1] += size
-    return shards
+    return math.prod((*shapes[0][:axis], shared, *shapes[0][axis + 1 :]))
 
 
 def _passes(plan: MergePlan) -> int:

@@ -1,0 +1,87 @@
+"""The tensor kernels against a plain copy in memory: `python -m benchmarks.kernels`.
+
+Both in one run, taking turns; bandwidth counts each byte that is read and each that is written.
+Writes benchmarks/results/kernels.md.
+"""
+
+import time
+from collections.abc import Callable
+
+import click
+import torch
+from torch import Tensor
+
+from benchmarks.machine import described
+from benchmarks.results_file import write_measured
+from benchmarks.timing import Run, interleaved, median, spread
+from mergekit_metagpt.task_vectors import add_task_vectors, squared_norms
+
+COEFFICIENTS = [0.5, 0.3, 0.2]
+
+
+def tensors(elements: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Return a base and three experts that differ from it by noise."""
+    torch.manual_seed(0)
+    base = torch.randn(elements, device=device)
+    experts = [base + 0.01 * torch.randn_like(base) for _ in COEFFICIENTS]
+    return [tensor.to(dtype) for tensor in (base, *experts)]
+
+
+def timed(action: Callable[[], object], moved: int, device: str) -> Callable[[], Run]:
+    """Return a function that gives the milliseconds and gigabytes per second of an action."""
+
+    def run() -> Run:
+        start = time.perf_counter()
+        action()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+        return {"milliseconds": 1e3 * seconds, "rate": moved / seconds / 1e9}
+
+    return run
+
+
+@click.command()
+@click.option("--elements", default=1 << 26, show_default=True, help="of each tensor")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--rounds", default=15, show_default=True, help="after one that warms up")
+def main(elements: int, device: str, rounds: int) -> None:
+    """Time the kernels and write a table."""
+    lines = ["| | ms | spread | GB/s | of the copy |", "|---|---|---|---|---|"]
+    for dtype in (torch.bfloat16, torch.float32):
+        base, *experts = tensors(elements, dtype, device)
+        target, size, count = torch.empty_like(base), base.nbytes, len(experts)
+        actions = {
+            "copy": timed(lambda: target.copy_(base), 2 * size, device),  # noqa: B023
+            "squared norms": timed(
+                lambda: squared_norms(base, experts),  # noqa: B023
+                (1 + count) * size,
+                device,
+            ),
+            # Of coefficients that sum to 1 the base need not be read.
+            "merge": timed(
+                lambda: add_task_vectors(base, experts, COEFFICIENTS),  # noqa: B023
+                (count + 1) * size,
+                device,
+            ),
+        }
+        runs = interleaved(actions, rounds, str(dtype))
+        copy = median(runs["copy"], "rate")
+        for name, own in runs.items():
+            rate, time_ = median(own, "rate"), median(own, "milliseconds")
+            lines.append(
+                f"| {name}, {str(dtype).removeprefix('torch.')} | {time_:.1f} "
+                f"| {spread(own, 'milliseconds')} | {rate:.1f} | {100 * rate / copy:.0f} % |"
+            )
+    heading = (
+        f"# The kernels\n\nA base and three experts of {elements / 1e6:.0f} M elements, {rounds} "
+        f"interleaved rounds, medians; {described(device)}.\n"
+        "Written by `python -m benchmarks.kernels`.\n\n"
+    )
+    text = heading + "\n".join(lines) + "\n"
+    print(text)
+    write_measured("kernels.md" if device == "cpu" else "kernels-gpu.md", text)
+
+
+if __name__ == "__main__":
+    main()

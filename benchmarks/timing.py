@@ -1,0 +1,144 @@
+"""Interleaved rounds of merges, each in its own process, and of the machine's own limits."""
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import tqdm
+
+Run = dict[str, float]
+_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """A merge to time.
+
+    Attributes:
+        name: what the tables call it.
+        method: MergeKit's name of the method.
+        counterpart: the name of the stock case that it is compared with, if there is one.
+        weight: of each expert, for methods that want one.
+        parameters: the config's.
+        options: MergeKit's.
+    """
+
+    name: str
+    method: str
+    counterpart: str | None = None
+    weight: float | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self, paths: Sequence[Path], dtype: str) -> dict[str, Any]:
+        """Return the MergeKit config that merges a family, the base's path first."""
+        given = {} if self.weight is None else {"parameters": {"weight": self.weight}}
+        config = {
+            "merge_method": self.method,
+            "models": [{"model": str(path), **given} for path in paths[1:]],
+            "parameters": dict(self.parameters),
+            "dtype": dtype,
+        }
+        if self.method != "linear":  # which would average the base in
+            config["base_model"] = str(paths[0])
+        return config
+
+    def run(self, paths: Sequence[Path], dtype: str) -> Run:
+        """Merge once, beside the family, and remove the result."""
+        out = paths[0].parent / "merged"
+        task = {"config": self.config(paths, dtype), "out": str(out), "options": dict(self.options)}
+        words = [sys.executable, "-m", "benchmarks.one_merge", json.dumps(task)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        shutil.rmtree(out, ignore_errors=True)
+        if done.returncode:
+            raise RuntimeError(f"{self.name} failed:\n{done.stderr}")
+        result: Run = json.loads(done.stdout.splitlines()[-1])
+        return result
+
+
+def interleaved(
+    actions: Mapping[str, Callable[[], Run]], rounds: int, label: str
+) -> dict[str, list[Run]]:
+    """Return the runs of every action, which take turns; a first round that warms up is left out.
+
+    The order turns around from round to round, so that nobody always follows the same one.
+    """
+    runs: dict[str, list[Run]] = {name: [] for name in actions}
+    for number in tqdm.trange(rounds + 1, desc=label):
+        for name in list(actions)[:: 1 if number % 2 else -1]:
+            run = actions[name]()
+            if number:
+                runs[name].append(run)
+    return runs
+
+
+def median(runs: Sequence[Run], key: str) -> float:
+    """Return the median of one figure."""
+    return statistics.median(run[key] for run in runs)
+
+
+def spread(runs: Sequence[Run], key: str) -> str:
+    """Return the least and the most of one figure."""
+    values = [run[key] for run in runs]
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def weight_bytes(paths: Sequence[Path]) -> int:
+    """Return the size of all weight files."""
+    return sum(file.stat().st_size for path in paths for file in path.glob("*.safetensors"))
+
+
+def machine_limits(paths: Sequence[Path]) -> dict[str, Callable[[], Run]]:
+    """Return what bounds any merge of a family: reading, copying in memory, writing.
+
+    Each gives seconds and gigabytes per second; a copy counts what it reads and what it writes.
+    """
+    size = weight_bytes(paths[:1])
+    source = torch.ones(size // 2, dtype=torch.bfloat16)
+    target = torch.zeros_like(source)
+
+    def read() -> Run:
+        buffer = bytearray(_BLOCK)
+        for path in paths:
+            for file in path.glob("*.safetensors"):
+                with file.open("rb", buffering=0) as stream:
+                    while stream.readinto(buffer):
+                        pass
+        return {"bytes": weight_bytes(paths)}
+
+    def copy() -> Run:
+        target.copy_(source)
+        return {"bytes": 2 * source.nbytes}
+
+    def write() -> Run:
+        file = paths[0].parent / "written"
+        with file.open("wb", buffering=0) as stream:
+            block = memoryview(bytearray(_BLOCK))
+            for left in range(size, 0, -_BLOCK):
+                stream.write(block[:left])
+        file.unlink()
+        return {"bytes": size}
+
+    return {
+        "reading the inputs": _rated(read),
+        "copying in memory": _rated(copy),
+        "writing the output": _rated(write),
+    }
+
+
+def _rated(action: Callable[[], Run]) -> Callable[[], Run]:
+    def run() -> Run:
+        start = time.perf_counter()
+        done = action()
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "rate": done["bytes"] / seconds / 1e9}
+
+    return run
