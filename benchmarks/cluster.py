@@ -7,7 +7,6 @@ what a merge of a trillion parameters would take. Writes benchmarks/results/clus
 
 import logging
 import math
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from mergekit.options import MergeOptions
 
 from benchmarks.cluster_costs import Line, Machines, Model, Times, Work
 from benchmarks.families import make_family
+from benchmarks.machine import described
 from benchmarks.results_file import write_measured
 from benchmarks.timing import weight_bytes
 from mergekit_metagpt.checkpoints import Checkpoints
@@ -182,7 +182,7 @@ def report(runs: Runs, model: Model) -> str:
     return f"""# Surveys and merges on a Ray cluster
 
 A base and {EXPERTS} experts in bfloat16, method `metagpt`, {SHARDS} output files; the least of {ROUNDS}
-runs, files in the page cache. {platform.machine()}, PyTorch {torch.__version__}, Ray {ray.__version__}.
+runs, files in the page cache. {described()}, Ray {ray.__version__}.
 "This process" has {torch.get_num_threads()} threads, a worker of Ray one. Rates of merges count what is read
 and what is written. Written by `python -m benchmarks.cluster`.
 
@@ -212,7 +212,6 @@ the merge, and
 @click.option("--directory", type=click.Path(path_type=Path), help="Where the models are made.")
 def main(parameters: int, directory: Path | None) -> None:
     """Measure, compare with the model, extrapolate and record."""
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory(dir=directory) as models:
         families = [
             Family.make(Path(models, str(size)), size) for size in (parameters, parameters // 4)

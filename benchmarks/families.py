@@ -29,6 +29,7 @@ def make_family(
     Returns:
         The paths, the base's first.
     """
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     width = max(64, round(math.sqrt(parameters / 324) / 64) * 64)  # it has 324 width² parameters
     config = transformers.LlamaConfig(
         hidden_size=width,
