@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 import transformers
 
-_LAYERS = 20
 _NOISE = 0.01
 
 
@@ -16,26 +15,29 @@ def make_family(
     experts: int,
     dtype: torch.dtype = torch.bfloat16,
     shard_size: str = "500MB",
+    layers: int = 20,
 ) -> list[Path]:
     """Write a base and experts with transformers.
 
     Args:
         directory: where to write them; one directory each.
-        parameters: of each model, about; the largest tensor holds a tenth of them.
+        parameters: of each model, about; with 20 layers a tenth of them is in one tensor.
         experts: how many experts.
         dtype: what they are stored in.
         shard_size: of their safetensors files, as transformers writes sizes.
+        layers: decoder layers.
 
     Returns:
         The paths, the base's first.
     """
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    width = max(64, round(math.sqrt(parameters / 324) / 64) * 64)  # it has 324 width² parameters
+    # It has (64 + 13 layers) width² parameters, 64 of them in the two vocabulary tensors.
+    width = max(64, round(math.sqrt(parameters / (64 + 13 * layers)) / 64) * 64)
     config = transformers.LlamaConfig(
         hidden_size=width,
         intermediate_size=3 * width,
         vocab_size=32 * width,
-        num_hidden_layers=_LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=width // 64,
         num_key_value_heads=width // 64,
         tie_word_embeddings=False,
