@@ -1,4 +1,4 @@
-"""How stock MergeKit finds the package: start-up files, in real installations."""
+"""What is published, installed for real, and how stock MergeKit then finds it: start-up files."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ import venv
 import zipfile
 from pathlib import Path
 
+import hatchling.build
 import pytest
 from conftest import run
 
@@ -25,6 +26,22 @@ def names(_):
 if __name__ == "__main__":
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         print(pool.map(names, [0]))
+"""
+
+# Reads the start-up file in an interpreter that `site` has left alone (-S). Python 3.13 decodes
+# such files with utf_8_sig.
+WATCH = """
+import encodings.utf_8_sig, os, site, sys
+from unittest.mock import Mock
+sys.path.append(sys.argv[1])
+os.environ, events = Mock(wraps=os.environ), []
+sys.addaudithook(lambda event, arguments: events.append((event, arguments)))
+site.addpackage(sys.argv[1], "mergekit-metagpt.pth", set())
+seen = events.copy()
+print({event for event, _ in seen})
+opened = [arguments for event, arguments in seen if event == "open"]
+print([(os.path.basename(path).split(".")[0], mode) for path, mode, _ in opened])
+print(os.environ.mock_calls)
 """
 
 
@@ -58,15 +75,19 @@ class Environment:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("wheel")
-    done = run(
-        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index",
-        "--no-build-isolation", "-w", directory, ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (file,) = directory.glob("*.whl")
-    return file
+def distributions(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("dist")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # which PEP 517 asks for
+        return {
+            "wheel": directory / hatchling.build.build_wheel(str(directory)),
+            "sdist": directory / hatchling.build.build_sdist(str(directory)),
+        }
+
+
+@pytest.fixture
+def wheel(distributions):
+    return distributions["wheel"]
 
 
 @pytest.fixture
@@ -99,11 +120,17 @@ def test_the_wheel_holds_the_package_and_the_startup_files_only(wheel):
     assert not {n for n in inside if n.endswith((".pth", ".start"))}
 
 
-@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_twine_finds_nothing_to_object_to(distributions):
+    done = run(sys.executable, "-m", "twine", "check", "--strict", *distributions.values())
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("PASSED") == 2
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
 def test_mergekit_knows_metagpt_from_installation_to_uninstallation(
-    kind, wheel, environment, tmp_path
+    kind, distributions, environment, tmp_path
 ):
-    environment.pip("install", *([wheel] if kind == "wheel" else ["--editable", ROOT]))
+    environment.pip("install", *([distributions[kind]] if kind in distributions else ["-e", ROOT]))
     assert "metagpt" in environment.methods()
     assert environment.methods(MERGEKIT_METAGPT_AUTOLOAD="0") == []
     script = tmp_path / "spawn.py"
@@ -113,14 +140,22 @@ def test_mergekit_knows_metagpt_from_installation_to_uninstallation(
     assert environment.methods() == []
 
 
-def test_an_interpreter_that_starts_up_imports_nothing_heavy(wheel, environment):
+def test_an_interpreter_that_starts_up_imports_two_modules_more(wheel, environment):
+    program = "import sys; print(*sys.modules)"
+    before = environment.python(program).stdout.split()
     environment.pip("install", wheel)
-    program = "import sys; print([m for m in ('torch', 'mergekit', 'typing') if m in sys.modules])"
-    assert (
-        environment.python(program).stdout
-        == environment.python(program, MERGEKIT_METAGPT_AUTOLOAD="0").stdout
-    )
-    assert "torch" not in environment.python(program).stdout
+    after = environment.python(program).stdout.split()
+    assert set(after) - set(before) == {"mergekit_metagpt", "mergekit_metagpt.startup"}
+
+
+def test_starting_up_opens_three_files_and_reads_one_environment_variable(wheel, environment):
+    environment.pip("install", wheel)
+    done = run(environment.interpreter, "-I", "-S", "-c", WATCH, environment.site)
+    assert done.returncode == 0, done.stderr
+    events, opened, variables = done.stdout.splitlines()
+    assert eval(events) <= {"open", "compile", "exec", "import", "os.listdir", "marshal.loads"}
+    assert set(eval(opened)) == {("mergekit-metagpt", "r"), ("__init__", "r"), ("startup", "r")}
+    assert variables == "[call.get('MERGEKIT_METAGPT_AUTOLOAD')]"
 
 
 def test_reading_the_startup_file_twice_registers_once(wheel, environment):

@@ -116,9 +116,9 @@ def scores(model_directory: Path, scale: Scale) -> dict[str, float]:
     return results
 
 
-def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Return a tokenizer of words and digits, which begins every text with ``<s>``."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", *TASKS, "=", *"0123456789"]
+def make_tokenizer(tasks: Iterable[str] = TASKS) -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer of tasks' names and digits, which begins every text with ``<s>``."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *tasks, "=", *"0123456789"]
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,0 +1,77 @@
+"""The command `python -m benchmarks.quality`."""
+
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+import torch
+import transformers
+
+from benchmarks.machine import described
+from benchmarks.quality.families import Family
+from benchmarks.quality.measure import measure_families
+from benchmarks.quality.models import Size
+from benchmarks.quality.picture import draw
+from benchmarks.quality.report import report
+from benchmarks.results_file import RESULTS, write_measured
+
+SIZES = {
+    "small": Size(hidden_size=96, layers=3, base_steps=600, base_rate=2e-3, expert_steps=200),
+    "large": Size(hidden_size=192, layers=4, base_steps=550, base_rate=1e-3, expert_steps=200),
+}
+SEEDS = 5
+
+QUICK_SIZES = {"small": SIZES["small"]}
+QUICK_SEEDS = 1
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="One size and one seed; prints, and writes nothing.")
+@click.option("--device", default="cpu", show_default=True, help="A torch device.")
+def main(quick: bool, device: str) -> None:
+    """Train bases and experts, merge them in every way, and score the merges with lm-eval.
+
+    Writes benchmarks/results/quality.md, .json and .png; the .json after each family.
+    """
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # The figures are then the same on any number of cores, and other work on them does not stall
+    # a run: threads that wait for each other took 20 times as long on a busy machine.
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    families: list[Family] = []
+    with tempfile.TemporaryDirectory() as work:
+        sizes, seeds = (QUICK_SIZES, QUICK_SEEDS) if quick else (SIZES, SEEDS)
+        for family in measure_families(sizes, seeds, device, Path(work).resolve()):
+            families.append(family)
+            minutes = (time.perf_counter() - start) / 60
+            click.echo(
+                f"{minutes:5.1f} min  {family.size}, {family.recipe}, seed {family.seed}", err=True
+            )
+            if not quick:
+                _write_figures(families)
+    text = f"{report(families)}\n\n{_circumstances(device, minutes)}"
+    if not quick:
+        write_measured("quality.md", text)
+        draw(families, RESULTS / "quality.png")
+    click.echo(text)
+
+
+def _write_figures(families: list[Family]) -> None:
+    figures = json.dumps([asdict(family) for family in families], indent=1)
+    (RESULTS / "quality.json").write_text(f"{figures}\n", "utf-8")
+
+
+def _circumstances(device: str, minutes: float) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "lm_eval"))
+    return (
+        f"Measured in {minutes:.0f} minutes by `python -m benchmarks.quality` with one thread\n"
+        f"on {described(device)}, {versions}."
+    )
+
+
+if __name__ == "__main__":
+    main()

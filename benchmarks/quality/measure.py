@@ -1,0 +1,126 @@
+"""Families are trained, merged with every method, and scored with lm-eval."""
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import transformers
+
+from benchmarks.harness import evaluate
+from benchmarks.quality.families import Family, Score, expert_name
+from benchmarks.quality.merges import BASELINES, GRID, METAGPT, Method, merge, task_arithmetic
+from benchmarks.quality.models import Size, Trainer
+from benchmarks.quality.tasks import TASKS, write_harness_tasks
+from mergekit_metagpt import survey_checkpoints
+
+BEST_OF_GRID = "task arithmetic, best of grid"
+
+# The experts' peak learning rates. Even: each moves as far as its task makes it. Uneven: those
+# with the most to learn take the smallest steps, and one with little to learn, the largest.
+RECIPES: dict[str, dict[str, float]] = {
+    "even": dict.fromkeys(TASKS, 2e-4),
+    "uneven": {"reverse": 2e-4, "triple": 1e-4, "recall": 1e-4, "majority": 5e-4},
+}
+
+
+def measure_families(
+    sizes: Mapping[str, Size], seeds: int, device: str, work: Path
+) -> Iterator[Family]:
+    """Train, merge and score: a base for each size and seed, and its experts for each recipe.
+
+    Args:
+        sizes: by name.
+        seeds: how many; the first is 0.
+        device: a torch device.
+        work: an absolute directory, for models that are removed once they have been scored.
+    """
+    for name, size in sizes.items():
+        for seed in range(seeds):
+            trainer = Trainer(size, seed, device)
+            base = trainer.base()
+            for recipe in RECIPES:
+                folder = work / f"{name}-{recipe}-{seed}"
+                yield measure_family(name, trainer, base, recipe, folder)
+                shutil.rmtree(folder)
+
+
+def measure_family(
+    size: str, trainer: Trainer, base: transformers.PreTrainedModel, recipe: str, folder: Path
+) -> Family:
+    """Train a base's experts, merge them and score all, in an absolute directory of their own."""
+    trainer.save(base, folder / "base")
+    for task, rate in RECIPES[recipe].items():
+        trainer.save(trainer.expert(base, task, rate), folder / task)
+    write_harness_tasks(folder / "tasks", trainer.seed, trainer.size.held_out)
+    bench = _Bench(folder, trainer.seed, str(trainer.device))
+    grid = bench.grid()
+    return Family(
+        size=size,
+        recipe=recipe,
+        seed=trainer.seed,
+        parameters=base.num_parameters(),
+        norms=bench.norms(),
+        grid=grid,
+        scores=bench.scores(best_of_grid=min(grid, key=lambda weight: grid[weight])),
+    )
+
+
+class _Bench:
+    """Measures one family, that lies in a directory with its tasks."""
+
+    def __init__(self, folder: Path, seed: int, device: str) -> None:
+        self.folder, self.seed, self.device = folder, seed, device
+
+    def norms(self) -> dict[str, float]:
+        """Return ‖τ_t‖ by task."""
+        experts = [self.folder / task for task in TASKS]
+        survey = survey_checkpoints(
+            str(self.folder / "base"), [str(expert) for expert in experts], progress=False
+        )
+        squares = dict(zip(map(str, survey.experts), survey.model, strict=True))
+        return {expert.name: math.sqrt(squares[str(expert)]) for expert in experts}
+
+    def grid(self) -> dict[float, float]:
+        """Return the mean validation loss of task arithmetic by its scaling coefficient."""
+        losses = {}
+        for weight in GRID:
+            scores = self._merged(task_arithmetic(weight), "validation")
+            losses[weight] = sum(score.loss for score in scores.values()) / len(scores)
+        return losses
+
+    def scores(self, best_of_grid: float) -> dict[str, dict[str, Score]]:
+        """Return the test scores of base, experts and merges, by model and task."""
+        methods = {
+            **BASELINES,
+            BEST_OF_GRID: task_arithmetic(best_of_grid),
+            **METAGPT,
+        }
+        return {
+            "base": self._scores(self.folder / "base", "test"),
+            **{expert_name(task): self._scores(self.folder / task, "test") for task in TASKS},
+            **{name: self._merged(method, "test") for name, method in methods.items()},
+        }
+
+    def _merged(self, method: Method, split: str) -> dict[str, Score]:
+        out = self.folder / "merged"
+        merge(method, self.folder, out, self.seed, self.device)
+        scores = self._scores(out, split)
+        shutil.rmtree(out)
+        return scores
+
+    def _scores(self, model: Path, split: str) -> dict[str, Score]:
+        metrics = evaluate(
+            model,
+            [f"{task}_{split}" for task in TASKS],
+            task_folder=self.folder / "tasks",
+            device=self.device,
+            batch_size=128,
+        )
+        return {
+            task: Score(
+                accuracy=100 * metrics[f"{task}_{split}"]["acc,none"],
+                loss=math.log(metrics[f"{task}_{split}"]["perplexity,none"]),
+            )
+            for task in TASKS
+        }

@@ -1,0 +1,143 @@
+"""Tables of what was measured on families, as Markdown."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.quality.families import Family, expert_name
+from benchmarks.quality.measure import BEST_OF_GRID, RECIPES
+from benchmarks.quality.merges import BASELINES, GRANULARITIES, METAGPT
+from benchmarks.quality.tasks import TASKS
+
+RIVALS = (*BASELINES, BEST_OF_GRID)
+_EXPERTS = ("base", *map(expert_name, TASKS))
+_MERGES = (*RIVALS, *METAGPT)
+
+# Who of ours meets whom; a granularity is added to ours.
+_DUELS = [("MetaGPT", rival) for rival in RIVALS] + [
+    (f"{rival} + MetaGPT", rival) for rival in ("TIES", "DARE")
+]
+
+
+class Average(NamedTuple):
+    """One of the averages that a table ends in.
+
+    Attributes:
+        name: a column's.
+        of: gives it for a model of a family.
+        digits: after the point.
+        wins: what the better of two models has.
+        sign: 1 where more is better, -1 where less is.
+    """
+
+    name: str
+    of: Callable[[Family, str], float]
+    digits: int
+    wins: str
+    sign: int
+
+    def is_better(self, family: Family, one: str, other: str) -> bool:
+        """Return whether a model of a family does strictly better than another."""
+        return self.sign * (self.of(family, one) - self.of(family, other)) > 0
+
+
+_AVERAGES = (
+    Average("Abs. Avg", Family.absolute_average, 1, "higher Abs. Avg", 1),
+    Average("Nor. Avg", Family.normalized_average, 3, "higher Nor. Avg", 1),
+    Average("ALD", Family.loss_difference, 3, "lower ALD", -1),
+)
+
+
+def report(families: Sequence[Family]) -> str:
+    """Return a table for each size and recipe, and of MetaGPT's duels over all sizes."""
+    parts = []
+    for group in by_setting(families):
+        parts += [_heading(group), _how_far(group), _scores(group)]
+    parts += ["### In how many families MetaGPT wins"]
+    parts += [_duels(families, average) for average in _AVERAGES]
+    return "\n\n".join(parts)
+
+
+def by_setting(families: Iterable[Family]) -> list[list[Family]]:
+    """Group families that differ in nothing but the seed."""
+    groups: dict[tuple[str, str], list[Family]] = {}
+    for family in families:
+        groups.setdefault((family.size, family.recipe), []).append(family)
+    return list(groups.values())
+
+
+def size_of(group: Sequence[Family]) -> str:
+    """Return how large the models of a group are, in words."""
+    return f"{group[0].parameters / 1e6:.2g} M parameters"
+
+
+def _heading(group: Sequence[Family]) -> str:
+    seeds = f"{len(group)} seed{'s' * (len(group) > 1)}"
+    return f"### {size_of(group)}, {group[0].recipe} learning rates, {seeds}"
+
+
+def _how_far(group: Sequence[Family]) -> str:
+    """Return how far each expert moved, and how much it learnt."""
+    figures: dict[str, Callable[[Family, str], float]] = {
+        "‖τ‖": lambda family, task: family.norms[task],
+        "λ of MetaGPT, model": lambda family, task: family.coefficients()[task],
+        "loss of the base − loss of the expert": Family.gain,
+    }
+    rows = (
+        [name, *(_spread([figure(family, task) for family in group], 2) for task in TASKS)]
+        for name, figure in figures.items()
+    )
+    return _table(["expert", *TASKS], rows)
+
+
+def _scores(group: Sequence[Family]) -> str:
+    """Return the paper's table, its scores in percent; the best merges are bold."""
+    best = {
+        average.name: max(
+            _MERGES,
+            key=lambda model: average.sign * fmean(average.of(family, model) for family in group),
+        )
+        for average in _AVERAGES
+    }
+
+    def cells(model: str) -> Iterable[str]:
+        yield model
+        for task in TASKS:
+            yield _spread([family.scores[model][task].accuracy for family in group], 1)
+        for average in _AVERAGES:
+            cell = _spread([average.of(family, model) for family in group], average.digits)
+            yield f"**{cell}**" if best[average.name] == model else cell
+
+    header = ["model", *TASKS, *(average.name for average in _AVERAGES)]
+    return _table(header, (cells(model) for model in (*_EXPERTS, *_MERGES)))
+
+
+def _duels(families: Sequence[Family], average: Average) -> str:
+    """Return in how many families ours does better than a rival, by recipe and granularity."""
+
+    def won(ours: str, rival: str, recipe: str, granularity: str) -> str:
+        met = [family for family in families if family.recipe == recipe]
+        victories = (average.is_better(f, f"{ours}, {granularity}", rival) for f in met)
+        return f"{sum(victories)} of {len(met)}"
+
+    columns = list(product(RECIPES, GRANULARITIES))
+    rows = (
+        [f"{ours} against {rival}", *(won(ours, rival, *column) for column in columns)]
+        for ours, rival in _DUELS
+    )
+    return _table([average.wins, *(", ".join(column) for column in columns)], rows)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Return mean and sample standard deviation; the mean alone of a single value."""
+    # statistics.stdev fails on nan, the Nor. Avg where an expert scores 0.
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{deviation}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
