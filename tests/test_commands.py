@@ -57,6 +57,9 @@ def test_mergekit_yaml_merges_slices_of_sharded_checkpoints_into_shards(tmp_path
     assert_merge_of(out, paths, "layer")
 
 
+@pytest.mark.xfail(
+    sys.version_info >= (3, 13), reason="MergeKit 0.1.5: --lazy-unpickle", strict=True
+)
 def test_mergekit_yaml_merges_modules_of_pickled_checkpoints(tmp_path):
     paths = save_family(tmp_path, llama_config())
     for path in paths.values():
