@@ -7,6 +7,7 @@ turns. Writes benchmarks/results/speed.md and speed.json.
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,47 +19,71 @@ from benchmarks.machine import described
 from benchmarks.results_file import RESULTS, write_measured
 from benchmarks.timing import Case, Run, interleaved, machine_limits, median, spread, weight_bytes
 
-# Every expert in equal parts, at the density of the paper.
-STOCK = [
-    Case("linear", "linear", weight=1.0),
-    Case("task_arithmetic", "task_arithmetic", weight=0.3),
-    Case("ties", "ties", weight=0.3, parameters={"density": 0.55}),
-    Case("dare_linear", "dare_linear", weight=0.3, parameters={"density": 0.55}),
-    Case("sce", "sce"),
-    Case("model_stock", "model_stock"),
-]
+DENSITY = {"density": 0.55}  # the paper's
+# What the examples of the README say: MergeKit casts all inputs, and the result back.
+FLOAT32 = {"dtype": "float32", "out_dtype": "bfloat16"}
+
+TASK_ARITHMETIC = Case("task_arithmetic", "task_arithmetic", weight=0.3)
 PLAIN = [
     Case(f"metagpt, {g}", "metagpt", "task_arithmetic", parameters={"granularity": g})
     for g in ("tensor", "layer", "model")
 ]
-SPARSIFIED = [
-    Case(f"metagpt_{x}", f"metagpt_{x}", x, parameters={"density": 0.55})
-    for x in ("ties", "dare_linear")
+QUICK = [
+    Case("linear", "linear", weight=1.0),
+    TASK_ARITHMETIC,
+    *PLAIN,
+    Case("model_stock", "model_stock"),
+    Case("task_arithmetic in float32", "task_arithmetic", weight=0.3, settings=FLOAT32),
+    Case("metagpt, tensor, in float32", "metagpt", "task_arithmetic in float32", settings=FLOAT32),
+]
+# MergeKit sorts, or draws a random number for each number: 5 to 50 times as long.
+SLOW = [
+    Case("sce", "sce"),
+    *(
+        Case(prefix + x, prefix + x, x if prefix else None, weight, DENSITY)
+        for x in ("ties", "dare_linear")
+        for prefix, weight in (("", 0.3), ("metagpt_", None))
+    ),
+    Case("dare_linear in float32", "dare_linear", None, 0.3, DENSITY, FLOAT32),
+    Case(
+        "metagpt_dare_linear in float32",
+        "metagpt_dare_linear",
+        "dare_linear in float32",
+        parameters=DENSITY,
+        settings=FLOAT32,
+    ),
 ]
 # A disk's noise, not the method, decides most of this: four cases show what is left of it.
-ON_DISK = [STOCK[1], *PLAIN]
-WAYS_TO_USE_A_GPU = {
+ON_DISK = [TASK_ARITHMETIC, *PLAIN]
+WAYS_TO_USE_A_GPU: dict[str, dict[str, bool]] = {
     "--cuda": {},
     "--cuda --read-to-gpu --low-cpu-memory": {"read_to_gpu": True, "low_cpu_memory": True},
     "--multi-gpu": {"multi_gpu": True},
 }
 
 
-def cases(device: str) -> list[Case]:
-    """Return what is timed in memory: all methods, or for a GPU the ways to use it."""
-    if device == "cpu":
-        return [*STOCK, *PLAIN, *SPARSIFIED]
+@dataclass(frozen=True)
+class Session:
+    """Cases that take turns, from files in one place."""
+
+    title: str
+    folder: str
+    cases: Sequence[Case]
+    rounds: int
+    warm_up: int = 1
+
+
+def on_gpu(device: str) -> list[Case]:
+    """Return the ways to use a GPU, with each way's own stock counterpart."""
     return [
-        Case(
-            f"{case.name}, {way}",
-            case.method,
-            case.counterpart and f"{case.counterpart}, {way}",
-            case.weight,
-            case.parameters,
-            {"device": device, **options},
+        replace(
+            case,
+            name=f"{case.name}, {way}",
+            counterpart=case.counterpart and f"{case.counterpart}, {way}",
+            options={"device": device, **options},
         )
         for way, options in WAYS_TO_USE_A_GPU.items()
-        for case in (STOCK[1], *PLAIN)
+        for case in (TASK_ARITHMETIC, *PLAIN)
     ]
 
 
@@ -103,37 +128,50 @@ def limits_table(runs: dict[str, list[Run]], cases: Sequence[Case], moved: int) 
 @click.option("--dtype", default="bfloat16", show_default=True, help="stored and merged in")
 @click.option("--device", default="cpu", show_default=True, help="of the arithmetic")
 @click.option("--rounds", default=5, show_default=True, help="after one that warms up")
+@click.option("--slow-rounds", default=2, show_default=True, help="of methods that take long")
 @click.option("--memory", default="/dev/shm", show_default=True, help="memory-backed folder")
 @click.option("--disk", default=tempfile.gettempdir(), show_default=True, help="folder on a disk")
 def main(
-    parameters: int, experts: int, dtype: str, device: str, rounds: int, memory: str, disk: str
+    parameters: int,
+    experts: int,
+    dtype: str,
+    device: str,
+    rounds: int,
+    slow_rounds: int,
+    memory: str,
+    disk: str,
 ) -> None:
-    """Time merges and print a table; results files are written for the default models."""
+    """Time merges, print tables and write the results files."""
+    sessions = [
+        Session("Files in memory", memory, QUICK, rounds),
+        Session("Sparsified, files in memory", memory, SLOW, slow_rounds, warm_up=0),
+        Session("Files on a disk", disk, ON_DISK, rounds),
+    ]
+    if device != "cpu":
+        sessions = [Session("Files in memory", memory, on_gpu(device), rounds)]
     text, raw = "", {}
-    places = [(memory, "in memory", cases(device))]
-    if device == "cpu":
-        places.append((disk, "on disk", ON_DISK))
-    for folder, place, chosen in places:
-        with tempfile.TemporaryDirectory(dir=folder) as directory:
+    for session in sessions:
+        with tempfile.TemporaryDirectory(dir=session.folder) as directory:
             paths = make_family(Path(directory), parameters, experts, getattr(torch, dtype))
             moved = weight_bytes(paths) + weight_bytes(paths[:1])
-            actions = {case.name: partial(case.run, paths, dtype) for case in chosen}
-            runs = interleaved({**machine_limits(paths), **actions}, rounds, place)
-        raw[place] = runs
+            merges = {case.name: partial(case.run, paths, dtype) for case in session.cases}
+            actions = {**machine_limits(paths), **merges}
+            runs = interleaved(actions, session.rounds, session.title, session.warm_up)
+        raw[session.title] = runs
         text += (
-            f"\n## Files {place}\n\n{table(chosen, runs, moved)}\n"
-            f"{limits_table(runs, chosen, moved)}"
+            f"\n## {session.title}\n\n{session.rounds} rounds.\n\n"
+            f"{table(session.cases, runs, moved)}\n{limits_table(runs, session.cases, moved)}"
         )
     heading = (
         f"# The cost of a merge\n\n{parameters / 1e6:.0f} M parameters, a base and {experts} "
-        f"experts in {dtype}, {rounds} interleaved rounds, medians; {described(device)}.\n"
+        f"experts in {dtype}; interleaved rounds, medians; {described(device)}.\n"
         f"Written by `python -m benchmarks.speed`. GB/s counts what is read once and what is "
         f"written: {moved / 1e9:.2f} GB.\n"
     )
     print(heading + text)
     name = "speed" if device == "cpu" else "speed-gpu"
     write_measured(f"{name}.md", heading + text)
-    (RESULTS / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

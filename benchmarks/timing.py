@@ -28,6 +28,7 @@ class Case:
         counterpart: the name of the stock case that it is compared with, if there is one.
         weight: of each expert, for methods that want one.
         parameters: the config's.
+        settings: other keys of the config.
         options: MergeKit's.
     """
 
@@ -36,6 +37,7 @@ class Case:
     counterpart: str | None = None
     weight: float | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, paths: Sequence[Path], dtype: str) -> dict[str, Any]:
@@ -46,6 +48,7 @@ class Case:
             "models": [{"model": str(path), **given} for path in paths[1:]],
             "parameters": dict(self.parameters),
             "dtype": dtype,
+            **self.settings,
         }
         if self.method != "linear":  # which would average the base in
             config["base_model"] = str(paths[0])
@@ -65,17 +68,17 @@ class Case:
 
 
 def interleaved(
-    actions: Mapping[str, Callable[[], Run]], rounds: int, label: str
+    actions: Mapping[str, Callable[[], Run]], rounds: int, label: str, warm_up: int = 1
 ) -> dict[str, list[Run]]:
-    """Return the runs of every action, which take turns; a first round that warms up is left out.
+    """Return the runs of every action, which take turns; rounds that warm up are left out.
 
     The order turns around from round to round, so that nobody always follows the same one.
     """
     runs: dict[str, list[Run]] = {name: [] for name in actions}
-    for number in tqdm.trange(rounds + 1, desc=label):
+    for number in tqdm.trange(warm_up + rounds, desc=label):
         for name in list(actions)[:: 1 if number % 2 else -1]:
             run = actions[name]()
-            if number:
+            if number >= warm_up:
                 runs[name].append(run)
     return runs
 
