@@ -6,7 +6,7 @@ turns. Writes benchmarks/results/speed.md and speed.json.
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -155,7 +155,7 @@ def main(
             paths = make_family(Path(directory), parameters, experts, getattr(torch, dtype))
             moved = weight_bytes(paths) + weight_bytes(paths[:1])
             merges = {case.name: partial(case.run, paths, dtype) for case in session.cases}
-            actions = {**machine_limits(paths), **merges}
+            actions: dict[str, Callable[[], Run]] = {**machine_limits(paths), **merges}
             runs = interleaved(actions, session.rounds, session.title, session.warm_up)
         raw[session.title] = runs
         text += (
