@@ -16,6 +16,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
 
 # Each xdist worker has its share of the cores.
 torch.set_num_threads(1)
@@ -60,6 +61,14 @@ def perturb(model: torch.nn.Module, scale: float, seed: int) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             # A size of its own for each parameter, so that no two coefficients agree.
             parameter += (scale * (1 + (number * 7 % 5)) * noise).to(parameter.dtype)
+
+
+def put_nan(model: str, name: str) -> None:
+    """Spoil one tensor of a checkpoint."""
+    file = f"{model}/model.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def save_family(

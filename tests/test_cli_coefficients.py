@@ -8,8 +8,16 @@ import reference
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import command, llama_config, merge_config, read, run, save_family, write_yaml
-from safetensors.torch import load_file, save_file
+from conftest import (
+    command,
+    llama_config,
+    merge_config,
+    put_nan,
+    read,
+    run,
+    save_family,
+    write_yaml,
+)
 
 from mergekit_metagpt import journal
 from mergekit_metagpt.cli import main
@@ -105,10 +113,7 @@ def test_an_expert_equal_to_the_base_is_pointed_out(family, tmp_path):
 
 def test_nan_is_one_sentence_and_a_traceback_only_with_verbose(tmp_path):
     paths = save_family(tmp_path, llama_config())
-    file = f"{paths['a']}/model.safetensors"
-    tensors = load_file(file)
-    tensors["model.norm.weight"][0] = torch.nan
-    save_file(tensors, file, metadata={"format": "pt"})
+    put_nan(paths["a"], "model.norm.weight")
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
     done = run(command("mergekit-metagpt"), "coefficients", config)
     assert done.returncode == 1

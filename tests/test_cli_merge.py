@@ -10,9 +10,17 @@ import pytest
 import reference
 import torch
 from click.testing import CliRunner
-from conftest import command, llama_config, merge_config, read, run, save_family, write_yaml
+from conftest import (
+    command,
+    llama_config,
+    merge_config,
+    put_nan,
+    read,
+    run,
+    save_family,
+    write_yaml,
+)
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
 
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.record import fingerprint
@@ -122,10 +130,7 @@ def test_two_runs_give_the_same_bytes_but_for_times(family, tmp_path):
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
     paths = save_family(tmp_path, llama_config())
-    file = f"{paths['a']}/model.safetensors"
-    tensors = load_file(file)
-    tensors["model.norm.weight"][0] = torch.nan
-    save_file(tensors, file, metadata={"format": "pt"})
+    put_nan(paths["a"], "model.norm.weight")
     yml = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
     before = set(tmp_path.iterdir())
     assert "holds NaN or Inf" in merge(yml, tmp_path / "merged", status=1).stderr

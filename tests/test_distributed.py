@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import command, llama_config, merge_config, read, run, save_family, write_yaml
+from conftest import (
+    command,
+    llama_config,
+    merge_config,
+    put_nan,
+    read,
+    run,
+    save_family,
+    write_yaml,
+)
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
@@ -121,10 +130,7 @@ def test_the_commands_print_the_same_bytes(family, cluster, tmp_path, monkeypatc
 
 def test_what_a_worker_refuses_is_the_sentence_of_here(tmp_path):
     paths = save_family(tmp_path, llama_config())
-    file = f"{paths['a']}/model.safetensors"
-    tensors = load_file(file)
-    tensors["model.norm.weight"][0] = torch.nan
-    save_file(tensors, file, metadata={"format": "pt"})
+    put_nan(paths["a"], "model.norm.weight")
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
     here = invoke("coefficients", config, status=1).stderr
     assert "model.norm.weight" in here

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import peft
 import pytest
-import torch
 import transformers
 from click.testing import CliRunner
-from conftest import llama_config, merge_config, save_family, slices_config, write_yaml
+from conftest import llama_config, merge_config, put_nan, save_family, slices_config, write_yaml
 from safetensors.torch import load_file, save_file
 from test_cli_check import save_tokenizer
 
@@ -154,10 +153,7 @@ def test_a_worker_that_is_killed_is_replaced_and_changes_nothing(
 @pytest.mark.parametrize("granularity", ["tensor", "model"])
 def test_a_failure_is_the_sentence_of_here_and_leaves_nothing_behind(granularity, tmp_path):
     paths = save_family(tmp_path, llama_config())
-    file = f"{paths['a']}/model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
-    save_file(tensors, file, metadata={"format": "pt"})
+    put_nan(paths["a"], "model.layers.1.mlp.up_proj.weight")
     config = merge_config(paths, parameters={"granularity": granularity})
     here = merge(config, tmp_path / "merged", *SHARDS, status=1).stderr
     before = set(tmp_path.iterdir())
