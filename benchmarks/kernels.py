@@ -53,6 +53,7 @@ def main(elements: int, device: str, rounds: int) -> None:
         target, size, count = torch.empty_like(base), base.nbytes, len(experts)
         actions = {
             "copy": timed(lambda: target.copy_(base), 2 * size, device),  # noqa: B023
+            "copy into a new tensor": timed(base.clone, 2 * size, device),
             "squared norms": timed(
                 lambda: squared_norms(base, experts),  # noqa: B023
                 (1 + count) * size,
@@ -60,6 +61,11 @@ def main(elements: int, device: str, rounds: int) -> None:
             ),
             # Of coefficients that sum to 1 the base need not be read.
             "merge": timed(
+                lambda: add_task_vectors(base, experts, COEFFICIENTS, out=target),  # noqa: B023
+                (count + 1) * size,
+                device,
+            ),
+            "merge into a new tensor": timed(
                 lambda: add_task_vectors(base, experts, COEFFICIENTS),  # noqa: B023
                 (count + 1) * size,
                 device,

@@ -5,9 +5,9 @@ and the process's peak of resident memory in bytes.
 """
 
 import json
-import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 from mergekit.config import MergeConfiguration
@@ -30,9 +30,17 @@ def main() -> None:
     result = {
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": _peak_bytes(),
     }
     print("\n" + json.dumps(result))
+
+
+def _peak_bytes() -> int:
+    """Return the peak of resident memory; that of ``getrusage`` includes the parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM; run this on Linux.")
 
 
 if __name__ == "__main__":

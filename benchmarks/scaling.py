@@ -145,7 +145,7 @@ def _key(point: Point, case: Case) -> str:
 
 
 @click.command()
-@click.option("--rounds", default=3, show_default=True, help="after one that warms up")
+@click.option("--rounds", default=3, show_default=True, help="in which methods take turns")
 @click.option("--memory", default="/dev/shm", show_default=True, help="memory-backed folder")
 def main(rounds: int, memory: str) -> None:
     """Time merges of growing size, print a table and draw it."""
@@ -157,10 +157,10 @@ def main(rounds: int, memory: str) -> None:
             for point in all_points
             for case in cases
         }
-        runs = interleaved(actions, rounds, "growing")
+        runs = interleaved(actions, rounds, "growing", warm_up=0)
     text = (
         f"# The cost of a merge as it grows\n\nLlamas of width {WIDTH} in bfloat16, files in "
-        f"memory, {rounds} interleaved rounds, medians of seconds and\nof peak memory in GB, "
+        f"memory, {rounds} interleaved round(s), medians of seconds and\nof peak memory in GB, "
         f"that of Python and its libraries included; {described()}.\nWritten by "
         f"`python -m benchmarks.scaling`.\n\n{report(all_points, runs)}"
     )

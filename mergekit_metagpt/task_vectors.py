@@ -93,7 +93,11 @@ def inner_products(base: Tensor, experts: Sequence[Tensor]) -> list[list[float]]
 
 
 def add_task_vectors(
-    base: Tensor, experts: Sequence[Tensor], coefficients: Sequence[float], scale: float = 1.0
+    base: Tensor,
+    experts: Sequence[Tensor],
+    coefficients: Sequence[float],
+    scale: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return θ_0 + s Σ_t λ_t (θ_t − θ_0), equation 2 of the paper.
 
@@ -107,13 +111,14 @@ def add_task_vectors(
         experts: θ_t, T tensors of the base's shape and device.
         coefficients: λ_t ≥ 0, T finite floats; they are constants for autograd.
         scale: s, MergeKit's ``lambda``.
+        out: where to write the result, contiguous, as in PyTorch; not with autograd.
 
     Returns:
-        A new tensor of the base's shape, dtype and device.
+        ``out``, or a new tensor of the base's shape, dtype and device.
     """
     chosen = [(e, c) for e, c in zip(experts, coefficients, strict=True) if c]
     if not chosen:
-        return base.clone()
+        return base.clone() if out is None else out.copy_(base)
     dtype = working_dtype(promoted_dtype([base, *experts]))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (base, *experts)):
         origin = base.to(dtype)
@@ -123,18 +128,19 @@ def add_task_vectors(
     # Of each further expert in the mean of those up to it, and of the mean in the result.
     shares = [c / total for (_, c), total in zip(chosen, totals, strict=True)][1:]
     distance = scale * totals[-1]
-    merged = torch.empty_like(base, memory_format=torch.contiguous_format, requires_grad=False)
+    if out is None:
+        out = torch.empty_like(base, memory_format=torch.contiguous_format, requires_grad=False)
     buffers = _buffers(base, dtype, 2)
-    for out, origin, first, *others in _chunks(merged, base, *(e for e, _ in chosen)):
-        target = out if out.dtype == dtype else buffers[0][: len(out)]
+    for merged, origin, first, *others in _chunks(out, base, *(e for e, _ in chosen)):
+        target = merged if merged.dtype == dtype else buffers[0][: len(merged)]
         mean = _converted(first, buffers[0])
         for chunk, share in zip(others, shares, strict=True):
             mean = torch.lerp(mean, _converted(chunk, buffers[1]), share, out=target)
         if not math.isclose(distance, 1, rel_tol=1e-14):
             mean = torch.lerp(_converted(origin, buffers[1]), mean, distance, out=target)
-        if mean is not out:
-            out.copy_(mean)
-    return merged
+        if mean is not merged:
+            merged.copy_(mean)
+    return out
 
 
 class _Sum:

@@ -63,6 +63,15 @@ def test_float16_values_whose_difference_overflows_float16_are_right():
     assert torch.equal(add_task_vectors(base, [expert], [1.0]), expert)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("coefficients", [[0.5, 0.5], [0.2, 0.5], [0.0, 0.0]])
+def test_the_result_can_be_written_into_a_tensor_that_exists(dtype, coefficients):
+    base, experts = fine_tunes((30, 50), dtype, (1, 2))
+    out = torch.empty_like(base)
+    assert add_task_vectors(base, experts, coefficients, out=out) is out
+    assert torch.equal(out, add_task_vectors(base, experts, coefficients))
+
+
 def test_strides_do_not_matter():
     base, experts = fine_tunes((30, 50), torch.float32, (1, 2))
     strided = [e.t().contiguous().t() for e in experts]
