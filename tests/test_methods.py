@@ -371,3 +371,12 @@ def test_no_warnings_are_raised(family, merge):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         merge(merge_config(family, "metagpt_ties"))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "layer", "model"])
+def test_bfloat16_models_merge_to_the_same_bytes_in_float32(granularity, tmp_path, merge):
+    paths = save_family(tmp_path, llama_config(), dtype=torch.bfloat16)
+    config = merge_config(paths, parameters={"granularity": granularity})
+    narrow = merge({**config, "dtype": "bfloat16"})
+    wide = merge({**config, "dtype": "float32", "out_dtype": "bfloat16"})
+    assert all(torch.equal(narrow[name], wide[name]) for name in wide)
