@@ -63,7 +63,7 @@ WAYS_TO_USE_A_GPU: dict[str, dict[str, bool]] = {
 
 
 @dataclass(frozen=True)
-class Session:
+class Series:
     """Cases that take turns, from files in one place."""
 
     title: str
@@ -142,25 +142,25 @@ def main(
     disk: str,
 ) -> None:
     """Time merges, print tables and write the results files."""
-    sessions = [
-        Session("Files in memory", memory, QUICK, rounds),
-        Session("Sparsified, files in memory", memory, SLOW, slow_rounds, warm_up=0),
-        Session("Files on a disk", disk, ON_DISK, rounds),
+    all_series = [
+        Series("Files in memory", memory, QUICK, rounds),
+        Series("Sparsified, files in memory", memory, SLOW, slow_rounds, warm_up=0),
+        Series("Files on a disk", disk, ON_DISK, rounds),
     ]
     if device != "cpu":
-        sessions = [Session("Files in memory", memory, on_gpu(device), rounds)]
+        all_series = [Series("Files in memory", memory, on_gpu(device), rounds)]
     text, raw = "", {}
-    for session in sessions:
-        with tempfile.TemporaryDirectory(dir=session.folder) as directory:
+    for series in all_series:
+        with tempfile.TemporaryDirectory(dir=series.folder) as directory:
             paths = make_family(Path(directory), parameters, experts, getattr(torch, dtype))
             moved = weight_bytes(paths) + weight_bytes(paths[:1])
-            merges = {case.name: partial(case.run, paths, dtype) for case in session.cases}
+            merges = {case.name: partial(case.run, paths, dtype) for case in series.cases}
             actions: dict[str, Callable[[], Run]] = {**machine_limits(paths), **merges}
-            runs = interleaved(actions, session.rounds, session.title, session.warm_up)
-        raw[session.title] = runs
+            runs = interleaved(actions, series.rounds, series.title, series.warm_up)
+        raw[series.title] = runs
         text += (
-            f"\n## {session.title}\n\n{session.rounds} rounds.\n\n"
-            f"{table(session.cases, runs, moved)}\n{limits_table(runs, session.cases, moved)}"
+            f"\n## {series.title}\n\n{series.rounds} rounds.\n\n"
+            f"{table(series.cases, runs, moved)}\n{limits_table(runs, series.cases, moved)}"
         )
     heading = (
         f"# The cost of a merge\n\n{parameters / 1e6:.0f} M parameters, a base and {experts} "
