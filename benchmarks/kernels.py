@@ -4,16 +4,13 @@ Both in one run, taking turns; bandwidth counts each byte that is read and each 
 Writes benchmarks/results/kernels.md.
 """
 
-import time
-from collections.abc import Callable
-
 import click
 import torch
 from torch import Tensor
 
 from benchmarks.machine import described
 from benchmarks.results_file import write_measured
-from benchmarks.timing import Run, interleaved, median, spread
+from benchmarks.timing import interleaved, median, spread, timed
 from mergekit_metagpt.task_vectors import add_task_vectors, squared_norms
 
 COEFFICIENTS = [0.5, 0.3, 0.2]
@@ -25,20 +22,6 @@ def tensors(elements: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     base = torch.randn(elements, device=device)
     experts = [base + 0.01 * torch.randn_like(base) for _ in COEFFICIENTS]
     return [tensor.to(dtype) for tensor in (base, *experts)]
-
-
-def timed(action: Callable[[], object], moved: int, device: str) -> Callable[[], Run]:
-    """Return a function that gives the milliseconds and gigabytes per second of an action."""
-
-    def run() -> Run:
-        start = time.perf_counter()
-        action()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
-        return {"milliseconds": 1e3 * seconds, "rate": moved / seconds / 1e9}
-
-    return run
 
 
 @click.command()

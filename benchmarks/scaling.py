@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks.families import make_family
 from benchmarks.machine import described
 from benchmarks.results_file import RESULTS, write_measured
+from benchmarks.speed import PLAIN, TASK_ARITHMETIC
 from benchmarks.timing import Case, Run, interleaved, median, weight_bytes
 
 WIDTH = 512
@@ -26,14 +27,7 @@ EXPERTS = (2, 4, 6, 8)
 SHARD_SIZES = ("500MB", "25MB")
 # Small files, in and out: what is held of them would otherwise grow with the model up to a limit.
 SHARD_SIZE, OUT_SHARD_SIZE = "50MB", 25_000_000  # the latter in elements of two bytes
-CASES = [
-    Case(name, method, weight=weight, parameters=parameters)
-    for name, method, weight, parameters in [
-        ("task_arithmetic", "task_arithmetic", 0.3, {}),
-        ("metagpt, tensor", "metagpt", None, {"granularity": "tensor"}),
-        ("metagpt, model", "metagpt", None, {"granularity": "model"}),
-    ]
-]
+CASES = [TASK_ARITHMETIC, *(case for case in PLAIN if case.name != "metagpt, layer")]
 
 
 @dataclass(frozen=True)

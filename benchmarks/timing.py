@@ -102,46 +102,44 @@ def weight_bytes(paths: Sequence[Path]) -> int:
 def machine_limits(paths: Sequence[Path]) -> dict[str, Callable[[], Run]]:
     """Return what bounds any merge of a family: reading, copying in memory, writing.
 
-    Each gives seconds and gigabytes per second; a copy counts what it reads and what it writes.
+    A copy counts what it reads and what it writes.
     """
     size = weight_bytes(paths[:1])
     source = torch.ones(size // 2, dtype=torch.bfloat16)
     target = torch.zeros_like(source)
 
-    def read() -> Run:
+    def read() -> None:
         buffer = bytearray(_BLOCK)
         for path in paths:
             for file in path.glob("*.safetensors"):
                 with file.open("rb", buffering=0) as stream:
                     while stream.readinto(buffer):
                         pass
-        return {"bytes": weight_bytes(paths)}
 
-    def copy() -> Run:
-        target.copy_(source)
-        return {"bytes": 2 * source.nbytes}
-
-    def write() -> Run:
+    def write() -> None:
         file = paths[0].parent / "written"
         with file.open("wb", buffering=0) as stream:
             block = memoryview(bytearray(_BLOCK))
             for left in range(size, 0, -_BLOCK):
                 stream.write(block[:left])
         file.unlink()
-        return {"bytes": size}
 
     return {
-        "reading the inputs": _rated(read),
-        "copying in memory": _rated(copy),
-        "writing the output": _rated(write),
+        "reading the inputs": timed(read, weight_bytes(paths)),
+        "copying in memory": timed(lambda: target.copy_(source), 2 * source.nbytes),
+        "writing the output": timed(write, size),
     }
 
 
-def _rated(action: Callable[[], Run]) -> Callable[[], Run]:
+def timed(action: Callable[[], object], moved: int, device: str = "cpu") -> Callable[[], Run]:
+    """Return a function that gives the milliseconds and gigabytes per second of an action."""
+
     def run() -> Run:
         start = time.perf_counter()
-        done = action()
+        action()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "rate": done["bytes"] / seconds / 1e9}
+        return {"milliseconds": 1e3 * seconds, "rate": moved / seconds / 1e9}
 
     return run

@@ -42,8 +42,6 @@ def merge(
     Example:
       mergekit-metagpt merge metagpt.yml merged/ --random-seed 0
     """
-    from mergekit_metagpt.distributed import RayMapper
-    from mergekit_metagpt.sharded import merge_on_cluster
     from mergekit_metagpt.whole import merge_here, merge_whole
 
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
@@ -52,5 +50,8 @@ def merge(
     context.params["merge_options"] = merge_options  # a survey asks there whether it is quiet
     merger: Merger = merge_here
     if ray is not None:
+        from mergekit_metagpt.distributed import RayMapper
+        from mergekit_metagpt.sharded import merge_on_cluster
+
         merger = partial(merge_on_cluster, mapper=RayMapper(ray or None, merge_options))
     merge_whole(read_config(config), Path(config).read_text("utf-8"), out, merge_options, merger)
