@@ -1,5 +1,6 @@
 """Results files: what a benchmark measured, between two marks, and what a person says of it."""
 
+import json
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -19,3 +20,8 @@ def write_measured(name: str, text: str) -> None:
         before, _, rest = path.read_text("utf-8").partition(_BEGIN)
         after = rest.partition(_END)[2]
     path.write_text(f"{before}{_BEGIN}{text.rstrip()}\n{_END}{after}", "utf-8")
+
+
+def write_raw(name: str, figures: object) -> None:
+    """Write what JSON can hold into ``benchmarks/results/name``."""
+    (RESULTS / name).write_text(json.dumps(figures, indent=1) + "\n", "utf-8")

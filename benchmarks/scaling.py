@@ -4,7 +4,6 @@ Time and memory against parameters (more layers, the largest tensor stays), expe
 Writes benchmarks/results/scaling.md, scaling.json and speed.png.
 """
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import numpy as np
 
 from benchmarks.families import make_family
 from benchmarks.machine import described
-from benchmarks.results_file import RESULTS, write_measured
+from benchmarks.results_file import RESULTS, write_measured, write_raw
 from benchmarks.speed import PLAIN, TASK_ARITHMETIC
 from benchmarks.timing import Case, Run, interleaved, median, weight_bytes
 
@@ -122,8 +121,9 @@ def draw(points: Sequence[Point], runs: dict[str, list[Run]], path: Path) -> Non
             values = [getattr(point, attribute) for point in chosen]
             x = [len(v) - 1 if attribute == "paths" else v / unit for v in values]
             y = [median(runs[_key(point, case)], key) / scale for point in chosen]
-            order = sorted(range(len(x)), key=lambda i: x[i])
-            axis.plot([x[i] for i in order], [y[i] for i in order], "o-", ms=4, label=case.name)
+            (dots,) = axis.plot(x, y, "o", ms=4, label=case.name)
+            slope, intercept = np.polyfit(x, y, 1)
+            axis.axline((0, intercept), slope=slope, color=dots.get_color(), lw=1)
         axis.set(
             xlabel=label,
             ylabel="seconds" if key == "seconds" else "peak memory, GB",
@@ -160,7 +160,7 @@ def main(rounds: int, memory: str) -> None:
     )
     print(text)
     write_measured("scaling.md", text)
-    (RESULTS / "scaling.json").write_text(json.dumps(runs, indent=1) + "\n", "utf-8")
+    write_raw("scaling.json", runs)
     draw(all_points, runs, RESULTS / "speed.png")
 
 

@@ -4,7 +4,6 @@ Each merge is MergeKit's ``run_merge`` in a process of its own, from files to fi
 turns. Writes benchmarks/results/speed.md and speed.json.
 """
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import torch
 
 from benchmarks.families import make_family
 from benchmarks.machine import described
-from benchmarks.results_file import RESULTS, write_measured
+from benchmarks.results_file import write_measured, write_raw
 from benchmarks.timing import Case, Run, interleaved, machine_limits, median, spread, weight_bytes
 
 DENSITY = {"density": 0.55}  # the paper's
@@ -171,7 +170,7 @@ def main(
     print(heading + text)
     name = "speed" if device == "cpu" else "speed-gpu"
     write_measured(f"{name}.md", heading + text)
-    (RESULTS / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n", "utf-8")
+    write_raw(f"{name}.json", raw)
 
 
 if __name__ == "__main__":

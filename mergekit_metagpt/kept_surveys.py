@@ -30,8 +30,12 @@ def forget_changed(checkpoints: Checkpoints) -> None:
         kept = _KEPT.get(checkpoints)
         if kept is not None and kept.fingerprint != checkpoints.fingerprint():
             del _KEPT[checkpoints]
-            for model in checkpoints.models:
-                checkpoints.loader(model).flush()  # type: ignore[no-untyped-call]
+            _close_files(checkpoints)
+
+
+def _close_files(checkpoints: Checkpoints) -> None:
+    for model in checkpoints.models:
+        checkpoints.loader(model).flush()  # type: ignore[no-untyped-call]
 
 
 def kept_survey(
@@ -66,6 +70,9 @@ def kept_survey(
         stored = surveyed or checkpoints.stored_dtype(tensor) or dtype
         cast = None if torch.promote_types(stored, dtype) == dtype else dtype
         if cast not in kept.surveys:
+            # The merge holds tensors of the files it has open, which keep all pages that are read
+            # through them in memory; those that the survey opens itself are let go one by one.
+            _close_files(checkpoints)
             kept.surveys[cast] = checkpoints.survey(cast, device, progress, mapper=mapper)
         return kept.surveys[cast]
 

@@ -18,7 +18,7 @@ from mergekit.options import MergeOptions
 from mergekit_metagpt.coefficients import scaling_coefficients
 from mergekit_metagpt.distributed import Mapper, in_this_process
 from mergekit_metagpt.methods import MetaGPTMerge
-from mergekit_metagpt.planner import Measurements, Place, Step, planned_steps
+from mergekit_metagpt.planner import Measurements, Place, Planner, Step
 from mergekit_metagpt.survey import Norms, Survey, canonical, layer_of, scoped_norms
 
 
@@ -132,7 +132,7 @@ def plan_merge(
         for parameters in parameter_sets(config):
             parameters.pop("granularity", None)
         config.parameters = {**(config.parameters or {}), "granularity": granularity}
-    steps = planned_steps(config, options)
+    steps = Planner(config, options).steps()
     bases = {step.task.base_model for step in steps}
     if len(bases) != 1:
         raise ValueError(

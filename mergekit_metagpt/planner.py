@@ -53,9 +53,25 @@ class Step:
 
 
 class Planner(MergePlanner):
-    """MergeKit's planner, which also remembers where in the config a tensor came from."""
+    """MergeKit's planner as its ``run_merge`` makes it, which also remembers the slices.
 
-    slices: list[OutputSliceDefinition | None]
+    Nothing is executed or written.
+
+    Args:
+        config: what to plan; it is not changed, as MergeKit's own planner would.
+        options: MergeKit's options.
+    """
+
+    def __init__(self, config: MergeConfiguration, options: MergeOptions) -> None:
+        LoaderCache().setup(options)
+        architecture = get_architecture_info(config, options)
+        super().__init__(
+            config.model_copy(deep=True),
+            architecture,
+            options,
+            _model_out_config(config, architecture, options.trust_remote_code),
+        )
+        self._slices: list[OutputSliceDefinition | None] = []
 
     def plan_tensor(
         self,
@@ -64,35 +80,28 @@ class Planner(MergePlanner):
         models: list[ModelReference],
         cfg_reader: ConfigReader,
     ) -> None:
-        """Plan one tensor as MergeKit does."""
+        """Plan one tensor as MergeKit does, and remember where in the config it came from."""
         planned = len(self._tensors)
         super().plan_tensor(weight, weights_in, models, cfg_reader)
-        self.slices += [cfg_reader.slice_out] * (len(self._tensors) - planned)
+        self._slices += [cfg_reader.slice_out] * (len(self._tensors) - planned)
+
+    def tasks(self) -> list[Task[Any]]:
+        """Return the tasks of a merge to disk."""
+        # With pydantic 2.14 MergeKit's plan_in_memory raises.
+        return list(self.plan_to_disk(""))
 
     def steps(self) -> list[Step]:
-        """Return what was planned."""
+        """Return the tasks that merge a tensor each."""
+        self.tasks()
         places = {
             id(part): (name, number)
             for name, module in (self.config.modules or {}).items()
             for number, part in enumerate(module.slices or [])
         }
-        tasks: list[Any] = [task for _, task in self._tensors]
-        return [Step(task, places[id(part)]) for task, part in zip(tasks, self.slices, strict=True)]
-
-
-def planned_steps(config: MergeConfiguration, options: MergeOptions) -> list[Step]:
-    """Plan as MergeKit's ``run_merge`` does; nothing is executed."""
-    architecture = get_architecture_info(config, options)
-    LoaderCache().setup(options)
-    planner = Planner(
-        config.model_copy(deep=True),
-        architecture,
-        options,
-        _model_out_config(config, architecture, options.trust_remote_code),
-    )
-    planner.slices = []
-    planner.plan_to_disk("")
-    return planner.steps()
+        merges: list[Any] = [task for _, task in self._tensors]
+        return [
+            Step(task, places[id(part)]) for task, part in zip(merges, self._slices, strict=True)
+        ]
 
 
 @dataclass

@@ -148,21 +148,24 @@ def scoped_norms(
         granularity: ``tensor``, ``layer`` (tensors outside of any layer have a scope of
             their own) or ``model``.
         own: measures the tensors that are merged; called unless the survey has done so.
-        survey: the survey of the whole models; called unless it is not needed.
+        survey: the survey of the whole models; called unless the granularity is ``tensor``.
 
     Raises:
         ValueError: if ``layer`` is asked for and the tensors that are merged are not those
             that the survey knows by this name.
     """
+    if granularity == "tensor":
+        return own()
+    whole = survey()  # first of all: the earlier in a merge, the less memory that holds
     if granularity == "model":
-        if tensor not in survey().squared_norms:
+        if tensor not in whole.squared_norms:
             own()  # nobody has looked for NaN and Inf in it yet
-        return survey().model
+        return whole.model
     norms = own()
     layer = layer_of(tensor)
-    if granularity == "tensor" or layer is None:
+    if layer is None:
         return norms
-    surveyed = survey().squared_norms.get(tensor or "")
+    surveyed = whole.squared_norms.get(tensor or "")
     if surveyed is None or not all(
         math.isclose(a, b, rel_tol=_SAME_NORM) for a, b in zip(norms, surveyed, strict=True)
     ):
@@ -171,7 +174,7 @@ def scoped_norms(
             f"merge put tensors of another layer there than {tensor} of the base. Use "
             "granularity: tensor or granularity: model."
         )
-    return survey().layers[layer]
+    return whole.layers[layer]
 
 
 def survey_groups(

@@ -1,10 +1,6 @@
 """Surveys of checkpoints: what counts, what is refused, and how often they are taken."""
 
-import json
 import os
-import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +14,7 @@ from mergekit.merge_methods import get, merge_state_dicts
 from mergekit.merge_methods.base import TensorGroup
 from safetensors.torch import load_file, save_file
 
+from benchmarks.timing import Case
 from mergekit_metagpt import kept_surveys, scaling_coefficients, survey_checkpoints, survey_groups
 from mergekit_metagpt.checkpoints import Checkpoints
 from mergekit_metagpt.survey import canonical, layer_of
@@ -388,31 +385,23 @@ def test_the_progress_bar_can_be_switched_off(family, capfd):
     assert "Measuring" not in capfd.readouterr().err
 
 
-_PEAK = """
-import json, resource, sys
-import torch
-torch.set_num_threads(1)
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
-config, out = json.loads(sys.argv[1]), sys.argv[2]
-options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
-run_merge(MergeConfiguration.model_validate(config), out, options)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-"""
-
-
 def test_a_survey_needs_less_memory_than_the_two_largest_tensors(tmp_path):
-    vocabulary = 60_000  # two tensors of 15 MB in each of six models
-    config = llama_config(vocab_size=vocabulary, hidden_size=64)
-    paths = save_family(tmp_path, config, scales=(0.01,) * 5)
+    # The first tensor to be merged is the tied one, in the first of several files.
+    config = llama_config(
+        vocab_size=12_000,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        tie_word_embeddings=True,
+    )
+    family = save_family(tmp_path, config, (0.01, 0.02, 0.03), max_shard_size="50MB")
+    paths = [Path(path) for path in family.values()]
+    largest = max(tensor.nbytes for tensor in read(paths[0]).values())
 
-    def peak(method: str, **parameters) -> int:
-        settings = merge_config(paths, method, parameters={"weight": 0.3, **parameters})
-        words = [sys.executable, "-c", _PEAK, json.dumps(settings), str(tmp_path / "merged")]
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        shutil.rmtree(tmp_path / "merged")
-        return int(done.stdout.split()[-1])
+    def peak(granularity: str) -> float:
+        case = Case(granularity, "metagpt", parameters={"granularity": granularity})
+        return case.run(paths, "float32")["peak_bytes"]
 
-    largest = vocabulary * 64 * 4
-    assert peak("metagpt", granularity="model") - peak("task_arithmetic") < 2 * largest
+    without = peak("tensor")
+    assert peak("layer") - without < 2 * largest
+    assert peak("model") - without < 2 * largest

@@ -1,6 +1,5 @@
 """The command `python -m benchmarks.quality`."""
 
-import json
 import tempfile
 import time
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from benchmarks.quality.measure import measure_families
 from benchmarks.quality.models import Size
 from benchmarks.quality.picture import draw
 from benchmarks.quality.report import report
-from benchmarks.results_file import RESULTS, write_measured
+from benchmarks.results_file import RESULTS, write_measured, write_raw
 
 SIZES = {
     "small": Size(hidden_size=96, layers=3, base_steps=600, base_rate=2e-3, expert_steps=200),
@@ -52,17 +51,12 @@ def main(quick: bool, device: str) -> None:
                 f"{minutes:5.1f} min  {family.size}, {family.recipe}, seed {family.seed}", err=True
             )
             if not quick:
-                _write_figures(families)
+                write_raw("quality.json", [asdict(family) for family in families])
     text = f"{report(families)}\n\n{_circumstances(device, minutes)}"
     if not quick:
         write_measured("quality.md", text)
         draw(families, RESULTS / "quality.png")
     click.echo(text)
-
-
-def _write_figures(families: list[Family]) -> None:
-    figures = json.dumps([asdict(family) for family in families], indent=1)
-    (RESULTS / "quality.json").write_text(f"{figures}\n", "utf-8")
 
 
 def _circumstances(device: str, minutes: float) -> str:

@@ -8,19 +8,18 @@ from functools import partial, reduce
 from typing import Any
 
 import torch
-from mergekit.architecture import ModelArchitecture, get_architecture_info
+from mergekit.architecture import ModelArchitecture
 from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
-from mergekit.merge import _model_out_config
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer
 
+from mergekit_metagpt.planner import Planner
 from mergekit_metagpt.preflight.headers import Header, number_of_layer
 from mergekit_metagpt.preflight.models import Checkpoint
 from mergekit_metagpt.preflight.wording import PreflightError, instead, reason
@@ -113,13 +112,12 @@ def plan_merge(
                 f"{checkpoint.model} to guess how it is built; run hf download "
                 f"{checkpoint.model.model.path} first."
             )
-    config = config.model_copy(deep=True)  # MergeKit rewrites what it plans
-    with _loaders_of(checkpoints, options):
+    with _loaders_of(checkpoints):
         try:
-            architecture = get_architecture_info(config, options)
+            planner = Planner(config, options)
+            architecture = planner.arch_info
             _require_modules(config, architecture, file)
-            out_config = _model_out_config(config, architecture, options.trust_remote_code)
-            tasks = MergePlanner(config, architecture, options, out_config).plan_to_disk("")
+            tasks = planner.tasks()
             schedule = [handle.task() for handle in Executor(tasks).schedule.tasks]
         except PreflightError:
             raise
@@ -143,12 +141,9 @@ def _refusal(error: Exception, checkpoints: Mapping[ModelReference, Checkpoint],
 
 
 @contextmanager
-def _loaders_of(
-    checkpoints: Mapping[ModelReference, Checkpoint], options: MergeOptions
-) -> Iterator[None]:
+def _loaders_of(checkpoints: Mapping[ModelReference, Checkpoint]) -> Iterator[None]:
     """Let MergeKit find these headers where it would open the models and apply adapters."""
     cache = LoaderCache()
-    cache.setup(options)
     opened = dict(cache.loaders)
     cache.loaders.update(
         {model: LazyTensorLoader(c.weights.index) for model, c in checkpoints.items()}
