@@ -116,7 +116,10 @@ def add_task_vectors(
     Returns:
         ``out``, or a new tensor of the base's shape, dtype and device.
     """
+    # The largest first: each further expert then has a share of 1/2 at most, which float32 keeps
+    # relatively. One of nearly 1 would leave 1 - share, another's coefficient, to its last digits.
     chosen = [(e, c) for e, c in zip(experts, coefficients, strict=True) if c]
+    chosen.sort(key=lambda pair: -pair[1])
     if not chosen:
         return base.clone() if out is None else out.copy_(base)
     dtype = working_dtype(promoted_dtype([base, *experts]))

@@ -219,7 +219,10 @@ def test_any_tensors_merge_as_the_float64_reference(granularity, fuzz):
             ids[1:] = ids[:0:-1]  # the canonical order is another than this one
         models = dict(zip(ids, (base, *experts), strict=True))
         overflow = leaves_the_range(base, experts, by_tensor, scale)
-        with mock.patch.object(task_vectors, "_CHUNK", chunk), journal.keep() as entries:
+        with (
+            mock.patch.multiple(task_vectors, _CHUNK=chunk, _SCRATCH=task_vectors._Scratch()),
+            journal.keep() as entries,
+        ):
             try:
                 merged = merge_state_dicts(
                     models,

@@ -127,6 +127,15 @@ def test_the_merge_is_rounded_once(dtype, size):
     assert ((merged.double() - exact).abs() <= half_step * 1.001 + 4 * 2**-24 * largest).all()
 
 
+@pytest.mark.parametrize("small", [1e-2, 1e-5, 1e-9])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_small_coefficient_is_as_precise_as_a_large_one(small, first):
+    base, moved = torch.zeros(5), torch.ones(5)
+    pairs = sorted([(moved, small), (base, 1 - small)], key=lambda p: (p[1] == small) != first)
+    merged = add_task_vectors(base, *map(list, zip(*pairs, strict=True)))
+    assert merged.tolist() == pytest.approx([small] * 5, rel=1e-6)
+
+
 def test_opposite_task_vectors_of_one_norm_cancel():
     base, (expert,) = fine_tunes((5000,), torch.float64, (1,))
     opposite = 2 * base - expert
