@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -18,40 +19,43 @@ from benchmarks.machine import described
 from benchmarks.results_file import write_measured, write_raw
 from benchmarks.timing import Case, Run, interleaved, machine_limits, median, spread, weight_bytes
 
-DENSITY = {"density": 0.55}  # the paper's
-# What the examples of the README say: MergeKit casts all inputs, and the result back.
-FLOAT32 = {"dtype": "float32", "out_dtype": "bfloat16"}
+
+def in_another_way(case: Case, way: str, **changes: Any) -> Case:
+    """Return a changed case, compared with the stock one that was changed likewise."""
+    counterpart = case.counterpart and f"{case.counterpart}, {way}"
+    return replace(case, name=f"{case.name}, {way}", counterpart=counterpart, **changes)
+
+
+def in_float32(*cases: Case) -> list[Case]:
+    """Return what the examples of the README do: MergeKit casts all inputs, and the result back."""
+    settings = {"dtype": "float32", "out_dtype": "bfloat16"}
+    return [in_another_way(case, "in float32", settings=settings) for case in cases]
+
+
+def sparsified(method: str) -> list[Case]:
+    """Return a stock method at the density of the paper, and its counterpart."""
+    parameters = {"density": 0.55}
+    return [
+        Case(method, method, weight=0.3, parameters=parameters),
+        Case(f"metagpt_{method}", f"metagpt_{method}", method, parameters=parameters),
+    ]
+
 
 TASK_ARITHMETIC = Case("task_arithmetic", "task_arithmetic", weight=0.3)
 PLAIN = [
     Case(f"metagpt, {g}", "metagpt", "task_arithmetic", parameters={"granularity": g})
     for g in ("tensor", "layer", "model")
 ]
+DARE = sparsified("dare_linear")
 QUICK = [
     Case("linear", "linear", weight=1.0),
     TASK_ARITHMETIC,
     *PLAIN,
     Case("model_stock", "model_stock"),
-    Case("task_arithmetic in float32", "task_arithmetic", weight=0.3, settings=FLOAT32),
-    Case("metagpt, tensor, in float32", "metagpt", "task_arithmetic in float32", settings=FLOAT32),
+    *in_float32(TASK_ARITHMETIC, PLAIN[0]),
 ]
 # MergeKit sorts, or draws a random number for each number: 5 to 50 times as long.
-SLOW = [
-    Case("sce", "sce"),
-    *(
-        Case(prefix + x, prefix + x, x if prefix else None, weight, DENSITY)
-        for x in ("ties", "dare_linear")
-        for prefix, weight in (("", 0.3), ("metagpt_", None))
-    ),
-    Case("dare_linear in float32", "dare_linear", None, 0.3, DENSITY, FLOAT32),
-    Case(
-        "metagpt_dare_linear in float32",
-        "metagpt_dare_linear",
-        "dare_linear in float32",
-        parameters=DENSITY,
-        settings=FLOAT32,
-    ),
-]
+SLOW = [Case("sce", "sce"), *sparsified("ties"), *DARE, *in_float32(*DARE)]
 # A disk's noise, not the method, decides most of this: four cases show what is left of it.
 ON_DISK = [TASK_ARITHMETIC, *PLAIN]
 WAYS_TO_USE_A_GPU: dict[str, dict[str, bool]] = {
@@ -75,12 +79,7 @@ class Series:
 def on_gpu(device: str) -> list[Case]:
     """Return the ways to use a GPU, with each way's own stock counterpart."""
     return [
-        replace(
-            case,
-            name=f"{case.name}, {way}",
-            counterpart=case.counterpart and f"{case.counterpart}, {way}",
-            options={"device": device, **options},
-        )
+        in_another_way(case, way, options={"device": device, **options})
         for way, options in WAYS_TO_USE_A_GPU.items()
         for case in (TASK_ARITHMETIC, *PLAIN)
     ]
