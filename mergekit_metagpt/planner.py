@@ -92,7 +92,7 @@ class Planner(MergePlanner):
 
     def steps(self) -> list[Step]:
         """Return the tasks that merge a tensor each."""
-        self.tasks()
+        self.tasks()  # fills _tensors and _slices
         places = {
             id(part): (name, number)
             for name, module in (self.config.modules or {}).items()

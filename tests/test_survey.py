@@ -9,7 +9,15 @@ import reference
 import tokenizers
 import torch
 import transformers
-from conftest import VOCABULARY, llama_config, merge_config, read, save_family, slices_config
+from conftest import (
+    VOCABULARY,
+    llama_config,
+    merge_config,
+    put_nan,
+    read,
+    save_family,
+    slices_config,
+)
 from mergekit.merge_methods import get, merge_state_dicts
 from mergekit.merge_methods.base import TensorGroup
 from safetensors.torch import load_file, save_file
@@ -287,7 +295,7 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
 @pytest.mark.parametrize("model", ["base", "b"])
 def test_nan_stops_the_merge_and_is_named(granularity, model, tmp_path, merge):
     paths = save_family(tmp_path, llama_config())
-    edit(paths[model], lambda tensors: tensors["model.norm.weight"].__setitem__(3, torch.nan))
+    put_nan(paths[model], "model.norm.weight")
     with pytest.raises(ValueError, match=rf"model\.norm\.weight of model {paths[model]} holds NaN"):
         merge(merge_config(paths, parameters={"granularity": granularity}))
 

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import llama_config, merge_config, save_family
+from conftest import llama_config, merge_config, put_nan, save_family
 from mergekit import multigpu_executor
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mergekit_metagpt import kept_surveys
 from mergekit_metagpt.checkpoints import Checkpoints
@@ -146,9 +146,6 @@ def test_nan_that_one_worker_meets_stops_the_merge_with_its_sentence(
     granularity, executors, surveys, tmp_path
 ):
     paths = save_family(tmp_path, llama_config())
-    file = Path(paths["b"], "model.safetensors")
-    tensors = load_file(file)
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
-    save_file(tensors, file, metadata={"format": "pt"})
+    put_nan(paths["b"], "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(ValueError, match=rf"layers\.1\.mlp\.up_proj.* {paths['b']} holds NaN"):
         written(config_of(paths, "metagpt", granularity), tmp_path / "out", multi_gpu=True)
