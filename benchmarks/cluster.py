@@ -26,10 +26,10 @@ from benchmarks.families import make_family
 from benchmarks.machine import described
 from benchmarks.results_file import write_measured
 from benchmarks.timing import weight_bytes
-from mergekit_metagpt.checkpoints import Checkpoints
-from mergekit_metagpt.distributed import Mapper, RayMapper, in_this_process
-from mergekit_metagpt.sharded import merge_on_cluster
-from mergekit_metagpt.whole import Merger, merge_here, merge_whole
+from mergekit_metagpt.measure.checkpoints import Checkpoints, set_up_worker
+from mergekit_metagpt.merging.cluster import merge_on_cluster
+from mergekit_metagpt.merging.whole import Merger, merge_here, merge_whole
+from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
 
 EXPERTS = 3
 SHARDS = 20
@@ -106,7 +106,7 @@ def here(family: Family) -> Times:
 
 def on_ray(family: Family) -> Times:
     """Time the cluster that this process is connected to."""
-    mapper = RayMapper(None, family.options)
+    mapper = RayMapper(None, partial(set_up_worker, family.options))
     merger = partial(merge_on_cluster, mapper=mapper)
     return Times(seconds(lambda: family.survey(mapper)), seconds(lambda: family.merge(merger)))
 

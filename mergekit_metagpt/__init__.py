@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from mergekit_metagpt.coefficients import scaling_coefficients
-    from mergekit_metagpt.methods import register
-    from mergekit_metagpt.survey import Survey, survey_checkpoints, survey_groups
+    from mergekit_metagpt.measure.checkpoints import survey_checkpoints
+    from mergekit_metagpt.measure.survey import Survey, survey_groups
+    from mergekit_metagpt.method.merge_method import register
 
 __version__ = "0.1.0"
 
@@ -32,11 +33,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Survey": "survey",
-    "register": "methods",
+    "Survey": "measure.survey",
+    "register": "method.merge_method",
     "scaling_coefficients": "coefficients",
-    "survey_checkpoints": "survey",
-    "survey_groups": "survey",
+    "survey_checkpoints": "measure.checkpoints",
+    "survey_groups": "measure.survey",
 }
 
 

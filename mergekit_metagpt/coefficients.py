@@ -6,6 +6,9 @@ Nothing here knows of tensors or files.
 import math
 from collections.abc import Sequence
 
+# T numbers, one per expert.
+Norms = tuple[float, ...]
+
 
 def scaling_coefficients(
     squared_norms: Sequence[float],

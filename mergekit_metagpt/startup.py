@@ -80,13 +80,10 @@ class _Loader:
             _warn(f"{type(error).__name__}: {error}")
 
 
-def _load(registry: "ModuleType") -> None:
-    # Where our methods came first and are importing MergeKit, they are not complete yet.
-    import mergekit_metagpt.methods  # noqa: F401
+def _register(registry: "ModuleType") -> None:
+    from mergekit_metagpt.method.merge_method import register
 
-
-def _register(methods: "ModuleType") -> None:
-    methods.register()
+    register()
 
 
 def _check(merge_methods: "ModuleType") -> None:
@@ -96,14 +93,14 @@ def _check(merge_methods: "ModuleType") -> None:
 
 
 def _teach_evolve(genome: "ModuleType") -> None:
-    from mergekit_metagpt.methods import evolvable_parameters
+    from mergekit_metagpt.mergekit_private import METHOD_PARAM_MAPS
+    from mergekit_metagpt.method.merge_method import evolvable_parameters
 
-    genome.METHOD_PARAM_MAPS.update(evolvable_parameters())
+    METHOD_PARAM_MAPS.update(evolvable_parameters())
 
 
 _HOOKS = {
-    "mergekit.merge_methods.registry": _load,
-    "mergekit_metagpt.methods": _register,
+    "mergekit.merge_methods.registry": _register,
     "mergekit.merge_methods": _check,
     "mergekit.evo.genome": _teach_evolve,
 }
@@ -113,9 +110,10 @@ def _warn(reason: str) -> None:
     import warnings
     from importlib.metadata import version
 
+    needed = "mergekit>=0.1.5,<0.1.6"
     warnings.warn(
-        f"mergekit-metagpt needs mergekit>=0.1.5,<0.2 and found {version('mergekit')} ({reason}); "
-        "its merge methods are not available. Run: pip install 'mergekit>=0.1.5,<0.2'",
+        f"mergekit-metagpt needs {needed} and found {version('mergekit')} ({reason}); its merge "
+        f"methods are not available. Run: pip install '{needed}'",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -15,6 +15,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from mergekit_metagpt.mergekit_private import squared_difference
+
 # A chunk of 2^20 elements stays in the last level of cache; smaller ones pay for waking the
 # thread pool, and an accelerator wants few large kernels.
 _CHUNK = 1 << 20
@@ -24,7 +26,6 @@ _ACCELERATOR_CHUNK = 1 << 25
 _ROW = 1 << 12
 # Below this mean square, float32 squares start to vanish (its least normal number is 1e-38).
 _LEAST_MEAN_SQUARE = 1e-30
-_NO_REDUCTION = 0  # ATen's number for it
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -169,12 +170,10 @@ def _sums_of_squares(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype
     """Return ‖θ_t − θ_0‖² for every expert, differences and squares in ``dtype``."""
     sums = [_Sum() for _ in experts]
     origin, squares = _buffers(base, dtype, 2)
-    squared_differences = torch.ops.aten.mse_loss.out  # in one pass; the public one allocates
     for base_chunk, *chunks in _chunks(base, *experts):
         start, out = _converted(base_chunk, origin), squares[: len(base_chunk)]
         for total, chunk in zip(sums, chunks, strict=True):
-            squared_differences(_converted(chunk, squares), start, _NO_REDUCTION, out=out)
-            total.add(out)
+            total.add(squared_difference(_converted(chunk, squares), start, out))
     return [total.value for total in sums]
 
 

@@ -80,8 +80,8 @@ def plan(tmp_path, check) -> Callable[..., Costs]:
         from mergekit.options import MergeOptions
 
         found = inspect(str(tmp_path / "merge.yml"), options=MergeOptions(**options))
-        assert found.plan is not None
-        return found.plan
+        assert found.costs is not None
+        return found.costs
 
     return invoke
 
@@ -600,7 +600,7 @@ class TestHub:
         yml = write_yaml(tmp_path / "merge.yml", merge_config({**family, "b": "some/model"}))
         there = inspect(str(yml))
         assert there.problems == []
-        assert there.plan.bytes_read == data_bytes(*family.values())
+        assert there.costs.bytes_read == data_bytes(*family.values())
 
 
 def test_all_problems_are_reported_at_once(own, problems):

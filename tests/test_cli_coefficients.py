@@ -19,8 +19,8 @@ from conftest import (
     write_yaml,
 )
 
-from mergekit_metagpt import journal
 from mergekit_metagpt.cli import main
+from mergekit_metagpt.method.session import SESSION
 
 
 def invoke(*words, status: int = 0):
@@ -69,7 +69,7 @@ def test_what_it_prints_is_what_the_merge_uses(granularity, family, merge, tmp_p
     config["models"][0]["parameters"] = {"weight": 0.5}
     found = measured(write_yaml(tmp_path / "metagpt.yml", config), "--granularity", granularity)
     config["parameters"]["granularity"] = granularity
-    with journal.keep() as entries:
+    with SESSION.journal() as entries:
         merge(config)
     if granularity == "model":
         assert found["groups"] == {}
@@ -125,9 +125,9 @@ def test_nan_is_one_sentence_and_a_traceback_only_with_verbose(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("merge_method: [", "is not a merge config"),
-        ("just text", "is not a merge config"),
-        ("models: []", "is not a merge config"),
+        ("merge_method: [", "bad.yml is not YAML (while parsing a flow node"),
+        ("just text", "bad.yml is no mapping of keys to values; start from one of example_configs"),
+        ("models: []", "bad.yml lacks merge_method; add it."),
         ("merge_method: linear\nmodels: [{model: x}]", "merge_method linear has no coefficients"),
     ],
 )

@@ -223,7 +223,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     [
         ({"base_model": None}, "names none; set base_model."),
         ({"models": []}, "names no model beside the base; add the experts."),
-        ({"models": 3}, "is not a merge config: models: Input should be a valid list"),
+        ({"models": 3}, "is wrong at models: input should be a valid list; correct it."),
     ],
 )
 def test_configs_without_task_vectors_are_refused(changes, sentence, family, tmp_path):

@@ -23,7 +23,7 @@ from conftest import (
 from huggingface_hub import ModelCard
 
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.record import fingerprint
+from mergekit_metagpt.merging.record import fingerprint
 
 QUIET = ("--quiet", "--no-copy-tokenizer")
 
@@ -180,7 +180,7 @@ KILLED = """
 import contextlib, os, signal, sys, time
 from pathlib import Path
 from click.testing import CliRunner
-import mergekit_metagpt.whole  # pay for the imports before the children are forked
+import mergekit_metagpt.merging.whole  # pay for the imports before the children are forked
 from mergekit_metagpt.cli import main
 
 config, out = sys.argv[1], Path(sys.argv[2])

@@ -17,8 +17,8 @@ from mergekit.merge import run_merge
 from mergekit.merge_methods import registered_methods
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt import kept_surveys
-from mergekit_metagpt.checkpoints import Checkpoints
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.method.session import SESSION
 
 
 def genome_of(paths, method="metagpt", **settings) -> ModelGenome:
@@ -76,7 +76,7 @@ def counted_surveys():
 
     survey = Checkpoints.survey
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept_surveys, "_KEPT", {})
+        SESSION.surveys.clear()
         patch.setattr(Checkpoints, "survey", counted)
         yield taken
 
@@ -86,7 +86,7 @@ def evaluator(family, tmp_path):
     return partial(Evaluator, family, tmp_path)
 
 
-@pytest.mark.parametrize("first", ["mergekit.evo.genome", "mergekit_metagpt.methods"])
+@pytest.mark.parametrize("first", ["mergekit.evo.genome", "mergekit_metagpt.method.merge_method"])
 def test_the_methods_are_known_whatever_is_imported_first(first):
     """MergeKit's evolution imports genomes before merge methods, in its workers too."""
     program = f"""

@@ -24,8 +24,8 @@ from mergekit.scripts.multimerge import load_config
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from mergekit_metagpt.methods import MetaGPTMerge
-from mergekit_metagpt.survey import survey_checkpoints
+from mergekit_metagpt.measure.checkpoints import survey_checkpoints
+from mergekit_metagpt.method.merge_method import MetaGPTMerge
 
 EXAMPLES = Path(__file__).parents[1] / "example_configs"
 

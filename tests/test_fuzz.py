@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import merge_state_dicts, merge_tensors, registered_methods
 from mergekit.scripts import run_yaml
 
-from mergekit_metagpt import journal, task_vectors
+from mergekit_metagpt import task_vectors
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.methods import MetaGPTMerge
+from mergekit_metagpt.method.merge_method import MetaGPTMerge
+from mergekit_metagpt.method.session import SESSION
 
 StateDict = dict[str, torch.Tensor]
 SPARSIFIED = [m for m in registered_methods() if isinstance(m, MetaGPTMerge) and not m.is_plain]
@@ -221,7 +222,7 @@ def test_any_tensors_merge_as_the_float64_reference(granularity, fuzz):
         overflow = leaves_the_range(base, experts, by_tensor, scale)
         with (
             mock.patch.multiple(task_vectors, _CHUNK=chunk, _SCRATCH=task_vectors._Scratch()),
-            journal.keep() as entries,
+            SESSION.journal() as entries,
         ):
             try:
                 merged = merge_state_dicts(

@@ -192,7 +192,7 @@ def test_an_incompatible_mergekit_gives_one_warning_that_says_what_to_install(
     assert done.stdout == "fine\n"
     assert done.stderr.count("mergekit-metagpt needs") == 1
     assert f"found {version}" in done.stderr
-    assert "pip install 'mergekit>=0.1.5,<0.2'" in done.stderr
+    assert "pip install 'mergekit>=0.1.5,<0.1.6'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -9,7 +9,7 @@ import click
 import yaml
 
 from benchmarks.paper.tables import Row
-from mergekit_metagpt.cli._demo_merges import stock_command
+from mergekit_metagpt.demo.merges import stock_command
 
 
 def with_local_models(row: Row, folder: Path) -> Row:

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from benchmarks.quality.tasks import TASKS, Example, training
-from mergekit_metagpt.cli._demo_models import make_tokenizer
+from mergekit_metagpt.demo.models import make_tokenizer
 
 _IGNORED = -100  # the label that transformers leaves out of the loss
 

@@ -1,16 +1,15 @@
-"""The merge config that a command works on."""
+"""The arguments that commands share: the merge config, and who works on it."""
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
-    from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
-    from mergekit_metagpt.distributed import Mapper
+    from mergekit_metagpt.planning.forecast import Forecast
+    from mergekit_metagpt.workers import RayMapper
 
 config_argument = click.argument("config", type=click.Path(exists=True, dir_okay=False))
 ray_option = click.option(
@@ -22,36 +21,43 @@ ray_option = click.option(
 )
 
 
-def read_config(path: str) -> "MergeConfiguration":
-    """Parse a merge config as ``mergekit-yaml`` does.
-
-    Raises:
-        click.ClickException: if it is no merge config; says what is wrong where.
-    """
-    import yaml
-    from mergekit.config import MergeConfiguration
-    from pydantic import ValidationError
-
-    try:
-        return MergeConfiguration.model_validate(yaml.safe_load(Path(path).read_text("utf-8")))
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'the document'}: {problem['msg']}"
-            for problem in error.errors()
-        )
-        raise click.ClickException(f"{path} is not a merge config: {problems}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise click.ClickException(f"{path} is not a merge config: {reason}.") from error
-
-
 def wants_progress(options: "MergeOptions") -> bool:
     """Return whether progress bars are shown: on a terminal, unless ``--quiet`` is given."""
     return sys.stderr.isatty() and not options.quiet
 
 
-def mapper(ray: str | None, options: "MergeOptions") -> "Mapper":
-    """Return who measures, for the value of ``--ray``."""
-    from mergekit_metagpt.distributed import RayMapper, in_this_process
+def ray_mapper(ray: str, options: "MergeOptions") -> "RayMapper":
+    """Return the cluster that a value of ``--ray`` names."""
+    from functools import partial
 
-    return in_this_process if ray is None else RayMapper(ray or None, options)
+    import torch
+
+    from mergekit_metagpt.measure.checkpoints import set_up_worker
+    from mergekit_metagpt.workers import RayMapper
+
+    on_cuda = torch.device(options.device or "cpu").type == "cuda"
+    return RayMapper(ray or None, partial(set_up_worker, options), gpus=int(on_cuda))
+
+
+def forecast_config(
+    config: str, options: "MergeOptions", ray: str | None, granularity: str | None = None
+) -> "Forecast":
+    """Return the coefficients that the merge of a config will use, measured here or by Ray.
+
+    Args:
+        config: the path of the config.
+        options: MergeKit's options.
+        ray: the value of ``--ray``.
+        granularity: used in place of the config's.
+    """
+    from mergekit_metagpt.planning.config import read_config
+    from mergekit_metagpt.planning.forecast import forecast
+    from mergekit_metagpt.workers import in_this_process
+
+    return forecast(
+        read_config(config).parse(),
+        options,
+        granularity=granularity,
+        progress=wants_progress(options),
+        mapper=in_this_process if ray is None else ray_mapper(ray, options),
+    )

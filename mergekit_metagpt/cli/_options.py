@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from mergekit_metagpt.mergekit_private import MERGE_LOGGER
+
 _KNOWN = f"{__name__}.known"
 
 
@@ -39,7 +41,7 @@ class MergeCommand(click.Command):
         except click.NoSuchOption:
             if _KNOWN in ctx.meta:
                 raise
-            ctx.meta[_KNOWN] = _merge_options()
+            _, ctx.meta[_KNOWN] = _merge_options()
             return self.parse_args(ctx, args)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -56,9 +58,10 @@ class MergeCommand(click.Command):
         """Run the command with ``merge_options``."""
         verbose = ctx.params.pop("verbose")
         if not verbose:
-            logging.getLogger("mergekit.merge").addFilter(_without_traceback)
+            logging.getLogger(MERGE_LOGGER).addFilter(_without_traceback)
         try:
-            ctx.params = _collector()(**ctx.params)
+            collect, _ = _merge_options()
+            ctx.params = collect(**ctx.params)
             _require_device(ctx.params["merge_options"].device)
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -85,16 +88,11 @@ def _require_device(name: str) -> None:
         raise click.ClickException(f"There is no {kind} device here; use --device cpu.")
 
 
-def _collector() -> Callable[..., dict[str, Any]]:
-    from mergekit.options import add_merge_options
+def _merge_options() -> tuple[Callable[..., dict[str, Any]], list[click.Option]]:
+    """Return what makes ``merge_options`` of a command's parameters, and MergeKit's options."""
+    from mergekit_metagpt.mergekit_private import merge_options
 
     def collect(**parameters: Any) -> dict[str, Any]:
         return parameters
 
-    collector: Callable[..., dict[str, Any]] = add_merge_options(collect)
-    return collector
-
-
-def _merge_options() -> list[click.Parameter]:
-    options: list[click.Parameter] = list(_collector().__click_params__)  # type: ignore[attr-defined]
-    return options[::-1]
+    return merge_options(collect)

@@ -32,9 +32,9 @@ def check(config: str, out: str | None, merge_options: "MergeOptions") -> None:
 
     logging.basicConfig(level=logging.INFO if merge_options.verbosity else logging.ERROR)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    plan = require_sound(config, out, merge_options)
+    costs = require_sound(config, out, merge_options)
     if not merge_options.quiet:
-        _show(plan)
+        _show(costs)
 
 
 def require_sound(config: str, out: str | None, options: "MergeOptions") -> "Costs":
@@ -44,37 +44,36 @@ def require_sound(config: str, out: str | None, options: "MergeOptions") -> "Cos
     found = inspect(config, out, options)
     for problem in found.problems:
         click.echo(problem, err=True)
-    if found.plan is None:
+    if found.costs is None:
         raise click.exceptions.Exit(1)
-    return found.plan
+    return found.costs
 
 
-def _show(plan: "Costs") -> None:
-    """Print a plan as a table, and its notes."""
+def _show(costs: "Costs") -> None:
+    """Print what a merge will cost as a table, and the notes."""
     from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
 
-    rows = [("Method", plan.method)]
-    rows += [("Base", plan.base)] if plan.base else []
-    rows += [("Expert" if plan.base else "Model", expert) for expert in plan.experts]
+    rows = [("Method", costs.method)]
+    rows += [("Base", costs.base)] if costs.base else []
+    rows += [("Expert" if costs.base else "Model", expert) for expert in costs.experts]
     rows += [
-        ("Tensors", f"{plan.tensors:,}"),
-        ("Parameters", f"{plan.parameters:,}"),
-        ("Passes over the models", str(plan.passes)),
-        ("Bytes read", decimal(plan.bytes_read)),
-        ("Bytes written", decimal(plan.bytes_written)),
-        ("Output shards", str(plan.shards)),
-        ("Memory for tensors, about", decimal(plan.peak_memory)),
+        ("Tensors", f"{costs.tensors:,}"),
+        ("Parameters", f"{costs.parameters:,}"),
+        ("Passes over the models", str(costs.passes)),
+        ("Bytes read", decimal(costs.bytes_read)),
+        ("Bytes written", decimal(costs.bytes_written)),
+        ("Output shards", str(costs.shards)),
+        ("Memory for tensors, about", decimal(costs.peak_memory)),
     ]
-    if plan.bytes_applied:
-        rows.append(("Bytes written to the LoRA cache", decimal(plan.bytes_applied)))
-    table = Table(title="Nothing stands against this merge", show_header=False)
+    if costs.bytes_applied:
+        rows.append(("Bytes written to the LoRA cache", decimal(costs.bytes_applied)))
+    table = Table(title="No problems found", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False)
-    console.print(table)
-    for note in plan.notes:
-        console.print(note, markup=False, soft_wrap=True)
+    Console(highlight=False).print(table)
+    for note in costs.notes:
+        click.echo(note)

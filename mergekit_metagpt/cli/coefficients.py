@@ -7,12 +7,11 @@ import click
 
 from mergekit_metagpt.cli._config import (
     config_argument,
-    mapper,
+    forecast_config,
     ray_option,
-    read_config,
-    wants_progress,
 )
 from mergekit_metagpt.cli._options import MergeCommand
+from mergekit_metagpt.granularities import GRANULARITIES
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 @config_argument
 @click.option(
     "--granularity",
-    type=click.Choice(["tensor", "layer", "model"]),
+    type=click.Choice(list(GRANULARITIES)),
     help="Use this scope in place of the config's.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
@@ -52,29 +51,23 @@ def coefficients(
 
     from rich.console import Console
 
-    from mergekit_metagpt import plots, report
-    from mergekit_metagpt.plan import plan_merge
+    from mergekit_metagpt.names import short_names
+    from mergekit_metagpt.report import plots, tables
 
     if plot is not None:
         plots.require_plotting(plot)
-    plan = plan_merge(
-        read_config(config),
-        merge_options,
-        granularity=granularity,
-        progress=wants_progress(merge_options),
-        mapper=mapper(ray, merge_options),
-    )
+    forecast = forecast_config(config, merge_options, ray, granularity)
     if as_json:
-        click.echo(json.dumps(report.as_json(plan)))
+        click.echo(json.dumps(tables.as_json(forecast)))
     else:
-        Console().print(report.tables(plan))
-    for warning in report.warnings(plan):
+        Console().print(tables.tables(forecast))
+    for warning in tables.warnings(forecast):
         click.secho(f"Warning: {warning}", fg="yellow", err=True)
     if plot is not None:
         plots.draw_coefficients(
             plot,
-            report.short_names([str(expert) for expert in plan.experts]),
-            plan.coefficients,
-            report.layer_shares(plan),
-            plan.survey.cosines,
+            short_names(forecast.experts),
+            forecast.coefficients,
+            tables.layer_shares(forecast),
+            forecast.survey.cosines,
         )

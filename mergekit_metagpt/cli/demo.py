@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from mergekit_metagpt.cli._demo_models import Scale
+    from mergekit_metagpt.demo.models import Scale
 
 _USAGE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,11 +43,14 @@ def demo(directory: Path) -> None:
     # Only now, so that help and refusals do not wait for torch.
     import torch
 
-    from mergekit_metagpt.cli._demo_models import Scale
+    from mergekit_metagpt.demo.models import Scale
 
     # Models this small gain nothing from threads, and the figures would depend on their number.
     torch.set_num_threads(1)
-    run_demo(directory, Scale(), Console())
+    try:
+        run_demo(directory, Scale(), Console())
+    except (OSError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
@@ -57,31 +59,34 @@ def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
     Args:
         directory: absolute path of an empty directory, or of none yet.
         scale: how large the models are and how long they train.
-        console: what the progress and the tables are printed to.
+        console: what the tables are printed to.
 
     Raises:
-        ClickException: if ``mergekit-yaml`` cannot be found or fails.
+        FileNotFoundError: if there is no ``mergekit-yaml``.
+        RuntimeError: if it fails.
     """
-    from mergekit_metagpt.cli._demo_merges import (
+    import tqdm
+
+    from mergekit_metagpt.demo.merges import (
         merge_configs,
         merge_with_mergekit,
         stock_command,
         write_configs,
     )
-    from mergekit_metagpt.cli._demo_models import TASKS, scores, train_family
+    from mergekit_metagpt.demo.models import TASKS, scores, train_family
 
     command = stock_command()
-    train_family(directory, scale, console)
+    train_family(directory, scale)
     configs = merge_configs(directory)
     merges = {name: directory / "merged" / name for name in configs}
     files = write_configs(directory, configs)
-    for name in track(configs, "Merging with mergekit-yaml", console=console):
+    for name in tqdm.tqdm(configs, "Merging with mergekit-yaml", unit="merge"):
         merge_with_mergekit(command, files[name], merges[name])
 
     rows = {"base": directory / "base"}
     rows |= {f"expert {task}": directory / task for task in TASKS} | merges
     results = {
-        name: scores(path, scale) for name, path in track(rows.items(), "Scoring", console=console)
+        name: scores(path, scale) for name, path in tqdm.tqdm(rows.items(), "Scoring", unit="model")
     }
     console.print(_scores_table(results, scale))
     console.print(_coefficients_table(directory, list(TASKS)))
@@ -92,7 +97,7 @@ def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
         f"It was merged with:\n{shlex.join(words)}",
         f"Use it in Python:\n{_USAGE.format(path=str(merges[shown]))}",
     ):
-        console.print(f"\n{text}", soft_wrap=True, markup=False, highlight=False)
+        console.out(f"\n{text}", highlight=False)
 
 
 def _require_usable(directory: Path) -> None:

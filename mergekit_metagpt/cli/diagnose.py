@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mergekit_metagpt.cli._config import config_argument, read_config, wants_progress
+from mergekit_metagpt.cli._config import config_argument, wants_progress
 from mergekit_metagpt.cli._options import MergeCommand
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
-    from mergekit_metagpt.linearity import Linearity
+    from mergekit_metagpt.diagnosis.linearity import Linearity
 
 # From here on outputs count as linear in α, and task vectors as orthogonal.
 _LINEAR, _ORTHOGONAL = 0.95, 0.1
@@ -56,44 +56,46 @@ def diagnose(
       mergekit-metagpt diagnose metagpt.yml --prompts questions.txt --plot assumptions.png
     """
     if plot is not None:
-        from mergekit_metagpt.plots import require_plotting
+        from mergekit_metagpt.report.plots import require_plotting
 
         require_plotting(plot)
-    from mergekit_metagpt.report import matrix, short_names
+    from mergekit_metagpt.names import short_names
+    from mergekit_metagpt.planning.config import read_config
+    from mergekit_metagpt.report.tables import matrix
 
     console = Console()
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
-    linearities, cosines = _measure(read_config(config), prompts, merge_options, console)
-    names = short_names([str(linearity.expert) for linearity in linearities])
+    linearities, cosines = _measure(read_config(config).parse(), prompts, merge_options)
+    names = short_names(linearity.expert for linearity in linearities)
     _show_linearity(console, names, linearities)
     console.print("[bold]Orthogonality (Property 6): cosines of the task vectors[/]")
     console.print(matrix(names, cosines))
-    _say(console, _cosines_verdict(names, cosines))
+    click.echo(_cosines_verdict(names, cosines))
     if plot is not None:
-        from mergekit_metagpt.plots import draw_diagnosis
+        from mergekit_metagpt.report.plots import draw_diagnosis
 
         draw_diagnosis(names, linearities, cosines, plot)
-        _say(console, f"The figure is in {plot}.")
+        click.echo(f"The figure is in {plot}.")
 
 
 def _measure(
-    config: "MergeConfiguration", prompts: Path | None, options: "MergeOptions", console: Console
+    config: "MergeConfiguration", prompts: Path | None, options: "MergeOptions"
 ) -> tuple[list["Linearity"], list[list[float]]]:
     """Return the outputs of T experts and the T x T cosines, experts in the same order."""
     from mergekit.common import dtype_from_name
     from mergekit.io.tasks import LoaderCache
 
-    from mergekit_metagpt.linearity import measure_linearity
-    from mergekit_metagpt.prompts import token_ids
-    from mergekit_metagpt.running import language_model_config
-    from mergekit_metagpt.survey import survey_checkpoints
+    from mergekit_metagpt.diagnosis.linearity import measure_linearity
+    from mergekit_metagpt.diagnosis.prompts import token_ids
+    from mergekit_metagpt.diagnosis.running import language_model_config
+    from mergekit_metagpt.measure.checkpoints import survey_checkpoints
 
     LoaderCache().setup(options)
     base, experts = _models(config)
     for model in (*experts, base):
         known = language_model_config(model, options.trust_remote_code)
     ids, source = token_ids(prompts, base, known.get_text_config().vocab_size, options)
-    _say(console, f"Prompts: {source}.")
+    click.echo(f"Prompts: {source}.")
     progress = wants_progress(options)
     survey = survey_checkpoints(
         base,
@@ -109,10 +111,9 @@ def _measure(
 
 def _models(config: "MergeConfiguration") -> tuple["ModelReference", list["ModelReference"]]:
     """Return the base and the experts of a config."""
-    slices = list(config.slices or [])
-    for module in (config.modules or {}).values():
-        slices += module.slices or []
-    named = [config.base_model, *(part.base_model for part in slices)]
+    from mergekit_metagpt.planning.config import parts
+
+    named = {config.base_model, *(part.base for part in parts(config))}
     bases = {base for base in named if base is not None}
     if len(bases) != 1:
         raise ValueError(
@@ -143,12 +144,11 @@ def _show_linearity(
     console.print(table)
     for name, result in zip(names, linearities, strict=True):
         if result.held:
-            _say(
-                console,
+            click.echo(
                 f"{', '.join(result.held)}: the vocabulary of {name} differs, so that these "
                 "tensors stay at the base's and the lines end short of this expert.",
             )
-    _say(console, _linearity_verdict(names, linearities))
+    click.echo(_linearity_verdict(names, linearities))
 
 
 def _linearity_verdict(names: Sequence[str], linearities: Sequence["Linearity"]) -> str:
@@ -193,7 +193,3 @@ def _cosines_verdict(names: Sequence[str], cosines: Sequence[Sequence[float]]) -
         "coefficients are still the exact minimiser of the bound, which does not need "
         "orthogonality, but expect these experts to interact in the merge."
     )
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

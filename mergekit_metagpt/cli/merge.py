@@ -6,19 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_metagpt.cli._config import (
-    config_argument,
-    ray_option,
-    read_config,
-    wants_progress,
-)
+from mergekit_metagpt.cli._config import config_argument, ray_mapper, ray_option, wants_progress
 from mergekit_metagpt.cli._options import MergeCommand
 from mergekit_metagpt.cli.check import require_sound
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
-    from mergekit_metagpt.whole import Merger
+    from mergekit_metagpt.merging.whole import Merger
 
 
 @click.command(cls=MergeCommand)
@@ -42,7 +37,8 @@ def merge(
     Example:
       mergekit-metagpt merge metagpt.yml merged/ --random-seed 0
     """
-    from mergekit_metagpt.whole import merge_here, merge_whole
+    from mergekit_metagpt.merging.whole import merge_here, merge_whole
+    from mergekit_metagpt.planning.config import read_config
 
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     require_sound(config, str(out), merge_options)
@@ -50,8 +46,8 @@ def merge(
     context.params["merge_options"] = merge_options  # a survey asks there whether it is quiet
     merger: Merger = merge_here
     if ray is not None:
-        from mergekit_metagpt.distributed import RayMapper
-        from mergekit_metagpt.sharded import merge_on_cluster
+        from mergekit_metagpt.merging.cluster import merge_on_cluster
 
-        merger = partial(merge_on_cluster, mapper=RayMapper(ray or None, merge_options))
-    merge_whole(read_config(config), Path(config).read_text("utf-8"), out, merge_options, merger)
+        merger = partial(merge_on_cluster, mapper=ray_mapper(ray, merge_options))
+    written = read_config(config)
+    merge_whole(written.parse(), written.text, out, merge_options, merger)

@@ -4,13 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_metagpt.cli._config import (
-    config_argument,
-    mapper,
-    ray_option,
-    read_config,
-    wants_progress,
-)
+from mergekit_metagpt.cli._config import config_argument, forecast_config, ray_option
 from mergekit_metagpt.cli._options import MergeCommand
 
 if TYPE_CHECKING:
@@ -38,14 +32,8 @@ def resolve(config: str, output: str, ray: str | None, merge_options: "MergeOpti
       mergekit-metagpt resolve metagpt.yml -o stock.yml
       mergekit-yaml stock.yml merged/
     """
-    from mergekit_metagpt.plan import plan_merge
-    from mergekit_metagpt.resolve import resolve as resolve_plan
+    from mergekit_metagpt.report.stock_config import stock_config
 
-    plan = plan_merge(
-        read_config(config),
-        merge_options,
-        progress=wants_progress(merge_options),
-        mapper=mapper(ray, merge_options),
-    )
+    text = stock_config(forecast_config(config, merge_options, ray))
     with click.open_file(output, "w", encoding="utf-8", atomic=output != "-") as file:
-        file.write(resolve_plan(plan))
+        file.write(text)

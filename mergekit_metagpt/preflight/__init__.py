@@ -1,6 +1,7 @@
 """The preflight: whether a merge will work and what it will cost, from headers alone.
 
-Reads configs, the headers of weight files and tokenizers; never a tensor.
+Reads configs, the headers of weight files and tokenizers; never a tensor. To add a check,
+write a generator of sentences into the file of its subject, and call it from here.
 """
 
 from dataclasses import dataclass, field
@@ -12,20 +13,15 @@ from mergekit.config import InputModelDefinition, MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.methods import register
-from mergekit_metagpt.preflight import configs, tensors
+from mergekit_metagpt.method.merge_method import register
+from mergekit_metagpt.planning.config import ConfigFile, read_config
+from mergekit_metagpt.planning.models import ModelFiles, find_model_files
+from mergekit_metagpt.planning.outputs import Outputs, PlannerError, output_rows, plan_outputs
+from mergekit_metagpt.preflight import configs, structure, tensors
 from mergekit_metagpt.preflight.costs import Costs, costs
-from mergekit_metagpt.preflight.models import Checkpoint, open_checkpoint, same_models
 from mergekit_metagpt.preflight.output import bad_output, no_room
-from mergekit_metagpt.preflight.planned import (
-    MergePlan,
-    PlannerError,
-    different_architectures,
-    plan_merge,
-)
-from mergekit_metagpt.preflight.structure import bad_structure
-from mergekit_metagpt.preflight.vocabularies import different_tokenizers, output_rows
-from mergekit_metagpt.preflight.wording import PreflightError, instead, nearest
+from mergekit_metagpt.preflight.vocabularies import different_tokenizers
+from mergekit_metagpt.wording import BadInputError, instead, nearest
 
 __all__ = ["Costs", "Preflight", "inspect"]
 
@@ -35,12 +31,12 @@ class Preflight:
     """What was found.
 
     Attributes:
-        problems: what the merge would fail on, or do wrong without a word; one sentence each.
-        plan: what the merge will cost; None if there are problems.
+        problems: what the merge would fail on, or silently do wrong; one sentence each.
+        costs: what the merge will cost; None if there are problems.
     """
 
     problems: list[str]
-    plan: Costs | None = None
+    costs: Costs | None = None
 
 
 def inspect(file: str, out: str | None = None, options: MergeOptions | None = None) -> Preflight:
@@ -52,17 +48,17 @@ def inspect(file: str, out: str | None = None, options: MergeOptions | None = No
         options: MergeKit's options.
 
     Returns:
-        All problems, or the plan of a merge that has none.
+        All problems, or what a merge that has none will cost.
     """
     register()
     inspection = _Inspection(file, out, options or MergeOptions())
-    plan = None
+    found = None
     try:
-        plan = inspection.run()
-    except PreflightError as error:
+        found = inspection.run()
+    except BadInputError as error:
         inspection.problems += error.args
     problems = list(dict.fromkeys(inspection.problems))
-    return Preflight(problems, None if problems else plan)
+    return Preflight(problems, None if problems else found)
 
 
 @dataclass
@@ -73,28 +69,28 @@ class _Inspection:
     out: str | None
     options: MergeOptions
     problems: list[str] = field(default_factory=list)
-    checkpoints: dict[ModelReference, Checkpoint] = field(default_factory=dict)
+    models: dict[ModelReference, ModelFiles] = field(default_factory=dict)
 
     def run(self) -> Costs | None:
-        config = self._look_at_config(configs.read_yaml(self.file))
+        config = self._look_at_config(read_config(self.file))
         self._look_at_models(config)
         if self.out is not None:
-            self.problems += bad_output(self.out, self.checkpoints)
-        plan = self._plan(config)
-        return self._look_at_tensors(plan, config) if plan else None
+            self.problems += bad_output(self.out, self.models)
+        outputs = self._plan(config)
+        return self._look_at_tensors(outputs, config) if outputs else None
 
-    def _look_at_config(self, raw: dict[str, Any]) -> MergeConfiguration:
-        method = self._method(raw)
-        self.problems += configs.unknown_keys(raw, self.file, method)
+    def _look_at_config(self, written: ConfigFile) -> MergeConfiguration:
+        method = self._method(written.raw)
+        self.problems += configs.unknown_keys(written.raw, self.file, method)
         if method is not None:
-            self.problems += configs.bad_parameters(raw, self.file, method)
-        config = configs.parse(raw, self.file)
+            self.problems += configs.bad_parameters(written.raw, self.file, method)
+        config = written.parse()
         bad_dtypes = configs.bad_dtypes(config, self.file)
         self.problems += bad_dtypes.values()
         config = config.model_copy(update=dict.fromkeys(bad_dtypes))
         self.problems += configs.bad_template(config, self.file)
         if method is not None:
-            self.problems += bad_structure(config, self.file, method)
+            self.problems += structure.bad_structure(config, self.file, method)
         return config
 
     def _method(self, raw: dict[str, Any]) -> MergeMethod | None:
@@ -112,39 +108,39 @@ class _Inspection:
 
     def _look_at_models(self, config: MergeConfiguration) -> None:
         for model in sorted(config.referenced_models(), key=str):
-            self.checkpoints[model] = open_checkpoint(model, self.options)
-        found = list(self.checkpoints.values())
-        for checkpoint in found:
-            self.problems += checkpoint.problems
-        self.problems += same_models(config.base_model, found)
+            self.models[model] = find_model_files(model, self.options)
+        found = list(self.models.values())
+        for files in found:
+            self.problems += files.problems
+        self.problems += structure.same_models(config.base_model, found)
         if not self.options.allow_crimes:
-            self.problems += different_architectures(config.base_model, found)
+            self.problems += structure.different_architectures(config.base_model, found)
 
-    def _plan(self, config: MergeConfiguration) -> MergePlan | None:
+    def _plan(self, config: MergeConfiguration) -> Outputs | None:
         """Plan the merge; where it has problems already, else a plain one of its sound models."""
         attempts = [config]
         if self.problems and config.models and config.base_model:
-            known = [m.model for m in config.models if self.checkpoints[m.model].config]
+            known = [m.model for m in config.models if self.models[m.model].config]
             models = [InputModelDefinition(model=model) for model in dict.fromkeys(known)]
             changes = {"merge_method": "metagpt", "parameters": None, "models": models}
             attempts.append(config.model_copy(update=changes))
         for attempt in attempts:
             try:
-                return plan_merge(attempt, self.options, self.checkpoints, self.file)
+                return plan_outputs(attempt, self.options, self.models, self.file)
             except PlannerError:
                 if not self.problems:
                     raise
         return None  # for a reason that is among the problems
 
-    def _look_at_tensors(self, plan: MergePlan, config: MergeConfiguration) -> Costs:
+    def _look_at_tensors(self, outputs: Outputs, config: MergeConfiguration) -> Costs:
         base, file = config.base_model, self.file
-        self.problems += tensors.missing(plan, base, self.checkpoints)
-        self.problems += tensors.different_shapes(plan, base, file)
-        self.problems += tensors.quantized(plan)
-        self.problems += tensors.lost(plan, base, self.checkpoints)
-        self.problems += tensors.bad_values(plan, file)
-        self.problems += different_tokenizers(plan, base, self.options, file)
-        rows = output_rows(plan, config.tokenizer, file)
-        total = costs(plan, config, self.options, self.checkpoints, rows)
-        self.problems += no_room(total, self.out, self.checkpoints)
+        self.problems += tensors.missing(outputs, base, self.models)
+        self.problems += tensors.different_shapes(outputs, base, file)
+        self.problems += tensors.quantized(outputs)
+        self.problems += tensors.lost(outputs, base, self.models)
+        self.problems += tensors.bad_values(outputs, file)
+        self.problems += different_tokenizers(outputs, base, self.options, file)
+        rows = output_rows(outputs, config.tokenizer, file)
+        total = costs(outputs, config, self.options, self.models, rows)
+        self.problems += no_room(total, self.out, self.models)
         return total

@@ -8,19 +8,19 @@ from pathlib import Path
 from mergekit.common import ModelReference
 from rich.filesize import decimal
 
+from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.preflight.costs import Costs
-from mergekit_metagpt.preflight.models import Checkpoint
 
 
-def bad_output(out: str, checkpoints: Mapping[ModelReference, Checkpoint]) -> Iterator[str]:
+def bad_output(out: str, models: Mapping[ModelReference, ModelFiles]) -> Iterator[str]:
     """Find reasons not to write to a directory."""
     path = Path(out).resolve()
-    for checkpoint in checkpoints.values():
-        places = [checkpoint.weights.directory, os.path.dirname(checkpoint.adapter or "")]
+    for files in models.values():
+        places = [files.weights.directory, os.path.dirname(files.adapter or "")]
         inputs = {Path(place).resolve() for place in places if place}
         if any(path == place or place in path.parents for place in inputs):
             yield (
-                f"Output {out} is the input model {checkpoint.model}, or lies within it; choose "
+                f"Output {out} is the input model {files.model}, or lies within it; choose "
                 "another directory."
             )
             return
@@ -38,11 +38,11 @@ def bad_output(out: str, checkpoints: Mapping[ModelReference, Checkpoint]) -> It
 
 
 def no_room(
-    cost: Costs, out: str | None, checkpoints: Mapping[ModelReference, Checkpoint]
+    cost: Costs, out: str | None, models: Mapping[ModelReference, ModelFiles]
 ) -> Iterator[str]:
     """Find disks that are too full for what will be written there."""
     needs: dict[int, tuple[Path, int]] = {}
-    caches = [checkpoint.to_apply for checkpoint in checkpoints.values() if checkpoint.to_apply]
+    caches = [files.to_apply for files in models.values() if files.to_apply]
     for place, size in ((out, cost.bytes_written), (min(caches, default=None), cost.bytes_applied)):
         if place is not None:
             disk = _existing(Path(place).resolve())

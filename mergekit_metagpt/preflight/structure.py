@@ -1,87 +1,86 @@
 """Which models a config merges with which."""
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 from mergekit.common import ModelReference
-from mergekit.config import (
-    MergeConfiguration,
-    OutputModuleDefinition,
-    OutputSliceDefinition,
-)
+from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import BasePolicy, MergeMethod
 
-
-@dataclass(frozen=True)
-class Group:
-    """The models that one part of a config merges.
-
-    Attributes:
-        place: the part of the config.
-        models: as they are listed there.
-        base: the base for that part.
-    """
-
-    place: str
-    models: tuple[ModelReference, ...]
-    base: ModelReference | None
-
-    @property
-    def experts(self) -> set[ModelReference]:
-        """The models but for the base."""
-        return set(self.models) - {self.base}
-
-
-def groups(config: MergeConfiguration) -> Iterator[Group]:
-    """Yield what is merged with what."""
-    parts: dict[str, MergeConfiguration | OutputModuleDefinition] = {"": config}
-    parts |= {f"modules.{name}.": module for name, module in (config.modules or {}).items()}
-    for place, part in parts.items():
-        if part.models:
-            yield Group(f"{place}models", tuple(m.model for m in part.models), config.base_model)
-        slices: list[OutputSliceDefinition] = part.slices or []
-        for number, piece in enumerate(slices):
-            models = tuple(source.model for source in piece.sources)
-            yield Group(f"{place}slices[{number}]", models, piece.base_model or config.base_model)
+from mergekit_metagpt.planning.config import Part, parts
+from mergekit_metagpt.planning.models import ModelFiles
 
 
 def bad_structure(config: MergeConfiguration, file: str, method: MergeMethod) -> Iterator[str]:
     """Find groups of models that the method cannot merge."""
     needs_base = method.spec.contract.base == BasePolicy.REQUIRED
-    if needs_base and not all(group.base for group in groups(config)):
+    if needs_base and not all(part.base for part in parts(config)):
         yield (
             f"{file} has no base_model, which {method.spec.name} needs; add the model that all "
             "experts were fine-tuned from."
         )
         return
-    for group in groups(config):
-        twice = [str(model) for model, count in Counter(group.models).items() if count > 1]
+    for part in parts(config):
+        twice = [str(model) for model, count in Counter(part.models).items() if count > 1]
         for model in twice:
-            yield f"{file} lists model {model} twice at {group.place}; leave one of them out."
-        if needs_base and not group.experts:
+            yield f"{file} lists model {model} twice at {part.at}; leave one of them out."
+        if needs_base and not set(part.models) - {part.base}:
             yield (
-                f"{file} merges no expert at {group.place}: besides the base {group.base} nothing "
+                f"{file} merges no expert at {part.at}: besides the base {part.base} nothing "
                 "is listed; add the models that were fine-tuned from it."
             )
-        elif needs_base and "slices" in group.place and group.base not in group.models:
+        elif needs_base and part.is_slice and part.base not in part.models:
             yield (
-                f"{file} does not list the base {group.base} at {group.place}; add it to the "
+                f"{file} does not list the base {part.base} at {part.at}; add it to the "
                 "sources, with the layer_range that it takes part with."
             )
         elif not twice:
-            yield from _against_contract(group, file, method)
+            yield from _against_contract(part, file, method)
 
 
-def _against_contract(group: Group, file: str, method: MergeMethod) -> Iterator[str]:
+def _against_contract(part: Part, file: str, method: MergeMethod) -> Iterator[str]:
     """Ask MergeKit itself; it adds the base to models, but not to slices."""
-    ids = list(group.models)
-    if group.base is not None and "slices" not in group.place and group.base not in ids:
-        ids.append(group.base)
+    ids = list(part.models)
+    if part.base is not None and not part.is_slice and part.base not in ids:
+        ids.append(part.base)
     try:
-        method.spec.contract.validate_ids(ids, group.base)
+        method.spec.contract.validate_ids(ids, part.base)
     except ValueError as error:
         yield (
-            f"{file} is wrong at {group.place}: {str(error)[:1].lower()}{str(error)[1:]}, says "
+            f"{file} is wrong at {part.at}: {str(error)[:1].lower()}{str(error)[1:]}, says "
             f"MergeKit of {method.spec.name}; correct the list."
         )
+
+
+def same_models(base: ModelReference | None, models: Sequence[ModelFiles]) -> Iterator[str]:
+    """Find models that are listed under two names."""
+    seen: dict[frozenset[tuple[int, int]], ModelReference] = {}
+    for files in sorted(models, key=lambda files: (files.model != base, str(files.model))):
+        if not files.identity:
+            continue
+        first = seen.setdefault(files.identity, files.model)
+        if first is not files.model:
+            role = "the base" if first == base else "model"
+            yield (
+                f"Model {files.model} is {role} {first} under another name, with the same "
+                "weight files; leave one of them out, or spell both alike."
+            )
+
+
+def different_architectures(
+    base: ModelReference | None, models: Sequence[ModelFiles]
+) -> Iterator[str]:
+    """Find models that MergeKit does not merge with the base, or with the first."""
+    known = [files for files in models if files.config]
+    known.sort(key=lambda files: (files.model != base, str(files.model)))
+    for files in known[1:]:
+        first = known[0]
+        if files.description and first.description:
+            differ = files.description != first.description
+        else:
+            differ = files.architecture != first.architecture
+        if differ:
+            yield (
+                f"Model {files.model} is a {files.architecture}, but {first.model} is a "
+                f"{first.architecture}; merge fine-tunes of one base, or pass --allow-crimes."
+            )

@@ -6,11 +6,12 @@ from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.merge_methods.base import OptionalTensorPolicy
 
-from mergekit_metagpt.preflight.headers import FLOATS, Header
-from mergekit_metagpt.preflight.models import Checkpoint
-from mergekit_metagpt.preflight.planned import MergePlan, Planned
-from mergekit_metagpt.preflight.wording import counted
-from mergekit_metagpt.survey import layer_of
+from mergekit_metagpt.granularities import GRANULARITIES, Granularity
+from mergekit_metagpt.names import layer_of
+from mergekit_metagpt.planning.headers import FLOATS, Header
+from mergekit_metagpt.planning.models import ModelFiles
+from mergekit_metagpt.planning.outputs import Outputs, OutputTensor
+from mergekit_metagpt.wording import counted
 
 TOKENIZER_WAY = (
     "add `tokenizer: {{source: base}}` to {file} to keep the base's tokens, or "
@@ -22,17 +23,17 @@ _COMPUTED = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", "posi
 
 
 def missing(
-    plan: MergePlan, base: ModelReference | None, checkpoints: Mapping[ModelReference, Checkpoint]
+    outputs: Outputs, base: ModelReference | None, models: Mapping[ModelReference, ModelFiles]
 ) -> Iterator[str]:
     """Find tensors that some models lack, whose files are as they should be."""
-    lacking: dict[ModelReference, list[Planned]] = {}
-    for tensor in plan.tensors:
+    lacking: dict[ModelReference, list[OutputTensor]] = {}
+    for tensor in outputs.tensors:
         for model in tensor.absent:
-            if not checkpoints[model].weights.problems and _fails_without(tensor, model):
+            if not models[model].weights.problems and _fails_without(tensor, model):
                 lacking.setdefault(model, []).append(tensor)
     for model, tensors in lacking.items():
-        names = [tensor.loads[model].tensor for tensor in tensors]
-        if plan.is_inferred:
+        names = [tensor.merge.loads[model].tensor for tensor in tensors]
+        if outputs.architecture_is_guessed:
             way = (
                 "MergeKit does not describe this architecture and has guessed its tensors; if they "
                 "are there under other names, merge the weight files with mergekit-pytorch"
@@ -44,14 +45,15 @@ def missing(
         yield f"Model {model} lacks {counted(names)}, which this merge needs of it; {way}."
 
 
-def _fails_without(tensor: Planned, model: ModelReference) -> bool:
+def _fails_without(tensor: OutputTensor, model: ModelReference) -> bool:
     """Whether it stops the merge that a model lacks a tensor, which may be an optional one."""
-    if not tensor.loads[model].optional:
+    if not tensor.merge.loads[model].optional:
         return True
-    base = tensor.task.base_model
-    if dict(tensor.task.parameters.items()).get("granularity") in ("layer", "model"):
+    base = tensor.merge.base
+    granularity = granularity_of(tensor)
+    if granularity and granularity.needs_survey:
         return base in tensor.stored  # the survey compares each expert with it
-    spec = merge_methods.get(tensor.task.method_name).spec
+    spec = merge_methods.get(tensor.merge.task.method_name).spec
     if spec.optional_tensor_policy != OptionalTensorPolicy.ERROR:
         return False
     try:
@@ -61,10 +63,15 @@ def _fails_without(tensor: Planned, model: ModelReference) -> bool:
     return False
 
 
-def different_shapes(plan: MergePlan, base: ModelReference | None, file: str) -> Iterator[str]:
+def granularity_of(tensor: OutputTensor) -> Granularity | None:
+    """Return the scope of a tensor's coefficients; None if its method has no coefficients."""
+    return GRANULARITIES.get(tensor.merge.parameters.get("granularity", ""))
+
+
+def different_shapes(outputs: Outputs, base: ModelReference | None, file: str) -> Iterator[str]:
     """Find tensors that have other shapes than in the base, or than in the first model."""
     found: dict[tuple[ModelReference, bool], list[tuple[str, Header, Header, ModelReference]]] = {}
-    for tensor in plan.tensors:
+    for tensor in outputs.tensors:
         if not tensor.stored:
             continue
         first = base if base in tensor.stored else next(iter(tensor.stored))
@@ -72,9 +79,9 @@ def different_shapes(plan: MergePlan, base: ModelReference | None, file: str) ->
         for model, header in tensor.stored.items():
             vocabulary = _differs_in_vocabulary_only(tensor, header, tensor.stored[first])
             if header.shape != tensor.stored[first].shape and not (
-                vocabulary and tensor.vocabulary_is_aligned
+                vocabulary and tensor.merge.vocabulary_is_aligned
             ):
-                name = tensor.loads[model].tensor
+                name = tensor.merge.loads[model].tensor
                 difference = (name, header, tensor.stored[first], first)
                 found.setdefault((model, vocabulary), []).append(difference)
     for (model, vocabulary), differences in found.items():
@@ -88,24 +95,24 @@ def different_shapes(plan: MergePlan, base: ModelReference | None, file: str) ->
         )
 
 
-def _differs_in_vocabulary_only(tensor: Planned, header: Header, expected: Header) -> bool:
-    axis = tensor.task.output_weight.vocabulary_axis
+def _differs_in_vocabulary_only(tensor: OutputTensor, header: Header, expected: Header) -> bool:
+    axis = tensor.merge.vocabulary_axis
     if axis is None or len(header.shape) != len(expected.shape) or axis >= len(header.shape):
         return False
     rest = [shape[:axis] + shape[axis + 1 :] for shape in (header.shape, expected.shape)]
     return rest[0] == rest[1]
 
 
-def quantized(plan: MergePlan) -> Iterator[str]:
+def quantized(outputs: Outputs) -> Iterator[str]:
     """Find weights that are no floating-point numbers to compute with."""
     found: dict[tuple[ModelReference, str], list[str]] = {}
-    for tensor in plan.tensors:
+    for tensor in outputs.tensors:
         dtypes = {header.dtype for header in tensor.stored.values()}
         for model, header in tensor.stored.items():
             # Buffers of integers are copied, if they are the same everywhere.
             is_buffer = header.torch_dtype is not None and dtypes == {header.dtype}
             if header.dtype not in FLOATS and not is_buffer:
-                found.setdefault((model, header.dtype), []).append(tensor.loads[model].tensor)
+                found.setdefault((model, header.dtype), []).append(tensor.merge.loads[model].tensor)
     for (model, dtype), names in found.items():
         yield (
             f"Model {model} stores {counted(names)} as {dtype}, and quantized or integer weights "
@@ -114,9 +121,9 @@ def quantized(plan: MergePlan) -> Iterator[str]:
 
 
 def lost(
-    plan: MergePlan, base: ModelReference | None, checkpoints: Mapping[ModelReference, Checkpoint]
+    outputs: Outputs, base: ModelReference | None, models: Mapping[ModelReference, ModelFiles]
 ) -> Iterator[str]:
-    """Find weights of an expert that the merge would drop without a word.
+    """Find weights of an expert that the merge would silently drop.
 
     A tensor that the base holds too is MergeKit's to know or to leave out. One that only the
     expert holds came from its training, such as a head that was added; unless it is a buffer
@@ -124,21 +131,21 @@ def lost(
     """
     if base is None:
         return
-    held = checkpoints[base].weights.tensors
+    held = models[base].weights.tensors
     converted = {
-        model for t in plan.tensors for model, header in t.stored.items() if not header.file
+        model for t in outputs.tensors for model, header in t.stored.items() if not header.file
     }
-    for model, checkpoint in checkpoints.items():
-        if model == base or model in converted or checkpoint.config is None:
+    for model, files in models.items():
+        if model == base or model in converted or files.config is None:
             continue
         known = {
             name
-            for weight in plan.architecture.all_weights(checkpoint.config)
+            for weight in outputs.architecture.all_weights(files.config)
             for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
         }
         extra = [
             name
-            for name, header in checkpoint.weights.tensors.items()
+            for name, header in files.weights.tensors.items()
             if name not in held and name not in known
             if header.dtype in FLOATS and not name.endswith(_COMPUTED)
         ]
@@ -150,13 +157,13 @@ def lost(
             )
 
 
-def bad_values(plan: MergePlan, file: str) -> Iterator[str]:
+def bad_values(outputs: Outputs, file: str) -> Iterator[str]:
     """Find parameters that are right alone, but not with each other or with the slices."""
-    yield from _bad_epsilons(plan, file)
+    yield from _bad_epsilons(outputs, file)
     weights = [
         values["weight"]
-        for tensor in plan.tensors
-        for values in tensor.task.input_parameters.values()
+        for tensor in outputs.tensors
+        for values in tensor.merge.model_parameters.values()
         if "weight" in values
     ]
     if weights and not any(weights):
@@ -164,26 +171,25 @@ def bad_values(plan: MergePlan, file: str) -> Iterator[str]:
             f"{file} gives every model the weight 0 for every tensor, so that nothing is merged; "
             "give at least one a weight above 0."
         )
-    for tensor in plan.tensors:
-        shared = dict(tensor.task.parameters.items())
-        names = {load.tensor for load in tensor.loads.values()}
-        is_by_layer = shared.get("granularity") == "layer" and layer_of(tensor.name)
-        if is_by_layer and names != {tensor.name}:
+    for tensor in outputs.tensors:
+        granularity = granularity_of(tensor)
+        stays = set(tensor.merge.inputs.values()) == {tensor.name}
+        if granularity and granularity.keeps_layers and layer_of(tensor.name) and not stays:
             yield (
-                f"{file} sets granularity: layer, but its slices put tensors of another layer "
+                f"{file} sets granularity: {granularity.name}, but its slices put tensors of "
+                "another layer "
                 f"at {tensor.name}; use granularity: tensor or granularity: model."
             )
             return
 
 
-def _bad_epsilons(plan: MergePlan, file: str) -> Iterator[str]:
+def _bad_epsilons(outputs: Outputs, file: str) -> Iterator[str]:
     """DELLA keeps entries with probabilities from density − epsilon to density + epsilon."""
     seen = set()
-    for tensor in plan.tensors:
-        if "della" not in tensor.task.method_name:
+    for tensor in outputs.tensors:
+        if "della" not in tensor.merge.task.method_name:
             return
-        for model, parameters in tensor.task.input_parameters.items():
-            values = dict(parameters.items())
+        for model, values in tensor.merge.model_parameters.items():
             density, epsilon = values.get("density"), values.get("epsilon")
             if density is None or epsilon is None or not 0 < density < 1:
                 continue

@@ -1,0 +1,1 @@
+"""Small models that are trained on the spot, and merges of them."""

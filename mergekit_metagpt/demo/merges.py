@@ -1,0 +1,79 @@
+"""The merges of the demo: their configs, and the stock command that carries them out."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergekit_metagpt.demo.models import TASKS
+
+_SHOWN_LINES = 20
+
+
+def merge_configs(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return the merge configs by name, for a base and experts that lie in ``directory``."""
+    models = [{"model": str(directory / task)} for task in TASKS]
+    on_base = {"base_model": str(directory / "base"), "models": models}
+    configs: dict[str, dict[str, Any]] = {
+        f"metagpt-{granularity}": {
+            "merge_method": "metagpt",
+            **on_base,
+            "parameters": {"granularity": granularity},
+        }
+        for granularity in ("tensor", "layer", "model")
+    }
+    configs["task-arithmetic"] = {
+        "merge_method": "task_arithmetic",
+        **on_base,
+        "parameters": {"weight": 0.3},
+    }
+    # linear divides by the sum of the weights.
+    configs["average"] = {"merge_method": "linear", "models": models, "parameters": {"weight": 1.0}}
+    return configs
+
+
+def write_configs(directory: Path, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
+    """Write each config as ``NAME.yml`` into the directory; return the paths by name."""
+    files = {name: directory / f"{name}.yml" for name in configs}
+    for name, config in configs.items():
+        files[name].write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return files
+
+
+def stock_command() -> str:
+    """Return the path of the ``mergekit-yaml`` that belongs to this interpreter.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    scripts = Path(sys.executable).parent
+    found = shutil.which("mergekit-yaml", path=str(scripts))
+    if found is None:
+        raise FileNotFoundError(
+            f"There is no mergekit-yaml in {scripts}; install MergeKit for this interpreter."
+        )
+    return found
+
+
+def merge_with_mergekit(command: str, config: Path, out: Path) -> None:
+    """Run ``mergekit-yaml CONFIG OUT`` as a user would.
+
+    Raises:
+        RuntimeError: if it fails; has the last lines of its stderr.
+    """
+    done = subprocess.run(
+        [command, str(config), str(out)],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    if done.returncode:
+        said = "\n".join(done.stderr.splitlines()[-_SHOWN_LINES:])
+        raise RuntimeError(
+            f"mergekit-yaml could not merge {config} (exit status {done.returncode}). It said "
+            f"last:\n{said}"
+        )

@@ -1,0 +1,191 @@
+"""The models of the demo: three tasks on numbers, a base that half knows them, experts.
+
+An example is a line like ``reverse 1 2 3 4 5 6 = 6 5 4 3 2 1``. The base is trained for a
+short while on all tasks; each expert goes on from there with a task of its own.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+import tqdm
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+
+_DIGITS = 6
+# An example as token ids: <s>, the task, the digits, "=", the answer's digits, </s>.
+_ANSWER = _DIGITS + 3
+_IGNORED = -100  # the label that transformers leaves out of the loss
+
+# A fine-tune takes smaller steps, or it would unlearn what the experts have in common.
+_BASE_RATE = 2e-3
+_EXPERT_RATE = 2e-4
+
+TASKS: dict[str, Callable[[str], str]] = {
+    "reverse": lambda number: number[::-1],
+    "sort": lambda number: "".join(sorted(number)),
+    "double": lambda number: f"{2 * int(number):0{_DIGITS}d}"[-_DIGITS:],
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the models of a demo are and how long they train.
+
+    Attributes:
+        hidden_size: width of the models; a multiple of 8.
+        layers: number of decoder layers.
+        batch: examples per training step.
+        base_steps: training steps of the base, on all tasks.
+        expert_steps: training steps of each expert, on its own task.
+        held_out: prompts per task that are kept from training, to score with.
+        seed: of the weights and of the examples.
+    """
+
+    hidden_size: int = 128
+    layers: int = 2
+    batch: int = 64
+    base_steps: int = 100
+    expert_steps: int = 100
+    held_out: int = 500
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One task's examples, all different: a line of text each."""
+
+    held_out: list[str]
+    base: list[str]
+    expert: list[str]
+
+    @classmethod
+    def of(cls, task: str, scale: Scale) -> "Examples":
+        """Draw a task's examples; the same ones for the same scale."""
+        base = -(-scale.batch * scale.base_steps // len(TASKS))  # its share, rounded up
+        kept = scale.held_out + base
+        # Each number is a prompt, and is drawn once: what is held out is never trained on.
+        numbers = random.Random(f"{scale.seed}/{task}").sample(
+            range(10**_DIGITS), kept + scale.batch * scale.expert_steps
+        )
+        lines = [_line(task, f"{number:0{_DIGITS}d}") for number in numbers]
+        return cls(lines[: scale.held_out], lines[scale.held_out : kept], lines[kept:])
+
+
+def train_family(directory: Path, scale: Scale) -> None:
+    """Write a base and an expert per task into the directory, each with the tokenizer.
+
+    The same scale gives the same weights; torch's global generator is seeded for it.
+    """
+    # Bars for a few hundred kilobytes would drown the demo's own.
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    tokenizer = make_tokenizer()
+    examples = {task: Examples.of(task, scale) for task in TASKS}
+    mixture = zip(*(drawn.base for drawn in examples.values()), strict=True)
+
+    torch.manual_seed(scale.seed)
+    base = transformers.LlamaForCausalLM(_llama_config(tokenizer, scale))
+    _train(base, encode(tokenizer, chain(*mixture)), scale.batch, _BASE_RATE, "base")
+    _save(base, tokenizer, directory / "base")
+    for task, drawn in examples.items():
+        expert = copy.deepcopy(base)
+        lines = encode(tokenizer, drawn.expert)
+        _train(expert, lines, scale.batch, _EXPERT_RATE, f"expert {task}")
+        _save(expert, tokenizer, directory / task)
+
+
+def scores(model_directory: Path, scale: Scale) -> dict[str, float]:
+    """Return for each task how many held-out prompts a model answers rightly, in percent."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_directory)
+    results = {}
+    for task in TASKS:
+        ids = encode(tokenizer, Examples.of(task, scale).held_out)
+        with torch.inference_mode():
+            guesses = model(input_ids=ids[:, :-1]).logits.argmax(-1)
+        # Greedy decoding gives the whole answer exactly if each token, after the right ones
+        # before it, is the right one: one pass will do.
+        right = (guesses == ids[:, 1:])[:, _ANSWER - 1 :].all(-1)
+        results[task] = 100 * right.double().mean().item()
+    return results
+
+
+def make_tokenizer(tasks: Iterable[str] = TASKS) -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer of tasks' names and digits, which begins every text with ``<s>``."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *tasks, "=", *"0123456789"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def encode(tokenizer: transformers.PreTrainedTokenizerBase, lines: Iterable[str]) -> Tensor:
+    """Return token ids of shape [lines, 16]; all examples are of one length."""
+    encoded = tokenizer(list(lines), return_tensors="pt")
+    ids: Tensor = encoded["input_ids"]
+    return ids
+
+
+def _line(task: str, number: str) -> str:
+    return f"{task} {' '.join(number)} = {' '.join(TASKS[task](number))} </s>"
+
+
+def _llama_config(
+    tokenizer: transformers.PreTrainedTokenizerBase, scale: Scale
+) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=scale.hidden_size,
+        intermediate_size=2 * scale.hidden_size,
+        num_hidden_layers=scale.layers,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def _train(
+    model: transformers.PreTrainedModel,
+    ids: Tensor,
+    batch: int,
+    rate: float,
+    label: str,
+) -> None:
+    """Train on ids of shape [examples, tokens], each seen once; only answers are learnt."""
+    labels = ids.clone()
+    labels[:, :_ANSWER] = _IGNORED
+    steps = len(ids) // batch
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
+    for step in tqdm.trange(steps, desc=f"Training {label}", unit="step"):
+        rows = slice(step * batch, (step + 1) * batch)
+        model(input_ids=ids[rows], labels=labels[rows]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+def _save(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    directory: Path,
+) -> None:
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,1 @@
+"""Squared norms of whole models' task vectors, streamed through MergeKit's loaders."""

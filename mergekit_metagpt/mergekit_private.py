@@ -1,0 +1,180 @@
+"""Every name of MergeKit, torch, click and transformers that they do not promise.
+
+No other module uses one. Names of :data:`PRIVATE` are imported from here when they are first
+used, since at registration MergeKit itself is half imported::
+
+    from mergekit_metagpt.mergekit_private import model_out_config
+
+What is no name of a module, such as a writer's counters or the text of an error, has a
+function here. Each has a test, which a new release of these libraries has to pass before
+``pyproject.toml`` allows it.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import click
+    from mergekit.io.tensor_writer import TensorWriter
+    from torch import Tensor
+
+REQUIRED = "mergekit>=0.1.5,<0.1.6"
+
+# The logger of MergeKit's `run_merge`, which adds a traceback to what it reports.
+MERGE_LOGGER = "mergekit.merge"
+
+
+@dataclass(frozen=True)
+class Private:
+    """A name that its library does not promise.
+
+    Attributes:
+        module: where it is.
+        path: its name there; attributes of classes with a dot.
+        parameters: what it takes, if it is a function.
+    """
+
+    module: str
+    path: str
+    parameters: tuple[str, ...] = ()
+
+    def find(self) -> Any:
+        """Return what has the name.
+
+        Raises:
+            ImportError: if it is gone; says what to install.
+        """
+        found: Any = import_module(self.module)
+        try:
+            for name in self.path.split("."):
+                found = getattr(found, name)
+        except AttributeError:
+            raise ImportError(
+                f"{self.module} has no {self.path}, which mergekit-metagpt needs; run: "
+                f"pip install '{REQUIRED}'"
+            ) from None
+        return found
+
+    def check(self) -> None:
+        """Raise an ImportError that says so if the name is gone or takes other parameters."""
+        found = self.find()
+        takes = tuple(inspect.signature(found).parameters) if self.parameters else ()
+        if takes != self.parameters:
+            raise ImportError(
+                f"{self.module}.{self.path} takes {takes}, where mergekit-metagpt gives "
+                f"{self.parameters}; run: pip install '{REQUIRED}'"
+            )
+
+
+PRIVATE = {
+    # What run_merge does besides merging.
+    "model_out_config": Private(
+        "mergekit.merge", "_model_out_config", ("config", "arch_info", "trust_remote_code")
+    ),
+    "update_config_vocab": Private(
+        "mergekit.merge",
+        "_update_config_vocab",
+        ("config", "arch_info", "tokenizer", "pad_to_multiple_of"),
+    ),
+    "set_chat_template": Private(
+        "mergekit.merge", "_set_chat_template", ("tokenizer", "merge_config", "trust_remote_code")
+    ),
+    "copy_tokenizer": Private(
+        "mergekit.merge", "_copy_tokenizer", ("merge_config", "out_path", "options")
+    ),
+    "copy_tagalong_files": Private(
+        "mergekit.merge", "_copy_tagalong_files", ("merge_config", "out_path", "files", "options")
+    ),
+    # What a merge method overrides to see all tensors of a call.
+    "execute": Private(
+        "mergekit.merge_methods.base",
+        "GroupMergeMethod._execute",
+        ("self", "groups", "parameters", "options", "input_dtypes", "out_dtype"),
+    ),
+    # The directory in the LoRA cache that a model with its adapter applied is kept in.
+    "unique_id": Private("mergekit.common", "ModelPath._unique_id", ("self",)),
+    # All loaders of all threads, by model.
+    "open_loaders": Private("mergekit.io.tasks", "LoaderCache.loaders"),
+    # The loaders of mergekit-pytorch.
+    "SimpleLoaderCache": Private("mergekit.scripts.merge_raw_pytorch", "SimpleLoaderCache"),
+    "convert_checkpoint_tensors": Private(
+        "mergekit.architecture.conversion",
+        "convert_checkpoint_tensors",
+        ("model_type", "source_tensors", "target_key"),
+    ),
+    "chat_templates": Private("mergekit._data", "chat_templates"),
+    # The parameters that mergekit-evolve searches, by method.
+    "METHOD_PARAM_MAPS": Private("mergekit.evo.genome", "METHOD_PARAM_MAPS"),
+    "add_merge_options": Private("mergekit.options", "add_merge_options", ("f",)),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of :data:`PRIVATE` when it is first used (PEP 562)."""
+    if name not in PRIVATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return PRIVATE[name].find()
+
+
+def merge_options(function: Callable[..., Any]) -> "tuple[Callable[..., Any], list[click.Option]]":
+    """Return a function with MergeKit's options collected for it, and those options.
+
+    click keeps the options of a function that is no command yet under ``__click_params__``,
+    last one first.
+    """
+    decorated: Any = PRIVATE["add_merge_options"].find()(function)
+    return decorated, list(reversed(decorated.__click_params__))
+
+
+def note_shard(writer: "TensorWriter", file: str, tensors: Iterable[str], size: int) -> None:
+    """Tell MergeKit's writer of a file that it has not written, for its ``finalize``.
+
+    Args:
+        writer: what names the files and writes the index in the end.
+        file: its name, with its number, as :func:`shard_name` has it.
+        tensors: what it holds.
+        size: of the tensors, in bytes.
+    """
+    writer.weight_map.update(dict.fromkeys(tensors, file))
+    writer.total_size += size
+    writer.shards_written += 1
+
+
+def shard_name(only: str, number: int) -> str:
+    """Return what MergeKit's writer calls a file before ``finalize``.
+
+    Args:
+        only: the name of a file that it wrote alone, such as ``model.safetensors``.
+        number: of the file, from 1.
+    """
+    stem, _, suffix = only.rpartition(".")
+    return f"{stem}-{number}.{suffix}"
+
+
+def wants_remote_code(error: BaseException) -> bool:
+    """Return whether transformers refuses a model for want of ``trust_remote_code``."""
+    return "custom code" in str(error) or "trust_remote_code" in str(error)
+
+
+def is_cut_short(error: BaseException) -> bool:
+    """Return whether safetensors says that a file is shorter or longer than its header says."""
+    return any(text in str(error) for text in ("not fully covered", "invalid header length"))
+
+
+def squared_difference(first: "Tensor", second: "Tensor", out: "Tensor") -> "Tensor":
+    """Write (first − second)², element by element, into ``out``; all of one dtype and shape.
+
+    ATen's operation does so in one pass and without a temporary; torch's public
+    ``mse_loss`` has no ``out``.
+    """
+    result: Tensor = _mse_loss()(first, second, 0, out=out)  # 0: no reduction
+    return result
+
+
+@cache
+def _mse_loss() -> Any:
+    return Private("torch", "ops.aten.mse_loss.out").find()

@@ -1,0 +1,1 @@
+"""Merges that appear whole or not at all, with a record."""

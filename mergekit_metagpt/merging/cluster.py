@@ -1,0 +1,176 @@
+"""Merges on a Ray cluster: a task for each output shard, and the bytes of a local merge.
+
+MergeKit's planner says which tensors there will be, and headers how large they are. That
+settles which of them its writer puts into which file, before any is merged; so a task can be
+given the part of the plan that fills one file. What tasks have in common is done once, here:
+LoRA adapters are applied, the tokenizer is built, the models are surveyed.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+import tqdm
+from mergekit import merge_methods
+from mergekit.architecture import ModelArchitecture
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.io.tensor_writer import TensorWriter
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import TokenizerInfo
+
+from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.kept_surveys import Surveys
+from mergekit_metagpt.mergekit_private import (
+    copy_tagalong_files,
+    copy_tokenizer,
+    model_out_config,
+    note_shard,
+    set_chat_template,
+    update_config_vocab,
+)
+from mergekit_metagpt.merging.shard import UNFINISHED, Shard, ShardMerge
+from mergekit_metagpt.method.merge_method import MetaGPTMerge, register
+from mergekit_metagpt.method.session import SESSION
+from mergekit_metagpt.names import canonical
+from mergekit_metagpt.planning.models import find_model_files
+from mergekit_metagpt.planning.outputs import Outputs, output_rows, output_shards, plan_outputs
+from mergekit_metagpt.workers import RayMapper
+
+LOG = logging.getLogger(__name__)
+
+_FILE = "the merge config"  # as messages call it
+
+
+def merge_on_cluster(
+    config: MergeConfiguration,
+    source: str,
+    directory: Path,
+    options: MergeOptions,
+    *,
+    mapper: RayMapper,
+) -> None:
+    """Merge on a Ray cluster, to the bytes of :func:`mergekit_metagpt.merging.whole.merge_here`.
+
+    A task runs as many threads as PyTorch has in this process (``--num-threads``) and takes up
+    as many CPUs: sums that the sparsified methods take depend on it in their last bits.
+
+    Args:
+        config: what to merge, by a method of this package.
+        source: its YAML, as it was written.
+        directory: to be made, on storage that all machines of the cluster share.
+        options: MergeKit's options.
+        mapper: the cluster.
+
+    Raises:
+        ValueError: if the method is another one, or an input or the result is not finite.
+        FileNotFoundError: if a machine does not see ``directory``.
+    """
+    _require_own_method(config)
+    outputs, shards = _plan(config, options)
+    tokenizer = {outputs.tokenizer: outputs.tokenizer.execute()} if outputs.tokenizer else {}
+    writer = TensorWriter(str(directory), safe_serialization=options.safe_serialization)
+    merge = ShardMerge(
+        directory=directory,
+        options=options,
+        out_dtype=config.out_dtype,
+        seed=torch.initial_seed() if options.random_seed is None else options.random_seed,
+        threads=torch.get_num_threads(),
+        surveys=_take_surveys(outputs, options, mapper),
+        tokenizer=tokenizer,
+    )
+    tasks = mapper.submit(merge.write, shards, cpus=merge.threads)
+    try:
+        results = mapper.results(tasks)
+        bar = tqdm.tqdm(results, "Merging", len(tasks), unit="shard", disable=options.quiet)
+        for written in bar:
+            note_shard(writer, written.file, written.tensors, written.size)
+            SESSION.note(written.entries)
+    except Exception:
+        shutil.rmtree(directory, ignore_errors=True)  # so that no further task begins
+        mapper.wait(tasks)
+        raise
+    for leftover in directory.glob(f"{UNFINISHED}*"):  # of workers that died
+        shutil.rmtree(leftover)
+    writer.finalize()  # type: ignore[no-untyped-call]
+    info = next(iter(tokenizer.values()), None)
+    _write_model_files(config, source, directory, options, outputs.architecture, info)
+
+
+def _require_own_method(config: MergeConfiguration) -> None:
+    register()
+    if not isinstance(merge_methods.get(config.merge_method), MetaGPTMerge):
+        raise ValueError(
+            "On a cluster tensors are merged in no fixed order, on which the random numbers of "
+            f"MergeKit's own methods depend; choose metagpt or a metagpt_X in place of "
+            f"{config.merge_method}, or merge without --ray."
+        )
+
+
+def _plan(config: MergeConfiguration, options: MergeOptions) -> tuple[Outputs, list[Shard]]:
+    """Plan the merge, and return what MergeKit's writer would put into each file."""
+    LoaderCache().setup(options)
+    models = config.referenced_models()
+    for model in models:
+        LoaderCache().get(model)  # applies its adapter, or downloads it
+    found = {model: find_model_files(model, options) for model in models}
+    outputs = plan_outputs(config, options, found, _FILE)
+    rows = output_rows(outputs, config.tokenizer, _FILE)
+    shards = [
+        Shard(number, tuple(tensor.merge.save for tensor in tensors))
+        for number, tensors in enumerate(
+            output_shards(outputs.tensors, rows, options.out_shard_size), start=1
+        )
+    ]
+    return outputs, shards
+
+
+def _take_surveys(
+    outputs: Outputs, options: MergeOptions, mapper: RayMapper
+) -> dict[Checkpoints, Surveys]:
+    """Measure on the cluster what the merge of any tensor will ask for."""
+    # One tensor stands for all that come from the same models in the same dtypes.
+    wanted: dict[tuple[Checkpoints, torch.dtype, frozenset[str]], str] = {}
+    for tensor in outputs.tensors:
+        if not GRANULARITIES[tensor.merge.parameters["granularity"]].needs_survey:
+            continue
+        base = tensor.merge.base
+        experts = tuple(canonical(tensor.stored.keys() - {base}))
+        if base in tensor.stored and experts and tensor.merged_dtype.is_floating_point:
+            assert base is not None
+            stored = frozenset(header.dtype for header in tensor.stored.values())
+            checkpoints = Checkpoints(base, experts)
+            wanted.setdefault((checkpoints, tensor.merged_dtype, stored), tensor.name)
+    for (checkpoints, dtype, _), name in wanted.items():
+        device, progress = options.device or "cpu", not options.quiet
+        SESSION.surveys.survey_of(checkpoints, name, dtype, device, progress, mapper)
+    return SESSION.surveys.share(checkpoints for checkpoints, _, _ in wanted)
+
+
+def _write_model_files(
+    config: MergeConfiguration,
+    source: str,
+    directory: Path,
+    options: MergeOptions,
+    architecture: ModelArchitecture,
+    info: TokenizerInfo | None,
+) -> None:
+    """Write what belongs to the weights, with the functions and in the order of ``run_merge``."""
+    model_config = model_out_config(config, architecture, options.trust_remote_code)
+    if info is not None:
+        multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
+        update_config_vocab(model_config, architecture, info.tokenizer, multiple)
+    model_config.save_pretrained(directory)
+    if options.write_model_card:
+        (directory / "mergekit_config.yml").write_text(source, "utf-8")
+    if info is not None:
+        set_chat_template(info.tokenizer, config)
+        info.tokenizer.save_pretrained(directory, safe_serialization=True)
+    elif options.copy_tokenizer:
+        try:
+            copy_tokenizer(config, str(directory), options)
+        except Exception as error:  # of any of the many tokenizers
+            LOG.error("Failed to copy tokenizer: %s. Copy it from somewhere else.", error)
+    copy_tagalong_files(config, str(directory), architecture.tagalong_files or [], options)

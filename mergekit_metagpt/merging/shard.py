@@ -1,0 +1,107 @@
+"""One file of a merge's output, merged and written by whichever process is asked to."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from socket import gethostname
+from tempfile import TemporaryDirectory
+
+import torch
+from mergekit.graph import Executor, TaskUniverse
+from mergekit.io.tasks import FinalizeModel, SaveTensor, TensorWriterTask
+from mergekit.io.tensor_writer import TensorWriter
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
+
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.kept_surveys import Surveys
+from mergekit_metagpt.mergekit_private import shard_name
+from mergekit_metagpt.merging.whole import require_in_range
+from mergekit_metagpt.method.merge_method import register
+from mergekit_metagpt.method.session import SESSION, Entry
+
+UNFINISHED = "unfinished-"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the output: its number, from 1, and MergeKit's tasks that fill it."""
+
+    number: int
+    saves: tuple[SaveTensor, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a task has done: its file, the tensors in it, their bytes, and the journal."""
+
+    file: str
+    tensors: tuple[str, ...]
+    size: int
+    entries: Sequence[Entry]
+
+
+@dataclass(frozen=True)
+class ShardMerge:
+    """What a worker needs to know to merge any part of the plan.
+
+    Attributes:
+        directory: where the output is gathered.
+        options: MergeKit's.
+        out_dtype: the config's.
+        seed: of the random numbers.
+        threads: of PyTorch.
+        surveys: the squared norms that coefficients come from.
+        tokenizer: the task that builds the output's, if there is one, and its result.
+    """
+
+    directory: Path
+    options: MergeOptions
+    out_dtype: str | None
+    seed: int
+    threads: int
+    surveys: dict[Checkpoints, Surveys]
+    tokenizer: Mapping[BuildTokenizer, TokenizerInfo]
+
+    def write(self, shard: Shard) -> Written:
+        """Merge the tensors of one file, which appears when it is complete."""
+        if not self.directory.is_dir():
+            raise FileNotFoundError(
+                f"Machine {gethostname()} of the cluster does not see {self.directory}; choose an "
+                "output directory on storage that all of them share."
+            )
+        register()
+        torch.manual_seed(self.seed)
+        torch.set_num_threads(self.threads)
+        SESSION.surveys.adopt(self.surveys)
+        with (
+            TemporaryDirectory(prefix=UNFINISHED, dir=self.directory) as unfinished,
+            SESSION.journal() as entries,
+        ):
+            writer = self._execute(shard.saves, unfinished)
+            require_in_range(Path(unfinished), self.out_dtype)
+            (path,) = Path(unfinished).iterdir()
+            file = shard_name(path.name, shard.number)
+            os.replace(path, self.directory / file)
+        return Written(file, tuple(writer.weight_map), writer.total_size, entries)
+
+    def _execute(self, saves: Sequence[SaveTensor], directory: str) -> TensorWriter:
+        """Run MergeKit's executor and writer; return the latter, which knows what it wrote."""
+        writer_task = TensorWriterTask(
+            out_path=directory,
+            max_shard_size=0,
+            safe_serialization=self.options.safe_serialization,
+        )
+        saves = tuple(save.model_copy(update={"writer_task": writer_task}) for save in saves)
+        finalize = FinalizeModel(tensor_save_tasks=saves, writer_task=writer_task)
+        universe = TaskUniverse()
+        device = torch.device(self.options.device or "cpu")
+        executor = Executor(
+            [universe.add_task(task) for task in (writer_task, finalize)],
+            math_device=device,
+            storage_device=device if self.options.low_cpu_memory else torch.device("cpu"),
+            cached_values={universe.add_task(task): info for task, info in self.tokenizer.items()},
+        )
+        writer: TensorWriter = dict(executor.run(quiet=True))[writer_task]
+        return writer

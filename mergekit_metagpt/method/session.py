@@ -1,0 +1,151 @@
+"""What MergeKit gives a merge method no argument for.
+
+MergeKit calls a method with the tensors of one parameter at a time, for any merge of the
+process and from any of its threads, and hands it nothing else: neither the models that they
+come from, nor the options of the command, nor a place to leave a result. What outlives such a
+call is therefore kept here, in :data:`SESSION`, one object for the process: the surveys that
+its merges share, the journals that are kept of them, and the options that a survey needs.
+"""
+
+import sys
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_metagpt.coefficients import Norms
+from mergekit_metagpt.measure.kept_surveys import KeptSurveys
+from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+    from mergekit_metagpt.measure.checkpoints import Checkpoints
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The coefficients that one tensor was merged with.
+
+    Attributes:
+        tensor: its name.
+        granularity: the scope of ``squared_norms``.
+        experts: T model ids, in canonical order.
+        squared_norms: ‖τ_t‖² over that scope, T floats.
+        coefficients: λ_t, T floats.
+    """
+
+    tensor: str | None
+    granularity: str
+    experts: tuple[Hashable, ...]
+    squared_norms: Norms
+    coefficients: Norms
+
+
+class Session:
+    """The state that the merges of one process share; for any number of threads.
+
+    Attributes:
+        surveys: what has been measured.
+    """
+
+    def __init__(self) -> None:
+        self.surveys = KeptSurveys()
+        self._journals: list[list[Entry]] = []
+        self._loader_options: MergeOptions | None = None
+        self._quiet = False
+
+    def plan(self, ids: Sequence[Hashable], base: Hashable) -> None:
+        """Prepare for a merge that MergeKit plans or runs: note its options, and changed files.
+
+        Args:
+            ids: of all inputs.
+            base: the id of θ_0.
+        """
+        checkpoints = checkpoints_of(ids, base)
+        if checkpoints is not None:
+            self._note_options()
+            self.surveys.forget_changed(checkpoints)
+
+    def survey_of(self, inputs: TensorInputs) -> Survey:
+        """Return the survey of the models that a tensor comes from, taken once.
+
+        For tensors in memory, which belong to no model that could be read, that is a survey of
+        this one alone.
+        """
+        checkpoints = checkpoints_of(inputs.ids, inputs.base_id)
+        if checkpoints is None:
+            return survey_tensors([inputs])
+        self._set_up_loaders()
+        return self.surveys.survey_of(
+            checkpoints,
+            inputs.name,
+            inputs.base.dtype,
+            inputs.base.device,
+            progress=not self._quiet,
+        )
+
+    @contextmanager
+    def journal(self) -> Iterator[list[Entry]]:
+        """Collect an entry for each tensor that any thread of this process merges meanwhile."""
+        entries: list[Entry] = []
+        self._journals.append(entries)
+        try:
+            yield entries
+        finally:
+            self._journals[:] = [kept for kept in self._journals if kept is not entries]
+
+    def note(self, entries: Iterable[Entry]) -> None:
+        """Add entries, this process's or another's, to every journal that is kept now."""
+        entries = list(entries)
+        for journal in self._journals:
+            journal.extend(entries)
+
+    def _note_options(self) -> None:
+        """Keep the options of the thread that plans; those that merge know of none."""
+        from mergekit.io.tasks import LoaderCache
+        from mergekit.options import MergeOptions
+
+        command, cache = click.get_current_context(silent=True), LoaderCache()
+        if command is None and not vars(cache):
+            return
+        self._quiet = command is not None and _is_quiet(command)
+        self._loader_options = MergeOptions(
+            transformers_cache=cache.hf_cache_dir,
+            lora_merge_cache=cache.lora_cache_dir,
+            lora_merge_dtype=cache.lora_merge_dtype,
+            lazy_unpickle=cache.lazy_unpickle,
+            trust_remote_code=cache.trust_remote_code,
+        )
+
+    def _set_up_loaders(self) -> None:
+        """Let this thread read models as the one that planned."""
+        from mergekit.io.tasks import LoaderCache
+
+        if self._loader_options is not None and not vars(LoaderCache()):
+            LoaderCache().setup(self._loader_options)
+
+
+SESSION = Session()
+
+
+def checkpoints_of(ids: Sequence[Hashable], base: Hashable) -> "Checkpoints | None":
+    """Return the models that ids refer to, or None where they are names of tensors in memory."""
+    # Without the module there are no references, and importing it takes transformers along.
+    common = sys.modules.get("mergekit.common")
+    if common is None:
+        return None
+    models: list[Any] = [base, *(id_ for id_ in ids if id_ != base)]
+    if not all(isinstance(model, common.ModelReference) for model in models):
+        return None
+    from mergekit_metagpt.measure.checkpoints import Checkpoints
+
+    return Checkpoints.of(models[0], models[1:])
+
+
+def _is_quiet(command: click.Context) -> bool:
+    """Return whether a command was given ``--quiet``."""
+    options = command.params.get("merge_options")
+    return bool(command.params.get("quiet", getattr(options, "quiet", False)))

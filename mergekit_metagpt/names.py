@@ -1,0 +1,62 @@
+"""Names of tensors and of models: layers, the order of experts, short names for tables."""
+
+import re
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeVar
+
+Id = TypeVar("Id", bound=Hashable)
+
+_LAYER = re.compile(r"(?:^|\.)\d+(?=\.)")
+
+
+def layer_of(tensor: str | None) -> str | None:
+    """Return the layer that a tensor belongs to, or None outside of any layer.
+
+    >>> layer_of("model.layers.3.mlp.experts.7.w1.weight")
+    'model.layers.3'
+    >>> layer_of("model.embed_tokens.weight")
+    """
+    found = _LAYER.search(tensor or "")
+    return found.string[: found.end()] if found else None
+
+
+def number_of_layer(tensor: str) -> str | None:
+    """Return the number of the layer that a tensor belongs to, whatever its prefix is.
+
+    >>> number_of_layer("model.layers.3.mlp.experts.7.w1.weight")
+    '3'
+    """
+    return (layer_of(tensor) or "").rpartition(".")[2] or None
+
+
+def canonical(ids: Iterable[Id]) -> list[Id]:
+    """Return the ids in the one order that does not depend on how a config lists them."""
+    return sorted(ids, key=lambda id_: (str(id_), type(id_).__name__))
+
+
+def short_names(models: Iterable[object], longest: int | None = None) -> list[str]:
+    """Return the last part of each name, or the whole names where two would be the same.
+
+    Args:
+        models: names or references.
+        longest: the number of characters above which a name loses its middle.
+
+    >>> short_names(["TIGER-Lab/MAmmoTH-7B", "/models/chat"])
+    ['MAmmoTH-7B', 'chat']
+    >>> short_names(["a/llama-2-7b-instruct"], longest=12)
+    ['llama-…truct']
+    """
+    names = [str(model) for model in models]
+    short = [name.rstrip("/").rpartition("/")[2] for name in names]
+    return [_shortened(name, longest) for name in (short if _all_differ(short) else names)]
+
+
+def _all_differ(names: Sequence[str]) -> bool:
+    return len(set(names)) == len(names)
+
+
+def _shortened(name: str, longest: int | None) -> str:
+    if longest is None or len(name) <= longest:
+        return name
+    half = longest // 2
+    return f"{name[:half]}…{name[1 - half :]}"

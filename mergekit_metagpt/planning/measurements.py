@@ -1,0 +1,100 @@
+"""The squared norms that the coefficients of a planned merge come from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor, Task
+from mergekit.merge_methods.base import TensorGroup
+from mergekit.options import MergeOptions
+
+from mergekit_metagpt.coefficients import Norms
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.survey import Survey, TensorInputs
+from mergekit_metagpt.names import canonical
+from mergekit_metagpt.planning.planner import TensorMerge
+from mergekit_metagpt.workers import Mapper, in_this_process
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The task vectors of one tensor of the output.
+
+    Attributes:
+        name: its name.
+        experts: those that contribute to it, T of them, in canonical order.
+        squared_norms: ‖τ_t‖², T floats.
+    """
+
+    name: str
+    experts: tuple[ModelReference, ...]
+    squared_norms: Norms
+
+
+@dataclass
+class Measurements:
+    """The squared norms of the tensors of a merge, and of the whole models."""
+
+    base: ModelReference
+    experts: tuple[ModelReference, ...]
+    config: MergeConfiguration
+    options: MergeOptions
+    progress: bool
+    mapper: Mapper = in_this_process
+    tensors: dict[str, Measured] = field(default_factory=dict)
+    surveys: dict[tuple[ModelReference, ...], Survey] = field(default_factory=dict)
+
+    @cached_property
+    def survey(self) -> Survey:
+        """The survey of all experts, with inner products."""
+        return self._take_survey(self.experts, products=True)
+
+    def survey_of(self, experts: tuple[ModelReference, ...]) -> Survey:
+        """The survey of those experts that one slice merges."""
+        if experts == self.experts:
+            return self.survey
+        if experts not in self.surveys:
+            self.surveys[experts] = self._take_survey(experts, products=False)
+        return self.surveys[experts]
+
+    def _take_survey(self, experts: Sequence[ModelReference], products: bool) -> Survey:
+        return Checkpoints(self.base, tuple(experts)).survey(
+            dtype_from_name(self.config.dtype),
+            self.options.device or "cpu",
+            self.progress,
+            products,
+            self.mapper,
+        )
+
+    def take(self, merges: Sequence[TensorMerge]) -> None:
+        """Measure every tensor: as the survey has done, where it has, else as MergeKit loads it."""
+        others: dict[Task[Any], list[TensorMerge]] = {}
+        for merge in merges:
+            experts = tuple(canonical(set(merge.models) - {self.base}))
+            norms = self.survey.squared_norms.get(merge.name)
+            if norms and merge.reads_checkpoints_as_they_are and experts == self.experts:
+                self.tensors[merge.name] = Measured(merge.name, experts, norms)
+            else:
+                others.setdefault(merge.task.gather_tensors, []).append(merge)
+        executor = Executor(list(others), math_device=torch.device(self.options.device or "cpu"))
+        for task, tensors in executor.run(quiet=True):
+            for merge in others[task]:
+                self._measure(merge, tensors)
+
+    def _measure(self, merge: TensorMerge, tensors: dict[ModelReference, Any]) -> None:
+        if not all(tensor.is_floating_point() for tensor in tensors.values()):
+            return  # a buffer, which is copied
+        ids = [model for model in merge.models if model in tensors]
+        group = TensorGroup.from_tensors(
+            [tensors[model] for model in ids],
+            ids=ids,
+            base_index=ids.index(self.base),
+            name=merge.name,
+        )
+        inputs = TensorInputs.of(group)
+        experts: Any = inputs.ids
+        self.tensors[merge.name] = Measured(merge.name, experts, inputs.squared_norms)

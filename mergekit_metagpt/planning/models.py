@@ -1,0 +1,164 @@
+"""The models that a config names: where they are, and whether they are checkpoints."""
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from mergekit.architecture import ModelArchitecture, arch_info_for_config
+from mergekit.common import ModelPath, ModelReference
+from mergekit.options import MergeOptions
+from transformers import PretrainedConfig
+
+from mergekit_metagpt.mergekit_private import unique_id, wants_remote_code
+from mergekit_metagpt.planning.headers import FLOAT_NAMES, Weights, read_header, read_weights
+from mergekit_metagpt.planning.locations import find_directory, find_weights
+from mergekit_metagpt.wording import BadInputError, instead, reason
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What can be known of a model without reading a tensor.
+
+    Attributes:
+        model: the reference that the config has.
+        config: the model's own; None if it cannot be read.
+        weights: the headers. For an adapter that MergeKit has still to apply, those of the
+            model that it will be applied to.
+        adapter: the adapter's weight file.
+        to_apply: where MergeKit will write the model with its adapter applied, before merging.
+        problems: one sentence each.
+    """
+
+    model: ModelReference
+    config: PretrainedConfig | None = None
+    weights: Weights = field(default_factory=Weights)
+    adapter: str | None = None
+    to_apply: str | None = None
+    problems: tuple[str, ...] = ()
+
+    @cached_property
+    def identity(self) -> frozenset[tuple[int, int]]:
+        """Device and inode of each weight file, the adapter's too: the same for every spelling."""
+        if self.model.lora and not self.adapter:
+            return frozenset()  # on the hub
+        files = [*self.weights.files, *([self.adapter] if self.adapter else [])]
+        stats = [os.stat(file) for file in files if os.path.isfile(file)]
+        return frozenset((s.st_dev, s.st_ino) for s in stats)
+
+    @property
+    def architecture(self) -> str:
+        """The class that the model's config names."""
+        return str((self.config.architectures or [""])[0]) if self.config else ""
+
+    @cached_property
+    def description(self) -> ModelArchitecture | None:
+        """What MergeKit knows of that class; None if it has to guess."""
+        return arch_info_for_config(self.config) if self.config else None
+
+
+def find_model_files(model: ModelReference, options: MergeOptions) -> ModelFiles:
+    """Look at a model; what is wrong with it becomes its problems."""
+    if model.lora:
+        return _with_adapter(model, model.lora, options)
+    try:
+        weights = find_weights(model.model, options)
+        config = _config(model, options)
+    except BadInputError as error:
+        return ModelFiles(model, problems=error.args)
+    problems = tuple(weights.problems)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = dict(quantization).get("quant_method", "quantization_config")
+        problems = (
+            f"Model {model} is quantized ({method}, says its config.json), and quantized weights "
+            "cannot be merged; use the checkpoint that it was made from.",
+        )
+    return ModelFiles(model, config, weights, problems=problems)
+
+
+def _with_adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> ModelFiles:
+    """Look at a model whose adapter MergeKit applies first, unless it has done so before."""
+    checkpoint = replace(
+        find_model_files(model.model_copy(update={"lora": None}), options), model=model
+    )
+    problems = list(checkpoint.problems)
+    adapter = None
+    try:
+        adapter = _adapter(model, lora, options)
+    except BadInputError as error:
+        problems += error.args
+    cache, dtype = options.lora_merge_cache, options.lora_merge_dtype
+    if dtype and dtype.removeprefix("torch.") not in FLOAT_NAMES:
+        problems.append(
+            f"MergeKit cannot apply adapters in --lora-merge-dtype {dtype}; "
+            f"{instead(dtype, FLOAT_NAMES)}."
+        )
+        cache = None
+    elif not cache:
+        problems.append(
+            f"Model {model} has an adapter to be applied, for which MergeKit needs a directory; "
+            "pass --lora-merge-cache DIRECTORY."
+        )
+    if not cache:
+        return replace(checkpoint, adapter=adapter, problems=tuple(problems))
+    # As MergeKit names it.
+    applied = os.path.join(cache, "_".join(unique_id(path) for path in (model.model, lora)))
+    weights = checkpoint.weights
+    to_apply: str | None = applied
+    if os.path.exists(applied):
+        weights, to_apply = read_weights(applied, model), None
+        if weights.problems:
+            problems.append(
+                f"The LoRA cache {applied} of model {model} is incomplete; remove that directory."
+            )
+    return replace(
+        checkpoint, weights=weights, adapter=adapter, to_apply=to_apply, problems=tuple(problems)
+    )
+
+
+def _adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> str | None:
+    """Return the path of an adapter's weights, if they are on this machine."""
+    directory = find_directory(lora, options)
+    if directory is None:
+        return None
+    try:
+        json.loads(Path(directory, "adapter_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInputError(
+            f"Adapter {lora} of model {model} has no adapter_config.json; correct the path, or "
+            "save the adapter again."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInputError(
+            f"The adapter_config.json of adapter {lora} of model {model} is corrupt "
+            f"({reason(error)}); save the adapter again."
+        ) from None
+    for file in ("adapter_model.safetensors", "adapter_model.bin"):
+        path = os.path.join(directory, file)
+        if os.path.exists(path):
+            read_header(path, model)
+            return path
+    raise BadInputError(
+        f"Adapter {lora} of model {model} has no weights (adapter_model.safetensors); save the "
+        "adapter again."
+    )
+
+
+def _config(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
+    where = f"The config.json of model {model}"
+    try:
+        config = model.config(trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # transformers raises whatever its many configs raise
+        if wants_remote_code(error):
+            way = "pass --trust-remote-code if you trust that code"
+        else:
+            way = "correct it, download it again, or update transformers"
+        raise BadInputError(f"{where} cannot be used ({reason(error)}); {way}.") from None
+    if len(config.architectures or []) != 1:
+        raise BadInputError(
+            f"{where} has {config.architectures or 'nothing'} as its architectures, where MergeKit "
+            "needs exactly one; add it, such as LlamaForCausalLM."
+        )
+    return config

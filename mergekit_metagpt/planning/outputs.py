@@ -1,0 +1,247 @@
+"""What a merge will write, tensor by tensor, from headers alone."""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from functools import partial, reduce
+from io import StringIO
+
+import torch
+from mergekit.architecture import ModelArchitecture
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import MergeConfiguration
+from mergekit.io import LazyTensorLoader
+from mergekit.io.tasks import LoadTensor
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import BuildTokenizer
+from mergekit.tokenizer.config import TokenizerConfig
+
+from mergekit_metagpt.mergekit_private import convert_checkpoint_tensors, open_loaders
+from mergekit_metagpt.names import number_of_layer
+from mergekit_metagpt.planning.headers import Header
+from mergekit_metagpt.planning.models import ModelFiles
+from mergekit_metagpt.planning.planner import Planner, TensorMerge
+from mergekit_metagpt.wording import BadInputError, instead, reason
+
+LOG = logging.getLogger(__name__)
+
+
+class PlannerError(BadInputError):
+    """MergeKit itself refuses to plan."""
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the output.
+
+    Attributes:
+        merge: MergeKit's tasks that make it.
+        stored: the header of each input that is there, also of one that is made from others.
+        absent: the models that have no such tensor.
+    """
+
+    merge: TensorMerge
+    stored: Mapping[ModelReference, Header]
+    absent: tuple[ModelReference, ...]
+
+    @property
+    def name(self) -> str:
+        """The name in the output."""
+        return self.merge.name
+
+    @property
+    def merged_dtype(self) -> torch.dtype:
+        """The dtype that the inputs are brought to."""
+        loads = self.merge.loads
+        dtypes = [
+            dtype_from_name(loads[model].dtype) or header.torch_dtype or torch.float32
+            for model, header in self.stored.items()
+        ]
+        return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+
+    @property
+    def written_dtype(self) -> torch.dtype:
+        """The dtype in the output."""
+        return dtype_from_name(self.merge.save.dtype) or self.merged_dtype
+
+    def written_parameters(self, rows: int | None) -> int:
+        """Return how many numbers it holds; ``rows`` is the vocabulary, if that changes."""
+        shapes = [header.shape for header in self.stored.values()] or [()]
+        axis = self.merge.vocabulary_axis
+        if axis is None or not self.merge.vocabulary_is_aligned:
+            return math.prod(shapes[0])
+        shared = rows or min(shape[axis] for shape in shapes)
+        return math.prod((*shapes[0][:axis], shared, *shapes[0][axis + 1 :]))
+
+    def written_bytes(self, rows: int | None) -> int:
+        """Return its size; ``rows`` is the vocabulary, if that changes."""
+        return self.written_parameters(rows) * self.written_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """All tensors of the output.
+
+    Attributes:
+        tensors: in the order in which they will be written.
+        architecture: what MergeKit knows of the models' tensors.
+        tokenizer: the task that builds the output's tokenizer, if the config asks for one.
+    """
+
+    tensors: tuple[OutputTensor, ...]
+    architecture: ModelArchitecture
+    tokenizer: BuildTokenizer | None
+
+    @property
+    def architecture_is_guessed(self) -> bool:
+        """Whether MergeKit does not know the architecture and has guessed its tensors."""
+        return not self.architecture.architectures
+
+
+def plan_outputs(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    models: Mapping[ModelReference, ModelFiles],
+    file: str,
+) -> Outputs:
+    """Plan as MergeKit's ``run_merge`` does; nothing is executed.
+
+    Raises:
+        PlannerError: if MergeKit refuses.
+    """
+    models = {model: models[model] for model in config.referenced_models()}
+    for files in models.values():
+        if not (files.description or files.weights.directory):
+            raise PlannerError(
+                f"MergeKit does not describe {files.architecture}, and has to open "
+                f"{files.model} to guess how it is built; run hf download "
+                f"{files.model.model.path} first."
+            )
+    with _loaders_of(models):
+        try:
+            planner = Planner(config, options)
+            _require_modules(config, planner.arch_info, file)
+            merges = planner.in_order_of_writing()
+        except BadInputError:
+            raise
+        except Exception as error:  # MergeKit raises whatever its many parts raise
+            LOG.info("MergeKit's planner failed", exc_info=True)
+            raise PlannerError(_refusal(error, models, file)) from error
+        tensors = tuple(_output_tensor(merge, models) for merge in merges)
+    return Outputs(tensors, planner.arch_info, planner.tokenizer)
+
+
+def _refusal(error: Exception, models: Mapping[ModelReference, ModelFiles], file: str) -> str:
+    guessed = sorted(files.architecture for files in models.values() if not files.description)
+    if guessed:
+        return (
+            f"MergeKit does not describe {guessed[0]}, and fails to guess how these models are "
+            f"built ({reason(error)}); merge their weight files with mergekit-pytorch."
+        )
+    return f"MergeKit cannot plan the merge of {file} ({reason(error)}); correct that."
+
+
+@contextmanager
+def _loaders_of(models: Mapping[ModelReference, ModelFiles]) -> Iterator[None]:
+    """Let MergeKit find these headers where it would open the models and apply adapters."""
+    before = dict(open_loaders)
+    open_loaders.update(
+        {model: LazyTensorLoader(files.weights.index) for model, files in models.items()}
+    )
+    try:
+        yield
+    finally:
+        open_loaders.clear()
+        open_loaders.update(before)
+
+
+def _require_modules(
+    config: MergeConfiguration, architecture: ModelArchitecture, file: str
+) -> None:
+    known = list(architecture.modules)
+    for name in config.modules or {}:
+        if name not in known:
+            raise BadInputError(
+                f"{file} names the module {name}, which these models do not have; "
+                f"{instead(name, known)}."
+            )
+
+
+def _output_tensor(merge: TensorMerge, models: Mapping[ModelReference, ModelFiles]) -> OutputTensor:
+    stored, absent = {}, []
+    for model, load in merge.loads.items():
+        header = _header(models[model], load)
+        if header is None:
+            absent.append(model)
+        else:
+            stored[model] = header
+    return OutputTensor(merge, stored, tuple(absent))
+
+
+def _header(files: ModelFiles, load: LoadTensor) -> Header | None:
+    """Return what MergeKit will load: a tensor of this name or another, or one made from others."""
+    held = files.weights.tensors
+    for name in (load.tensor, *(load.aliases or ()), *(load.tied_names or ())):
+        if name in held:
+            return held[name]
+    return _converted(files, load)
+
+
+def _converted(files: ModelFiles, load: LoadTensor) -> Header | None:
+    """Return what MergeKit makes from other tensors, such as those of all experts of a layer."""
+    model_type = getattr(files.config, "model_type", None)
+    for name in (load.tensor, *(load.aliases or ())):
+        # Those of one layer only: MergeKit tries each rule on each of them.
+        sources = {
+            source: partial(torch.empty, header.shape, dtype=header.torch_dtype, device="meta")
+            for source, header in files.weights.by_layer.get(number_of_layer(name), {}).items()
+        }
+        tensor = convert_checkpoint_tensors(model_type, sources, name)
+        if tensor is not None:
+            return Header.of(tensor)
+    return None
+
+
+def output_shards(
+    tensors: Sequence[OutputTensor], rows: int | None, limit: int
+) -> list[list[OutputTensor]]:
+    """Return the tensors of each weight file, which MergeKit's writer fills one after another.
+
+    Args:
+        tensors: in the order in which they will be written.
+        rows: the output's vocabulary, if that changes.
+        limit: the size of a file, in bytes; 0 for one file.
+    """
+    shards: list[list[OutputTensor]] = []
+    filled = 0
+    for tensor in tensors:
+        size = tensor.written_bytes(rows)
+        if not shards or (limit > 0 and filled + size > limit):
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    return shards
+
+
+def output_rows(outputs: Outputs, config: TokenizerConfig | None, file: str) -> int | None:
+    """Return the rows of the output's vocabulary tensors; None if they stay as they are.
+
+    Raises:
+        BadInputError: if MergeKit cannot build the tokenizer that the config asks for.
+    """
+    if outputs.tokenizer is None:
+        return None
+    try:
+        with redirect_stderr(StringIO()):  # a progress bar that no option turns off
+            tokenizer = outputs.tokenizer.execute().tokenizer
+    except Exception as error:  # of any of the many tokenizers
+        raise BadInputError(
+            f"MergeKit cannot build the tokenizer that {file} asks for ({reason(error)}); add the "
+            "files of that tokenizer to the model, or leave the setting out."
+        ) from error
+    rows = len(tokenizer.get_vocab())
+    multiple = (config.pad_to_multiple_of if config else None) or 1
+    return -(-rows // multiple) * multiple

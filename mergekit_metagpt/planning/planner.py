@@ -1,0 +1,151 @@
+"""MergeKit's own plan of a merge: which tensors it writes, and from which it makes them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from mergekit.architecture import WeightInfo, get_architecture_info
+from mergekit.common import ModelReference
+from mergekit.config import ConfigReader, MergeConfiguration
+from mergekit.graph import Executor, Task
+from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from mergekit.tokenizer import BuildTokenizer
+
+from mergekit_metagpt.mergekit_private import model_out_config
+from mergekit_metagpt.planning.config import Place, parts
+
+
+@dataclass(frozen=True)
+class TensorMerge:
+    """The tasks that make one tensor of the output.
+
+    Attributes:
+        save: the task that writes it.
+        place: the part of the config that it came from.
+    """
+
+    save: SaveTensor
+    place: Place
+
+    @property
+    def name(self) -> str:
+        """The name in the output."""
+        return str(self.save.tensor_name)
+
+    @property
+    def task(self) -> ExecuteMergeMethodTask:
+        """The task that merges it."""
+        task: Any = self.save.tensor_task
+        return task  # type: ignore[no-any-return]
+
+    @property
+    def base(self) -> ModelReference | None:
+        """θ_0."""
+        return self.task.base_model
+
+    @property
+    def models(self) -> tuple[ModelReference, ...]:
+        """The models that are merged, in the order of the config."""
+        return self.task.model_order
+
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters that all models share, by name."""
+        return dict(self.task.parameters.items())
+
+    @cached_property
+    def model_parameters(self) -> dict[ModelReference, dict[str, Any]]:
+        """The parameters of each model, by name."""
+        return {model: dict(values.items()) for model, values in self.task.input_parameters.items()}
+
+    @property
+    def vocabulary_axis(self) -> int | None:
+        """The axis of the tensor that has a row for each token."""
+        return self.task.output_weight.vocabulary_axis
+
+    @property
+    def vocabulary_is_aligned(self) -> bool:
+        """Whether MergeKit gives all models the same rows before it merges."""
+        return self._gather is not self.task.gather_tensors
+
+    @property
+    def inputs(self) -> dict[ModelReference, str]:
+        """The name of the tensor that each model contributes."""
+        return {model: weight.name for model, weight in self._gather.weight_info.items()}
+
+    @property
+    def loads(self) -> dict[ModelReference, LoadTensor]:
+        """The task that reads each model's tensor."""
+        loads: Any = self._gather.arguments().values()
+        return {load.model: load for load in loads}
+
+    @property
+    def reads_checkpoints_as_they_are(self) -> bool:
+        """Whether every model contributes its own tensor of this name, unchanged."""
+        return not self.vocabulary_is_aligned and set(self.inputs.values()) == {self.name}
+
+    @property
+    def _gather(self) -> GatherTensors:
+        """The task that loads the inputs, before any change of their vocabulary."""
+        task: Any = self.task.gather_tensors
+        return task if isinstance(task, GatherTensors) else task.gather_tensors
+
+
+class Planner(MergePlanner):
+    """MergeKit's planner as its ``run_merge`` makes it, which also remembers the slices.
+
+    Nothing is executed or written.
+
+    Args:
+        config: what to plan; it is not changed, as MergeKit's own planner would.
+        options: MergeKit's options.
+    """
+
+    def __init__(self, config: MergeConfiguration, options: MergeOptions) -> None:
+        LoaderCache().setup(options)
+        architecture = get_architecture_info(config, options)
+        super().__init__(
+            config.model_copy(deep=True),
+            architecture,
+            options,
+            model_out_config(config, architecture, options.trust_remote_code),
+        )
+        self._slices: dict[str, Any] = {}
+
+    def plan_tensor(
+        self,
+        weight: WeightInfo,
+        weights_in: list[WeightInfo],
+        models: list[ModelReference],
+        cfg_reader: ConfigReader,
+    ) -> None:
+        """Plan one tensor as MergeKit does, and remember where in the config it came from."""
+        super().plan_tensor(weight, weights_in, models, cfg_reader)
+        self._slices[weight.name] = cfg_reader.slice_out
+
+    @cached_property
+    def tasks(self) -> list[Task[Any]]:
+        """The tasks of a merge to disk."""
+        # With pydantic 2.14 MergeKit's plan_in_memory raises.
+        return list(self.plan_to_disk(""))
+
+    @cached_property
+    def tokenizer(self) -> BuildTokenizer | None:
+        """The task that builds the output's tokenizer, if the config asks for one."""
+        return next((task for task in self.tasks if isinstance(task, BuildTokenizer)), None)
+
+    def tensor_merges(self) -> list[TensorMerge]:
+        """Return what makes each tensor of the output, in the order of the architecture."""
+        saves = [task for task in self.tasks if isinstance(task, SaveTensor)]
+        # By now the planner has brought the config into the form of modules with slices.
+        places = {id(part.holder): part.place for part in parts(self.config)}
+        return [TensorMerge(save, places[id(self._slices[save.tensor_name])]) for save in saves]
+
+    def in_order_of_writing(self) -> list[TensorMerge]:
+        """Return the same in the order in which MergeKit's executor will write them."""
+        merges = {merge.name: merge for merge in self.tensor_merges()}
+        schedule = [handle.task() for handle in Executor(self.tasks).schedule.tasks]
+        return [merges[task.tensor_name] for task in schedule if isinstance(task, SaveTensor)]

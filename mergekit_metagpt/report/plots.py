@@ -1,0 +1,183 @@
+"""Figures, written to files; matplotlib is imported when the first one is drawn.
+
+To add a figure: a public function that takes numbers and a path, draws on the axes of
+``_figure`` and ends with ``figure.savefig(path)``. The command that offers it calls
+``require_plotting`` before it starts any work.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from mergekit_metagpt.names import short_names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.lines import Line2D
+
+    from mergekit_metagpt.diagnosis.linearity import Linearity
+
+# Told apart by the colour-blind (Okabe and Ito), and by their markers in print.
+_SERIES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"))
+
+_PANEL = (3.6, 3.1)  # inches
+_MOST_COLUMNS = 3
+_LONGEST_NAME = 24
+_MOST_NUMBERS = 12  # rows of a matrix up to which the cells hold their numbers
+
+
+def require_plotting(path: Path) -> None:
+    """Refuse at once what would fail after an hour.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if the path's directory does not exist or its suffix names no format.
+    """
+    formats = _figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in formats:
+        raise ValueError(f"A plot cannot be written as {path.name}; name it {path.stem}.png.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"The directory of {path} does not exist; create it first.")
+
+
+def draw_diagnosis(
+    names: Sequence[str],
+    linearities: Sequence["Linearity"],
+    cosines: Sequence[Sequence[float]],
+    path: Path,
+) -> None:
+    """Draw figure 4 of the paper: outputs along each task vector, and the cosines.
+
+    Args:
+        names: T experts.
+        linearities: their outputs, in that order.
+        cosines: T x T cosines of their task vectors, in that order.
+        path: where the picture is written; the suffix says the format.
+    """
+    names = short_names(names, _LONGEST_NAME)
+    columns = min(len(names), _MOST_COLUMNS)
+    rows = -(-len(names) // columns)
+    figure = _figure(columns + 1.2, rows)
+    left, right = cast("Sequence[SubFigure]", figure.subfigures(1, 2, width_ratios=(columns, 1.2)))
+    for number, (name, linearity) in enumerate(zip(names, linearities, strict=True), 1):
+        ax = left.add_subplot(rows, columns, number)
+        _draw_outputs(ax, linearity)
+        fit = f"R² = {linearity.r_squared:.3f}" if linearity.moves else "does not move"
+        ax.set_title(f"{name}: {fit}", fontsize=10)
+    left.axes[0].legend(*_legend(), fontsize=8)
+    _draw_matrix(right.add_subplot(), names, cosines)
+    right.axes[0].set_title("Cosines of the task vectors", fontsize=10)
+    figure.savefig(path)
+
+
+def draw_coefficients(
+    path: Path,
+    names: Sequence[str],
+    coefficients: Sequence[float],
+    layers: Sequence[Sequence[float]],
+    cosines: Sequence[Sequence[float]],
+) -> None:
+    """Draw what a merge will do: each expert's share, its share by layer, and the cosines.
+
+    Args:
+        path: where the picture is written; the suffix says the format.
+        names: T experts.
+        coefficients: their shares of the whole model.
+        layers: for each layer, first to last, T shares that sum to 1.
+        cosines: T x T cosines of their task vectors.
+    """
+    names = short_names(names, _LONGEST_NAME)
+    figure = _figure(4.2, 1 + len(names) / 12)
+    shares, by_layer, matrix = figure.subplots(1, 3, width_ratios=(1, 1.6, 1.4))
+    places = range(len(names))
+    colours = _share_colours(len(names))
+    shares.barh(places, coefficients, color=colours)
+    for t, coefficient in enumerate(coefficients):
+        shares.text(coefficient + 0.02, t, f"{coefficient:.3g}", va="center", fontsize=8)
+    shares.set_yticks(places, names, fontsize=8)
+    shares.invert_yaxis()
+    shares.set_xlim(0, 1.25)  # room for the numbers
+    shares.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    shares.set_title("Coefficients λ", fontsize=10)
+
+    under = [0.0] * len(layers)
+    for t, colour in enumerate(colours):
+        own = [row[t] for row in layers]
+        by_layer.bar(range(len(layers)), own, 1.0, under, color=colour, label=names[t])
+        under = [a + b for a, b in zip(under, own, strict=True)]
+    by_layer.set_xlabel("layer")
+    by_layer.set_ylim(0, 1)
+    by_layer.margins(x=0)
+    by_layer.set_title("Share by layer", fontsize=10)
+
+    _draw_matrix(matrix, names, cosines)
+    matrix.set_title("Cosines of the task vectors", fontsize=10)
+    figure.savefig(path)
+
+
+def _share_colours(count: int) -> list[tuple[float, ...]]:
+    """Return as many colours as there are experts, told apart by the colour-blind."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](t / max(1, count - 1) * 0.95) for t in range(count)]
+
+
+def _figure(columns: float, rows: float) -> "Figure":
+    """Return an empty figure for so many panels; it belongs to no window and no pyplot state."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ImportError(
+            "Plots need matplotlib; run: pip install 'mergekit-metagpt[plot]'"
+        ) from None
+    size = (_PANEL[0] * columns, _PANEL[1] * rows)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw_outputs(ax: "Axes", linearity: "Linearity") -> None:
+    """Draw three outputs z(α) − z(0), and the straight lines to their ends."""
+    places = linearity.outputs.shape[1]
+    for at, (colour, marker) in zip((0, places // 2, places - 1), _SERIES, strict=True):
+        # The token that the expert prefers: of the four at a place the likeliest to move.
+        output = linearity.outputs[:, at, 1]
+        shifted = (output - output[0]).tolist()
+        ax.plot(linearity.alphas, shifted, color=colour, marker=marker, markersize=4, linewidth=1.5)
+        ax.plot((0, 1), (0, shifted[-1]), color=colour, linestyle="--", linewidth=1)
+    ax.set_xlabel("α")
+    ax.set_ylabel("logit − logit of the base")
+    ax.grid(alpha=0.3)
+
+
+def _legend() -> tuple[list["Line2D"], list[str]]:
+    from matplotlib.lines import Line2D
+
+    styles = [Line2D([], [], color="black", linestyle=style) for style in ("-", "--")]
+    return styles, ["output", "straight line"]
+
+
+def _draw_matrix(ax: "Axes", names: Sequence[str], values: Sequence[Sequence[float]]) -> None:
+    """Draw a T x T matrix of values from −1 to 1."""
+    ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
+    # Rows carry the names, columns only their numbers: long names would overlap.
+    numbers = range(1, len(names) + 1)
+    ax.set_xticks(range(len(names)), [str(number) for number in numbers], fontsize=8)
+    labels = [f"{name}  {n}" for n, name in zip(numbers, names, strict=True)]
+    ax.set_yticks(range(len(names)), labels, fontsize=8)
+    if len(names) > _MOST_NUMBERS:
+        return
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            colour = "white" if abs(value) > 0.6 else "black"
+            ax.text(
+                j,
+                i,
+                f"{round(value, 2) + 0.0:.2f}",
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=8,
+            )

@@ -1,0 +1,122 @@
+"""The same merge as stock MergeKit YAML, with explicit weights."""
+
+from typing import Any
+
+import torch
+import yaml
+from mergekit.config import ConditionalParameter, ConfigYamlDumper
+
+from mergekit_metagpt import __version__
+from mergekit_metagpt.names import layer_of
+from mergekit_metagpt.planning.config import Part, parameter_sets, parts
+from mergekit_metagpt.planning.forecast import Forecast, TensorForecast
+
+Weight = float | list[ConditionalParameter]
+
+
+def stock_config(forecast: Forecast) -> str:
+    """Return a config that MergeKit merges to the same result without this package.
+
+    In float32 the sparsified methods give the same bytes, except for the random ones; the plain
+    method agrees to two rounding steps, since MergeKit adds up differences.
+    """
+    config = forecast.config.model_copy(deep=True)
+    config.merge_method = forecast.method.stock.spec.name
+    own = {"weight", "granularity", "exponent"}
+    for parameters in parameter_sets(config):
+        for name in own & parameters.keys():
+            del parameters[name]
+    if forecast.method.is_plain:
+        # They are no part of the plain method, while normalize rounds once more in the stock one.
+        config.parameters = {**(config.parameters or {}), "normalize": False}
+    _set_dtypes(config, forecast)
+
+    for part in list(parts(config)):
+        _set_weights(part, forecast)
+    document = config.model_dump(exclude_defaults=True, mode="json")
+    return _header(forecast) + yaml.dump(document, Dumper=ConfigYamlDumper, sort_keys=False)
+
+
+def _set_weights(part: Part, forecast: Forecast) -> None:
+    """Give every expert of one list of models its weights; put the list in canonical order."""
+    entries: dict[Any, Any] = {entry.model: entry for entry in part.inputs}
+    tensors = [tensor for tensor in forecast.tensors if _is_of(tensor, part)]
+    for expert in entries.keys() & set(forecast.experts):
+        weights = {
+            tensor.inputs[expert]: forecast.row(tensor)[forecast.experts.index(expert)]
+            for tensor in tensors
+            if expert in tensor.inputs
+        }
+        entry = entries[expert]
+        own = {"weight": _setting(weights, forecast.buffers)}
+        entry.parameters = {**own, **(entry.parameters or {})}
+    if forecast.base in entries:
+        entries[forecast.base].parameters = None
+    order = [*forecast.experts, forecast.base]  # stock methods add in the order of the list
+    part.replace_inputs(sorted(entries.values(), key=lambda entry: order.index(entry.model)))
+
+
+def _is_of(tensor: TensorForecast, part: Part) -> bool:
+    """Whether a tensor is merged by a part of a config, which MergeKit may have put in modules."""
+    module, number = part.place
+    if not module and not part.is_slice:
+        return True
+    return tensor.place[1] == number and module in ("", tensor.place[0])
+
+
+def _setting(weights: dict[str, float], buffers: list[str]) -> Weight:
+    """Write weights by tensor as briefly as MergeKit's filters allow.
+
+    A filter is a substring of the tensor's name, and the first that fits decides.
+    """
+    if len(set(weights.values())) == 1:
+        return next(iter(weights.values()))
+    by_layer: dict[str, set[float]] = {}
+    for name, weight in weights.items():
+        by_layer.setdefault(layer_of(name) or "", set()).add(weight)
+    brief = {}
+    for name, weight in weights.items():
+        layer = layer_of(name)
+        brief[f"{layer}." if layer and len(by_layer[layer]) == 1 else name] = weight
+    for filters in (brief, weights):
+        # Longest first: a name that is part of another one must not speak for it.
+        ordered = sorted(filters, key=len, reverse=True)
+        if all(
+            filters[next(f for f in ordered if f in name)] == weight
+            for name, weight in weights.items()
+        ):
+            break
+    shown = [f for f in filters if f in ordered]
+    if any(a != b and a in b for a in shown for b in shown):
+        shown = ordered
+    # MergeKit wants a weight for what it copies, too.
+    settings = {**{f: filters[f] for f in shown}, **dict.fromkeys(buffers, 0.0)}
+    return [ConditionalParameter(filter=name, value=weight) for name, weight in settings.items()]
+
+
+def _set_dtypes(config: Any, forecast: Forecast) -> None:
+    """Let the stock method calculate in float32, as this package does, and round once."""
+    stored = set(forecast.survey.dtypes.values())
+    if len(stored) != 1 or not stored <= {torch.bfloat16, torch.float16}:
+        return
+    name = str(stored.pop()).removeprefix("torch.")
+    if config.dtype in (None, name):
+        config.dtype, config.out_dtype = "float32", config.out_dtype or name
+
+
+def _header(forecast: Forecast) -> str:
+    lines = [
+        f"Written by mergekit-metagpt {__version__} (MetaGPT, https://arxiv.org/abs/2406.11385).",
+        f"merge_method: {forecast.method.spec.name}, granularity: {forecast.granularity}, "
+        f"exponent: {forecast.exponent:g}.",
+        "Each weight is w_t ‖τ_t‖^k / Σ_j w_j ‖τ_j‖^k, from the task vectors τ_t = θ_t - θ_0.",
+        f"Base: {forecast.base}; over the whole model the L2 norms and coefficients are:",
+    ]
+    rows = zip(forecast.experts, forecast.survey.model, forecast.coefficients, strict=True)
+    lines += [f"  {model}: norm {norm**0.5:.6g}, coefficient {c:.6g}" for model, norm, c in rows]
+    if forecast.method.is_random:
+        lines.append(
+            "This method drops parameters at random: MergeKit draws other masks than "
+            "mergekit-metagpt does, so that the merged weights differ."
+        )
+    return "".join(f"# {line}\n" for line in lines)

@@ -1,0 +1,139 @@
+"""What MergeKit, torch, click and transformers do not promise, and this package relies on.
+
+A new release of one of them has to pass these tests before ``pyproject.toml`` allows it.
+"""
+
+import json
+
+import click
+import mergekit.merge
+import pytest
+import torch
+import transformers
+from conftest import llama_config
+from mergekit import merge_methods
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
+from mergekit.io.tensor_writer import TensorWriter
+from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+from mergekit.options import MergeOptions
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from mergekit_metagpt import mergekit_private
+from mergekit_metagpt.mergekit_private import PRIVATE, Private
+from mergekit_metagpt.method.parameters import RULES
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_private_name_is_there_and_takes_what_it_is_given(name):
+    PRIVATE[name].check()
+    assert getattr(mergekit_private, name) is PRIVATE[name].find()
+
+
+def test_a_name_that_is_gone_is_one_sentence():
+    with pytest.raises(ImportError, match=r"mergekit\.merge has no _no_such, .* run: pip install"):
+        Private("mergekit.merge", "_no_such").check()
+    with pytest.raises(ImportError, match=r"run_merge takes \('merge_config', .*run: pip install"):
+        Private("mergekit.merge", "run_merge", ("config",)).check()
+
+
+def test_a_name_that_is_not_listed_is_no_attribute():
+    with pytest.raises(AttributeError, match="no_such"):
+        mergekit_private.no_such  # noqa: B018
+
+
+def test_loaders_are_shared_by_all_threads():
+    assert LoaderCache().loaders is mergekit_private.open_loaders
+
+
+def test_a_model_with_its_adapter_applied_is_kept_under_both_ids():
+    model = ModelReference.model_validate("some/base+some/adapter")
+    ids = [mergekit_private.unique_id(path) for path in (model.model, model.lora)]
+    assert [id_.partition("_")[0] for id_ in ids] == ["base", "adapter"]
+
+
+def test_the_logger_of_run_merge_has_its_name():
+    assert mergekit.merge.LOG.name == mergekit_private.MERGE_LOGGER
+
+
+def test_the_stock_parameters_have_the_names_that_are_checked():
+    stock = merge_methods.registered_methods()
+    names = {
+        parameter.name
+        for method in stock
+        if isinstance(method, GeneralizedTaskArithmeticMerge)
+        for parameter in method.spec.parameters
+    }
+    assert RULES.keys() <= names
+
+
+def test_mergekits_options_are_collected_in_their_order():
+    collect, options = mergekit_private.merge_options(lambda **parameters: parameters)
+    assert all(isinstance(option, click.Option) for option in options)
+    names = [option.name for option in options]
+    assert {"device", "random_seed", "trust_remote_code", "lora_merge_cache"} <= set(names)
+    assert names.index("allow_crimes") < names.index("multi_gpu")
+    assert collect(random_seed=3, own="kept") == {
+        "merge_options": MergeOptions(random_seed=3),
+        "own": "kept",
+    }
+
+
+def test_a_writer_takes_over_files_that_it_has_not_written(tmp_path):
+    tensors = {"a": torch.ones(3), "b": torch.zeros(2)}
+    writer = TensorWriter(str(tmp_path))
+    for number, (name, tensor) in enumerate(tensors.items(), start=1):
+        file = mergekit_private.shard_name("model.safetensors", number)
+        save_file({name: tensor}, tmp_path / file)
+        mergekit_private.note_shard(writer, file, [name], tensor.nbytes)
+    writer.finalize()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 20
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
+
+
+def test_a_writer_numbers_its_files_as_expected(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.rename", lambda *names: None)  # as they are before the last step
+    writer = TensorWriter(str(tmp_path), max_shard_size=8)
+    for name in "ab":
+        writer.save_tensor(name, torch.ones(2))
+    writer.finalize()
+    written = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert written == {mergekit_private.shard_name("model.safetensors", n) for n in (1, 2)}
+
+
+def test_a_squared_difference_is_written_in_place():
+    first, second, out = torch.tensor([1.0, 4.0]), torch.tensor([3.0, 4.0]), torch.empty(2)
+    assert mergekit_private.squared_difference(first, second, out) is out
+    assert out.tolist() == [4.0, 0.0]
+
+
+def test_chat_templates_are_files_of_a_package():
+    from importlib.resources import files
+
+    names = [file.name for file in files(mergekit_private.chat_templates).iterdir()]
+    assert "chatml.jinja" in names
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data[:3]])
+def test_a_file_that_is_cut_short_is_told(change, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(3)}, file)
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(SafetensorError) as failure, safe_open(file, framework="pt"):
+        pass
+    assert mergekit_private.is_cut_short(failure.value) == (len(file.read_bytes()) > 8)
+
+
+def test_a_model_that_wants_its_own_code_is_told(tmp_path):
+    llama_config().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "unheard-of", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("raise SystemExit('executed')")
+    with pytest.raises(ValueError, match="trust_remote_code") as failure:
+        transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
+    assert mergekit_private.wants_remote_code(failure.value)
+    assert not mergekit_private.wants_remote_code(ValueError("something else"))

@@ -1,0 +1,228 @@
+"""Merges on a Ray cluster: the bytes of a local merge, whatever becomes of the workers."""
+
+import dataclasses
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import transformers
+from click.testing import CliRunner
+from conftest import llama_config, merge_config, put_nan, save_family, slices_config, write_yaml
+from safetensors.torch import load_file, save_file
+from test_cli_check import save_tokenizer
+
+from mergekit_metagpt import workers
+from mergekit_metagpt.cli import main
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.merging import shard as shard_module
+
+pytest.importorskip("ray")
+
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("cluster")]
+
+SHARDS = ("--out-shard-size", "30000")
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """Tied embeddings, several shards, and tokenizers of which one has a word of its own."""
+    paths = save_family(
+        tmp_path_factory.mktemp("tied"),
+        llama_config(tie_word_embeddings=True),
+        max_shard_size="60KB",
+    )
+    words = [f"w{number}" for number in range(63)]
+    for name, path in paths.items():
+        save_tokenizer(path, *words, *(["new"] if name == "b" else []))
+    return paths
+
+
+def merge(config: dict, out: Path, *words, status: int = 0):
+    yml = write_yaml(out.parent / "metagpt.yml", config)
+    done = CliRunner().invoke(main, ["merge", *map(str, (yml, out, "--quiet", *words))])
+    assert done.exit_code == status, done.output
+    return done
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Return the contents of all files, but for the times in the record."""
+    found = {path.name: path.read_bytes() for path in out.iterdir()}
+    record = json.loads(found["metagpt.json"])
+    assert record.pop("times").keys() == {"started", "finished"}
+    return {**found, "metagpt.json": json.dumps(record).encode()}
+
+
+@pytest.fixture
+def same_bytes(tmp_path):
+    """Merge here and on the cluster, compare all files, and return their names."""
+
+    def compare(config: dict, *words) -> set[str]:
+        outs = [tmp_path / "here" / "merged", tmp_path / "cluster" / "merged"]
+        for out in outs:
+            out.parent.mkdir()
+        merge(config, outs[1], *words, "--ray")
+        merge(config, outs[0], *words)
+        assert {path.name for path in outs[1].parent.iterdir()} == {"merged", "metagpt.yml"}
+        here, cluster = map(files, outs)
+        assert cluster.keys() == here.keys()
+        assert [name for name in here if cluster[name] != here[name]] == []
+        return set(here)
+
+    return compare
+
+
+@pytest.fixture
+def mapper(monkeypatch):
+    """Let ``--ray`` hand out tasks in another way: ``change(function)`` in place of a function."""
+
+    def use(change):
+        class Changed(workers.RayMapper):
+            def submit(self, function, items, cpus=None):
+                # Two shards at a time.
+                return super().submit(change(function), items, cpus and cpus / 2)
+
+        monkeypatch.setattr(workers, "RayMapper", Changed)
+
+    return use
+
+
+METHODS = {
+    "metagpt": {"granularity": "model"},
+    "metagpt_ties": {"granularity": "layer", "density": 0.5},
+    "metagpt_dare_linear": {"density": 0.5},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_file_is_that_of_a_local_merge(method, family, same_bytes):
+    config = merge_config(family, method, parameters=METHODS[method])
+    found = same_bytes(config, *SHARDS, "--random-seed", 5)
+    assert len([name for name in found if name.endswith(".safetensors")]) > 3
+    assert "model.safetensors.index.json" in found
+
+
+@pytest.mark.parametrize("source", ["base", "union"])
+def test_vocabularies_and_tokenizers_are_those_of_a_local_merge(source, tied, same_bytes):
+    tokenizer = {"source": source, "pad_to_multiple_of": 6}
+    config = merge_config(tied, tokenizer=tokenizer, dtype="float32", out_dtype="bfloat16")
+    found = same_bytes(config, *SHARDS)
+    assert {"tokenizer.json", "model.safetensors.index.json"} <= found
+
+
+def test_slices_in_one_file_are_those_of_a_local_merge(tied, same_bytes):
+    parameters = {"granularity": "model", "weight": [0.2, 1.0]}
+    config = slices_config(tied, [[0, 2]], [[1, 3]], parameters=parameters)
+    found = same_bytes(config)
+    assert {"model.safetensors", "tokenizer.json"} <= found  # copied from the base
+
+
+def test_adapters_are_applied_once_for_all_workers(family, same_bytes, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(family["base"])
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "lora")
+    config = merge_config(family)
+    config["models"].append({"model": f"{family['base']}+{tmp_path / 'lora'}"})
+    same_bytes(config, *SHARDS, "--lora-merge-cache", tmp_path / "cache")
+
+
+def test_a_worker_that_is_killed_is_replaced_and_changes_nothing(
+    family, same_bytes, mapper, tmp_path
+):
+    died = tmp_path / "died"
+
+    def dying(write):
+        def written(shard):
+            if shard.number == 2 and not died.exists():
+                shard_module.require_in_range = die  # what follows the writing of the file
+            return write(shard)
+
+        def die(unfinished, out_dtype):
+            died.write_text(" ".join(os.listdir(unfinished)))
+            os._exit(1)
+
+        return written
+
+    mapper(dying)
+    same_bytes(merge_config(family, "metagpt_dare_linear"), *SHARDS, "--random-seed", 5)
+    assert died.read_text() == "model.safetensors"
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "model"])
+def test_a_failure_is_the_sentence_of_here_and_leaves_nothing_behind(granularity, tmp_path):
+    paths = save_family(tmp_path, llama_config())
+    put_nan(paths["a"], "model.layers.1.mlp.up_proj.weight")
+    config = merge_config(paths, parameters={"granularity": granularity})
+    here = merge(config, tmp_path / "merged", *SHARDS, status=1).stderr
+    before = set(tmp_path.iterdir())
+    assert "up_proj.weight of model" in here
+    assert merge(config, tmp_path / "merged", *SHARDS, "--ray", status=1).stderr == here
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_result_that_overflows_is_refused(tmp_path):
+    paths = save_family(tmp_path, llama_config(), scales=(1e4, 2e4))
+    config = merge_config(paths, dtype="float32", out_dtype="float16")
+    done = merge(config, tmp_path / "merged", *SHARDS, "--ray", status=1)
+    assert "overflows torch.float16" in done.stderr
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_the_models_are_measured_once(tmp_path, monkeypatch):
+    """Even where the config narrows them, and one of two tied tensors is not in the survey."""
+    paths = save_family(tmp_path, llama_config())
+    for path in paths.values():
+        tensors = load_file(f"{path}/model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, f"{path}/model.safetensors", metadata={"format": "pt"})
+    taken = []
+    survey = Checkpoints.survey
+
+    def counted(*args, **kwargs):
+        taken.append(args)
+        return survey(*args, **kwargs)
+
+    class Here:
+        """A mapper whose tasks run in this process."""
+
+        __call__ = staticmethod(workers.in_this_process)
+
+        def submit(self, function, items, cpus):
+            return [(function, item) for item in items]
+
+        def results(self, tasks):
+            return (function(item) for function, item in tasks)
+
+    monkeypatch.setattr(Checkpoints, "survey", counted)
+    monkeypatch.setattr(workers, "RayMapper", lambda *_, **__: Here())
+    config = merge_config(paths, parameters={"granularity": "model"}, dtype="bfloat16")
+    merge(config, tmp_path / "merged", *SHARDS, "--ray")
+    assert len(taken) == 1
+
+
+def test_a_machine_that_does_not_share_the_output_directory_is_named(family, mapper, tmp_path):
+    def elsewhere(write):
+        moved = dataclasses.replace(write.__self__, directory=tmp_path / "elsewhere")
+        return moved.write
+
+    mapper(elsewhere)
+    done = merge(merge_config(family), tmp_path / "merged", "--ray", status=1)
+    assert f"{socket.gethostname()} of the cluster does not see {tmp_path}/elsewhere" in done.stderr
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_stock_methods_are_refused_with_the_way_out(family, tmp_path):
+    config = merge_config(family, "dare_ties", parameters={"weight": 0.5, "density": 0.5})
+    done = merge(config, tmp_path / "merged", "--ray", status=1)
+    assert "choose metagpt or a metagpt_X in place of dare_ties" in done.stderr
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_without_ray_there_is_one_sentence(family, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = merge(merge_config(family), tmp_path / "merged", "--ray", status=1)
+    assert "pip install 'mergekit-metagpt[ray]'" in done.stderr
+    assert done.stderr.count("\n") == 1

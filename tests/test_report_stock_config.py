@@ -1,0 +1,122 @@
+"""Stock configs with explicit weights, merged by MergeKit alone."""
+
+import pytest
+import torch
+import yaml
+from conftest import llama_config, merge_config, save_family, slices_config
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import registered_methods
+from mergekit.options import MergeOptions
+
+from mergekit_metagpt.method.merge_method import MetaGPTMerge
+from mergekit_metagpt.planning.forecast import forecast
+from mergekit_metagpt.report.stock_config import stock_config
+
+DETERMINISTIC = [
+    m.spec.name
+    for m in registered_methods()
+    if isinstance(m, MetaGPTMerge) and not m.is_plain and not m.is_random
+]
+GRANULARITIES = ["tensor", "layer", "model"]
+
+
+def resolved(config) -> str:
+    found = forecast(MergeConfiguration.model_validate(config), MergeOptions(), progress=False)
+    return stock_config(found)
+
+
+def assert_same_bytes(merge, config) -> None:
+    ours, stock = merge(config), merge(yaml.safe_load(resolved(config)))
+    assert ours.keys() == stock.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == stock[name].dtype
+        assert torch.equal(tensor, stock[name]), name
+
+
+def assert_within_two_rounding_steps(merge, config) -> None:
+    ours, stock = merge(config), merge(yaml.safe_load(resolved(config)))
+    assert ours.keys() == stock.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == stock[name].dtype
+        # Of the largest value: where terms cancel, steps are as large as those of the terms.
+        step = torch.finfo(tensor.dtype).eps * tensor.abs().max().item()
+        torch.testing.assert_close(tensor, stock[name], rtol=0, atol=2 * step)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("method", DETERMINISTIC)
+def test_sparsified_methods_give_the_same_bytes(method, granularity, family, merge):
+    parameters = {"density": 0.6, "lambda": 0.9, "granularity": granularity}
+    config = merge_config(family, method, parameters=parameters)
+    config["models"].reverse()
+    config["models"].append({"model": family["base"]})
+    assert_same_bytes(merge, config)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_the_plain_method_is_within_two_rounding_steps(granularity, family, merge):
+    parameters = {"granularity": granularity, "exponent": 1.5, "normalize": True, "lambda": 0.7}
+    assert_within_two_rounding_steps(merge, merge_config(family, parameters=parameters))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_for_16_bit_checkpoints_the_yaml_asks_for_float32(dtype, tmp_path, merge):
+    paths = save_family(tmp_path, llama_config(), dtype=dtype)
+    assert_same_bytes(merge, merge_config(paths, "metagpt_ties", parameters={"density": 0.5}))
+    assert_within_two_rounding_steps(merge, merge_config(paths))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_slices_modules_and_priors_are_kept(granularity, family, merge):
+    parameters = {"granularity": granularity, "density": [0.3, 0.9]}
+    priors = {"weight": [{"filter": "mlp", "value": [0.5, 2.0]}, {"value": 1.0}]}
+    sliced = slices_config(family, [[0, 2]], [[2, 3]], parameters=parameters)
+    sliced["merge_method"] = "metagpt_ties"
+    sliced["slices"][0]["sources"][1]["parameters"] = priors
+    assert_same_bytes(merge, sliced)
+    whole = merge_config(family, "metagpt_ties", parameters=parameters)
+    whole["models"][1]["parameters"] = {**priors, "exponent": 1.0}
+    whole["modules"] = {"default": {"models": whole.pop("models"), "parameters": {"weight": 2.0}}}
+    assert_same_bytes(merge, whole)
+
+
+def test_layers_that_move_take_their_weights_along(family, merge):
+    config = slices_config(family, [[0, 1]], [[2, 3]], [[1, 3], [0, 2]])
+    config["merge_method"] = "metagpt_ties"
+    assert_same_bytes(merge, config)
+
+
+def test_one_weight_per_model_is_written_as_a_number(family):
+    document = yaml.safe_load(resolved(merge_config(family, parameters={"granularity": "model"})))
+    assert document["merge_method"] == "task_arithmetic"
+    weights = [model["parameters"]["weight"] for model in document["models"]]
+    assert sum(weights) == pytest.approx(1)
+    assert "granularity" not in document["parameters"]
+
+
+def test_layers_are_written_as_one_filter_each(family):
+    document = yaml.safe_load(resolved(merge_config(family, parameters={"granularity": "layer"})))
+    filters = [w["filter"] for w in document["models"][0]["parameters"]["weight"]]
+    assert {f"model.layers.{n}." for n in range(3)} < set(filters)
+    assert len(filters) == 6
+
+
+def test_comments_say_where_the_numbers_come_from(family):
+    text = resolved(merge_config(family, "metagpt_dare_linear", parameters={"density": 0.5}))
+    comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    assert "arxiv.org/abs/2406.11385" in comments
+    assert f"Base: {family['base']}" in comments
+    assert f"{family['a']}: norm " in comments
+    assert "other masks" in comments
+
+
+def test_ten_and_more_layers_are_not_confused(tmp_path, merge):
+    paths = save_family(tmp_path, llama_config(num_hidden_layers=12, hidden_size=16))
+    for granularity in ("tensor", "layer"):
+        parameters = {"granularity": granularity}
+        assert_same_bytes(merge, merge_config(paths, "metagpt_ties", parameters=parameters))
+
+
+def test_another_method_is_refused(family):
+    with pytest.raises(ValueError, match=r"merge_method linear has no coefficients.*metagpt_ties"):
+        resolved(merge_config(family, "linear"))

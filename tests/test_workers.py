@@ -1,0 +1,154 @@
+"""Surveys on a Ray cluster: the same bits as here, whatever becomes of the workers."""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import (
+    command,
+    llama_config,
+    merge_config,
+    put_nan,
+    read,
+    run,
+    save_family,
+    write_yaml,
+)
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
+
+from mergekit_metagpt.cli import main
+from mergekit_metagpt.measure.checkpoints import Checkpoints, set_up_worker
+from mergekit_metagpt.workers import RayMapper, in_this_process
+
+ray = pytest.importorskip("ray")
+
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("cluster")]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """Tied embeddings and several shards."""
+    paths = save_family(
+        tmp_path_factory.mktemp("sharded"),
+        llama_config(tie_word_embeddings=True, num_hidden_layers=6),
+        scales=(0.01, 0.02, 0.03),
+        max_shard_size="60KB",
+    )
+    assert len(list(Path(paths["base"]).glob("*.safetensors"))) > 2
+    return paths
+
+
+def survey(paths, mapper=in_this_process, **options):
+    checkpoints = Checkpoints.of(paths["base"], [p for n, p in paths.items() if n != "base"])
+    options = {"dtype": None, "device": "cpu", "progress": False, "products": True, **options}
+    return checkpoints.survey(mapper=mapper, **options)
+
+
+def on_ray(**options):
+    return RayMapper(None, partial(set_up_worker, MergeOptions()), **options)
+
+
+def invoke(*words, status: int = 0):
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exit_code == status, done.output
+    return done
+
+
+def test_any_number_of_workers_measures_the_same_bits(family, sharded):
+    for paths, dtype in ((family, None), (sharded, torch.bfloat16)):
+        expected = survey(paths, dtype=dtype)
+        for workers in (1, 2, 3):
+            mapper = on_ray(cpus=1 / workers)
+            assert survey(paths, mapper, dtype=dtype) == expected
+        assert survey(paths, mapper, dtype=dtype, products=False) == survey(
+            paths, dtype=dtype, products=False
+        )
+
+
+def test_a_worker_that_is_killed_is_replaced_and_changes_nothing(sharded, tmp_path):
+    died, workers = tmp_path / "died", tmp_path / "workers"
+    workers.mkdir()
+
+    def dying(measure):
+        def measured(weight):
+            (workers / str(os.getpid())).touch()
+            if "layers.3.mlp" in weight.name and not died.exists():
+                died.write_text(weight.name)
+                os._exit(1)
+            return measure(weight)
+
+        return measured
+
+    def mapper(measure, weights, progress):
+        return on_ray()(dying(measure), weights, progress)
+
+    assert survey(sharded, mapper) == survey(sharded)
+    assert "layers.3.mlp" in died.read_text()
+    assert len(list(workers.iterdir())) >= 2
+
+
+def test_changed_files_are_read_anew_by_the_same_workers(tmp_path):
+    paths = save_family(tmp_path, llama_config())
+    mapper = on_ray()
+    before = survey(paths, mapper)
+    file = Path(paths["a"], "model.safetensors")
+    tensors = {name: tensor * 1.5 for name, tensor in load_file(file).items()}
+    save_file(tensors, tmp_path / "new", metadata={"format": "pt"})
+    os.replace(tmp_path / "new", file)
+    after = survey(paths, mapper)
+    assert after != before
+    assert after.squared_norms["model.norm.weight"][0] == pytest.approx(
+        (tensors["model.norm.weight"] - read(paths["base"])["model.norm.weight"]).norm() ** 2
+    )
+
+
+def test_vocabularies_that_differ_are_left_out_and_logged_here(tmp_path, caplog):
+    paths = save_family(tmp_path, llama_config())
+    larger = save_family(tmp_path / "larger", llama_config(vocab_size=80))
+    mixed = {**paths, "b": larger["b"]}
+    found = survey(mixed, on_ray())
+    assert "has shape [80, 32]" in caplog.text
+    assert len(found.left_out) == 2
+    assert found == survey(mixed)
+
+
+def test_the_commands_print_the_same_bytes(family, cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(family["base"]).parent)
+    names = {name: name for name in family}  # relative paths, which workers are to find
+    config = write_yaml(tmp_path / "metagpt.yml", merge_config(names))
+    words = [config, "--json", "--granularity", "model"]
+    expected = invoke("coefficients", *words).stdout
+    assert json.loads(expected)["parameters"]
+    assert invoke("coefficients", *words, "--ray").stdout == expected
+    assert invoke("resolve", config, "--ray").stdout == invoke("resolve", config).stdout
+    done = run(command("mergekit-metagpt"), "coefficients", *words, "--ray", cluster)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected
+    assert done.stderr == ""
+
+
+def test_what_a_worker_refuses_is_the_sentence_of_here(tmp_path):
+    paths = save_family(tmp_path, llama_config())
+    put_nan(paths["a"], "model.norm.weight")
+    config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
+    here = invoke("coefficients", config, status=1).stderr
+    assert "model.norm.weight" in here
+    assert invoke("coefficients", config, "--ray", status=1).stderr == here
+
+
+def test_without_ray_or_a_cluster_there_is_one_sentence(family, tmp_path, monkeypatch):
+    config = write_yaml(tmp_path / "metagpt.yml", merge_config(family))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    done = invoke("coefficients", config, "--ray", "127.0.0.1:1", status=1)
+    assert "No Ray cluster could be reached at 127.0.0.1:1: " in done.stderr
+    assert done.stderr.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = invoke("coefficients", config, "--ray", status=1)
+    assert "pip install 'mergekit-metagpt[ray]'" in done.stderr
+    assert done.stderr.count("\n") == 1
