@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.coefficients import Norms
-from mergekit_metagpt.measure.survey import Survey, TensorInputs, sum_matrices
+from mergekit_metagpt.measure.survey import Survey, TensorInputs
 from mergekit_metagpt.measure.vocabularies import (
     DifferentVocabularyError,
     compare_vocabularies,
@@ -179,8 +179,8 @@ class Checkpoints:
             squared_norms={name: tensor.norms for name, tensor in measured.items()},
             dtypes={name: tensor.dtype for name, tensor in measured.items()},
             left_out=tuple(left_out),
-            parameters=sum(tensor.size for tensor in measured.values()),
-            products=sum_matrices([t.products for t in measured.values()]) if products else None,
+            sizes={name: tensor.size for name, tensor in measured.items()},
+            grams={name: t.products for name, t in measured.items()} if products else None,
         )
 
     def _named_once(self) -> list[WeightInfo]:

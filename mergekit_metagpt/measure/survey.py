@@ -92,16 +92,26 @@ class Survey:
             that is tied to another is listed once.
         dtypes: for each tensor name the dtype that base and experts promote to as stored.
         left_out: vocabulary tensors that could not be compared.
-        parameters: how many elements were measured.
-        products: the T x T inner products ⟨τ_i, τ_j⟩ over the whole model, if asked for.
+        sizes: for each tensor name how many elements it has.
+        grams: for each tensor name the T x T inner products ⟨τ_i, τ_j⟩, if asked for.
     """
 
     experts: tuple[Hashable, ...]
     squared_norms: Mapping[str, Norms]
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
-    parameters: int = 0
-    products: tuple[Norms, ...] | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    grams: Mapping[str, Sequence[Sequence[float]]] | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many elements were measured."""
+        return sum(self.sizes.values())
+
+    @cached_property
+    def products(self) -> tuple[Norms, ...] | None:
+        """The T x T inner products ⟨τ_i, τ_j⟩ over the whole model, if asked for."""
+        return None if self.grams is None else sum_matrices(list(self.grams.values()))
 
     @cached_property
     def model(self) -> Norms:
