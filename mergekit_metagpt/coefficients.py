@@ -4,7 +4,7 @@ Nothing here knows of tensors or files.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # T numbers, one per expert.
 Norms = tuple[float, ...]
@@ -88,8 +88,36 @@ def bound(products: Sequence[Sequence[float]], coefficients: Sequence[float]) ->
     >>> bound([[1.0, 0.0], [0.0, 1.0]], [1.0, 0.0])
     2.0
     """
-    merged = [math.fsum(c * p for c, p in zip(coefficients, row, strict=True)) for row in products]
-    length = math.fsum(c * m for c, m in zip(coefficients, merged, strict=True))
+    return bound_of_parts([(products, coefficients)])
+
+
+def bound_of_parts(
+    parts: Iterable[tuple[Sequence[Sequence[float]], Sequence[float]]],
+) -> float:
+    """Return the same bound where every part of a model has coefficients of its own.
+
+    Squared lengths add up over the parts: ‖h_t‖² is the sum of what it is in each.
+
+    Args:
+        parts: for each part ⟨τ_i, τ_j⟩ over that part, T x T, and λ_t there.
+
+    >>> first, second = [[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]
+    >>> bound_of_parts([(first, [1.0, 0.0]), (second, [0.0, 1.0])])
+    2.0
+    >>> bound_of_parts([(first, [0.5, 0.5]), (second, [0.5, 0.5])])
+    1.0
+    """
+    parts = list(parts)
+    lengths = zip(*([row[t] for t, row in enumerate(gram)] for gram, _ in parts), strict=True)
+    distances = zip(*(_squared_distances(*part) for part in parts), strict=True)
     return math.fsum(
-        row[t] * max(0.0, length - 2 * merged[t] + row[t]) for t, row in enumerate(products)
+        math.fsum(length) * math.fsum(distance)
+        for length, distance in zip(lengths, distances, strict=True)
     )
+
+
+def _squared_distances(gram: Sequence[Sequence[float]], coefficients: Sequence[float]) -> Norms:
+    """Return ‖h_t‖², T floats."""
+    merged = [math.fsum(c * p for c, p in zip(coefficients, row, strict=True)) for row in gram]
+    length = math.fsum(c * m for c, m in zip(coefficients, merged, strict=True))
+    return tuple(max(0.0, length - 2 * merged[t] + row[t]) for t, row in enumerate(gram))

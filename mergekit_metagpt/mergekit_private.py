@@ -18,6 +18,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import logging
+
     import click
     from mergekit.io.tensor_writer import TensorWriter
     from torch import Tensor
@@ -26,6 +28,9 @@ REQUIRED = "mergekit>=0.1.5,<0.1.6"
 
 # The logger of MergeKit's `run_merge`, which adds a traceback to what it reports.
 MERGE_LOGGER = "mergekit.merge"
+
+# The loggers of transformers that complain of a name which MergeKit, not the user, has written.
+DTYPE_LOGGERS = ("transformers.configuration_utils", "transformers.modeling_utils")
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,11 @@ def shard_name(only: str, number: int) -> str:
 def wants_remote_code(error: BaseException) -> bool:
     """Return whether transformers refuses a model for want of ``trust_remote_code``."""
     return "custom code" in str(error) or "trust_remote_code" in str(error)
+
+
+def is_about_dtype(record: "logging.LogRecord") -> bool:
+    """Return whether transformers complains of ``torch_dtype``, its old name of ``dtype``."""
+    return "`torch_dtype` is deprecated" in record.getMessage()
 
 
 def is_cut_short(error: BaseException) -> bool:

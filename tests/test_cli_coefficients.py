@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -16,8 +17,10 @@ from conftest import (
     read,
     run,
     save_family,
+    slices_config,
     write_yaml,
 )
+from safetensors.torch import save_file
 
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.method.session import SESSION
@@ -38,56 +41,140 @@ def measured(config, *words):
     return json.loads(invoke("coefficients", config, "--json", *words).stdout)
 
 
-def test_json_holds_norms_shares_cosines_and_bounds(config, family):
-    found = measured(config)
+def test_json_holds_norms_coefficients_cosines_and_bounds(config, family):
+    found = measured(config, "--granularity", "model")
     base, *experts = map(read, family.values())
     norms = sum(reference.squared_norms(base, experts).values())
     shares = norms / norms.sum()
     assert found["base"] == family["base"]
     assert found["method"] == "metagpt"
-    assert found["granularity"] == "tensor"
+    assert found["granularity"] == ["model"]
     assert [e["model"] for e in found["experts"]] == [family["a"], family["b"]]
     assert [e["squared_norm"] for e in found["experts"]] == pytest.approx(norms, rel=1e-6)
     assert [e["norm"] for e in found["experts"]] == pytest.approx(norms**0.5, rel=1e-6)
-    assert [e["coefficient"] for e in found["experts"]] == pytest.approx(shares, rel=1e-6)
+    for key in ("coefficient", "least", "largest"):
+        assert [e[key] for e in found["experts"]] == pytest.approx(shares, rel=1e-6)
     assert found["cosines"][0][0] == pytest.approx(1)
     assert abs(found["cosines"][0][1]) < 0.1
     assert found["bound"]["metagpt"] == 1
-    assert min(found["bound"].values()) == 1
-    assert found["bound"].keys() == {"metagpt", "uniform", "0.3", "1.0"}
+    assert found["bound"]["merge"] == pytest.approx(1)
+    assert found["bound"].keys() == {"merge", "metagpt", "uniform", "0.3", "1.0"}
     assert found["tensors"] == len(base)
     assert found["parameters"] == sum(t.numel() for t in base.values())
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "layer"])
+def test_an_expert_has_the_mean_least_and_largest_of_what_the_merge_uses(
+    granularity, config, family
+):
+    found = measured(config, "--granularity", granularity)
+    base, *experts = map(read, family.values())
+    rows = reference.coefficients(base, experts, granularity)
+    sizes = [base[name].numel() for name in rows]
+    for t, expert in enumerate(found["experts"]):
+        own = [row[t] for row in rows.values()]
+        assert expert["coefficient"] == pytest.approx(np.average(own, weights=sizes), rel=1e-6)
+        assert expert["least"] == pytest.approx(min(own), rel=1e-6)
+        assert expert["largest"] == pytest.approx(max(own), rel=1e-6)
+
+
+def test_the_bound_of_this_merge_is_that_of_the_merged_model(family, merge, tmp_path):
+    config = merge_config(family, parameters={"granularity": "tensor", "lambda": 0.8})
+    config["models"][0]["parameters"] = {"weight": [{"filter": "mlp", "value": 9}, {"value": 1}]}
+    found = measured(write_yaml(tmp_path / "metagpt.yml", config))
+    base, *experts = map(read, family.values())
+    merged, average = merge(config), {n: sum(e[n] for e in experts) / 2 for n in base}
+    assert found["bound"]["merge"] / found["bound"]["uniform"] == pytest.approx(
+        _bound(merged, base, experts) / _bound(average, base, experts), rel=1e-5
+    )
+
+
+def _bound(merged, base, experts):
+    """Σ_t ‖τ_t‖² ‖θ − θ_t‖², from the weights themselves."""
+
+    def distance(first, second):
+        return sum((first[n].double() - second[n].double()).square().sum().item() for n in base)
+
+    return sum(distance(expert, base) * distance(merged, expert) for expert in experts)
+
+
+def test_a_sparsified_merge_has_no_bound_of_its_own(family, tmp_path):
+    config = write_yaml(tmp_path / "metagpt.yml", merge_config(family, "metagpt_ties"))
+    assert "merge" not in measured(config)["bound"]
+    assert "this merge" not in invoke("coefficients", config).stdout
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "layer", "model"])
-def test_what_it_prints_is_what_the_merge_uses(granularity, family, merge, tmp_path):
-    changes = {
-        "parameters": {"exponent": 1.0, "granularity": "tensor", "density": 0.5},
-        "dtype": "bfloat16",
-    }
-    config = merge_config(family, "metagpt_ties", **changes)
-    config["models"][0]["parameters"] = {"weight": 0.5}
-    found = measured(write_yaml(tmp_path / "metagpt.yml", config), "--granularity", granularity)
-    config["parameters"]["granularity"] = granularity
+@pytest.mark.parametrize("weight", [0.5, [{"filter": "mlp", "value": 0.5}, {"value": 1}]])
+def test_what_it_prints_is_what_the_record_and_the_card_of_the_merge_say(
+    granularity, weight, family, tmp_path
+):
+    parameters = {"exponent": 1.0, "granularity": granularity, "density": 0.5}
+    config = merge_config(family, "metagpt_ties", parameters=parameters, dtype="bfloat16")
+    config["models"][0]["parameters"] = {"weight": weight}
+    yml = write_yaml(tmp_path / "metagpt.yml", config)
+    found = measured(yml)
+    done = invoke("merge", yml, tmp_path / "merged", "--no-copy-tokenizer")
+    record = json.loads((tmp_path / "merged" / "metagpt.json").read_text())
+    shared = found.keys() - {"cosines", "bound"}
+    assert {key: record[key] for key in shared} == {key: found[key] for key in shared}
+    card = (tmp_path / "merged" / "README.md").read_text()
+    table = invoke("coefficients", yml).stdout
+    for expert in found["experts"]:
+        assert f" {expert['norm']:.6g} | {expert['coefficient']:.6g} |" in card
+        assert f" {expert['coefficient']:.4f} " in table
+        assert f" {expert['coefficient']:.4f} " in done.stdout
+
+
+def test_the_coefficients_are_those_that_the_merge_uses(family, merge, tmp_path):
+    config = merge_config(family, parameters={"granularity": "tensor"})
+    found = measured(write_yaml(tmp_path / "metagpt.yml", config))["coefficients"]
     with SESSION.journal() as entries:
         merge(config)
-    if granularity == "model":
-        assert found["groups"] == {}
-        (used,) = {entry.coefficients for entry in entries}
-        assert [e["coefficient"] for e in found["experts"]] == list(used)
-    else:
-        printed = found["groups"]
-        for entry in entries:
-            name = reference.scope(entry.tensor, granularity)
-            assert printed[name] == list(entry.coefficients)
+    assert {e.tensor: list(e.coefficients) for e in entries} == {
+        name: scope["coefficients"] for name, scope in found.items()
+    }
+
+
+def test_where_priors_vary_within_a_layer_its_tensors_have_its_norms(family, tmp_path):
+    config = merge_config(family, parameters={"granularity": "layer"})
+    config["models"][0]["parameters"] = {"weight": [{"filter": "mlp", "value": 0.1}, {"value": 1}]}
+    scopes = measured(write_yaml(tmp_path / "metagpt.yml", config))["coefficients"]
+    base, *experts = map(read, family.values())
+    norms = reference.squared_norms(base, experts)
+    layer = "model.layers.0"
+    expected = sum(row for name, row in norms.items() if name.startswith(layer))
+    rows = [scope for scope in scopes.values() if scope["norms_of"] == layer]
+    assert len(rows) == sum(name.startswith(layer) for name in norms)
+    for row in rows:
+        assert row["squared_norms"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_expert_that_has_no_part_in_a_slice_has_no_norm_there(family, tmp_path):
+    config = slices_config(family, [[0, 1]], [[1, 3]])
+    del config["slices"][1]["sources"][2]
+    found = measured(write_yaml(tmp_path / "metagpt.yml", config))
+    row = found["coefficients"]["model.layers.2.mlp.up_proj.weight"]
+    assert row["squared_norms"][1] is None
+    assert row["coefficients"] == [1.0, 0.0]
+    assert found["experts"][1]["least"] == 0
 
 
 def test_people_see_tables(config):
     output = invoke("coefficients", config).stdout
     assert "Scaling coefficients" in output
+    assert "λ by layer, first to last" in output
     assert "Cosines of the task vectors" in output
     assert "bound on the average loss difference" in output
+    assert "this merge" in output
     assert "▇" in output or "█" in output
+
+
+def test_one_set_of_coefficients_has_no_least_and_no_layers(config):
+    output = invoke("coefficients", config, "--granularity", "model").stdout
+    assert "least" not in output
+    assert "by layer" not in output
+    assert "mean" not in output
 
 
 def test_the_plot_is_a_picture(config, tmp_path):
@@ -97,18 +184,60 @@ def test_the_plot_is_a_picture(config, tmp_path):
     assert "cannot be written as coefficients.doc" in failed.stderr
 
 
-def test_a_dominant_expert_is_pointed_out(tmp_path):
-    paths = save_family(tmp_path, llama_config(), scales=(0.001, 0.1))
-    config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
+def test_a_dominant_expert_is_pointed_out_with_what_another_exponent_gives(tmp_path):
+    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.1))
+    config = write_yaml(
+        tmp_path / "metagpt.yml", merge_config(paths, parameters={"granularity": "model"})
+    )
     done = invoke("coefficients", config, "--json")
-    assert "holds 100.0% of the merge" in done.stderr
-    json.loads(done.stdout)
+    milder = write_yaml(
+        tmp_path / "milder.yml",
+        merge_config(paths, parameters={"granularity": "model", "exponent": 1}),
+    )
+    means = [f"{e['coefficient']:.4f}" for e in measured(milder)["experts"]]
+    share = json.loads(done.stdout)["experts"][1]["coefficient"]
+    assert f"{paths['b']} has {share:.1%} of the merge" in done.stderr
+    assert f"set exponent: 1, which gives {' / '.join(means)}, or give it a smaller" in done.stderr
 
 
-def test_an_expert_equal_to_the_base_is_pointed_out(family, tmp_path):
+def move(model: str, base: str, scales: dict[str, float]) -> None:
+    """Make a model the base plus noise, of a scale by the layer's name, or of 0.001."""
+    weights = read(base)
+    for number, (name, tensor) in enumerate(sorted(weights.items())):
+        scale = next((s for layer, s in scales.items() if layer in name), 0.001)
+        noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number))
+        weights[name] = tensor + scale * noise
+    save_file(weights, f"{model}/model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "layer"])
+def test_experts_that_take_over_in_turn_are_pointed_out(granularity, tmp_path):
+    """No mean is large, and over the whole model the shares are even."""
+    paths = save_family(tmp_path, llama_config(num_hidden_layers=2, vocab_size=8))
+    move(paths["a"], paths["base"], {"layers.0.": 0.05})
+    move(paths["b"], paths["base"], {"layers.1.": 0.05})
+    config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
+    done = invoke("coefficients", config, "--granularity", granularity)
+    (warning,) = done.stderr.splitlines()
+    shares = measured(config, "--granularity", "model")["experts"]
+    assert "one expert has more than 90%" in warning
+    assert "granularity: model, which gives " in warning
+    assert f"{shares[0]['coefficient']:.4f} / {shares[1]['coefficient']:.4f}" in warning
+    assert "set exponent: 1, which leaves 9" in warning
+    whole = invoke("coefficients", config, "--granularity", "model")
+    assert whole.stderr == ""
+
+
+def test_an_expert_equal_to_the_base_is_pointed_out(tmp_path):
     paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.0))
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
     assert f"{paths['b']} is equal to the base" in invoke("coefficients", config).stderr
+
+
+def test_names_with_brackets_are_no_markup(tmp_path):
+    paths = save_family(tmp_path / "[red]" / "[/x]", llama_config())
+    config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
+    assert "[red]" in invoke("coefficients", config).stdout
 
 
 def test_nan_is_one_sentence_and_a_traceback_only_with_verbose(tmp_path):

@@ -1,6 +1,7 @@
 """The arguments that commands share: the merge config, and who works on it."""
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import click
@@ -24,6 +25,12 @@ ray_option = click.option(
 def wants_progress(options: "MergeOptions") -> bool:
     """Return whether progress bars are shown: on a terminal, unless ``--quiet`` is given."""
     return sys.stderr.isatty() and not options.quiet
+
+
+def warn(sentences: Iterable[str]) -> None:
+    """Print what should make one think."""
+    for sentence in sentences:
+        click.secho(f"Warning: {sentence}", fg="yellow", err=True)
 
 
 def ray_mapper(ray: str, options: "MergeOptions") -> "RayMapper":

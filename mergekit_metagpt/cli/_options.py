@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mergekit_metagpt.mergekit_private import MERGE_LOGGER
+from mergekit_metagpt.mergekit_private import DTYPE_LOGGERS, MERGE_LOGGER, is_about_dtype
 
 _KNOWN = f"{__name__}.known"
 
@@ -57,6 +57,8 @@ class MergeCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command with ``merge_options``."""
         verbose = ctx.params.pop("verbose")
+        for name in DTYPE_LOGGERS:
+            logging.getLogger(name).addFilter(_without_dtype)
         if not verbose:
             logging.getLogger(MERGE_LOGGER).addFilter(_without_traceback)
         try:
@@ -79,6 +81,11 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return True
 
 
+def _without_dtype(record: logging.LogRecord) -> bool:
+    """Drop what the user can do nothing about."""
+    return not is_about_dtype(record)
+
+
 def _require_device(name: str) -> None:
     import torch
 
@@ -95,4 +102,26 @@ def _merge_options() -> tuple[Callable[..., dict[str, Any]], list[click.Option]]
     def collect(**parameters: Any) -> dict[str, Any]:
         return parameters
 
-    return merge_options(collect)
+    function, options = merge_options(collect)
+    for option in options:
+        if option.name == "out_shard_size":
+            option.type = _Size(option.type)
+    return function, options
+
+
+class _Size(click.ParamType):
+    """MergeKit's type of a size, which raises whatever Python does of one that it cannot read."""
+
+    name = "size"
+
+    def __init__(self, reader: click.ParamType) -> None:
+        self._reader = reader
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Return a size in bytes."""
+        try:
+            return self._reader.convert(value, param, ctx)
+        except (ValueError, IndexError):
+            self.fail(f"{value!r} is no size; write one such as 5B, 500M or 100K.", param, ctx)

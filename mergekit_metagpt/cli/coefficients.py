@@ -9,6 +9,7 @@ from mergekit_metagpt.cli._config import (
     config_argument,
     forecast_config,
     ray_option,
+    warn,
 )
 from mergekit_metagpt.cli._options import MergeCommand
 from mergekit_metagpt.granularities import GRANULARITIES
@@ -51,7 +52,6 @@ def coefficients(
 
     from rich.console import Console
 
-    from mergekit_metagpt.names import short_names
     from mergekit_metagpt.report import plots, tables
 
     if plot is not None:
@@ -60,14 +60,7 @@ def coefficients(
     if as_json:
         click.echo(json.dumps(tables.as_json(forecast)))
     else:
-        Console().print(tables.tables(forecast))
-    for warning in tables.warnings(forecast):
-        click.secho(f"Warning: {warning}", fg="yellow", err=True)
+        Console().print(tables.forecast_tables(forecast))
+    warn(tables.forecast_warnings(forecast))
     if plot is not None:
-        plots.draw_coefficients(
-            plot,
-            short_names(forecast.experts),
-            forecast.coefficients,
-            tables.layer_shares(forecast),
-            forecast.survey.cosines,
-        )
+        plots.draw_coefficients(plot, forecast.summary, forecast.survey.cosines)

@@ -1,8 +1,9 @@
 """The record of a merge: what went in, which coefficients it used, and how to repeat it."""
 
 import hashlib
-import math
+import os
 import re
+import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -10,17 +11,29 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from mergekit.card import generate_card, modelref_md
+from mergekit.card import generate_card
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.granularities import GRANULARITIES
-from mergekit_metagpt.method.session import Entry
 from mergekit_metagpt.names import canonical
+from mergekit_metagpt.summary import Entry, Summary
+
+# MergeKit's options, besides the seed, that change what is written.
+_DECIDING = (
+    "allow_crimes",
+    "unsafe_truncate_embeddings",
+    "trust_remote_code",
+    "lora_merge_dtype",
+    "device",
+    "out_shard_size",
+    "safe_serialization",
+    "copy_tokenizer",
+)
 
 _SAMPLES, _SAMPLE = 64, 1 << 16
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 
 
@@ -35,23 +48,14 @@ def merge_record(
         entries: what the merge noted.
         options: MergeKit's options of the run.
     """
-    experts = canonical({expert for entry in entries for expert in entry.experts})
-    scopes = _scopes(entries, experts)
-    squared = [
-        math.fsum(row["squared_norms"][t] for row in scopes.values()) for t in range(len(experts))
-    ]
     return {
         "config": source,
         "method": config.merge_method,
         "base": None if config.base_model is None else str(config.base_model),
-        "granularity": sorted({entry.granularity for entry in entries}),
-        "experts": [
-            {"model": str(expert), "norm": norm**0.5, "squared_norm": norm}
-            for expert, norm in zip(experts, squared, strict=True)
-        ],
-        "coefficients": scopes,
+        **Summary(entries).as_json(),
         "inputs": [_input(model) for model in canonical(config.referenced_models())],
-        "seed": options.random_seed if options.random_seed is not None else torch.initial_seed(),
+        "seed": options.random_seed,
+        "options": _deciding_options(config, options),
         "versions": {
             name: version(name)
             for name in ("mergekit-metagpt", "mergekit", "torch", "transformers", "safetensors")
@@ -59,21 +63,23 @@ def merge_record(
     }
 
 
-def _scopes(entries: Sequence[Entry], experts: Sequence[Any]) -> dict[str, Any]:
-    """Return norms and coefficients of the model, each layer or each tensor."""
-    found: dict[str, dict[str, Any]] = {}
-    for entry in sorted(entries, key=lambda entry: entry.tensor or ""):
-        name = entry.tensor or ""
-        scope = GRANULARITIES[entry.granularity].scope(name)
-        norms = dict(zip(entry.experts, entry.squared_norms, strict=True))
-        shares = dict(zip(entry.experts, entry.coefficients, strict=True))
-        row = {
-            "squared_norms": [norms.get(expert, 0.0) for expert in experts],
-            "coefficients": [shares.get(expert, 0.0) for expert in experts],
-        }
-        if found.setdefault(scope, row) != row:  # priors that vary within the scope
-            found[name] = {**row, "squared_norms": [0.0] * len(experts), "scope": scope}
-    return found
+def _deciding_options(config: MergeConfiguration, options: MergeOptions) -> list[str]:
+    """Return the options besides the seed that the bytes depend on, as the command takes them."""
+    defaults = MergeOptions()
+    words: list[str] = []
+    for name in _DECIDING:
+        value, option = getattr(options, name), name.replace("_", "-")
+        if value == getattr(defaults, name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", str(value)]
+    if any(model.lora for model in config.referenced_models()):
+        words += ["--lora-merge-cache", "lora-cache"]
+    if config.merge_method != "metagpt":  # MergeKit's sums depend on it in their last bits
+        words += ["--num-threads", str(torch.get_num_threads())]
+    return words
 
 
 def _input(model: ModelReference) -> dict[str, Any]:
@@ -110,7 +116,8 @@ def write_card(
 ) -> None:
     """Write MergeKit's model card, with a section on the coefficients if there are any."""
     ordered = _OrderedConfiguration.model_validate(config.model_dump())
-    card = ModelCard(generate_card(config=ordered, config_yaml=source, name=name))
+    text = generate_card(config=ordered, config_yaml=source, name=_escaped(name))
+    card = ModelCard(_with_names_escaped(text, ordered))
     data: Any = card.data
     if record["experts"]:
         data.tags = [*(data.tags or []), "metagpt"]
@@ -128,38 +135,74 @@ class _OrderedConfiguration(MergeConfiguration):
         return canonical(super().referenced_models())
 
 
+def _with_names_escaped(text: str, config: MergeConfiguration) -> str:
+    """Return MergeKit's card with the names of models as text, not as Markdown."""
+    models = iter(config.referenced_models())
+    prose, heading, rest = text.partition("\n### Configuration\n")
+    lines = []
+    for line in prose.split("\n"):
+        start, using, _ = line.partition(" merge method using ")
+        if using and config.base_model is not None:
+            line = f"{start}{using}{_model_md(config.base_model)} as a base."
+            models = (model for model in models if model != config.base_model)
+        elif line.startswith("* "):
+            line = f"* {_model_md(next(models))}"
+        lines.append(line)
+    return "\n".join(lines) + heading + rest
+
+
+def _model_md(model: ModelReference) -> str:
+    paths = [path.path for path in (model.model, model.lora) if path]
+    return " + ".join(
+        f"[{_escaped(path)}](https://huggingface.co/{path})" if _is_on_hub(path) else _escaped(path)
+        for path in paths
+    )
+
+
+def _is_on_hub(path: str) -> bool:
+    """Return whether a path is one of the hub, without asking it."""
+    return bool(_HUB_NAME.fullmatch(path)) and not os.path.exists(path)
+
+
+def _escaped(name: str) -> str:
+    """Return a name so that Markdown shows it as it is.
+
+    >>> print(_escaped("a|b_<i>"))
+    a\\|b\\_\\<i\\>
+    """
+    return re.sub(r"([\\`*_\[\]<>|&~$#])", r"\\\1", " ".join(name.split()))
+
+
 def _section(config: MergeConfiguration, record: dict[str, Any]) -> str:
-    rows = record["coefficients"]
-    shares = [row["coefficients"] for row in rows.values()]
-    granularity = " and ".join(record["granularity"])
+    models = {str(model): model for model in config.referenced_models()}
+    varies = any(expert["least"] != expert["largest"] for expert in record["experts"])
+    columns = ["mean coefficient", "least", "largest"] if varies else ["coefficient"]
+    columns = ["expert", "L2 norm of τ", *columns]
     lines = [
         "### Scaling coefficients",
         "",
         f"Chosen by the closed form of [MetaGPT](https://arxiv.org/abs/2406.11385) from the task "
-        f"vectors τ = θ - θ_0, at granularity `{granularity}`.",
+        f"vectors τ = θ - θ_0, at granularity `{' and '.join(record['granularity'])}`.",
         "",
-        "| expert | L2 norm of τ | coefficient |" if len(rows) == 1 else
-        "| expert | L2 norm of τ | mean coefficient | least | largest |",
-        "|---|---|---|" if len(rows) == 1 else "|---|---|---|---|---|",
-    ]  # fmt: skip
-    for t, expert in enumerate(record["experts"]):
-        own = [row[t] for row in shares]
-        figures = [math.fsum(own) / len(own)]
-        if len(rows) > 1:
-            figures += [min(own), max(own)]
-        model = modelref_md(ModelReference.model_validate(expert["model"]))
-        cells = [model, f"{expert['norm']:.6g}", *(f"{figure:.6g}" for figure in figures)]
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    for expert in record["experts"]:
+        keys = ["norm", "coefficient", *(["least", "largest"] if varies else [])]
+        cells = [_model_md(models[expert["model"]]), *(f"{expert[key]:.6g}" for key in keys)]
         lines.append(f"| {' | '.join(cells)} |")
     versions = record["versions"]
+    seed = [] if record["seed"] is None else ["--random-seed", str(record["seed"])]
+    words = ["mergekit-yaml", "mergekit_config.yml", "merged", *seed, *record["options"]]
     lines += [
         "",
-        "All of them, the norms, and a fingerprint of every input stand in `metagpt.json`. To "
-        "repeat the merge:",
+        "All of them, the norms, and a fingerprint of every input are recorded in "
+        "`metagpt.json`. To repeat the merge:",
         "",
         "```sh",
         f"pip install mergekit-metagpt=={versions['mergekit-metagpt']} "
         f"mergekit=={versions['mergekit']}",
-        f"mergekit-yaml mergekit_config.yml merged --random-seed {record['seed']}",
+        shlex.join(words),
         "```",
         "",
     ]

@@ -19,7 +19,8 @@ from mergekit_metagpt.measure.kept_surveys import Surveys
 from mergekit_metagpt.mergekit_private import shard_name
 from mergekit_metagpt.merging.whole import require_in_range
 from mergekit_metagpt.method.merge_method import register
-from mergekit_metagpt.method.session import SESSION, Entry
+from mergekit_metagpt.method.session import SESSION
+from mergekit_metagpt.summary import Entry
 
 UNFINISHED = "unfinished-"
 

@@ -24,12 +24,12 @@ from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskAr
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_metagpt.coefficients import scaling_coefficients
 from mergekit_metagpt.granularities import GRANULARITIES
 from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_groups
 from mergekit_metagpt.method.parameters import with_priors
 from mergekit_metagpt.method.random_streams import own_stream
-from mergekit_metagpt.method.session import SESSION, Entry, checkpoints_of
+from mergekit_metagpt.method.session import SESSION, checkpoints_of
+from mergekit_metagpt.summary import Entry
 from mergekit_metagpt.task_vectors import add_task_vectors, working_dtype
 
 _PAPER = "https://arxiv.org/abs/2406.11385"
@@ -105,9 +105,11 @@ class MetaGPTMerge(GroupMergeMethod):
         norms = GRANULARITIES[granularity].squared_norms(
             inputs, lambda: survey or SESSION.survey_of(inputs)
         )
-        priors = [parameters["weight"][expert] for expert in inputs.ids]
-        coefficients = scaling_coefficients(norms, priors, exponent)
-        SESSION.note([Entry(inputs.name, granularity, inputs.ids, norms, tuple(coefficients))])
+        priors = tuple(parameters["weight"][expert] for expert in inputs.ids)
+        size = inputs.base.numel()
+        entry = Entry(inputs.name, granularity, inputs.ids, norms, priors, exponent, size)
+        SESSION.note([entry])
+        coefficients = entry.coefficients
 
         if not any(coefficients):
             return inputs.base.clone()

@@ -7,41 +7,25 @@ call is therefore kept here, in :data:`SESSION`, one object for the process: the
 its merges share, the journals that are kept of them, and the options that a survey needs.
 """
 
+import logging
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_metagpt.coefficients import Norms
+from mergekit_metagpt.advice import share, warnings
 from mergekit_metagpt.measure.kept_surveys import KeptSurveys
 from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
+from mergekit_metagpt.summary import Entry, Summary
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
     from mergekit_metagpt.measure.checkpoints import Checkpoints
 
-
-@dataclass(frozen=True)
-class Entry:
-    """The coefficients that one tensor was merged with.
-
-    Attributes:
-        tensor: its name.
-        granularity: the scope of ``squared_norms``.
-        experts: T model ids, in canonical order.
-        squared_norms: ‖τ_t‖² over that scope, T floats.
-        coefficients: λ_t, T floats.
-    """
-
-    tensor: str | None
-    granularity: str
-    experts: tuple[Hashable, ...]
-    squared_norms: Norms
-    coefficients: Norms
+LOG = logging.getLogger(__name__)
 
 
 class Session:
@@ -54,6 +38,7 @@ class Session:
     def __init__(self) -> None:
         self.surveys = KeptSurveys()
         self._journals: list[list[Entry]] = []
+        self._logged: dict[Hashable, Entry] = {}
         self._loader_options: MergeOptions | None = None
         self._quiet = False
 
@@ -98,10 +83,35 @@ class Session:
             self._journals[:] = [kept for kept in self._journals if kept is not entries]
 
     def note(self, entries: Iterable[Entry]) -> None:
-        """Add entries, this process's or another's, to every journal that is kept now."""
+        """Add entries, this process's or another's, to every journal that is kept now.
+
+        Where none is kept, as under MergeKit's own commands, log them instead.
+        """
         entries = list(entries)
         for journal in self._journals:
             journal.extend(entries)
+        if not self._journals:
+            self._log(entries)
+
+    def _log(self, entries: Iterable[Entry]) -> None:
+        """Log what a merge uses, once: at granularity ``model`` its first tensor tells.
+
+        At the others MergeKit's last tensor would, but nothing says which one that is.
+        """
+        for entry in entries:
+            merge = (entry.experts, entry.squared_norms, entry.exponent)
+            if entry.granularity != "model" or not _are_models(entry.experts):
+                continue
+            if self._logged.setdefault(merge, entry) is not entry:
+                continue
+            shares = zip(entry.experts, entry.coefficients, strict=True)
+            LOG.info(
+                "Scaling coefficients of %s, and of all tensors with its weights: %s",
+                entry.tensor,
+                ", ".join(f"{model} {share(coefficient)}" for model, coefficient in shares),
+            )
+            for sentence in warnings(Summary([entry])):
+                LOG.warning("%s", sentence)
 
     def _note_options(self) -> None:
         """Keep the options of the thread that plans; those that merge know of none."""
@@ -133,16 +143,19 @@ SESSION = Session()
 
 def checkpoints_of(ids: Sequence[Hashable], base: Hashable) -> "Checkpoints | None":
     """Return the models that ids refer to, or None where they are names of tensors in memory."""
-    # Without the module there are no references, and importing it takes transformers along.
-    common = sys.modules.get("mergekit.common")
-    if common is None:
-        return None
     models: list[Any] = [base, *(id_ for id_ in ids if id_ != base)]
-    if not all(isinstance(model, common.ModelReference) for model in models):
+    if not _are_models(models):
         return None
     from mergekit_metagpt.measure.checkpoints import Checkpoints
 
     return Checkpoints.of(models[0], models[1:])
+
+
+def _are_models(ids: Iterable[Hashable]) -> bool:
+    """Return whether ids are references to models, not names of tensors in memory."""
+    # Without the module there are no references, and importing it takes transformers along.
+    common = sys.modules.get("mergekit.common")
+    return common is not None and all(isinstance(id_, common.ModelReference) for id_ in ids)
 
 
 def _is_quiet(command: click.Context) -> bool:

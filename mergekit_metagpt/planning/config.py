@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
+import click
 import yaml
 from mergekit.common import ModelReference
 from mergekit.config import (
@@ -62,13 +62,16 @@ class ConfigFile:
 
 
 def read_config(file: str) -> ConfigFile:
-    """Return the config that a file holds.
+    """Return the config that a file holds; ``-`` is standard input.
+
+    It may be a pipe, which can be read only once: what needs the config takes what is returned.
 
     Raises:
         BadInputError: if it cannot be read, or is no mapping.
     """
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        with click.open_file(file, encoding="utf-8") as stream:
+            text = stream.read()
         raw = yaml.safe_load(text)
     except FileNotFoundError:
         raise BadInputError(f"Merge config {file} does not exist; correct its path.") from None

@@ -4,7 +4,6 @@ MergeKit reads the config: its planner applies filters, gradients, slices and mo
 this module asks the same functions as the merge for the coefficients of what was planned.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,14 +12,14 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.coefficients import Norms, scaling_coefficients
 from mergekit_metagpt.granularities import GRANULARITIES
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
-from mergekit_metagpt.names import canonical, layer_of
+from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.config import Place, parameter_sets
 from mergekit_metagpt.planning.measurements import Measurements
 from mergekit_metagpt.planning.planner import Planner, TensorMerge
+from mergekit_metagpt.summary import Entry, Summary
 from mergekit_metagpt.workers import Mapper, in_this_process
 
 
@@ -29,22 +28,21 @@ class TensorForecast:
     """One output tensor and how it will be merged.
 
     Attributes:
-        name: its name in the output.
+        entry: its coefficients, and what they come from.
         inputs: the name of the tensor that each model contributes.
         place: the part of the config that it came from.
-        experts: the experts that contribute, in canonical order.
-        priors: w_t, in that order.
-        squared_norms: ‖τ_t‖² over the scope of the coefficients.
-        coefficients: λ_t.
+        scale: ``lambda``, which multiplies all coefficients.
     """
 
-    name: str
+    entry: Entry
     inputs: dict[ModelReference, str]
     place: Place
-    experts: tuple[ModelReference, ...]
-    priors: Norms
-    squared_norms: Norms
-    coefficients: Norms
+    scale: float
+
+    @property
+    def name(self) -> str:
+        """Its name in the output."""
+        return self.entry.tensor or ""
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,6 @@ class Forecast:
         survey: the whole models, with inner products.
         tensors: what will be merged, in the order of the architecture.
         buffers: tensors that are copied, since they hold no floating-point numbers.
-        granularity: the scope of the coefficients.
-        exponent: k in λ_t ∝ w_t ‖τ_t‖^k.
     """
 
     config: MergeConfiguration
@@ -70,42 +66,11 @@ class Forecast:
     survey: Survey
     tensors: list[TensorForecast]
     buffers: list[str]
-    granularity: str
-    exponent: float
 
     @cached_property
-    def coefficients(self) -> list[float]:
-        """T shares for the whole model: Theorem 10, with the config's exponent and priors."""
-        return scaling_coefficients(self.survey.model, self.priors, self.exponent)
-
-    @property
-    def priors(self) -> list[float]:
-        """T priors; where they vary, the mean over the tensors that an expert contributes to."""
-        found: dict[ModelReference, list[float]] = {expert: [] for expert in self.experts}
-        for tensor in self.tensors:
-            for expert, prior in zip(tensor.experts, tensor.priors, strict=True):
-                found[expert].append(prior)
-        return [math.fsum(values) / len(values) if values else 0.0 for values in found.values()]
-
-    @cached_property
-    def groups(self) -> dict[str, Norms]:
-        """The coefficients of each layer or tensor; of each tensor where a layer's vary."""
-        if self.granularity == "model" and len({t.coefficients for t in self.tensors}) <= 1:
-            return {}
-        by_layer: dict[str, set[Norms]] = {}
-        for tensor in self.tensors:
-            by_layer.setdefault(layer_of(tensor.name) or tensor.name, set()).add(self.row(tensor))
-        groups = {}
-        for tensor in self.tensors:
-            layer = layer_of(tensor.name) or tensor.name
-            shared = self.granularity != "tensor" and len(by_layer[layer]) == 1
-            groups[layer if shared else tensor.name] = self.row(tensor)
-        return groups
-
-    def row(self, tensor: TensorForecast) -> Norms:
-        """Return a tensor's coefficients for all T experts; 0 for one that does not hold it."""
-        known = dict(zip(tensor.experts, tensor.coefficients, strict=True))
-        return tuple(known.get(expert, 0.0) for expert in self.experts)
+    def summary(self) -> Summary:
+        """What the coefficients come to."""
+        return Summary(tensor.entry for tensor in self.tensors)
 
 
 def forecast(
@@ -139,7 +104,6 @@ def forecast(
     experts = tuple(canonical({model for merge in merges for model in merge.models} - {base}))
     measurements = Measurements(base, experts, config, options, progress, mapper)
     measurements.take(merges)
-    shared = merges[0].parameters
     return Forecast(
         config=config,
         method=method,
@@ -148,8 +112,6 @@ def forecast(
         survey=measurements.survey,
         tensors=[_foretell(m, measurements) for m in merges if m.name in measurements.tensors],
         buffers=[merge.name for merge in merges if merge.name not in measurements.tensors],
-        granularity=shared["granularity"],
-        exponent=shared["exponent"],
     )
 
 
@@ -186,11 +148,16 @@ def _foretell(merge: TensorMerge, measurements: Measurements) -> TensorForecast:
         measured, lambda: measurements.survey_of(experts)
     )
     return TensorForecast(
-        name=merge.name,
+        entry=Entry(
+            tensor=merge.name,
+            granularity=parameters["granularity"],
+            experts=experts,
+            squared_norms=norms,
+            priors=priors,
+            exponent=parameters["exponent"],
+            size=measured.size,
+        ),
         inputs=merge.inputs,
         place=merge.place,
-        experts=experts,
-        priors=priors,
-        squared_norms=norms,
-        coefficients=tuple(scaling_coefficients(norms, priors, parameters["exponent"])),
+        scale=parameters["lambda"],
     )

@@ -28,11 +28,13 @@ class Measured:
         name: its name.
         experts: those that contribute to it, T of them, in canonical order.
         squared_norms: ‖τ_t‖², T floats.
+        size: how many elements it has.
     """
 
     name: str
     experts: tuple[ModelReference, ...]
     squared_norms: Norms
+    size: int
 
 
 @dataclass
@@ -77,7 +79,8 @@ class Measurements:
             experts = tuple(canonical(set(merge.models) - {self.base}))
             norms = self.survey.squared_norms.get(merge.name)
             if norms and merge.reads_checkpoints_as_they_are and experts == self.experts:
-                self.tensors[merge.name] = Measured(merge.name, experts, norms)
+                size = self.survey.sizes[merge.name]
+                self.tensors[merge.name] = Measured(merge.name, experts, norms, size)
             else:
                 others.setdefault(merge.task.gather_tensors, []).append(merge)
         executor = Executor(list(others), math_device=torch.device(self.options.device or "cpu"))
@@ -97,4 +100,5 @@ class Measurements:
         )
         inputs = TensorInputs.of(group)
         experts: Any = inputs.ids
-        self.tensors[merge.name] = Measured(merge.name, experts, inputs.squared_norms)
+        size = inputs.base.numel()
+        self.tensors[merge.name] = Measured(merge.name, experts, inputs.squared_norms, size)

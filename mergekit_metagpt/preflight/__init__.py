@@ -33,17 +33,21 @@ class Preflight:
     Attributes:
         problems: what the merge would fail on, or silently do wrong; one sentence each.
         costs: what the merge will cost; None if there are problems.
+        outputs: what the merge will write; None if there are problems.
     """
 
     problems: list[str]
     costs: Costs | None = None
+    outputs: Outputs | None = None
 
 
-def inspect(file: str, out: str | None = None, options: MergeOptions | None = None) -> Preflight:
+def inspect(
+    config: ConfigFile | str, out: str | None = None, options: MergeOptions | None = None
+) -> Preflight:
     """Look for everything that a merge would fail on, without reading a tensor.
 
     Args:
-        file: the path of a merge config.
+        config: a merge config, or the path of its file.
         out: the directory that the merge will be written to, if that is to be checked.
         options: MergeKit's options.
 
@@ -51,14 +55,28 @@ def inspect(file: str, out: str | None = None, options: MergeOptions | None = No
         All problems, or what a merge that has none will cost.
     """
     register()
-    inspection = _Inspection(file, out, options or MergeOptions())
-    found = None
     try:
-        found = inspection.run()
+        written = read_config(config) if isinstance(config, str) else config
+    except BadInputError as error:
+        return Preflight(list(error.args))
+    inspection = _Inspection(written, out, options or MergeOptions())
+    try:
+        costs, outputs = inspection.run()
     except BadInputError as error:
         inspection.problems += error.args
     problems = list(dict.fromkeys(inspection.problems))
-    return Preflight(problems, None if problems else found)
+    return Preflight(problems) if problems else Preflight([], costs, outputs)
+
+
+def inspect_config(config: ConfigFile, options: MergeOptions | None = None) -> list[str]:
+    """Look at a merge config alone, and return all problems."""
+    register()
+    inspection = _Inspection(config, None, options or MergeOptions())
+    try:
+        inspection.look_at_config()
+    except BadInputError as error:
+        inspection.problems += error.args
+    return list(dict.fromkeys(inspection.problems))
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mergekit_metagpt.names import short_names
+from mergekit_metagpt.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,49 +72,54 @@ def draw_diagnosis(
     figure.savefig(path)
 
 
-def draw_coefficients(
-    path: Path,
-    names: Sequence[str],
-    coefficients: Sequence[float],
-    layers: Sequence[Sequence[float]],
-    cosines: Sequence[Sequence[float]],
-) -> None:
-    """Draw what a merge will do: each expert's share, its share by layer, and the cosines.
+def draw_coefficients(path: Path, summary: Summary, cosines: Sequence[Sequence[float]]) -> None:
+    """Draw what a merge will do: each expert's coefficient, those by layer, and the cosines.
 
     Args:
         path: where the picture is written; the suffix says the format.
-        names: T experts.
-        coefficients: their shares of the whole model.
-        layers: for each layer, first to last, T shares that sum to 1.
-        cosines: T x T cosines of their task vectors.
+        summary: the coefficients. Where they are the same everywhere, there is no panel for
+            the layers.
+        cosines: T x T cosines of the task vectors, in the order of ``summary.ids``.
     """
-    names = short_names(names, _LONGEST_NAME)
-    figure = _figure(4.2, 1 + len(names) / 12)
-    shares, by_layer, matrix = figure.subplots(1, 3, width_ratios=(1, 1.6, 1.4))
-    places = range(len(names))
-    colours = _share_colours(len(names))
-    shares.barh(places, coefficients, color=colours)
-    for t, coefficient in enumerate(coefficients):
-        shares.text(coefficient + 0.02, t, f"{coefficient:.3g}", va="center", fontsize=8)
-    shares.set_yticks(places, names, fontsize=8)
-    shares.invert_yaxis()
-    shares.set_xlim(0, 1.25)  # room for the numbers
-    shares.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    shares.set_title("Coefficients λ", fontsize=10)
-
-    under = [0.0] * len(layers)
-    for t, colour in enumerate(colours):
-        own = [row[t] for row in layers]
-        by_layer.bar(range(len(layers)), own, 1.0, under, color=colour, label=names[t])
-        under = [a + b for a, b in zip(under, own, strict=True)]
-    by_layer.set_xlabel("layer")
-    by_layer.set_ylim(0, 1)
-    by_layer.margins(x=0)
-    by_layer.set_title("Share by layer", fontsize=10)
-
+    names = short_names(summary.ids, _LONGEST_NAME)
+    widths = (1, 1.6, 1.4) if summary.varies and summary.layers else (1, 1.4)
+    figure = _figure(4.2 * sum(widths) / 4, 1 + len(names) / 12)
+    means, *by_layer, matrix = figure.subplots(1, len(widths), width_ratios=widths)
+    _draw_means(means, names, summary)
+    for ax in by_layer:
+        _draw_layers(ax, summary.layers)
     _draw_matrix(matrix, names, cosines)
     matrix.set_title("Cosines of the task vectors", fontsize=10)
     figure.savefig(path)
+
+
+def _draw_means(ax: "Axes", names: Sequence[str], summary: Summary) -> None:
+    """Draw a bar for each expert, and a line from its least to its largest coefficient."""
+    places = range(len(names))
+    means = [expert.mean for expert in summary.experts]
+    ax.barh(places, means, color=_share_colours(len(names)))
+    for t, expert in enumerate(summary.experts):
+        if summary.varies:
+            ax.plot((expert.least, expert.largest), (t, t), color="black", linewidth=1)
+        ax.text(expert.largest + 0.02, t, f"{expert.mean:.3g}", va="center", fontsize=8)
+    ax.set_yticks(places, names, fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.25)  # room for the numbers
+    ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    ax.set_title("Mean coefficient λ" if summary.varies else "Coefficients λ", fontsize=10)
+
+
+def _draw_layers(ax: "Axes", layers: Sequence[Sequence[float]]) -> None:
+    """Draw the coefficients of each layer, which sum to 1, on top of each other."""
+    under = [0.0] * len(layers)
+    for t, colour in enumerate(_share_colours(len(layers[0]))):
+        own = [row[t] for row in layers]
+        ax.bar(range(len(layers)), own, 1.0, under, color=colour)
+        under = [a + b for a, b in zip(under, own, strict=True)]
+    ax.set_xlabel("layer")
+    ax.set_ylim(0, 1)
+    ax.margins(x=0)
+    ax.set_title("λ by layer", fontsize=10)
 
 
 def _share_colours(count: int) -> list[tuple[float, ...]]:

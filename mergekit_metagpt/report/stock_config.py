@@ -43,7 +43,9 @@ def _set_weights(part: Part, forecast: Forecast) -> None:
     tensors = [tensor for tensor in forecast.tensors if _is_of(tensor, part)]
     for expert in entries.keys() & set(forecast.experts):
         weights = {
-            tensor.inputs[expert]: forecast.row(tensor)[forecast.experts.index(expert)]
+            tensor.inputs[expert]: dict(
+                zip(tensor.entry.experts, tensor.entry.coefficients, strict=True)
+            ).get(expert, 0.0)
             for tensor in tensors
             if expert in tensor.inputs
         }
@@ -105,15 +107,20 @@ def _set_dtypes(config: Any, forecast: Forecast) -> None:
 
 
 def _header(forecast: Forecast) -> str:
+    summary = forecast.summary
+    exponents = " and ".join(f"{k:g}" for k in sorted({e.exponent for e in summary.entries}))
     lines = [
         f"Written by mergekit-metagpt {__version__} (MetaGPT, https://arxiv.org/abs/2406.11385).",
-        f"merge_method: {forecast.method.spec.name}, granularity: {forecast.granularity}, "
-        f"exponent: {forecast.exponent:g}.",
+        f"merge_method: {forecast.method.spec.name}, "
+        f"granularity: {' and '.join(summary.granularities)}, exponent: {exponents}.",
         "Each weight is w_t ‖τ_t‖^k / Σ_j w_j ‖τ_j‖^k, from the task vectors τ_t = θ_t - θ_0.",
-        f"Base: {forecast.base}; over the whole model the L2 norms and coefficients are:",
+        f"Base: {forecast.base}; the L2 norms and coefficients are:",
     ]
-    rows = zip(forecast.experts, forecast.survey.model, forecast.coefficients, strict=True)
-    lines += [f"  {model}: norm {norm**0.5:.6g}, coefficient {c:.6g}" for model, norm, c in rows]
+    for expert in summary.experts:
+        spread = f" on average, {expert.least:.6g} to {expert.largest:.6g}" * summary.varies
+        lines.append(
+            f"  {expert.model}: norm {expert.norm:.6g}, coefficient {expert.mean:.6g}{spread}"
+        )
     if forecast.method.is_random:
         lines.append(
             "This method drops parameters at random: MergeKit draws other masks than "

@@ -1,4 +1,4 @@
-"""What a merge will do and why, for people and for programs."""
+"""What a merge will do or has done and why, for people and for programs."""
 
 import math
 from collections.abc import Sequence
@@ -9,12 +9,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mergekit_metagpt.coefficients import bound, scaling_coefficients
+from mergekit_metagpt.advice import share, warnings
+from mergekit_metagpt.coefficients import bound, bound_of_parts, scaling_coefficients
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.forecast import Forecast
+from mergekit_metagpt.summary import Summary
 
-# An expert with more than this share leaves next to nothing of the others.
-DOMINANT = 0.9
+# The choices of λ whose bounds are compared, by their keys in JSON.
+_BOUNDS = {
+    "merge": "this merge",
+    "metagpt": "MetaGPT",
+    "uniform": "plain average",
+    "0.3": "0.3 each",
+    "1.0": "1.0 each",
+}
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 32
@@ -23,28 +31,25 @@ _WIDTH = 32
 def as_json(forecast: Forecast) -> dict[str, Any]:
     """Return the measurements and coefficients of a merge as JSON types.
 
-    ``coefficient`` is an expert's share for the whole model; ``groups`` holds the
-    coefficients of each layer or tensor, in the order of ``experts``, where they are finer.
+    All but cosines and bounds is what ``metagpt.json`` will say of the merge, in the same
+    words.
     """
-    rows = zip(forecast.experts, forecast.survey.model, forecast.coefficients, strict=True)
     return {
-        "base": str(forecast.base),
         "method": forecast.method.spec.name,
-        "granularity": forecast.granularity,
-        "experts": [
-            {"model": str(m), "norm": norm**0.5, "squared_norm": norm, "coefficient": coefficient}
-            for m, norm, coefficient in rows
-        ],
+        "base": str(forecast.base),
+        **forecast.summary.as_json(),
         "cosines": forecast.survey.cosines,
         "bound": {k: v if math.isfinite(v) else None for k, v in bounds(forecast).items()},
-        "tensors": len(forecast.tensors),
-        "parameters": forecast.survey.parameters,
-        "groups": {name: list(row) for name, row in forecast.groups.items()},
     }
 
 
 def bounds(forecast: Forecast) -> dict[str, float]:
-    """Return the bound of Theorem 8 for usual choices of λ, relative to that of MetaGPT."""
+    """Return the bound of Theorem 8 for this merge and for usual choices of λ.
+
+    All are relative to the least of one set for the whole model, that of Theorem 10. This
+    merge has none if it is no sum of the surveyed task vectors: with a sparsified method, or
+    where slices move layers.
+    """
     products = forecast.survey.products or ()
     count = len(forecast.experts)
     choices = {
@@ -55,6 +60,9 @@ def bounds(forecast: Forecast) -> dict[str, float]:
     }
     values = {name: bound(products, coefficients) for name, coefficients in choices.items()}
     least = values["metagpt"]
+    parts = _parts(forecast)
+    if parts is not None:
+        values = {"merge": bound_of_parts(parts), **values}
     # With one expert, or equal ones, the merge can reach every expert: the least bound is 0.
     return {
         name: value / least if least else (math.inf if value else 1.0)
@@ -62,52 +70,65 @@ def bounds(forecast: Forecast) -> dict[str, float]:
     }
 
 
-def warnings(forecast: Forecast) -> list[str]:
+def _parts(forecast: Forecast) -> list[tuple[Sequence[Sequence[float]], list[float]]] | None:
+    """Return inner products and coefficients of each surveyed tensor, if all are merged as such."""
+    merged = {t.name: t for t in forecast.tensors if set(t.inputs.values()) == {t.name}}
+    grams = forecast.survey.grams or {}
+    if not forecast.method.is_plain or grams.keys() - merged.keys():
+        return None
+    return [
+        (gram, [merged[name].scale * c for c in forecast.summary.row(merged[name].entry)])
+        for name, gram in grams.items()
+    ]
+
+
+def forecast_warnings(forecast: Forecast) -> list[str]:
     """Return a sentence for each thing about the coefficients that should make one think."""
-    found = []
-    experts = zip(forecast.experts, forecast.survey.model, forecast.coefficients, strict=True)
-    for model, norm, share in experts:
-        if share > DOMINANT and len(forecast.experts) > 1:
-            found.append(
-                f"{model} holds {share:.1%} of the merge, since coefficients grow with the square "
-                "of the norm: the others hardly count. Give it a smaller weight (its prior), or "
-                "try exponent: 1."
-            )
-        if norm == 0:
-            found.append(f"{model} is equal to the base, and gets no share of the merge.")
-    for tensor in forecast.survey.left_out:
-        found.append(
-            f"{tensor} does not count towards the coefficients, since its vocabularies differ."
-        )
-    return found
+    return warnings(forecast.summary) + [
+        f"{tensor} does not count towards the coefficients, since its vocabularies differ."
+        for tensor in forecast.survey.left_out
+    ]
 
 
-def tables(forecast: Forecast) -> RenderableType:
+def forecast_tables(forecast: Forecast) -> RenderableType:
     """Return everything that ``mergekit-metagpt coefficients`` shows."""
     names = short_names(forecast.experts)
-    parts: list[RenderableType] = [
-        f"{forecast.method.spec.name}, granularity {forecast.granularity}, exponent "
-        f"{forecast.exponent:g}; base {forecast.base}",
-        "",
-        Text("Scaling coefficients", "bold"),
-        _coefficients(forecast, names),
+    summary = forecast.summary
+    exponents = sorted({entry.exponent for entry in summary.entries})
+    return Group(
+        Text(
+            f"{forecast.method.spec.name}, granularity {' and '.join(summary.granularities)}, "
+            f"exponent {' and '.join(f'{exponent:g}' for exponent in exponents)}; "
+            f"base {forecast.base}\n"
+        ),
+        coefficients_table(summary),
         Text("Cosines of the task vectors", "bold"),
         matrix(names, forecast.survey.cosines),
-        Text("The paper's bound on the average loss difference, relative to MetaGPT", "bold"),
-        _bounds(forecast),
-    ]
-    return Group(*parts)
+        Text(
+            "The paper's bound on the average loss difference, relative to MetaGPT's for the "
+            "whole model",
+            "bold",
+        ),
+        _bounds_table(forecast),
+    )
 
 
-def layer_shares(forecast: Forecast) -> list[list[float]]:
-    """Return for each layer, first to last, the T shares that its own norms would give."""
-    rows = sorted(forecast.survey.layers.items(), key=lambda item: _in_order(item[0]))
-    return [scaling_coefficients(norms, forecast.priors, forecast.exponent) for _, norms in rows]
-
-
-def _in_order(layer: str) -> tuple[str, int]:
-    stack, _, number = layer.rpartition(".")
-    return stack, int(number)
+def coefficients_table(summary: Summary) -> RenderableType:
+    """Return the coefficients that a merge uses, for each expert."""
+    table = Table(box=box.SIMPLE)
+    table.add_column("expert", overflow="fold")
+    table.add_column("‖τ‖", justify="right")
+    for column in ("mean λ", "least", "largest") if summary.varies else ("λ",):
+        table.add_column(column, justify="right")
+    if summary.varies and summary.layers:
+        table.add_column("λ by layer, first to last", no_wrap=True)
+    for t, (name, expert) in enumerate(zip(short_names(summary.ids), summary.experts, strict=True)):
+        cells = [name, f"{expert.norm:.4g}", share(expert.mean)]
+        if summary.varies:
+            cells += [share(expert.least), share(expert.largest)]
+            cells.append(bar([row[t] for row in summary.layers]))
+        table.add_row(*map(Text, cells[: len(table.columns)]))
+    return Group(Text("Scaling coefficients", "bold"), table)
 
 
 def matrix(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Table:
@@ -118,27 +139,8 @@ def matrix(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Table:
     for number in range(len(names)):
         table.add_column(str(number + 1), justify="right")
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
-        table.add_row(str(number + 1), name, *(f"{round(value, 2) + 0.0:.2f}" for value in row))
-    return table
-
-
-def _coefficients(forecast: Forecast, names: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE)
-    table.add_column("expert", overflow="fold")
-    table.add_column("‖τ‖", justify="right")
-    table.add_column("λ", justify="right")
-    table.add_column("share per layer, first to last", no_wrap=True)
-    shares = layer_shares(forecast)
-    rows = zip(names, forecast.survey.model, forecast.coefficients, strict=True)
-    for t, (name, norm, coefficient) in enumerate(rows):
-        table.add_row(
-            name,
-            f"{norm**0.5:.4g}",
-            f"{coefficient:.4f}"
-            if coefficient >= 1e-3 or not coefficient
-            else f"{coefficient:.1e}",
-            bar([row[t] for row in shares]),
-        )
+        cells = (f"{round(value, 2) + 0.0:.2f}" for value in row)
+        table.add_row(str(number + 1), Text(name), *cells)
     return table
 
 
@@ -156,9 +158,10 @@ def bar(shares: Sequence[float]) -> str:
     return "".join(_BARS[min(int(mean * len(_BARS)), len(_BARS) - 1)] for mean in means)
 
 
-def _bounds(forecast: Forecast) -> Table:
+def _bounds_table(forecast: Forecast) -> Table:
     table = Table(box=box.SIMPLE)
-    for name in ("MetaGPT", "plain average", "0.3 each", "1.0 each"):
-        table.add_column(name, justify="right")
-    table.add_row(*(f"{value:.3f}" for value in bounds(forecast).values()))
+    found = bounds(forecast)
+    for key in found:
+        table.add_column(_BOUNDS[key], justify="right")
+    table.add_row(*(f"{value:.3f}" for value in found.values()))
     return table

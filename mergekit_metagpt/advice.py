@@ -1,0 +1,91 @@
+"""What should make one think about the coefficients of a merge, and the way out."""
+
+from collections.abc import Iterator, Sequence
+
+from mergekit_metagpt.coefficients import scaling_coefficients
+from mergekit_metagpt.summary import Summary
+
+# An expert with more than this share leaves next to nothing of the others.
+DOMINANT = 0.9
+
+
+def warnings(summary: Summary) -> list[str]:
+    """Return a sentence for each thing; its figures follow from the norms, nothing is read."""
+    found = list(_dominant_experts(summary)) or list(_dominated_tensors(summary))
+    for expert in summary.experts:
+        if expert.squared_norm == 0:
+            found.append(f"{expert.model} is equal to the base, and gets no share of the merge.")
+    return found
+
+
+def share(coefficient: float) -> str:
+    """Write a coefficient for people.
+
+    >>> share(0.25), share(0.0), share(0.00001234)
+    ('0.2500', '0.0000', '1.2e-05')
+    """
+    return f"{coefficient:.1e}" if 0 < coefficient < 1e-3 else f"{coefficient:.4f}"
+
+
+def _dominant_experts(summary: Summary) -> Iterator[str]:
+    for expert in summary.experts:
+        if expert.mean > DOMINANT and len(summary.experts) > 1:
+            ways = ["give it a smaller weight (its prior)"]
+            if milder := _milder(summary):
+                means = _shares([other.mean for other in milder.experts])
+                ways.insert(0, f"set exponent: {_exponent(milder):g}, which gives {means}")
+            yield (
+                f"{expert.model} has {expert.mean:.1%} of the merge, so that the others hardly "
+                f"count; {', or '.join(ways)}."
+            )
+
+
+def _dominated_tensors(summary: Summary) -> Iterator[str]:
+    """Find experts that take over tensors in turn, so that no mean is large."""
+    part = _dominated_part(summary)
+    if part <= 0.5:
+        return
+    ways = []
+    if shared := _over_the_model(summary):
+        ways.append(f"set granularity: model, which gives {_shares(shared)}")
+    if milder := _milder(summary):
+        ways.append(
+            f"set exponent: {_exponent(milder):g}, which leaves {_dominated_part(milder):.0%}"
+        )
+    yield (
+        f"In tensors with {part:.0%} of the parameters one expert has "
+        f"more than {DOMINANT:.0%}: they keep next to nothing of the others; "
+        f"{', or '.join(ways) or 'give the experts other weights (their priors)'}."
+    )
+
+
+def _dominated_part(summary: Summary) -> float:
+    """Return the part of the parameters in tensors that one of several experts dominates."""
+    sizes = [
+        e.size for e in summary.entries if len(e.experts) > 1 and max(e.coefficients) > DOMINANT
+    ]
+    return sum(sizes) / summary.parameters if sizes else 0.0
+
+
+def _milder(summary: Summary) -> Summary | None:
+    """Return the merge with the next smaller exponent: 1, or 0 if it is 1 already."""
+    exponent = _exponent(summary)
+    return summary.with_exponent(1 if exponent > 1 else 0) if exponent else None
+
+
+def _exponent(summary: Summary) -> float:
+    return max(entry.exponent for entry in summary.entries)
+
+
+def _over_the_model(summary: Summary) -> list[float] | None:
+    """Return what one set of coefficients would be; None if it is one, or no set of priors is."""
+    kinds = {(entry.experts, entry.priors) for entry in summary.entries}
+    if "model" in summary.granularities or len(kinds) > 1:
+        return None
+    ((_, priors),) = kinds
+    norms = [expert.squared_norm for expert in summary.experts]
+    return scaling_coefficients(norms, priors, _exponent(summary))
+
+
+def _shares(coefficients: Sequence[float]) -> str:
+    return " / ".join(map(share, coefficients))

@@ -1,0 +1,200 @@
+"""What a merge uses: the coefficients of each tensor, and what they come to.
+
+The forecast of a merge and the journal of one that has run both end in a :class:`Summary`.
+Tables, figures, ``--json``, records, cards and warnings are made from it, and so agree.
+"""
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from mergekit_metagpt.coefficients import Norms, scaling_coefficients
+from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.names import canonical, layer_of
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one tensor is merged.
+
+    Attributes:
+        tensor: its name.
+        granularity: the scope of ``squared_norms``.
+        experts: T model ids, in canonical order.
+        squared_norms: ‖τ_t‖² over that scope, T floats.
+        priors: w_t, T floats.
+        exponent: k in λ_t ∝ w_t ‖τ_t‖^k.
+        size: how many elements the tensor has.
+    """
+
+    tensor: str | None
+    granularity: str
+    experts: tuple[Hashable, ...]
+    squared_norms: Norms
+    priors: Norms
+    exponent: float
+    size: int
+
+    @cached_property
+    def coefficients(self) -> Norms:
+        """λ_t, T floats."""
+        return tuple(scaling_coefficients(self.squared_norms, self.priors, self.exponent))
+
+    @property
+    def scope(self) -> str:
+        """The name of the scope that the norms were measured over."""
+        return GRANULARITIES[self.granularity].scope(self.tensor or "")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """What one expert has in a merge.
+
+    Attributes:
+        model: its id.
+        squared_norm: ‖τ‖² over all that was measured for the merge.
+        mean: its coefficient, averaged over the parameters of the merge.
+        least: its least coefficient in any tensor.
+        largest: its largest one.
+    """
+
+    model: Hashable
+    squared_norm: float
+    mean: float
+    least: float
+    largest: float
+
+    @property
+    def norm(self) -> float:
+        """‖τ‖."""
+        return math.sqrt(self.squared_norm)
+
+
+class Summary:
+    """What the coefficients of a whole merge come to.
+
+    Attributes:
+        entries: how each tensor is merged, ordered by name.
+        ids: all T experts, in canonical order.
+    """
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.entries = sorted(entries, key=lambda entry: entry.tensor or "")
+        self.ids = canonical({expert for entry in self.entries for expert in entry.experts})
+
+    def with_exponent(self, exponent: float) -> "Summary":
+        """Return what the merge would use with another exponent; nothing is measured again."""
+        return Summary(replace(entry, exponent=exponent) for entry in self.entries)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are merged."""
+        return sum(entry.size for entry in self.entries)
+
+    @cached_property
+    def granularities(self) -> list[str]:
+        """The scopes of the coefficients: one, unless slices differ."""
+        return sorted({entry.granularity for entry in self.entries})
+
+    @cached_property
+    def experts(self) -> list[Expert]:
+        """All T experts."""
+        columns = zip(*map(self.row, self.entries), strict=True)
+        norms, means = self._squared_norms(), self._means(self.entries)
+        return [
+            Expert(model, norm, mean, min(column), max(column))
+            for model, norm, mean, column in zip(self.ids, norms, means, columns, strict=True)
+        ]
+
+    @property
+    def varies(self) -> bool:
+        """Whether tensors have different coefficients."""
+        return any(expert.least != expert.largest for expert in self.experts)
+
+    @cached_property
+    def layers(self) -> list[list[float]]:
+        """For each layer, first to last, T coefficients, averaged over its parameters."""
+        members: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            if (layer := layer_of(entry.tensor)) is not None:
+                members.setdefault(layer, []).append(entry)
+        return [self._means(members[layer]) for layer in sorted(members, key=_in_order)]
+
+    @cached_property
+    def scopes(self) -> dict[str, list[Entry]]:
+        """The tensors of each scope, by its name: the model, a layer or a tensor.
+
+        Where coefficients vary within a scope, as priors can, its tensors are listed one by
+        one.
+        """
+        members: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            members.setdefault(entry.scope, []).append(entry)
+        found: dict[str, list[Entry]] = {}
+        for scope, entries in members.items():
+            if len({(entry.experts, entry.coefficients) for entry in entries}) == 1:
+                found[scope] = entries
+            else:
+                found |= {entry.tensor or "": [entry] for entry in entries}
+        return found
+
+    def row(self, entry: Entry) -> Norms:
+        """Return a tensor's coefficients for all T experts; 0 for one that does not hold it."""
+        known = dict(zip(entry.experts, entry.coefficients, strict=True))
+        return tuple(known.get(expert, 0.0) for expert in self.ids)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as JSON types; null is the norm of an expert that has no part."""
+        return {
+            "granularity": self.granularities,
+            "tensors": len(self.entries),
+            "parameters": self.parameters,
+            "experts": [
+                {
+                    "model": str(expert.model),
+                    "norm": expert.norm,
+                    "squared_norm": expert.squared_norm,
+                    "coefficient": expert.mean,
+                    "least": expert.least,
+                    "largest": expert.largest,
+                }
+                for expert in self.experts
+            ],
+            "coefficients": {
+                name: self._scope_as_json(entries) for name, entries in self.scopes.items()
+            },
+        }
+
+    def _scope_as_json(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        norms = dict(zip(entries[0].experts, entries[0].squared_norms, strict=True))
+        return {
+            "norms_of": entries[0].scope,
+            "parameters": sum(entry.size for entry in entries),
+            "squared_norms": [norms.get(expert) for expert in self.ids],
+            "coefficients": list(self.row(entries[0])),
+        }
+
+    def _squared_norms(self) -> list[float]:
+        """Return T squared norms; each scope is measured once, whatever its tensors."""
+        measured: dict[Hashable, dict[str, float]] = {expert: {} for expert in self.ids}
+        for entry in self.entries:
+            for expert, norm in zip(entry.experts, entry.squared_norms, strict=True):
+                measured[expert].setdefault(entry.scope, norm)
+        return [math.fsum(norms.values()) for norms in measured.values()]
+
+    def _means(self, entries: Sequence[Entry]) -> list[float]:
+        rows = {entry.tensor: self.row(entry) for entry in entries}
+        if len(set(rows.values())) == 1:
+            return list(next(iter(rows.values())))  # to the last bit
+        total = sum(entry.size for entry in entries)
+        return [
+            math.fsum(entry.size * rows[entry.tensor][t] for entry in entries) / total
+            for t in range(len(self.ids))
+        ]
+
+
+def _in_order(layer: str) -> tuple[str, int]:
+    stack, _, number = layer.rpartition(".")
+    return stack, int(number)
