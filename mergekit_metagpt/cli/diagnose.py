@@ -82,7 +82,6 @@ def _measure(
     config: "MergeConfiguration", prompts: Path | None, options: "MergeOptions"
 ) -> tuple[list["Linearity"], list[list[float]]]:
     """Return the outputs of T experts and the T x T cosines, experts in the same order."""
-    from mergekit.common import dtype_from_name
     from mergekit.io.tasks import LoaderCache
 
     from mergekit_metagpt.diagnosis.linearity import measure_linearity
@@ -100,7 +99,6 @@ def _measure(
     survey = survey_checkpoints(
         base,
         experts,
-        dtype=dtype_from_name(config.dtype),
         device=options.device or "cpu",
         progress=progress,
         products=True,
@@ -111,6 +109,7 @@ def _measure(
 
 def _models(config: "MergeConfiguration") -> tuple["ModelReference", list["ModelReference"]]:
     """Return the base and the experts of a config."""
+    from mergekit_metagpt.names import canonical
     from mergekit_metagpt.planning.config import parts
 
     named = {config.base_model, *(part.base for part in parts(config))}
@@ -121,7 +120,7 @@ def _models(config: "MergeConfiguration") -> tuple["ModelReference", list["Model
             f"{'several' if bases else 'none'}; set base_model."
         )
     base = next(iter(bases))
-    experts = [model for model in config.referenced_models() if model != base]
+    experts = canonical(set(config.referenced_models()) - {base})
     if not experts:
         raise ValueError("The merge config names no model beside the base; add the experts.")
     return base, experts

@@ -22,7 +22,7 @@ from mergekit.tokenizer import TokenizerInfo
 
 from mergekit_metagpt.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.measure.kept_surveys import Surveys
+from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.mergekit_private import (
     copy_tagalong_files,
     copy_tokenizer,
@@ -129,10 +129,9 @@ def _plan(config: MergeConfiguration, options: MergeOptions) -> tuple[Outputs, l
 
 def _take_surveys(
     outputs: Outputs, options: MergeOptions, mapper: RayMapper
-) -> dict[Checkpoints, Surveys]:
+) -> dict[Checkpoints, Survey]:
     """Measure on the cluster what the merge of any tensor will ask for."""
-    # One tensor stands for all that come from the same models in the same dtypes.
-    wanted: dict[tuple[Checkpoints, torch.dtype, frozenset[str]], str] = {}
+    wanted = set()
     for tensor in outputs.tensors:
         if not GRANULARITIES[tensor.merge.parameters["granularity"]].needs_survey:
             continue
@@ -140,13 +139,11 @@ def _take_surveys(
         experts = tuple(canonical(tensor.stored.keys() - {base}))
         if base in tensor.stored and experts and tensor.merged_dtype.is_floating_point:
             assert base is not None
-            stored = frozenset(header.dtype for header in tensor.stored.values())
-            checkpoints = Checkpoints(base, experts)
-            wanted.setdefault((checkpoints, tensor.merged_dtype, stored), tensor.name)
-    for (checkpoints, dtype, _), name in wanted.items():
+            wanted.add(Checkpoints(base, experts))
+    for checkpoints in wanted:
         device, progress = options.device or "cpu", not options.quiet
-        SESSION.surveys.survey_of(checkpoints, name, dtype, device, progress, mapper)
-    return SESSION.surveys.share(checkpoints for checkpoints, _, _ in wanted)
+        SESSION.surveys.survey_of(checkpoints, device, progress, mapper)
+    return SESSION.surveys.share(wanted)
 
 
 def _write_model_files(

@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 
 from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.measure.kept_surveys import Surveys
+from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.mergekit_private import shard_name
 from mergekit_metagpt.merging.whole import require_in_range
 from mergekit_metagpt.method.merge_method import register
@@ -61,7 +61,7 @@ class ShardMerge:
     out_dtype: str | None
     seed: int
     threads: int
-    surveys: dict[Checkpoints, Surveys]
+    surveys: dict[Checkpoints, Survey]
     tokenizer: Mapping[BuildTokenizer, TokenizerInfo]
 
     def write(self, shard: Shard) -> Written:
