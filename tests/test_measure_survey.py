@@ -18,6 +18,7 @@ from conftest import (
     save_family,
     slices_config,
 )
+from mergekit.io.tasks import LoadTensor
 from mergekit.merge_methods import get, merge_state_dicts
 from mergekit.merge_methods.base import TensorGroup
 from safetensors.torch import load_file, save_file
@@ -369,6 +370,25 @@ def test_one_merge_has_one_set_of_coefficients(granularity, dtype, tmp_path, mer
     assert len(passes) == 1
     if granularity == "model":
         assert used == {"model": {tuple(scaling_coefficients(survey(paths).model))}}
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_layers_beyond_the_base_have_the_same_coefficients(dtype, tmp_path, merge, passes):
+    paths = save_family(tmp_path, llama_config(), scales=(0.001, 0.002))
+    config = slices_config(paths, [[0, 3]], [[0, 3]], parameters={"granularity": "model"})
+    with SESSION.journal() as entries:
+        merge({**config, "dtype": dtype}, clone_tensors=True)
+    assert "model.layers.5.mlp.up_proj.weight" in {entry.tensor for entry in entries}
+    assert len({entry.coefficients for entry in entries}) == 1
+    assert len(passes) == 1
+
+
+def test_names_are_looked_up_in_the_index_not_in_mergekits_labels(family, monkeypatch):
+    """MergeKit orders tasks by a label, which could be the shard that a tensor is in."""
+    expected = survey(family)
+    monkeypatch.setattr(LoadTensor, "group_label", lambda self: "model-050pct")
+    assert survey(family) == expected
+    assert len(expected.squared_norms) == len(read(family["base"]))
 
 
 def test_layer_refuses_moved_layers_also_where_dtype_rounds_them(tmp_path, merge):
