@@ -30,6 +30,7 @@ from mergekit.common import parse_kmb
 from safetensors.torch import load_file, save_file
 
 from mergekit_metagpt.cli import main
+from mergekit_metagpt.planning.config import read_config
 from mergekit_metagpt.preflight import Costs, inspect
 
 Config = dict[str, Any]
@@ -677,3 +678,60 @@ except SystemExit as end:
         done = CliRunner().invoke(main, words)
         assert (done.exit_code, done.stderr) == (1, "Error: 'a bug'\n")
         assert isinstance(CliRunner().invoke(main, [*words, "--verbose"]).exception, KeyError)
+
+
+BOMB = "x0: &x0 [1]\n" + "".join(f"x{n}: &x{n} [{f'*x{n - 1}, ' * 9}]\n" for n in range(1, 12))
+# Merge keys are multiplied while the text is read, before there are any values.
+MERGE_BOMB = "x0: &x0 {a: 1}\n" + "".join(
+    f"x{n}: &x{n} {{<<: [{f'*x{n - 1}, ' * 9}]}}\n" for n in range(1, 12)
+)
+
+
+@pytest.mark.parametrize("bomb", [BOMB, MERGE_BOMB], ids=["lists", "merge keys"])
+def test_aliases_of_aliases_are_refused(bomb, tmp_path):
+    file = tmp_path / "merge.yml"
+    file.write_text(bomb)
+    found = inspect(str(file)).problems
+    assert found == [
+        f"Merge config {file} repeats values by aliases more than 1,000,000 times; write it with "
+        "fewer aliases."
+    ]
+
+
+def test_a_top_level_anchor_that_is_used_by_every_model_is_no_bomb(family, tmp_path):
+    shared = {"weight": [0.5] * 100}
+    config = merge_config(family, x=shared)
+    for model in config["models"]:
+        model["parameters"] = shared
+    file = write_yaml(tmp_path / "merge.yml", config)
+    assert "&id001" in file.read_text()
+    assert read_config(str(file)).parse().models[1].parameters == shared
+
+
+def test_a_config_without_an_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mergekit_metagpt.planning.config._LONGEST_TEXT", 1000)
+    assert inspect("/dev/zero").problems == [
+        "Merge config /dev/zero cannot be read (it does not end); name a YAML file."
+    ]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_pipe_in_place_of_a_weight_file_is_refused(name, own, tmp_path):
+    Path(own["a"], "model.safetensors").unlink()
+    os.mkfifo(Path(own["a"], name))
+    file = write_yaml(tmp_path / "merge.yml", merge_config(own))
+    (problem,) = inspect(str(file)).problems
+    assert str(Path(own["a"], name)) in problem
+    assert "it is a pipe or a device, and no file" in problem
+    assert "download it again" in problem
+
+
+def test_multi_gpu_without_a_gpu_is_refused(check, family, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    done = check(merge_config(family), "--multi-gpu")
+    assert done.exit_code == 1
+    assert done.stderr == (
+        "There is no GPU here, which --multi-gpu asks for; leave that option out.\n"
+    )
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert check(merge_config(family), "--multi-gpu").exit_code == 0

@@ -51,9 +51,10 @@ def require_sound(config: str, out: str | None, options: "MergeOptions") -> "Cos
 
 def _show(costs: "Costs") -> None:
     """Print what a merge will cost as a table, and the notes."""
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
+
+    from mergekit_metagpt.cli._output import console
 
     rows = [("Method", costs.method)]
     rows += [("Base", costs.base)] if costs.base else []
@@ -74,6 +75,6 @@ def _show(costs: "Costs") -> None:
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    console().print(table)
     for note in costs.notes:
         click.echo(note)

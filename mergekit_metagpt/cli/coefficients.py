@@ -49,8 +49,7 @@ def coefficients(
     """
     import json
 
-    from rich.console import Console
-
+    from mergekit_metagpt.cli._output import console
     from mergekit_metagpt.names import short_names
     from mergekit_metagpt.report import plots, tables
 
@@ -60,7 +59,7 @@ def coefficients(
     if as_json:
         click.echo(json.dumps(tables.as_json(forecast)))
     else:
-        Console().print(tables.tables(forecast))
+        console().print(tables.tables(forecast))
     for warning in tables.warnings(forecast):
         click.secho(f"Warning: {warning}", fg="yellow", err=True)
     if plot is not None:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 from rich import box
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mergekit_metagpt.cli._config import config_argument, wants_progress
 from mergekit_metagpt.cli._options import MergeCommand
+from mergekit_metagpt.cli._output import console
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -63,13 +64,12 @@ def diagnose(
     from mergekit_metagpt.planning.config import read_config
     from mergekit_metagpt.report.tables import matrix
 
-    console = Console()
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     linearities, cosines = _measure(read_config(config).parse(), prompts, merge_options)
     names = short_names(linearity.expert for linearity in linearities)
-    _show_linearity(console, names, linearities)
-    console.print("[bold]Orthogonality (Property 6): cosines of the task vectors[/]")
-    console.print(matrix(names, cosines))
+    _show_linearity(names, linearities)
+    console().print(Text("Orthogonality (Property 6): cosines of the task vectors", "bold"))
+    console().print(matrix(names, cosines))
     click.echo(_cosines_verdict(names, cosines))
     if plot is not None:
         from mergekit_metagpt.report.plots import draw_diagnosis
@@ -126,9 +126,7 @@ def _models(config: "MergeConfiguration") -> tuple["ModelReference", list["Model
     return base, experts
 
 
-def _show_linearity(
-    console: Console, names: Sequence[str], linearities: Sequence["Linearity"]
-) -> None:
+def _show_linearity(names: Sequence[str], linearities: Sequence["Linearity"]) -> None:
     table = Table(
         title="Linearity (Property 5)",
         box=box.SIMPLE,
@@ -140,7 +138,7 @@ def _show_linearity(
     for name, result in zip(names, linearities, strict=True):
         fit = [f"{result.r_squared:.4f}", f"{result.largest_deviation:.1%}"]
         table.add_row(name, *(fit if result.moves else ["", ""]), f"{result.movement:.2g}")
-    console.print(table)
+    console().print(table)
     for name, result in zip(names, linearities, strict=True):
         if result.held:
             click.echo(

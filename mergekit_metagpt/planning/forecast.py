@@ -85,7 +85,7 @@ class Forecast:
         for tensor in self.tensors:
             for expert, prior in zip(tensor.experts, tensor.priors, strict=True):
                 found[expert].append(prior)
-        return [math.fsum(values) / len(values) if values else 0.0 for values in found.values()]
+        return [_mean(values) for values in found.values()]
 
     @cached_property
     def groups(self) -> dict[str, Norms]:
@@ -151,6 +151,12 @@ def forecast(
         granularity=shared["granularity"],
         exponent=shared["exponent"],
     )
+
+
+def _mean(values: list[float]) -> float:
+    """Return the mean of numbers of at least 0, however large; 0 if there are none."""
+    largest = max(values, default=0.0)
+    return largest * (math.fsum(v / largest for v in values) / len(values)) if largest else 0.0
 
 
 def _method(config: MergeConfiguration) -> MetaGPTMerge:

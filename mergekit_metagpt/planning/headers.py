@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -148,6 +149,7 @@ def read_weights(directory: str, model: Any) -> Weights:
 def _read_shards(weights: Weights, index: str, model: Any) -> None:
     """Read the headers of all files in an index, and compare the two."""
     try:
+        _require_file(index)
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         shards: dict[str, set[str]] = {}
         for name, shard in weight_map.items():
@@ -192,6 +194,7 @@ def read_header(path: str, model: Any) -> dict[str, Header]:
     what = f"Weight file {path} of model {model}"
     again = "download it again"
     try:
+        _require_file(path)
         with open(path, "rb") as file:
             start = file.read(len(_LFS_POINTER))
     except FileNotFoundError:
@@ -214,6 +217,13 @@ def read_header(path: str, model: Any) -> dict[str, Header]:
             f"{what} is corrupt, or holds more than tensors ({reason(error)}); {again}, or save "
             "it as safetensors."
         ) from None
+
+
+def _require_file(path: str) -> None:
+    """Raise an OSError for a pipe or a device, which may never come to an end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError("it is a pipe or a device, and no file")
 
 
 def _safetensors(path: str) -> Iterator[tuple[str, Header]]:

@@ -72,6 +72,7 @@ class _Inspection:
     models: dict[ModelReference, ModelFiles] = field(default_factory=dict)
 
     def run(self) -> Costs | None:
+        self.problems += configs.no_accelerator(self.options)
         config = self._look_at_config(read_config(self.file))
         self._look_at_models(config)
         if self.out is not None:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod, ParameterScope, ParameterSpec
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
 from mergekit_metagpt.mergekit_private import chat_templates
@@ -16,6 +18,12 @@ from mergekit_metagpt.method.parameters import with_priors
 from mergekit_metagpt.planning.config import levels
 from mergekit_metagpt.planning.headers import FLOAT_NAMES
 from mergekit_metagpt.wording import instead, nearest
+
+
+def no_accelerator(options: MergeOptions) -> Iterator[str]:
+    """Find an executor for accelerators on a machine without one, where MergeKit crashes."""
+    if options.multi_gpu and not torch.accelerator.device_count():
+        yield "There is no GPU here, which --multi-gpu asks for; leave that option out."
 
 
 def unknown_keys(raw: dict[str, Any], file: str, method: MergeMethod | None) -> Iterator[str]:
