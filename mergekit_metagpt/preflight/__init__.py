@@ -19,6 +19,7 @@ from mergekit_metagpt.planning.models import ModelFiles, find_model_files
 from mergekit_metagpt.planning.outputs import Outputs, PlannerError, output_rows, plan_outputs
 from mergekit_metagpt.preflight import configs, structure, tensors
 from mergekit_metagpt.preflight.costs import Costs, costs
+from mergekit_metagpt.preflight.lost import lost
 from mergekit_metagpt.preflight.output import bad_output, no_room
 from mergekit_metagpt.preflight.vocabularies import different_tokenizers
 from mergekit_metagpt.wording import BadInputError, instead, nearest
@@ -137,7 +138,7 @@ class _Inspection:
         self.problems += tensors.missing(outputs, base, self.models)
         self.problems += tensors.different_shapes(outputs, base, file)
         self.problems += tensors.quantized(outputs)
-        self.problems += tensors.lost(outputs, base, self.models)
+        self.problems += lost(outputs, base, self.models)
         self.problems += tensors.bad_values(outputs, file)
         self.problems += different_tokenizers(outputs, base, self.options, file)
         rows = output_rows(outputs, config.tokenizer, file)

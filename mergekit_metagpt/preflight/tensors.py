@@ -18,9 +18,6 @@ TOKENIZER_WAY = (
     "`tokenizer: {{source: union}}` to keep all"
 )
 
-# Buffers that older versions of transformers wrote, and newer ones compute.
-_COMPUTED = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", "position_ids")
-
 
 def missing(
     outputs: Outputs, base: ModelReference | None, models: Mapping[ModelReference, ModelFiles]
@@ -118,43 +115,6 @@ def quantized(outputs: Outputs) -> Iterator[str]:
             f"Model {model} stores {counted(names)} as {dtype}, and quantized or integer weights "
             "cannot be merged; use the float checkpoint that it was made from."
         )
-
-
-def lost(
-    outputs: Outputs, base: ModelReference | None, models: Mapping[ModelReference, ModelFiles]
-) -> Iterator[str]:
-    """Find weights of an expert that the merge would silently drop.
-
-    A tensor that the base holds too is MergeKit's to know or to leave out. One that only the
-    expert holds came from its training, such as a head that was added; unless it is a buffer
-    that its version of transformers used to write.
-    """
-    if base is None:
-        return
-    held = models[base].weights.tensors
-    converted = {
-        model for t in outputs.tensors for model, header in t.stored.items() if not header.file
-    }
-    for model, files in models.items():
-        if model == base or model in converted or files.config is None:
-            continue
-        known = {
-            name
-            for weight in outputs.architecture.all_weights(files.config)
-            for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
-        }
-        extra = [
-            name
-            for name, header in files.weights.tensors.items()
-            if name not in held and name not in known
-            if header.dtype in FLOATS and not name.endswith(_COMPUTED)
-        ]
-        if extra:
-            yield (
-                f"Model {model} holds {counted(sorted(extra))}, which the base {base} has no "
-                "counterpart of and the merge would drop; merge a checkpoint without it, or "
-                "choose the base that this model was fine-tuned from."
-            )
 
 
 def bad_values(outputs: Outputs, file: str) -> Iterator[str]:
