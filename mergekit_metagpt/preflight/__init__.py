@@ -77,6 +77,9 @@ class _Inspection:
         self._look_at_models(config)
         if self.out is not None:
             self.problems += bad_output(self.out, self.models)
+        if bad_layers := list(structure.bad_layers(config, self.file, self.models)):
+            self.problems += bad_layers
+            return None
         outputs = self._plan(config)
         return self._look_at_tensors(outputs, config) if outputs else None
 
@@ -136,6 +139,8 @@ class _Inspection:
     def _look_at_tensors(self, outputs: Outputs, config: MergeConfiguration) -> Costs:
         base, file = config.base_model, self.file
         self.problems += tensors.missing(outputs, base, self.models)
+        self.problems += tensors.missing_heads(outputs, self.models)
+        self.problems += tensors.left_out(outputs, file)
         self.problems += tensors.different_shapes(outputs, base, file)
         self.problems += tensors.quantized(outputs)
         self.problems += lost(outputs, base, self.models)

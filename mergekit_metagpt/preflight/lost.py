@@ -129,13 +129,8 @@ def _without_ties(
         for load in tensor.merge.loads.values()
         for other in load.tied_names or ()
     }
-    if _is_tied(files):
+    if files.is_tied:
         ties = tied_names(files.architecture)
         same |= {name for name in names for one, other in ties if one == name and other in read}
         same |= {name for name in names for one, other in ties if other == name and one in read}
     return [name for name in names if name not in same]
-
-
-def _is_tied(files: ModelFiles) -> bool:
-    configs = [files.config, files.config.get_text_config()] if files.config else []
-    return any(getattr(config, "tie_word_embeddings", False) for config in configs)

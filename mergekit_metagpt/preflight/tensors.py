@@ -1,5 +1,6 @@
 """What can be wrong with the tensors of models that are to be merged with each other."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from mergekit import merge_methods
@@ -58,6 +59,46 @@ def _fails_without(tensor: OutputTensor, model: ModelReference) -> bool:
     except ValueError:
         return True
     return False
+
+
+def missing_heads(outputs: Outputs, models: Mapping[ModelReference, ModelFiles]) -> Iterator[str]:
+    """Find models without a head, where MergeKit would silently take the embeddings for it.
+
+    They are the head if the model's config ties the two, but not if it says that it does not.
+    """
+    read = Counter(
+        (model, name)
+        for tensor in outputs.tensors
+        for model, names in tensor.read.items()
+        for name in names
+    )
+    for tensor in outputs.tensors:
+        for model, (name, *_) in tensor.read.items():
+            load = tensor.merge.loads[model]
+            is_shared = name in (load.tied_names or ()) and read[model, name] > 1
+            # Embeddings of an encoder and a decoder are one in any case.
+            if is_shared and "embed" not in load.tensor and models[model].is_tied is False:
+                yield (
+                    f"Model {model} lacks tensor {load.tensor}, and MergeKit would take {name} for "
+                    "it, but its config.json says that they differ (tie_word_embeddings: false); "
+                    "complete the model, or correct its config.json."
+                )
+
+
+def left_out(outputs: Outputs, file: str) -> Iterator[str]:
+    """Find models that MergeKit would silently leave out of the tensors after the last layer.
+
+    It takes as many models for them as the first slice has, from the last slice.
+    """
+    for tensor in outputs.tensors:
+        forgotten = [model for model in tensor.merge.models if model not in tensor.merge.loads]
+        if forgotten:
+            yield (
+                f"{file} lists more models in the last slice than in the first, and MergeKit "
+                f"would leave model {forgotten[0]} out of tensor {tensor.name}; list as many "
+                "models in the first slice."
+            )
+            return
 
 
 def granularity_of(tensor: OutputTensor) -> Granularity | None:
