@@ -35,6 +35,7 @@ from mergekit_metagpt.preflight import Costs, inspect
 
 Config = dict[str, Any]
 NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
 
 
 @pytest.fixture
@@ -342,6 +343,10 @@ def move_norm(weight_map: dict[str, str]) -> None:
     weight_map[NORM] = next(file for file in weight_map.values() if file != weight_map[NORM])
 
 
+def point_outside(to: str) -> Callable[[str], None]:
+    return edit_index(lambda weight_map: weight_map.update({NORM: to}))
+
+
 def lose_index(model: str) -> None:
     reshard(model)
     Path(model, "model.safetensors.index.json").unlink()
@@ -390,6 +395,14 @@ MODELS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "has a broken index": (break_index, ("model.safetensors.index.json", "is corrupt")),
     "has a stale index": (edit_index(move_norm), (NORM, "stale", "does not hold it")),
     "has an index with a gap": (edit_index(lambda i: i.pop(NORM)), (NORM, "does not name")),
+    "has an index that leads out": (
+        point_outside("../a/model.safetensors"),
+        ("names ../a/model.safetensors", "outside of the model", "download it again"),
+    ),
+    "has an index that leads far out": (
+        point_outside("/etc/passwd"),
+        ("names /etc/passwd", "outside of the model", "download it again"),
+    ),
     "is a broken pickle": (pickle_of(b"PK\x03\x04"), ("pytorch_model.bin", "corrupt")),
     "is a foreign pickle": (
         pickle_of(b"cos\nsystem\n(S'true'\ntR."),
@@ -483,7 +496,16 @@ def test_a_tokenizer_setting_needs_a_tokenizer(own, problems):
         ),
         (
             lambda c: [s.update(layer_range=[2, 9]) for s in c["slices"][0]["sources"]],
-            ("lacks tensor model.layers.3.", "layer_range"),
+            ("the layer_range [2, 9]", "at slices[0], which has 3 layers", "end it at 3"),
+        ),
+        *(
+            (
+                lambda c, given=given: [
+                    s.update(layer_range=given) for s in c["slices"][0]["sources"]
+                ],
+                (f"the layer_range {given}", "holds no layer", "such as [0, 3]"),
+            )
+            for given in ([3, 0], [1, 1], [-1, 2])
         ),
         (
             lambda c: (
@@ -499,6 +521,25 @@ def test_slices_are_checked(change, parts, family, problems):
     change(config)
     for part in parts:
         assert part in problems(config)[0]
+
+
+def test_a_last_slice_with_more_models_than_the_first_is_found(family, problems, plan, tmp_path):
+    config = slices_config(family, [[0, 1]], [[1, 3]])
+    last = config["slices"][0]["sources"].pop()
+    the_only(problems(config), "leave model", last["model"], f"out of tensor {HEAD}", "first slice")
+    fewer = slices_config(family, [[0, 1]], [[1, 3]])
+    fewer["slices"][1]["sources"].pop()
+    assert plan(fewer).tensors == 30
+
+
+@pytest.mark.parametrize("of", ["base", "a"])
+def test_a_head_is_not_replaced_by_embeddings_that_are_another_tensor(of, own, problems, plan):
+    rewrite(own[of], **{HEAD: None})
+    found = problems(merge_config(own))
+    the_only(found, f"Model {own[of]} lacks tensor {HEAD}", "model.embed_tokens.weight")
+    file = Path(own[of], "config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    assert plan(merge_config(own)).tensors == 30
 
 
 def test_an_unknown_module_is_named(family, problems):

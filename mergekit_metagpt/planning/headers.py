@@ -159,6 +159,12 @@ def _read_shards(weights: Weights, index: str, model: Any) -> None:
             f"Index {index} of model {model} is corrupt ({reason(error)}); download it again."
         )
         return
+    if outside := sorted(filter(_leads_out, weight_map.values())):
+        weights.problems.append(
+            f"Index {index} of model {model} names {outside[0]}, a file outside of the model; "
+            "download it again from someone you trust."
+        )
+        return
     for shard, named in sorted(shards.items()):
         try:
             held = read_header(shard, model)
@@ -167,6 +173,12 @@ def _read_shards(weights: Weights, index: str, model: Any) -> None:
             continue
         weights.tensors |= {name: held[name] for name in named & held.keys()}
         weights.problems += _differences(index, shard, sorted(named), sorted(held), model)
+
+
+def _leads_out(shard: str) -> bool:
+    """Whether the path of a shard leads out of the model's directory."""
+    path = Path(os.path.normpath(shard))
+    return path.is_absolute() or ".." in path.parts
 
 
 def _differences(

@@ -57,6 +57,21 @@ class ModelFiles:
         """What MergeKit knows of that class; None if it has to guess."""
         return arch_info_for_config(self.config) if self.config else None
 
+    @property
+    def is_tied(self) -> bool | None:
+        """Whether the config says that the head is the embeddings; None if it says nothing."""
+        configs = [self.config, self.config.get_text_config()] if self.config else []
+        said = {getattr(config, "tie_word_embeddings", None) for config in configs} - {None}
+        return any(said) if said else None
+
+    def layers(self, module: str) -> int | None:
+        """Return how many layers a module has, empty for the only one; None if that is unknown."""
+        if not self.config or not self.description:
+            return None
+        modules = self.description.modules
+        found = modules.get(module or next(iter(modules)))
+        return found.architecture.num_layers(self.config) if found else None
+
 
 def find_model_files(model: ModelReference, options: MergeOptions) -> ModelFiles:
     """Look at a model; what is wrong with it becomes its problems."""

@@ -19,6 +19,7 @@ from mergekit_metagpt.planning.models import ModelFiles, find_model_files
 from mergekit_metagpt.planning.outputs import Outputs, PlannerError, output_rows, plan_outputs
 from mergekit_metagpt.preflight import configs, structure, tensors
 from mergekit_metagpt.preflight.costs import Costs, costs
+from mergekit_metagpt.preflight.lost import lost
 from mergekit_metagpt.preflight.output import bad_output, no_room
 from mergekit_metagpt.preflight.vocabularies import different_tokenizers
 from mergekit_metagpt.wording import BadInputError, instead, nearest
@@ -77,6 +78,9 @@ class _Inspection:
         self._look_at_models(config)
         if self.out is not None:
             self.problems += bad_output(self.out, self.models)
+        if bad_layers := list(structure.bad_layers(config, self.file, self.models)):
+            self.problems += bad_layers
+            return None
         outputs = self._plan(config)
         return self._look_at_tensors(outputs, config) if outputs else None
 
@@ -136,9 +140,11 @@ class _Inspection:
     def _look_at_tensors(self, outputs: Outputs, config: MergeConfiguration) -> Costs:
         base, file = config.base_model, self.file
         self.problems += tensors.missing(outputs, base, self.models)
+        self.problems += tensors.missing_heads(outputs, self.models)
+        self.problems += tensors.left_out(outputs, file)
         self.problems += tensors.different_shapes(outputs, base, file)
         self.problems += tensors.quantized(outputs)
-        self.problems += tensors.lost(outputs, base, self.models)
+        self.problems += lost(outputs, base, self.models)
         self.problems += tensors.bad_values(outputs, file)
         self.problems += different_tokenizers(outputs, base, self.options, file)
         rows = output_rows(outputs, config.tokenizer, file)
