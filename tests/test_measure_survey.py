@@ -97,6 +97,11 @@ def test_cosines_are_those_of_the_whole_task_vectors(family):
     ]
     assert found.squared_norms == survey(family).squared_norms
     assert found.parameters == sum(tensor.numel() for tensor in base.values())
+    for name, gram in found.grams.items():  # of each tensor alone; their sum is the model's
+        assert [row[t] for t, row in enumerate(gram)] == pytest.approx(
+            found.squared_norms[name], rel=1e-6
+        )
+        assert found.sizes[name] == base[name].numel()
     with pytest.raises(ValueError, match="holds no inner products"):
         _ = survey(family).cosines
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.coefficients import Norms
-from mergekit_metagpt.measure.survey import Survey, TensorInputs, sum_matrices
+from mergekit_metagpt.measure.survey import Survey, TensorInputs
 from mergekit_metagpt.measure.vocabularies import (
     DifferentVocabularyError,
     compare_vocabularies,
@@ -177,9 +177,9 @@ class Checkpoints:
             tied=tied,
             dtypes={name: tensor.dtype for name, tensor in measured.items()},
             left_out=tuple(left_out),
-            parameters=sum(tensor.size for tensor in measured.values()),
-            products=sum_matrices([t.products for t in measured.values()]) if products else None,
-            models=self,
+            sizes={name: tensor.size for name, tensor in measured.items()},
+            grams={name: t.products for name, t in measured.items()} if products else None,
+            source=self,
         )
 
     def _twin(

@@ -119,9 +119,9 @@ class Survey:
         tied: for each of the others the name of that one.
         dtypes: for each tensor name the dtype that base and experts promote to as stored.
         left_out: vocabulary tensors that could not be compared.
-        parameters: how many elements were measured.
-        products: the T x T inner products ⟨τ_i, τ_j⟩ over the whole model, if asked for.
-        models: what was measured, unless that was in memory.
+        sizes: for each tensor name how many elements it has.
+        grams: for each tensor name the T x T inner products ⟨τ_i, τ_j⟩, if asked for.
+        source: what was measured, unless that was in memory.
     """
 
     experts: tuple[Hashable, ...]
@@ -129,9 +129,19 @@ class Survey:
     tied: Mapping[str, str] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
-    parameters: int = 0
-    products: tuple[Norms, ...] | None = None
-    models: "StoredModels | None" = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    grams: Mapping[str, Sequence[Sequence[float]]] | None = None
+    source: "StoredModels | None" = None
+
+    @property
+    def parameters(self) -> int:
+        """How many elements were measured."""
+        return sum(self.sizes.values())
+
+    @cached_property
+    def products(self) -> tuple[Norms, ...] | None:
+        """The T x T inner products ⟨τ_i, τ_j⟩ over the whole model, if asked for."""
+        return None if self.grams is None else sum_matrices(list(self.grams.values()))
 
     def counted_as(self, tensor: str | None) -> str | None:
         """Return the name that a tensor's norms are listed under; None for an unknown one."""
@@ -148,16 +158,17 @@ class Survey:
 
     def stored_base(self, tensor: str) -> Tensor | None:
         """Return the base's tensor as it is stored; None if the survey was of tensors in memory."""
-        return None if self.models is None else self.models.load_base(tensor)
+        return None if self.source is None else self.source.load_base(tensor)
 
     def in_order_of(self, experts: Sequence[Hashable]) -> "Survey":
         """Return the same survey with the experts in another order."""
         places = [self.experts.index(expert) for expert in experts]
-        products = self.products and tuple(
-            tuple(self.products[i][j] for j in places) for i in places
-        )
         norms = {n: tuple(row[i] for i in places) for n, row in self.squared_norms.items()}
-        return replace(self, experts=tuple(experts), squared_norms=norms, products=products)
+        grams = self.grams and {
+            name: [[gram[i][j] for j in places] for i in places]
+            for name, gram in self.grams.items()
+        }
+        return replace(self, experts=tuple(experts), squared_norms=norms, grams=grams)
 
     @cached_property
     def model(self) -> Norms:
