@@ -1,7 +1,13 @@
 """``mergekit-metagpt merge``: check, merge, record; the output appears whole or not at all."""
 
+import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
@@ -40,6 +46,9 @@ def merge(
     from mergekit_metagpt.merging.whole import merge_here, merge_whole
     from mergekit_metagpt.planning.config import read_config
 
+    if merge_options.random_seed is None:
+        seed = secrets.randbits(32)  # as large as numpy takes it
+        merge_options = merge_options.model_copy(update={"random_seed": seed})
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     require_sound(config, str(out), merge_options)
     merge_options = merge_options.model_copy(update={"quiet": not wants_progress(merge_options)})
@@ -50,4 +59,34 @@ def merge(
 
         merger = partial(merge_on_cluster, mapper=ray_mapper(ray, merge_options))
     written = read_config(config)
-    merge_whole(written.parse(), written.text, out, merge_options, merger)
+    with _stopped_once():
+        merge_whole(written.parse(), written.text, out, merge_options, merger)
+
+
+@contextmanager
+def _stopped_once() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a merge as Ctrl-C does; further ones do not keep it from tidying.
+
+    What a parent has turned off, such as ``nohup`` the SIGHUP, stays so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where signals are not handled
+        return
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    before = {number: signal.getsignal(number) for number in numbers if number is not None}
+    before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        raise click.ClickException(f"Merging was {str(stopped) or 'stopped'}.") from stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

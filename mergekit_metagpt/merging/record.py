@@ -109,7 +109,7 @@ def write_card(
     path: Path, name: str, config: MergeConfiguration, source: str, record: dict[str, Any]
 ) -> None:
     """Write MergeKit's model card, with a section on the coefficients if there are any."""
-    ordered = _OrderedConfiguration.model_validate(config.model_dump())
+    ordered = _OrderedConfiguration.model_validate(dict(config))
     card = ModelCard(generate_card(config=ordered, config_yaml=source, name=name))
     data: Any = card.data
     if record["experts"]:
@@ -142,12 +142,14 @@ def _section(config: MergeConfiguration, record: dict[str, Any]) -> str:
         "| expert | L2 norm of τ | mean coefficient | least | largest |",
         "|---|---|---|" if len(rows) == 1 else "|---|---|---|---|---|",
     ]  # fmt: skip
+    # Not parsed from strings: a path may hold the + and @ of references.
+    references = {str(model): model for model in config.referenced_models()}
     for t, expert in enumerate(record["experts"]):
         own = [row[t] for row in shares]
         figures = [math.fsum(own) / len(own)]
         if len(rows) > 1:
             figures += [min(own), max(own)]
-        model = modelref_md(ModelReference.model_validate(expert["model"]))
+        model = modelref_md(references[expert["model"]])
         cells = [model, f"{expert['norm']:.6g}", *(f"{figure:.6g}" for figure in figures)]
         lines.append(f"| {' | '.join(cells)} |")
     versions = record["versions"]

@@ -17,7 +17,7 @@ from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.mergekit_private import shard_name
-from mergekit_metagpt.merging.whole import require_in_range
+from mergekit_metagpt.merging.ranges import require_in_range
 from mergekit_metagpt.method.merge_method import register
 from mergekit_metagpt.method.session import SESSION, Entry
 
@@ -49,7 +49,7 @@ class ShardMerge:
     Attributes:
         directory: where the output is gathered.
         options: MergeKit's.
-        out_dtype: the config's.
+        out_dtype: the config's, if numbers can be too large for it; else None.
         seed: of the random numbers.
         threads: of PyTorch.
         surveys: the squared norms that coefficients come from.
