@@ -21,7 +21,7 @@ from conftest import (
 from huggingface_hub import ModelCard
 
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.merging.record import fingerprint
+from mergekit_metagpt.planning.fingerprints import fingerprint
 
 QUIET = ("--quiet", "--no-copy-tokenizer")
 

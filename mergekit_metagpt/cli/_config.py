@@ -51,11 +51,14 @@ def forecast_config(
         granularity: used in place of the config's.
     """
     from mergekit_metagpt.planning.config import read_config
+    from mergekit_metagpt.planning.fingerprints import with_fresh_lora_cache
     from mergekit_metagpt.planning.forecast import forecast
     from mergekit_metagpt.workers import in_this_process
 
+    parsed = read_config(config).parse()
+    options = with_fresh_lora_cache(options, parsed)
     return forecast(
-        read_config(config).parse(),
+        parsed,
         options,
         granularity=granularity,
         progress=wants_progress(options),

@@ -62,10 +62,13 @@ def diagnose(
         require_plotting(plot)
     from mergekit_metagpt.names import short_names
     from mergekit_metagpt.planning.config import read_config
+    from mergekit_metagpt.planning.fingerprints import with_fresh_lora_cache
     from mergekit_metagpt.report.tables import matrix
 
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
-    linearities, cosines = _measure(read_config(config).parse(), prompts, merge_options)
+    parsed = read_config(config).parse()
+    merge_options = with_fresh_lora_cache(merge_options, parsed)
+    linearities, cosines = _measure(parsed, prompts, merge_options)
     names = short_names(linearity.expert for linearity in linearities)
     _show_linearity(names, linearities)
     console().print(Text("Orthogonality (Property 6): cosines of the task vectors", "bold"))

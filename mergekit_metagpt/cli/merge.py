@@ -45,12 +45,16 @@ def merge(
     """
     from mergekit_metagpt.merging.whole import merge_here, merge_whole
     from mergekit_metagpt.planning.config import read_config
+    from mergekit_metagpt.planning.fingerprints import with_fresh_lora_cache
 
     if merge_options.random_seed is None:
         seed = secrets.randbits(32)  # as large as numpy takes it
         merge_options = merge_options.model_copy(update={"random_seed": seed})
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     require_sound(config, str(out), merge_options)
+    written = read_config(config)
+    parsed = written.parse()
+    merge_options = with_fresh_lora_cache(merge_options, parsed)
     merge_options = merge_options.model_copy(update={"quiet": not wants_progress(merge_options)})
     context.params["merge_options"] = merge_options  # a survey asks there whether it is quiet
     merger: Merger = merge_here
@@ -58,9 +62,8 @@ def merge(
         from mergekit_metagpt.merging.cluster import merge_on_cluster
 
         merger = partial(merge_on_cluster, mapper=ray_mapper(ray, merge_options))
-    written = read_config(config)
     with _stopped_once():
-        merge_whole(written.parse(), written.text, out, merge_options, merger)
+        merge_whole(parsed, written.text, out, merge_options, merger)
 
 
 @contextmanager

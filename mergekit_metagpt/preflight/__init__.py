@@ -15,6 +15,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_metagpt.method.merge_method import register
 from mergekit_metagpt.planning.config import ConfigFile, read_config
+from mergekit_metagpt.planning.fingerprints import with_fresh_lora_cache
 from mergekit_metagpt.planning.models import ModelFiles, find_model_files
 from mergekit_metagpt.planning.outputs import Outputs, PlannerError, output_rows, plan_outputs
 from mergekit_metagpt.preflight import configs, structure, tensors
@@ -75,6 +76,7 @@ class _Inspection:
     def run(self) -> Costs | None:
         self.problems += configs.no_accelerator(self.options)
         config = self._look_at_config(read_config(self.file))
+        self.options = with_fresh_lora_cache(self.options, config)
         self._look_at_models(config)
         if self.out is not None:
             self.problems += bad_output(self.out, self.models)
