@@ -63,7 +63,7 @@ class Family:
     def survey(self, mapper: Mapper) -> None:
         """Measure the task vectors."""
         checkpoints = Checkpoints.of(str(self.models[0]), [str(path) for path in self.models[1:]])
-        checkpoints.survey(None, "cpu", False, mapper=mapper)
+        checkpoints.survey("cpu", False, mapper=mapper)
 
     def merge(self, merger: Merger) -> None:
         """Merge at granularity tensor, which needs no survey."""

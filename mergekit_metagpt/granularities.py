@@ -6,16 +6,12 @@ the commands' options, ``check``, the forecast and the record take it from there
 There is no torch in this module: the commands offer the names before they import it.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from mergekit_metagpt.coefficients import Norms
 from mergekit_metagpt.names import layer_of
-
-# Norms that are measured again differ from surveyed ones by rounding only.
-_SAME_NORM = 1e-5
 
 
 class TaskVectors(Protocol):
@@ -26,16 +22,19 @@ class TaskVectors(Protocol):
         """The tensor's name in the output."""
 
     @property
+    def dtype(self) -> Any:
+        """The torch dtype that it is merged in."""
+
+    @property
     def squared_norms(self) -> Norms:
         """‖τ_t‖², T finite floats, measured when they are first asked for."""
+
+    def is_surveyed_in(self, survey: Any) -> bool:
+        """Return whether these are the tensors that a survey knows by this name."""
 
 
 class Surveyed(Protocol):
     """The task vectors of whole models; see :class:`mergekit_metagpt.Survey`."""
-
-    @property
-    def squared_norms(self) -> Mapping[str, Norms]:
-        """T floats for each tensor."""
 
     @property
     def layers(self) -> Mapping[str, Norms]:
@@ -44,6 +43,12 @@ class Surveyed(Protocol):
     @property
     def model(self) -> Norms:
         """T floats for the whole model."""
+
+    def counted_as(self, tensor: str | None) -> str | None:
+        """Return the name that a tensor is known by, which differs for a tied one."""
+
+    def knows(self, tensor: str | None, dtype: Any) -> bool:
+        """Return whether a tensor was measured with no more digits than ``dtype`` has."""
 
 
 class Granularity(ABC):
@@ -110,20 +115,18 @@ class PerLayer(Granularity):
                 this name.
         """
         whole = survey()
-        layer = layer_of(tensor.name)
-        if layer is None:
+        if layer_of(tensor.name) is None:
             return tensor.squared_norms
-        surveyed = whole.squared_norms.get(tensor.name or "")
-        if surveyed is None or not all(
-            math.isclose(a, b, rel_tol=_SAME_NORM)
-            for a, b in zip(tensor.squared_norms, surveyed, strict=True)
-        ):
+        if not tensor.is_surveyed_in(whole):
             raise ValueError(
                 f"Granularity layer cannot choose the coefficients of {tensor.name}: the slices "
                 f"of this merge put tensors of another layer there than {tensor.name} of the "
                 "base. Use granularity: tensor or granularity: model."
             )
-        return whole.layers[layer]
+        _require_finite(tensor, whole)
+        # Layers that share a tensor share its coefficients too: those of the first of them.
+        layer = layer_of(whole.counted_as(tensor.name))
+        return whole.layers[layer] if layer else tensor.squared_norms
 
 
 class PerModel(Granularity):
@@ -138,10 +141,14 @@ class PerModel(Granularity):
     def squared_norms(self, tensor: TaskVectors, survey: Callable[[], Surveyed]) -> Norms:
         """Return the norms over the whole model."""
         whole = survey()
-        if tensor.name not in whole.squared_norms:
-            # It is merged without having been surveyed: look for NaN and Inf.
-            _ = tensor.squared_norms
+        _require_finite(tensor, whole)
         return whole.model
+
+
+def _require_finite(tensor: TaskVectors, survey: Surveyed) -> None:
+    """Look for NaN and Inf in what has not been surveyed, or is rounded to fewer digits since."""
+    if not survey.knows(tensor.name, tensor.dtype):
+        _ = tensor.squared_norms
 
 
 GRANULARITIES: dict[str, Granularity] = {

@@ -170,6 +170,23 @@ def is_about_dtype(record: "logging.LogRecord") -> bool:
     return "`torch_dtype` is deprecated" in record.getMessage()
 
 
+def ignored_names(architecture: str) -> list[str]:
+    """Return patterns of tensors that a class of transformers ignores in its checkpoints."""
+    return list(_class_attribute(architecture, "_keys_to_ignore_on_load_unexpected"))
+
+
+def tied_names(architecture: str) -> list[tuple[str, str]]:
+    """Return the pairs of names that a class of transformers ties, if its config says so."""
+    return list(dict(_class_attribute(architecture, "_tied_weights_keys")).items())
+
+
+def _class_attribute(architecture: str, name: str) -> Any:
+    """Return an attribute of a class of transformers; empty for one with code of its own."""
+    import transformers
+
+    return getattr(getattr(transformers, architecture, None), name, None) or ()
+
+
 def is_cut_short(error: BaseException) -> bool:
     """Return whether safetensors says that a file is shorter or longer than its header says."""
     return any(text in str(error) for text in ("not fully covered", "invalid header length"))

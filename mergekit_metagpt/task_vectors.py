@@ -9,7 +9,7 @@ result is rounded to its dtype once.
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from functools import reduce
+from functools import cache, reduce
 from itertools import accumulate
 
 import torch
@@ -72,8 +72,11 @@ def inner_products(base: Tensor, experts: Sequence[Tensor]) -> list[list[float]]
         A symmetric T x T matrix; its diagonal is that of :func:`squared_norms`.
     """
     norms = squared_norms(base, experts)
-    in_range = all(n == 0 or n >= _LEAST_MEAN_SQUARE * base.numel() for n in norms)
+    # No product, nor a sum of some, is larger than the largest of the squares.
+    least, largest = _LEAST_MEAN_SQUARE * base.numel(), torch.finfo(torch.float32).max
+    in_range = all(n == 0 or least <= n < largest for n in norms)
     dtype = working_dtype(promoted_dtype([base, *experts])) if in_range else torch.float64
+    base, *experts = _where_possible(dtype, base, *experts)
     sums: dict[tuple[int, int], _Sum] = {
         (i, j): _Sum() for i in range(len(experts)) for j in range(i)
     }
@@ -162,12 +165,13 @@ class _Sum:
 
     @property
     def value(self) -> float:
-        """The sum so far."""
-        return float(torch.cat(self._rows).double().sum()) if self._rows else 0.0
+        """The sum so far; added up on the host, since not every device has float64."""
+        return float(torch.cat(self._rows).cpu().double().sum()) if self._rows else 0.0
 
 
 def _sums_of_squares(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype) -> list[float]:
     """Return ‖θ_t − θ_0‖² for every expert, differences and squares in ``dtype``."""
+    base, *experts = _where_possible(dtype, base, *experts)
     sums = [_Sum() for _ in experts]
     origin, squares = _buffers(base, dtype, 2)
     for base_chunk, *chunks in _chunks(base, *experts):
@@ -175,6 +179,23 @@ def _sums_of_squares(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype
         for total, chunk in zip(sums, chunks, strict=True):
             total.add(squared_difference(_converted(chunk, squares), start, out))
     return [total.value for total in sums]
+
+
+def _where_possible(dtype: torch.dtype, *tensors: Tensor) -> Sequence[Tensor]:
+    """Return the tensors on a device that has the dtype: theirs, or the host."""
+    if dtype != torch.float64 or _has_float64(tensors[0].device):
+        return tensors
+    return [tensor.cpu() for tensor in tensors]
+
+
+@cache
+def _has_float64(device: torch.device) -> bool:
+    """Return whether a device calculates in float64; Apple's and some of Intel's do not."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).sum()
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _converted(chunk: Tensor, buffer: Tensor) -> Tensor:
@@ -197,7 +218,10 @@ def _buffers(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
     if like.device.type != "cpu":  # an accelerator's allocator keeps what it has had
         return [like.new_empty(_chunk_size(like), dtype=dtype) for _ in range(count)]
     buffers = _SCRATCH.buffers.setdefault(dtype, [])
-    buffers += [torch.empty(_CHUNK, dtype=dtype) for _ in range(count - len(buffers))]
+    # They outlive the modes that a caller may be in: inference, or another default device.
+    with torch.inference_mode(False):
+        for _ in range(count - len(buffers)):
+            buffers.append(torch.empty(_CHUNK, dtype=dtype, device="cpu"))
     return buffers[:count]
 
 

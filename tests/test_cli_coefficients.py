@@ -314,3 +314,14 @@ def test_resolve_writes_yaml_that_stock_mergekit_merges_to_the_same_bytes(family
     ours, stock = merge(config), read(tmp_path / "out")
     assert all(torch.equal(ours[name], stock[name]) for name in ours)
     assert yaml.safe_load(text)["merge_method"] == "ties"
+
+
+def test_priors_near_the_largest_number_are_relative_like_all_others(family, tmp_path):
+    found = []
+    for priors in ([2.0, 1.0], [1.6e308, 0.8e308]):
+        config = merge_config(family)
+        for model, prior in zip(config["models"], priors, strict=True):
+            model["parameters"] = {"weight": prior}
+        found.append(measured(write_yaml(tmp_path / "metagpt.yml", config)))
+    shares = [[expert["coefficient"] for expert in one["experts"]] for one in found]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-12)

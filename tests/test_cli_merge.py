@@ -1,8 +1,6 @@
 """``mergekit-metagpt merge``: whole or not at all, with a record."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from conftest import (
 from huggingface_hub import ModelCard
 
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.merging.record import fingerprint
+from mergekit_metagpt.planning.fingerprints import fingerprint
 
 QUIET = ("--quiet", "--no-copy-tokenizer")
 
@@ -162,20 +160,6 @@ def test_a_device_that_is_not_there_is_one_sentence(config, tmp_path):
     assert "no cuda device here" in merge(config, tmp_path / "merged", "--cuda", status=1).stderr
 
 
-def test_leftovers_of_dead_processes_are_removed_and_those_of_live_ones_kept(config, tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    leftover = tmp_path / f"merged.metagpt-partial-{dead.pid}"
-    alive = tmp_path / f"merged.metagpt-partial-{os.getppid()}"
-    other = tmp_path / f"else.metagpt-partial-{dead.pid}"
-    for directory in (leftover, alive, other):
-        directory.mkdir()
-    merge(config, tmp_path / "merged")
-    assert not leftover.exists()
-    assert alive.exists()
-    assert other.exists()
-
-
 KILLED = """
 import contextlib, os, signal, sys, time
 from pathlib import Path
@@ -208,7 +192,7 @@ def test_killed_at_any_moment_the_output_is_whole_or_not_there(config, family, t
     assert done.returncode == 0, done.stderr
     assert "False" in done.stdout.split()
     merge(config, out)
-    assert not list(tmp_path.glob("*.metagpt-partial-*"))
+    assert not list(tmp_path.glob("*.metagpt-*"))
     expected = read(out)
     for kept in tmp_path.glob("kept-*"):
         tensors = read(kept)

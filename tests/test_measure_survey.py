@@ -18,13 +18,18 @@ from conftest import (
     save_family,
     slices_config,
 )
+from mergekit.io.tasks import LoadTensor
 from mergekit.merge_methods import get, merge_state_dicts
 from mergekit.merge_methods.base import TensorGroup
 from safetensors.torch import load_file, save_file
 
 from benchmarks.timing import Case
 from mergekit_metagpt import scaling_coefficients, survey_checkpoints, survey_groups
+from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.measure import kept_surveys
 from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.session import SESSION
 from mergekit_metagpt.names import canonical, layer_of
 
@@ -331,34 +336,156 @@ def test_layer_refuses_slices_that_move_layers(layer_ranges, family, merge):
 
 
 @pytest.mark.parametrize("granularity", ["layer", "model"])
-def test_a_narrower_dtype_is_what_is_surveyed(granularity, tmp_path, merge):
-    """With `dtype: bfloat16` the task vectors of float32 checkpoints are rounded ones."""
+def test_checkpoints_are_surveyed_as_they_are_stored(granularity, tmp_path, merge):
+    """Also where `dtype` rounds their task vectors before they are merged."""
     paths = save_family(tmp_path, llama_config(), scales=(0.001, 0.002))
     merged = merge(merge_config(paths, parameters={"granularity": granularity}, dtype="bfloat16"))
-    base, *experts = (
-        {name: t.bfloat16() for name, t in read(path).items()} for path in paths.values()
-    )
+    base, *experts = (read(path) for path in paths.values())
     expected = reference.coefficients(base, experts, granularity)
-    reference.assert_merged(merged, base, experts, expected)
+    rounded, *others = (
+        {name: tensor.bfloat16() for name, tensor in model.items()} for model in (base, *experts)
+    )
+    if granularity == "layer":  # a tensor outside of any layer has a scope of its own
+        by_tensor = reference.coefficients(rounded, others, "tensor")
+        expected |= {n: c for n, c in by_tensor.items() if layer_of(n) is None}
+    reference.assert_merged(merged, rounded, others, expected)
 
 
-def test_checkpoints_of_mixed_dtypes_are_surveyed_as_mergekit_reads_them(tmp_path, merge):
-    paths = save_family(tmp_path, llama_config(), dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("granularity", ["layer", "model"])
+def test_one_merge_has_one_set_of_coefficients(granularity, dtype, tmp_path, merge, passes):
+    """Whichever tensor is merged first, and whatever the dtypes that tensors are stored in."""
+    paths = save_family(tmp_path, llama_config(), scales=(0.001, 0.002), dtype=torch.bfloat16)
 
     def widen(tensors):
-        for name in tensors:
-            if "norm" in name:
-                tensors[name] = tensors[name].float() + 1e-3
+        generator = torch.Generator().manual_seed(len(tensors["lm_head.weight"].unique()))
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            noise = torch.rand(tensors[name].shape, generator=generator)
+            tensors[name] = tensors[name].float() + 0.01 * noise
 
     for path in paths.values():
         edit(path, widen)
-    config = merge_config(paths, parameters={"granularity": "layer"})
-    merge(config)
-    merge({**config, "dtype": "bfloat16"})
-    merge({**config, "dtype": "float32"})
+    with SESSION.journal() as entries:
+        merge(merge_config(paths, parameters={"granularity": granularity}, dtype=dtype))
+    scope = GRANULARITIES[granularity].scope
+    used: dict[str, set[tuple[float, ...]]] = {}
+    for entry in entries:
+        used.setdefault(scope(entry.tensor), set()).add(entry.coefficients)
+    assert all(len(rows) == 1 for rows in used.values())
+    assert len(passes) == 1
+    if granularity == "model":
+        assert used == {"model": {tuple(scaling_coefficients(survey(paths).model))}}
 
 
-def test_state_dicts_are_surveyed_in_the_dtype_they_are_merged_in():
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_layers_beyond_the_base_have_the_same_coefficients(dtype, tmp_path, merge, passes):
+    paths = save_family(tmp_path, llama_config(), scales=(0.001, 0.002))
+    config = slices_config(paths, [[0, 3]], [[0, 3]], parameters={"granularity": "model"})
+    with SESSION.journal() as entries:
+        merge({**config, "dtype": dtype}, clone_tensors=True)
+    assert "model.layers.5.mlp.up_proj.weight" in {entry.tensor for entry in entries}
+    assert len({entry.coefficients for entry in entries}) == 1
+    assert len(passes) == 1
+
+
+def test_names_are_looked_up_in_the_index_not_in_mergekits_labels(family, monkeypatch):
+    """MergeKit orders tasks by a label, which could be the shard that a tensor is in."""
+    expected = survey(family)
+    monkeypatch.setattr(LoadTensor, "group_label", lambda self: "model-050pct")
+    assert survey(family) == expected
+    assert len(expected.squared_norms) == len(read(family["base"]))
+
+
+def test_layer_refuses_moved_layers_also_where_dtype_rounds_them(tmp_path, merge):
+    paths = save_family(tmp_path, llama_config())
+    config = slices_config(paths, [[0, 1]], [[2, 3]], parameters={"granularity": "layer"})
+    with pytest.raises(ValueError, match="Granularity layer cannot choose"):
+        merge({**config, "dtype": "bfloat16"}, clone_tensors=True)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "model"])
+def test_values_beyond_the_range_of_dtype_are_named(granularity, tmp_path, merge):
+    paths = save_family(tmp_path, llama_config())
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit(paths["a"], lambda tensors: tensors[name].view(-1)[:1].fill_(1e6))
+    with pytest.raises(ValueError, match=rf"{name} of model {paths['a']} holds NaN or Inf in"):
+        merge(merge_config(paths, parameters={"granularity": granularity}, dtype="float16"))
+
+
+def test_layers_that_share_their_weights_share_the_coefficients(tmp_path, merge):
+    paths = save_family(tmp_path, llama_config())
+
+    def share(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    for path in paths.values():
+        edit(path, share)
+    found = survey(paths)
+    assert found.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    survey_of_layers = Survey(
+        ("a",), {"layers.0.w": (4.0,), "layers.1.v": (1.0,)}, {"layers.1.w": "layers.0.w"}
+    )
+    assert survey_of_layers.counted_as("layers.1.w") == "layers.0.w"
+    base = {"layers.0.w": torch.zeros(5), "layers.1.v": torch.zeros(3)}
+    experts = [{n: torch.full_like(t, c) for n, t in base.items()} for c in (1.0, 2.0)]
+    models = [{**m, "layers.1.w": m["layers.0.w"]} for m in (base, *experts)]
+    merged = merge_state_dicts(models, "metagpt", base=0, parameters={"granularity": "layer"})
+    assert torch.equal(merged["layers.1.w"], merged["layers.0.w"])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_merge_of_files_that_change_meanwhile_is_refused(
+    granularity, tmp_path, merge, monkeypatch
+):
+    paths = save_family(tmp_path, llama_config())
+    monkeypatch.setattr(kept_surveys, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    merge_group = MetaGPTMerge.merge_group
+    merged = []
+
+    def then_write(self, group, **parameters):
+        result = merge_group(self, group, **parameters)
+        if not merged:
+            edit(paths["b"], lambda tensors: tensors["lm_head.weight"].mul_(2))
+        merged.append(group.metadata.name)
+        return result
+
+    monkeypatch.setattr(MetaGPTMerge, "merge_group", then_write)
+    with pytest.raises(ValueError, match=rf"{paths['b']}/model\.safetensors has changed since"):
+        merge(merge_config(paths, parameters={"granularity": granularity}))
+    assert len(merged) == 1
+
+
+def test_files_are_looked_at_once_a_second(family, merge, monkeypatch):
+    monkeypatch.setattr(kept_surveys.time, "monotonic", lambda: 0.0)
+    looks = []
+    original = kept_surveys.changed_files
+    monkeypatch.setattr(
+        kept_surveys, "changed_files", lambda before: looks.append(before) or original(before)
+    )
+    SESSION.surveys.clear()
+    merge(merge_config(family, parameters={"granularity": "layer"}))
+    assert len(looks) == 2  # before and after the survey
+    merge(merge_config(family, parameters={"granularity": "layer"}))
+    assert len(looks) == 3  # when the next merge begins
+
+
+def test_the_experts_of_a_survey_are_in_the_order_given(family):
+    names = [family["b"], family["a"]]
+    found = survey_checkpoints(family["base"], names, progress=False, products=True)
+    assert [str(expert) for expert in found.experts] == names
+    turned = survey_checkpoints(family["base"], names[::-1], progress=False, products=True)
+    assert found.model == turned.model[::-1]
+    assert found.products == tuple(row[::-1] for row in turned.products[::-1])
+    groups = [
+        TensorGroup.from_tensors(
+            [torch.zeros(2), torch.ones(2), torch.full([2], 2.0)], ids=["0", "z", "a"], base_index=0
+        )
+    ]
+    in_memory = survey_groups(groups)
+    assert (in_memory.experts, in_memory.model) == (("z", "a"), (2.0, 8.0))
+
+
+def test_state_dicts_are_surveyed_as_they_are():
     generator = torch.Generator().manual_seed(0)
     base, a, b = (
         {f"layers.{n}.w": torch.randn(50, generator=generator) for n in range(3)} for _ in range(3)
@@ -367,8 +494,9 @@ def test_state_dicts_are_surveyed_in_the_dtype_they_are_merged_in():
     merged = merge_state_dicts(
         models, "metagpt", base=0, parameters={"granularity": "layer"}, dtype=torch.bfloat16
     )
+    expected = reference.coefficients(base, [a, b], "layer")
     base, *experts = ({name: t.bfloat16() for name, t in m.items()} for m in models)
-    reference.assert_merged(merged, base, experts, reference.coefficients(base, experts, "layer"))
+    reference.assert_merged(merged, base, experts, expected)
 
 
 def test_groups_without_a_base_are_refused():

@@ -64,6 +64,7 @@ def same_bytes(tmp_path):
         outs = [tmp_path / "here" / "merged", tmp_path / "cluster" / "merged"]
         for out in outs:
             out.parent.mkdir()
+        words = (*words, "--random-seed", 5)
         merge(config, outs[1], *words, "--ray")
         merge(config, outs[0], *words)
         assert {path.name for path in outs[1].parent.iterdir()} == {"merged", "metagpt.yml"}
@@ -100,7 +101,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_every_file_is_that_of_a_local_merge(method, family, same_bytes):
     config = merge_config(family, method, parameters=METHODS[method])
-    found = same_bytes(config, *SHARDS, "--random-seed", 5)
+    found = same_bytes(config, *SHARDS)
     assert len([name for name in found if name.endswith(".safetensors")]) > 3
     assert "model.safetensors.index.json" in found
 
@@ -147,7 +148,7 @@ def test_a_worker_that_is_killed_is_replaced_and_changes_nothing(
         return written
 
     mapper(dying)
-    same_bytes(merge_config(family, "metagpt_dare_linear"), *SHARDS, "--random-seed", 5)
+    same_bytes(merge_config(family, "metagpt_dare_linear"), *SHARDS)
     assert died.read_text() == "model.safetensors"
 
 

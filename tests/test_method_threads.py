@@ -7,11 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import llama_config, merge_config, put_nan, save_family
+from click.testing import CliRunner
+from conftest import llama_config, merge_config, put_nan, save_family, write_yaml
 from mergekit import multigpu_executor
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from mergekit.scripts import run_yaml
 from safetensors.torch import load_file
 
 from mergekit_metagpt.measure.checkpoints import Checkpoints
@@ -149,3 +152,25 @@ def test_nan_that_one_worker_meets_stops_the_merge_with_its_sentence(
     put_nan(paths["b"], "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(ValueError, match=rf"layers\.1\.mlp\.up_proj.* {paths['b']} holds NaN"):
         written(config_of(paths, "metagpt", granularity), tmp_path / "out", multi_gpu=True)
+
+
+def test_workers_survey_with_the_options_of_the_command(family, executors, tmp_path, monkeypatch):
+    """They are threads that neither click nor MergeKit's loaders know the options in."""
+    seen = []
+    survey = Checkpoints.survey
+
+    def watched(self, device, progress, **kwargs):
+        cache = LoaderCache()
+        seen.append((threading.get_ident(), progress, cache.trust_remote_code, cache.hf_cache_dir))
+        return survey(self, device, progress, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "survey", watched)
+    SESSION.surveys.clear()
+    yml = write_yaml(tmp_path / "metagpt.yml", config_of(family, "metagpt", "model"))
+    words = [yml, tmp_path / "out", "--multi-gpu", "--quiet", "--trust-remote-code"]
+    words += ["--transformers-cache", tmp_path / "cache", "--no-copy-tokenizer"]
+    done = CliRunner().invoke(run_yaml.main, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    ((thread, progress, trusts, cache_dir),) = seen
+    assert thread != threading.get_ident()
+    assert (progress, trusts, cache_dir) == (False, True, str(tmp_path / "cache"))

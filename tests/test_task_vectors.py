@@ -1,10 +1,14 @@
 """The tensor kernels against float64."""
 
+import contextlib
+from threading import Thread
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergekit_metagpt import task_vectors
 from mergekit_metagpt.task_vectors import add_task_vectors, inner_products, squared_norms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -172,7 +176,54 @@ def test_inner_products_are_those_of_float64(dtype, size):
     assert products.diagonal().tolist() == squared_norms(base, experts)
 
 
-def test_inner_products_of_tiny_task_vectors_do_not_underflow():
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_inner_products_neither_underflow_nor_overflow_float32(scale):
     base = torch.zeros(100)
-    experts = [torch.full((100,), 1e-25), torch.full((100,), -2e-25)]
-    assert inner_products(base, experts)[0][1] == pytest.approx(-2e-48, rel=1e-6)
+    experts = [torch.full((100,), scale), torch.full((100,), -2 * scale)]
+    assert inner_products(base, experts)[0][1] == pytest.approx(-200 * scale**2, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("meta")])
+def test_a_mode_of_the_caller_does_not_outlive_the_call(mode):
+    base, experts = fine_tunes((5000,), torch.bfloat16, (1, 2))
+    expected = squared_norms(base, experts)
+    found = []
+
+    def measure_twice():  # in a thread that has no buffers yet
+        for context in (mode(), contextlib.nullcontext()):
+            with context:
+                found.append(squared_norms(base, experts))
+                assert inner_products(base, experts)[1][1] == expected[1]
+                assert add_task_vectors(base, experts, [0.5, 0.5]).isfinite().all()
+
+    thread = Thread(target=measure_twice)
+    thread.start()
+    thread.join()
+    assert found == [expected, expected]
+
+
+class OnDeviceWithoutFloat64(torch.Tensor):
+    """What a tensor on Apple's GPUs does: it refuses float64 until it is moved to the host."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if function is torch.Tensor.cpu:
+            return result.as_subclass(torch.Tensor)
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        return result
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+def test_a_device_without_float64_leaves_those_sums_to_the_host(scale, monkeypatch):
+    base, experts = fine_tunes((5000,), torch.float32, (1, 2))
+    base, experts = base * scale, [expert * scale for expert in experts]
+    expected = inner_products(base, experts)
+    monkeypatch.setattr(task_vectors, "_has_float64", lambda device: False)
+    base, *experts = (tensor.as_subclass(OnDeviceWithoutFloat64) for tensor in (base, *experts))
+    with pytest.raises(TypeError, match="no float64"):
+        base.double()
+    assert squared_norms(base, experts) == [expected[0][0], expected[1][1]]
+    assert inner_products(base, experts) == expected
+    assert add_task_vectors(base, experts, [0.5, 0.5]).isfinite().all()

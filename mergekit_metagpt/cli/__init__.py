@@ -5,6 +5,7 @@ from importlib import import_module
 import click
 
 from mergekit_metagpt import __version__
+from mergekit_metagpt.cli._output import replace_unprintable
 
 # To add a subcommand, add its name here, and the file `NAME.py` with the function `NAME` to
 # this folder. Its help is taken from that file, which therefore imports torch and MergeKit
@@ -29,3 +30,4 @@ class _LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="mergekit-metagpt")
 def main() -> None:
     """MetaGPT for MergeKit: closed-form scaling coefficients for merging models."""
+    replace_unprintable()

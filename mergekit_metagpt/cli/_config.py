@@ -1,7 +1,8 @@
 """The arguments that commands share: the merge config, and who works on it."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -9,10 +10,13 @@ import click
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
+    from mergekit_metagpt.planning.config import ConfigFile
     from mergekit_metagpt.planning.forecast import Forecast
     from mergekit_metagpt.workers import RayMapper
 
-config_argument = click.argument("config", type=click.Path(exists=True, dir_okay=False))
+config_argument = click.argument(
+    "config", type=click.Path(exists=True, dir_okay=False, allow_dash=True)
+)
 ray_option = click.option(
     "--ray",
     is_flag=False,
@@ -46,25 +50,50 @@ def ray_mapper(ray: str, options: "MergeOptions") -> "RayMapper":
     return RayMapper(ray or None, partial(set_up_worker, options), gpus=int(on_cuda))
 
 
+@contextmanager
+def explained(config: "ConfigFile", options: "MergeOptions") -> Iterator[None]:
+    """Warn of what MergeKit ignores in a config; let failures end in what check says of them."""
+    from mergekit_metagpt.preflight import ignored, inspect
+    from mergekit_metagpt.wording import BadInputError
+
+    known = ignored(config)
+    warn(known)
+    try:
+        yield
+    except BadInputError:
+        raise
+    except Exception as error:
+        problems = inspect(config, options=options).problems
+        if set(problems) - set(known):
+            raise BadInputError(*problems) from error
+        raise
+
+
 def forecast_config(
     config: str, options: "MergeOptions", ray: str | None, granularity: str | None = None
 ) -> "Forecast":
     """Return the coefficients that the merge of a config will use, measured here or by Ray.
 
     Args:
-        config: the path of the config.
+        config: the path of the config, or ``-``.
         options: MergeKit's options.
         ray: the value of ``--ray``.
         granularity: used in place of the config's.
     """
     from mergekit_metagpt.planning.config import read_config
+    from mergekit_metagpt.planning.fingerprints import with_fresh_lora_cache
     from mergekit_metagpt.planning.forecast import forecast
     from mergekit_metagpt.workers import in_this_process
 
-    return forecast(
-        read_config(config).parse(),
-        options,
-        granularity=granularity,
-        progress=wants_progress(options),
-        mapper=in_this_process if ray is None else ray_mapper(ray, options),
-    )
+    options.apply_global_options()  # type: ignore[no-untyped-call]
+    written = read_config(config)
+    parsed = written.parse()
+    with explained(written, options):
+        fresh = with_fresh_lora_cache(options, parsed)
+        return forecast(
+            parsed,
+            fresh,
+            granularity=granularity,
+            progress=wants_progress(fresh),
+            mapper=in_this_process if ray is None else ray_mapper(ray, fresh),
+        )

@@ -109,17 +109,15 @@ def _merge_options() -> tuple[Callable[..., dict[str, Any]], list[click.Option]]
     return function, options
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType):  # type: ignore[type-arg]
     """MergeKit's type of a size, which raises whatever Python does of one that it cannot read."""
 
     name = "size"
 
-    def __init__(self, reader: click.ParamType) -> None:
+    def __init__(self, reader: Any) -> None:
         self._reader = reader
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return a size in bytes."""
         try:
             return self._reader.convert(value, param, ctx)

@@ -9,11 +9,12 @@ from mergekit_metagpt.cli._options import MergeCommand
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
+    from mergekit_metagpt.planning.config import ConfigFile
     from mergekit_metagpt.preflight import Costs
 
 
 @click.command(cls=MergeCommand)
-@click.argument("config", type=click.Path())
+@click.argument("config", type=click.Path(allow_dash=True))
 @click.argument("out", type=click.Path(), required=False)
 def check(config: str, out: str | None, merge_options: "MergeOptions") -> None:
     """Find what is wrong with a merge, without reading a tensor.
@@ -37,7 +38,7 @@ def check(config: str, out: str | None, merge_options: "MergeOptions") -> None:
         _show(costs)
 
 
-def require_sound(config: str, out: str | None, options: "MergeOptions") -> "Costs":
+def require_sound(config: "ConfigFile | str", out: str | None, options: "MergeOptions") -> "Costs":
     """Return what a merge will cost, or print all its problems and exit with 1."""
     from mergekit_metagpt.preflight import inspect
 
@@ -51,9 +52,10 @@ def require_sound(config: str, out: str | None, options: "MergeOptions") -> "Cos
 
 def _show(costs: "Costs") -> None:
     """Print what a merge will cost as a table, and the notes."""
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
+
+    from mergekit_metagpt.cli._output import console
 
     rows = [("Method", costs.method)]
     rows += [("Base", costs.base)] if costs.base else []
@@ -65,7 +67,6 @@ def _show(costs: "Costs") -> None:
         ("Bytes read", decimal(costs.bytes_read)),
         ("Bytes written", decimal(costs.bytes_written)),
         ("Output shards", str(costs.shards)),
-        ("Memory for tensors, about", decimal(costs.peak_memory)),
     ]
     if costs.bytes_applied:
         rows.append(("Bytes written to the LoRA cache", decimal(costs.bytes_applied)))
@@ -74,6 +75,6 @@ def _show(costs: "Costs") -> None:
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    console().print(table)
     for note in costs.notes:
         click.echo(note)

@@ -50,8 +50,7 @@ def coefficients(
     """
     import json
 
-    from rich.console import Console
-
+    from mergekit_metagpt.cli._output import console
     from mergekit_metagpt.report import plots, tables
 
     if plot is not None:
@@ -60,7 +59,7 @@ def coefficients(
     if as_json:
         click.echo(json.dumps(tables.as_json(forecast)))
     else:
-        Console().print(tables.forecast_tables(forecast))
+        console().print(tables.forecast_tables(forecast))
     warn(tables.forecast_warnings(forecast))
     if plot is not None:
         plots.draw_coefficients(plot, forecast.summary, forecast.survey.cosines)

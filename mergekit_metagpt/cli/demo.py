@@ -11,6 +11,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from mergekit_metagpt.cli._output import console
+
 if TYPE_CHECKING:
     from mergekit_metagpt.demo.models import Scale
 
@@ -48,7 +50,7 @@ def demo(directory: Path) -> None:
     # Models this small gain nothing from threads, and the figures would depend on their number.
     torch.set_num_threads(1)
     try:
-        run_demo(directory, Scale(), Console())
+        run_demo(directory, Scale(), console())
     except (OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
 

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 from rich import box
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mergekit_metagpt.cli._config import config_argument, wants_progress
 from mergekit_metagpt.cli._options import MergeCommand
+from mergekit_metagpt.cli._output import console
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -61,15 +62,17 @@ def diagnose(
         require_plotting(plot)
     from mergekit_metagpt.names import short_names
     from mergekit_metagpt.planning.config import read_config
+    from mergekit_metagpt.planning.fingerprints import with_fresh_lora_cache
     from mergekit_metagpt.report.tables import matrix
 
-    console = Console()
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
-    linearities, cosines = _measure(read_config(config).parse(), prompts, merge_options)
+    parsed = read_config(config).parse()
+    merge_options = with_fresh_lora_cache(merge_options, parsed)
+    linearities, cosines = _measure(parsed, prompts, merge_options)
     names = short_names(linearity.expert for linearity in linearities)
-    _show_linearity(console, names, linearities)
-    console.print("[bold]Orthogonality (Property 6): cosines of the task vectors[/]")
-    console.print(matrix(names, cosines))
+    _show_linearity(names, linearities)
+    console().print(Text("Orthogonality (Property 6): cosines of the task vectors", "bold"))
+    console().print(matrix(names, cosines))
     click.echo(_cosines_verdict(names, cosines))
     if plot is not None:
         from mergekit_metagpt.report.plots import draw_diagnosis
@@ -82,16 +85,17 @@ def _measure(
     config: "MergeConfiguration", prompts: Path | None, options: "MergeOptions"
 ) -> tuple[list["Linearity"], list[list[float]]]:
     """Return the outputs of T experts and the T x T cosines, experts in the same order."""
-    from mergekit.common import dtype_from_name
     from mergekit.io.tasks import LoaderCache
 
     from mergekit_metagpt.diagnosis.linearity import measure_linearity
     from mergekit_metagpt.diagnosis.prompts import token_ids
     from mergekit_metagpt.diagnosis.running import language_model_config
     from mergekit_metagpt.measure.checkpoints import survey_checkpoints
+    from mergekit_metagpt.planning.models import require_models
 
     LoaderCache().setup(options)
     base, experts = _models(config)
+    require_models((base, *experts), options)
     for model in (*experts, base):
         known = language_model_config(model, options.trust_remote_code)
     ids, source = token_ids(prompts, base, known.get_text_config().vocab_size, options)
@@ -100,7 +104,6 @@ def _measure(
     survey = survey_checkpoints(
         base,
         experts,
-        dtype=dtype_from_name(config.dtype),
         device=options.device or "cpu",
         progress=progress,
         products=True,
@@ -111,6 +114,7 @@ def _measure(
 
 def _models(config: "MergeConfiguration") -> tuple["ModelReference", list["ModelReference"]]:
     """Return the base and the experts of a config."""
+    from mergekit_metagpt.names import canonical
     from mergekit_metagpt.planning.config import parts
 
     named = {config.base_model, *(part.base for part in parts(config))}
@@ -121,15 +125,13 @@ def _models(config: "MergeConfiguration") -> tuple["ModelReference", list["Model
             f"{'several' if bases else 'none'}; set base_model."
         )
     base = next(iter(bases))
-    experts = [model for model in config.referenced_models() if model != base]
+    experts = canonical(set(config.referenced_models()) - {base})
     if not experts:
         raise ValueError("The merge config names no model beside the base; add the experts.")
     return base, experts
 
 
-def _show_linearity(
-    console: Console, names: Sequence[str], linearities: Sequence["Linearity"]
-) -> None:
+def _show_linearity(names: Sequence[str], linearities: Sequence["Linearity"]) -> None:
     table = Table(
         title="Linearity (Property 5)",
         box=box.SIMPLE,
@@ -141,7 +143,7 @@ def _show_linearity(
     for name, result in zip(names, linearities, strict=True):
         fit = [f"{result.r_squared:.4f}", f"{result.largest_deviation:.1%}"]
         table.add_row(name, *(fit if result.moves else ["", ""]), f"{result.movement:.2g}")
-    console.print(table)
+    console().print(table)
     for name, result in zip(names, linearities, strict=True):
         if result.held:
             click.echo(

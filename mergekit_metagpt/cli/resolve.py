@@ -1,5 +1,6 @@
 """``mergekit-metagpt resolve``: the same merge for a machine without this package."""
 
+import os
 from typing import TYPE_CHECKING
 
 import click
@@ -35,5 +36,12 @@ def resolve(config: str, output: str, ray: str | None, merge_options: "MergeOpti
     from mergekit_metagpt.report.stock_config import stock_config
 
     text = stock_config(forecast_config(config, merge_options, ray))
-    with click.open_file(output, "w", encoding="utf-8", atomic=output != "-") as file:
+    with click.open_file(output, "w", encoding="utf-8", atomic=_is_replaceable(output)) as file:
         file.write(text)
+
+
+def _is_replaceable(output: str) -> bool:
+    """Return whether a file may be written elsewhere and renamed: no device, pipe or link."""
+    if output == "-" or os.path.islink(output):
+        return False
+    return os.path.isfile(output) or not os.path.exists(output)

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from mergekit.architecture import WeightInfo, get_architecture_info
@@ -24,14 +24,12 @@ from mergekit_metagpt.measure.vocabularies import (
     tokenizers_agree,
 )
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.task_vectors import inner_products, promoted_dtype
+from mergekit_metagpt.task_vectors import inner_products
 from mergekit_metagpt.workers import Mapper, in_this_process
 
 LOG = logging.getLogger(__name__)
 
 Device = torch.device | str
-# Path, inode, size in bytes and time of change in nanoseconds of each weight file.
-FileStats = tuple[tuple[str, int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,12 @@ class Checkpoints:
         """Let go of the weight files; they are opened again when a tensor is read."""
         for model in self.models:
             self.loader(model).flush()  # type: ignore[no-untyped-call]
+
+    def forget_files(self) -> None:
+        """Let go of the weight files, and of what is known about which there are."""
+        for model in self.models:
+            mergekit_private.open_loaders.pop(model, None)
+            mergekit_private.SimpleLoaderCache().loaders.pop(model.model.path, None)
 
     def weights(self) -> list[WeightInfo]:
         """Return the parameters to compare, ordered so that each shard is opened once."""
@@ -125,38 +129,34 @@ class Checkpoints:
             )
         return _load_task(model, weight, device).execute()
 
-    def file_stats(self) -> FileStats:
-        """Return what tells whether a weight file has changed."""
-        paths = []
-        for model in self.models:
-            index = self.loader(model).index
-            paths += [os.path.join(index.base_path, shard.filename) for shard in index.shards]
-        stats = [(path, os.stat(path)) for path in paths]
-        return tuple((path, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in stats)
+    def files(self) -> list[str]:
+        """Return the paths of all weight files."""
+        indexes = [self.loader(model).index for model in self.models]
+        return [os.path.join(i.base_path, shard.filename) for i in indexes for shard in i.shards]
 
-    def stored_dtype(self, name: str | None) -> torch.dtype | None:
-        """Return what one tensor's stored dtypes promote to, or None for an unknown tensor."""
-        for weight in self.weights():
-            if weight.name == name:
-                tensors = [self.load(model, weight, "cpu") for model in self.models]
-                return promoted_dtype([tensor for tensor in tensors if tensor is not None])
-        return None
+    def load_base(self, name: str) -> Tensor | None:
+        """Return a tensor of the base as it is stored, by the name that a survey has for it."""
+        weight = self._weights_by_name.get(name)
+        return None if weight is None else self.load(self.base, weight, "cpu")
+
+    @cached_property
+    def _weights_by_name(self) -> dict[str, WeightInfo]:
+        return {weight.name: weight for weight in self.weights()}
 
     def survey(
         self,
-        dtype: torch.dtype | None,
         device: Device,
         progress: bool,
         products: bool = False,
         mapper: Mapper = in_this_process,
     ) -> Survey:
-        """Measure every task vector; see :func:`survey_checkpoints`."""
+        """Measure every task vector as it is stored; see :func:`survey_checkpoints`."""
         tokenizers_agree.cache_clear()  # the files may have changed since the last survey
         measured: dict[str, _Measured] = {}
         left_out: list[str] = []
         tieable: list[WeightInfo] = []
-        weights = self._named_once()
-        one = partial(self._measured, dtype=dtype, device=device, products=products)
+        weights, tied = self._named_once()
+        one = partial(self._measured, device=device, products=products)
         for weight, tensor in zip(weights, mapper(one, weights, progress), strict=True):
             if isinstance(tensor, DifferentVocabularyError):
                 LOG.warning("%s; the tensor does not count towards the coefficients.", tensor)
@@ -165,45 +165,60 @@ class Checkpoints:
             if tensor is None:
                 continue
             if self.are_files or weight.vocabulary_axis is not None or weight.tied_names:
-                if any(
-                    any(tensor.norms)
-                    and tensor.norms == measured[other.name].norms
-                    and self._equal(weight, other)
-                    for other in tieable
-                ):
-                    continue  # tied, and stored twice
+                twin = self._twin(weight, tensor, tieable, measured)
+                if twin is not None:  # tied, and stored twice
+                    tied[weight.name] = twin.name
+                    continue
                 tieable.append(weight)
             measured[weight.name] = tensor
         return Survey(
             self.experts,
             squared_norms={name: tensor.norms for name, tensor in measured.items()},
+            tied=tied,
             dtypes={name: tensor.dtype for name, tensor in measured.items()},
             left_out=tuple(left_out),
             sizes={name: tensor.size for name, tensor in measured.items()},
             grams={name: t.products for name, t in measured.items()} if products else None,
+            source=self,
         )
 
-    def _named_once(self) -> list[WeightInfo]:
-        """Return the weights without those that are stored as another one in every model."""
+    def _twin(
+        self,
+        weight: WeightInfo,
+        tensor: "_Measured",
+        others: Sequence[WeightInfo],
+        measured: "dict[str, _Measured]",
+    ) -> WeightInfo | None:
+        """Return the weight that this one is a copy of, in every model."""
+        if not any(tensor.norms):
+            return None
+        for other in others:
+            if tensor.norms == measured[other.name].norms and self._equal(weight, other):
+                return other
+        return None
+
+    def _named_once(self) -> tuple[list[WeightInfo], dict[str, str]]:
+        """Return the weights that are stored once, and for each of their other names their own."""
         weights: dict[tuple[str | None, ...], WeightInfo] = {}
+        tied: dict[str, str] = {}
         for weight in self.weights():
             names = tuple(self.stored_name(model, weight) for model in self.models)
             # Without a stored name it is computed from others, and is like no other.
-            weights.setdefault((weight.name, None) if None in names else names, weight)
-        return list(weights.values())
+            first = weights.setdefault((weight.name, None) if None in names else names, weight)
+            if first is not weight:
+                tied[weight.name] = first.name
+        return list(weights.values()), tied
 
     def _measured(
-        self, weight: WeightInfo, dtype: torch.dtype | None, device: Device, products: bool
+        self, weight: WeightInfo, device: Device, products: bool
     ) -> "_Measured | DifferentVocabularyError | None":
         """Measure one tensor, or return why it cannot be compared."""
         try:
-            return self._measure(weight, dtype, device, products)
+            return self._measure(weight, device, products)
         except DifferentVocabularyError as difference:
             return difference
 
-    def _measure(
-        self, weight: WeightInfo, dtype: torch.dtype | None, device: Device, products: bool
-    ) -> "_Measured | None":
+    def _measure(self, weight: WeightInfo, device: Device, products: bool) -> "_Measured | None":
         """Measure one tensor; None if it is no parameter of the base."""
         base = self.load(self.base, weight, device)
         if base is None and not weight.optional:
@@ -215,11 +230,8 @@ class Checkpoints:
             return None
         stored = [self._load_expert(model, weight, base, device) for model in self.experts]
         inputs = TensorInputs(weight.name, self.base, base, self.experts, tuple(stored))
-        if dtype is not None:
-            inputs = inputs.to(dtype)
-        norms = inputs.squared_norms
-        gram = inner_products(inputs.base, inputs.experts) if products else []
-        return _Measured(norms, promoted_dtype([base, *stored]), base.numel(), gram)
+        gram = inner_products(base, stored) if products else []
+        return _Measured(inputs.squared_norms, inputs.dtype, base.numel(), gram)
 
     def _load_expert(
         self, model: ModelReference, weight: WeightInfo, base: Tensor, device: Device
@@ -287,7 +299,6 @@ def survey_checkpoints(
     base: ModelReference | str,
     experts: Sequence[ModelReference | str],
     *,
-    dtype: torch.dtype | None = None,
     device: Device = "cpu",
     progress: bool = True,
     products: bool = False,
@@ -298,17 +309,18 @@ def survey_checkpoints(
         base: θ_0; a path or hub name as MergeKit writes it (``model``, ``model@revision``,
             ``model+lora``), a ``ModelReference``, or one file of tensors.
         experts: θ_t, T of the same.
-        dtype: what tensors are cast to before they are subtracted, as MergeKit's ``dtype``
-            does; as stored when not given.
         device: where the arithmetic is done.
         progress: whether a progress bar is shown.
         products: whether inner products are measured too.
 
     Returns:
-        The survey. Vocabulary tensors whose shapes or tokenizers differ are left out of it.
+        The survey of the tensors as they are stored, experts in the order given. Vocabulary
+        tensors whose shapes or tokenizers differ are left out of it.
 
     Raises:
         ValueError: if an expert lacks a tensor of the base or holds another shape, or a
             tensor holds NaN or Inf; names the model and the tensor.
     """
-    return Checkpoints.of(base, experts).survey(dtype, device, progress, products)
+    checkpoints = Checkpoints.of(base, experts)
+    given = [ModelReference.model_validate(expert) for expert in experts]
+    return checkpoints.survey(device, progress, products).in_order_of(given)

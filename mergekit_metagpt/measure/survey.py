@@ -4,17 +4,20 @@ import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mergekit_metagpt.coefficients import Norms
 from mergekit_metagpt.names import canonical, layer_of
-from mergekit_metagpt.task_vectors import squared_norms
+from mergekit_metagpt.task_vectors import promoted_dtype, squared_norms
 
 if TYPE_CHECKING:
     from mergekit.merge_methods.base import TensorGroup
+
+# Norms that are measured again differ from surveyed ones by rounding only.
+_SAME_NORM = 1e-5
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,26 @@ class TensorInputs:
             )
         return tuple(norms)
 
-    def to(self, dtype: torch.dtype) -> "TensorInputs":
-        """Return the tensors in another dtype."""
-        experts = tuple(tensor.to(dtype) for tensor in self.experts)
-        return replace(self, base=self.base.to(dtype), experts=experts)
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the tensors' dtypes promote to."""
+        return promoted_dtype([self.base, *self.experts])
+
+    def is_surveyed_in(self, survey: "Survey") -> bool:
+        """Return whether these are the tensors that a survey knows by this name.
+
+        The norms tell; where the config's ``dtype`` has rounded these tensors, and so changed
+        their norms, the stored tensor of the base does.
+        """
+        counted = survey.counted_as(self.name)
+        if counted is None:
+            return False
+        if survey.knows(self.name, self.dtype):
+            surveyed = survey.squared_norms[counted]
+            pairs = zip(self.squared_norms, surveyed, strict=True)
+            return all(math.isclose(a, b, rel_tol=_SAME_NORM) for a, b in pairs)
+        stored = survey.stored_base(counted)
+        return stored is None or torch.equal(stored.to(self.base), self.base)
 
     def __iter__(self) -> Iterator[tuple[Hashable, Tensor]]:
         """Yield id and tensor of the base, then of each expert."""
@@ -82,26 +101,37 @@ class TensorInputs:
         yield from zip(self.ids, self.experts, strict=True)
 
 
+class StoredModels(Protocol):
+    """Where surveyed tensors can be read again."""
+
+    def load_base(self, name: str) -> Tensor | None:
+        """Return a tensor of the base as it is stored."""
+
+
 @dataclass(frozen=True)
 class Survey:
     """The squared norms ‖θ_t − θ_0‖² of T experts' task vectors, per tensor.
 
     Attributes:
-        experts: T model ids, in canonical order.
-        squared_norms: for each tensor name T floats, in the order of ``experts``. A tensor
-            that is tied to another is listed once.
+        experts: T model ids.
+        squared_norms: for each tensor name T floats, in the order of ``experts``. Of tensors
+            that are tied to each other one is listed.
+        tied: for each of the others the name of that one.
         dtypes: for each tensor name the dtype that base and experts promote to as stored.
         left_out: vocabulary tensors that could not be compared.
         sizes: for each tensor name how many elements it has.
         grams: for each tensor name the T x T inner products ⟨τ_i, τ_j⟩, if asked for.
+        source: what was measured, unless that was in memory.
     """
 
     experts: tuple[Hashable, ...]
     squared_norms: Mapping[str, Norms]
+    tied: Mapping[str, str] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict)
     grams: Mapping[str, Sequence[Sequence[float]]] | None = None
+    source: "StoredModels | None" = None
 
     @property
     def parameters(self) -> int:
@@ -112,6 +142,33 @@ class Survey:
     def products(self) -> tuple[Norms, ...] | None:
         """The T x T inner products ⟨τ_i, τ_j⟩ over the whole model, if asked for."""
         return None if self.grams is None else sum_matrices(list(self.grams.values()))
+
+    def counted_as(self, tensor: str | None) -> str | None:
+        """Return the name that a tensor's norms are listed under; None for an unknown one."""
+        name = self.tied.get(tensor or "", tensor or "")
+        return name if name in self.squared_norms else None
+
+    def knows(self, tensor: str | None, dtype: torch.dtype) -> bool:
+        """Return whether a tensor was measured with no more digits than ``dtype`` has."""
+        name = self.counted_as(tensor)
+        if name is None:
+            return False
+        stored = self.dtypes.get(name, dtype)
+        return torch.promote_types(stored, dtype) == dtype
+
+    def stored_base(self, tensor: str) -> Tensor | None:
+        """Return the base's tensor as it is stored; None if the survey was of tensors in memory."""
+        return None if self.source is None else self.source.load_base(tensor)
+
+    def in_order_of(self, experts: Sequence[Hashable]) -> "Survey":
+        """Return the same survey with the experts in another order."""
+        places = [self.experts.index(expert) for expert in experts]
+        norms = {n: tuple(row[i] for i in places) for n, row in self.squared_norms.items()}
+        grams = self.grams and {
+            name: [[gram[i][j] for j in places] for i in places]
+            for name, gram in self.grams.items()
+        }
+        return replace(self, experts=tuple(experts), squared_norms=norms, grams=grams)
 
     @cached_property
     def model(self) -> Norms:
@@ -155,40 +212,36 @@ def sum_matrices(matrices: Sequence[Sequence[Sequence[float]]]) -> tuple[Norms, 
     )
 
 
-def survey_groups(
-    groups: Sequence["TensorGroup"], dtypes: Sequence[torch.dtype | None] | None = None
-) -> Survey:
+def survey_groups(groups: Sequence["TensorGroup"]) -> Survey:
     """Survey tensors in memory, as MergeKit's ``merge_state_dicts`` holds them.
 
     Args:
         groups: one MergeKit ``TensorGroup`` per parameter, all with the same base and
             experts. Parameters that share their memory are tied and count once.
-        dtypes: for each group what its tensors are cast to first; as they are if not given.
 
     Returns:
-        The survey, with unnamed groups numbered.
+        The survey, experts in the order of the first group, unnamed groups numbered.
 
     Raises:
         ValueError: if a tensor holds NaN or Inf, or a group has no base.
     """
-    return survey_tensors([TensorInputs.of(group) for group in groups], dtypes)
+    survey = survey_tensors([TensorInputs.of(group) for group in groups])
+    return survey.in_order_of([entry.id for entry in groups[0].non_base] if groups else [])
 
 
-def survey_tensors(
-    tensors: Sequence[TensorInputs], dtypes: Sequence[torch.dtype | None] | None = None
-) -> Survey:
-    """Survey tensors in memory that have been split; see :func:`survey_groups`."""
+def survey_tensors(tensors: Sequence[TensorInputs]) -> Survey:
+    """Survey tensors in memory that have been split; experts in canonical order."""
     experts: tuple[Hashable, ...] = ()
     norms: dict[str, Norms] = {}
-    seen = set()
-    for number, (inputs, dtype) in enumerate(
-        zip(tensors, dtypes or [None] * len(tensors), strict=True)
-    ):
-        experts = inputs.ids
+    dtypes: dict[str, torch.dtype] = {}
+    tied: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for number, inputs in enumerate(tensors):
+        experts, name = inputs.ids, inputs.name or f"#{number}"
         memory = tuple((t.data_ptr(), t.shape, t.stride()) for _, t in inputs)
         if inputs.base.numel() and memory in seen:
+            tied[name] = seen[memory]
             continue
-        seen.add(memory)
-        inputs = inputs if dtype is None else inputs.to(dtype)
-        norms[inputs.name or f"#{number}"] = inputs.squared_norms
-    return Survey(experts, norms)
+        seen[memory] = name
+        norms[name], dtypes[name] = inputs.squared_norms, inputs.dtype
+    return Survey(experts, norms, tied, dtypes)

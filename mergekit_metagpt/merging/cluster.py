@@ -22,7 +22,7 @@ from mergekit.tokenizer import TokenizerInfo
 
 from mergekit_metagpt.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.measure.kept_surveys import Surveys
+from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.mergekit_private import (
     copy_tagalong_files,
     copy_tokenizer,
@@ -31,6 +31,7 @@ from mergekit_metagpt.mergekit_private import (
     set_chat_template,
     update_config_vocab,
 )
+from mergekit_metagpt.merging.ranges import may_overflow
 from mergekit_metagpt.merging.shard import UNFINISHED, Shard, ShardMerge
 from mergekit_metagpt.method.merge_method import MetaGPTMerge, register
 from mergekit_metagpt.method.session import SESSION
@@ -46,7 +47,6 @@ _FILE = "the merge config"  # as messages call it
 
 def merge_on_cluster(
     config: MergeConfiguration,
-    source: str,
     directory: Path,
     options: MergeOptions,
     *,
@@ -59,7 +59,6 @@ def merge_on_cluster(
 
     Args:
         config: what to merge, by a method of this package.
-        source: its YAML, as it was written.
         directory: to be made, on storage that all machines of the cluster share.
         options: MergeKit's options.
         mapper: the cluster.
@@ -71,11 +70,12 @@ def merge_on_cluster(
     _require_own_method(config)
     outputs, shards = _plan(config, options)
     tokenizer = {outputs.tokenizer: outputs.tokenizer.execute()} if outputs.tokenizer else {}
+    dtypes = {tensor.merged_dtype for tensor in outputs.tensors}
     writer = TensorWriter(str(directory), safe_serialization=options.safe_serialization)
     merge = ShardMerge(
         directory=directory,
         options=options,
-        out_dtype=config.out_dtype,
+        out_dtype=config.out_dtype if may_overflow(config.out_dtype, dtypes) else None,
         seed=torch.initial_seed() if options.random_seed is None else options.random_seed,
         threads=torch.get_num_threads(),
         surveys=_take_surveys(outputs, options, mapper),
@@ -96,7 +96,7 @@ def merge_on_cluster(
         shutil.rmtree(leftover)
     writer.finalize()  # type: ignore[no-untyped-call]
     info = next(iter(tokenizer.values()), None)
-    _write_model_files(config, source, directory, options, outputs.architecture, info)
+    _write_model_files(config, directory, options, outputs.architecture, info)
 
 
 def _require_own_method(config: MergeConfiguration) -> None:
@@ -129,10 +129,9 @@ def _plan(config: MergeConfiguration, options: MergeOptions) -> tuple[Outputs, l
 
 def _take_surveys(
     outputs: Outputs, options: MergeOptions, mapper: RayMapper
-) -> dict[Checkpoints, Surveys]:
+) -> dict[Checkpoints, Survey]:
     """Measure on the cluster what the merge of any tensor will ask for."""
-    # One tensor stands for all that come from the same models in the same dtypes.
-    wanted: dict[tuple[Checkpoints, torch.dtype, frozenset[str]], str] = {}
+    wanted = set()
     for tensor in outputs.tensors:
         if not GRANULARITIES[tensor.merge.parameters["granularity"]].needs_survey:
             continue
@@ -140,18 +139,15 @@ def _take_surveys(
         experts = tuple(canonical(tensor.stored.keys() - {base}))
         if base in tensor.stored and experts and tensor.merged_dtype.is_floating_point:
             assert base is not None
-            stored = frozenset(header.dtype for header in tensor.stored.values())
-            checkpoints = Checkpoints(base, experts)
-            wanted.setdefault((checkpoints, tensor.merged_dtype, stored), tensor.name)
-    for (checkpoints, dtype, _), name in wanted.items():
+            wanted.add(Checkpoints(base, experts))
+    for checkpoints in wanted:
         device, progress = options.device or "cpu", not options.quiet
-        SESSION.surveys.survey_of(checkpoints, name, dtype, device, progress, mapper)
-    return SESSION.surveys.share(checkpoints for checkpoints, _, _ in wanted)
+        SESSION.surveys.survey_of(checkpoints, device, progress, mapper)
+    return SESSION.surveys.share(wanted)
 
 
 def _write_model_files(
     config: MergeConfiguration,
-    source: str,
     directory: Path,
     options: MergeOptions,
     architecture: ModelArchitecture,
@@ -163,8 +159,6 @@ def _write_model_files(
         multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
         update_config_vocab(model_config, architecture, info.tokenizer, multiple)
     model_config.save_pretrained(directory)
-    if options.write_model_card:
-        (directory / "mergekit_config.yml").write_text(source, "utf-8")
     if info is not None:
         set_chat_template(info.tokenizer, config)
         info.tokenizer.save_pretrained(directory, safe_serialization=True)

@@ -1,6 +1,5 @@
 """The record of a merge: what went in, which coefficients it used, and how to repeat it."""
 
-import hashlib
 import os
 import re
 import shlex
@@ -18,6 +17,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.names import canonical
+from mergekit_metagpt.planning.fingerprints import fingerprint
 from mergekit_metagpt.summary import Entry, Summary
 
 # MergeKit's options, besides the seed, that change what is written.
@@ -32,7 +32,6 @@ _DECIDING = (
     "copy_tokenizer",
 )
 
-_SAMPLES, _SAMPLE = 64, 1 << 16
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 
@@ -83,39 +82,29 @@ def _deciding_options(config: MergeConfiguration, options: MergeOptions) -> list
 
 
 def _input(model: ModelReference) -> dict[str, Any]:
-    index = LoaderCache().get(model).index
+    index = LoaderCache().get(model).index  # of the model that its adapter was applied to
     snapshot = _SNAPSHOT.search(str(index.base_path))
     files = [Path(index.base_path, shard.filename) for shard in index.shards]
+    adapter = sorted(Path(model.lora.path).glob("adapter_model.*")) if model.lora else []
     return {
         "model": str(model),
         "revision": model.model.revision or (snapshot and snapshot.group(1)),
-        "files": [
-            {"name": f.name, "bytes": f.stat().st_size, "fingerprint": fingerprint(f)}
-            for f in files
-        ],
+        "files": _fingerprints(files),
+        **({"adapter": _fingerprints(adapter)} if model.lora else {}),
     }
 
 
-def fingerprint(file: Path) -> str:
-    """Return the SHA-256 of a file's size and of 64 blocks of 64 KiB, evenly spread over it.
-
-    It tells checkpoints apart without a further pass over terabytes; it is no protection
-    against someone who wants to deceive.
-    """
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as stream:
-        for number in range(_SAMPLES):
-            stream.seek(max(0, size - _SAMPLE) * number // (_SAMPLES - 1))
-            digest.update(stream.read(_SAMPLE))
-    return f"sha256-sampled:{digest.hexdigest()}"
+def _fingerprints(files: Sequence[Path]) -> list[dict[str, Any]]:
+    return [
+        {"name": f.name, "bytes": f.stat().st_size, "fingerprint": fingerprint(f)} for f in files
+    ]
 
 
 def write_card(
     path: Path, name: str, config: MergeConfiguration, source: str, record: dict[str, Any]
 ) -> None:
     """Write MergeKit's model card, with a section on the coefficients if there are any."""
-    ordered = _OrderedConfiguration.model_validate(config.model_dump())
+    ordered = _OrderedConfiguration.model_validate(dict(config))
     text = generate_card(config=ordered, config_yaml=source, name=_escaped(name))
     card = ModelCard(_with_names_escaped(text, ordered))
     data: Any = card.data

@@ -15,9 +15,9 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 
 from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.measure.kept_surveys import Surveys
+from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.mergekit_private import shard_name
-from mergekit_metagpt.merging.whole import require_in_range
+from mergekit_metagpt.merging.ranges import require_in_range
 from mergekit_metagpt.method.merge_method import register
 from mergekit_metagpt.method.session import SESSION
 from mergekit_metagpt.summary import Entry
@@ -50,7 +50,7 @@ class ShardMerge:
     Attributes:
         directory: where the output is gathered.
         options: MergeKit's.
-        out_dtype: the config's.
+        out_dtype: the config's, if numbers can be too large for it; else None.
         seed: of the random numbers.
         threads: of PyTorch.
         surveys: the squared norms that coefficients come from.
@@ -62,7 +62,7 @@ class ShardMerge:
     out_dtype: str | None
     seed: int
     threads: int
-    surveys: dict[Checkpoints, Surveys]
+    surveys: dict[Checkpoints, Survey]
     tokenizer: Mapping[BuildTokenizer, TokenizerInfo]
 
     def write(self, shard: Shard) -> Written:

@@ -1,35 +1,36 @@
 """Merges that appear whole or not at all."""
 
-import glob
 import json
-import os
-import shutil
+import logging
 from collections.abc import Callable
 from datetime import datetime, timezone
-from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
-import torch
-from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt.merging.ranges import dtypes_merged, may_overflow, require_in_range
 from mergekit_metagpt.merging.record import merge_record, write_card
+from mergekit_metagpt.merging.reservation import discard, keep, publish, reserved
 from mergekit_metagpt.method.session import SESSION
+from mergekit_metagpt.planning.destination import Destination, Partial
+from mergekit_metagpt.planning.headers import read_weights
+from mergekit_metagpt.wording import BadInputError, reason
 
-_MARK = ".metagpt-partial-"
+LOG = logging.getLogger(__name__)
 
-# Merges a config, whose YAML is the second argument, into a new directory.
-Merger = Callable[[MergeConfiguration, str, Path, MergeOptions], None]
+# Merges a config into a new directory; writes all that `run_merge` does, but no model card.
+Merger = Callable[[MergeConfiguration, Path, MergeOptions], None]
 
 
-def merge_here(
-    config: MergeConfiguration, source: str, directory: Path, options: MergeOptions
-) -> None:
+def merge_here(config: MergeConfiguration, directory: Path, options: MergeOptions) -> None:
     """Merge in this process, with MergeKit's ``run_merge``."""
-    run_merge(config, str(directory), options, config_source=source)
-    require_in_range(directory, config.out_dtype)
+    # Its card asks the hub about local paths, when hours of work have been done.
+    run_merge(config, str(directory), options.model_copy(update={"write_model_card": False}))
+    if config.out_dtype and may_overflow(config.out_dtype, dtypes_merged(config)):
+        require_in_range(directory, config.out_dtype)
 
 
 def merge_whole(
@@ -39,75 +40,80 @@ def merge_whole(
     options: MergeOptions,
     merge: Merger = merge_here,
 ) -> None:
-    """Merge beside ``out``, record it, and rename the finished whole.
+    """Merge in a directory of its own, record the merge, and let the finished whole appear.
 
-    Until the rename the merge lies in ``OUT.metagpt-partial-PID``. A merge that fails takes
-    that along; one that is killed leaves it to the next merge into ``out``.
+    That directory is ``OUT.metagpt-partial-TOKEN``, beside ``out``, or in it if ``out`` exists.
+    A merge that fails takes it along; one that is killed leaves it to the next merge into
+    ``out``. Once the weights are complete, no failure but a refusal of them removes it.
 
     Args:
         config: what to merge; MergeKit changes it.
         source: its YAML, as it was written.
         out: the directory to make; must not exist, or be empty.
         options: MergeKit's options.
-        merge: writes everything but the record.
+        merge: writes everything but the model card and the record.
 
     Raises:
-        OSError: if ``out`` is in use by then, or the disk is full.
-        ValueError: if a merged tensor overflows ``out_dtype``.
+        BadInputError: if another merge is writing ``out``, or a merged tensor overflows
+            ``out_dtype``.
+        RuntimeError: if the weights are complete, but a later step failed; says where they are.
     """
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out)
-    partial = out.with_name(f"{out.name}{_MARK}{os.getpid()}")
     given = config.model_copy(deep=True)
-    started = _now()
+    destination = Destination.of(out)
+    with reserved(destination) as partial:
+        started = _now()
+        try:
+            with SESSION.journal() as entries:
+                merge(config, partial.path, options)
+            record = merge_record(given, source, entries, options)
+            if options.write_model_card:
+                _write_card(partial.path, out.absolute().name, given, source, record)
+            record["times"] = {"started": started, "finished": _now()}
+            _write_record(partial.path, record)
+            publish(partial, destination)
+        except BaseException as error:
+            _keep_or_discard(partial, destination, error)
+            raise
+
+
+def _write_card(
+    directory: Path, name: str, config: MergeConfiguration, source: str, record: dict[str, Any]
+) -> None:
+    """Write what MergeKit calls the model card; a failure costs no more than that."""
+    (directory / "mergekit_config.yml").write_text(source, encoding="utf-8")
     try:
-        with SESSION.journal() as entries:
-            merge(config, source, partial, options)
-        record = merge_record(given, source, entries, options)
-        if options.write_model_card:
-            # MergeKit has named the model after the directory that it wrote to.
-            write_card(partial / "README.md", out.name, given, source, record)
-        record["times"] = {"started": started, "finished": _now()}
-        (partial / "metagpt.json").write_text(
-            json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        write_card(directory / "README.md", name, config, source, record)
+    except Exception as error:  # of the hub, which MergeKit asks about paths with one slash
+        LOG.warning(
+            "The model card could not be written (%s); the merge goes on without it. MergeKit "
+            "asks the hub about no path that is absolute or starts with ./",
+            reason(error),
         )
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
-def remove_leftovers(out: Path) -> None:
-    """Remove what merges into ``out`` left behind whose processes are gone."""
-    for leftover in out.parent.glob(f"{glob.escape(out.name)}{_MARK}*"):
-        process = leftover.name.rpartition("-")[2]
-        if process.isdigit() and not _runs(int(process)):
-            shutil.rmtree(leftover, ignore_errors=True)
+def _write_record(directory: Path, record: dict[str, Any]) -> None:
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    (directory / "metagpt.json").write_text(text, encoding="utf-8")
 
 
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # somebody else's
-    return process != os.getpid()
+def _keep_or_discard(partial: Partial, destination: Destination, error: BaseException) -> None:
+    """Remove a merge that failed, unless its weights are complete and nobody refused them.
 
-
-def require_in_range(merged: Path, out_dtype: str | None) -> None:
-    """Refuse a merge that overflowed ``out_dtype``, to which MergeKit rounds unchecked."""
-    if dtype_from_name(out_dtype) != torch.float16:
+    Raises:
+        RuntimeError: if they are kept.
+    """
+    if isinstance(error, BadInputError) or not _has_weights(partial.path):
+        discard(partial)
         return
-    loader = ModelReference.model_validate(str(merged)).lazy_loader()
-    for name, _ in sorted(loader.index.tensor_paths.items(), key=itemgetter(1)):  # by shard
-        tensor = loader.get_tensor(name)
-        if tensor is not None and not tensor.isfinite().all():
-            raise ValueError(
-                f"Merging tensor {name} overflows {tensor.dtype}; set a wider one (out_dtype: "
-                "bfloat16 or float32)."
-            )
+    keep(partial)
+    raise RuntimeError(
+        f"The weights are complete and kept in {partial.path}, but the merge could not be "
+        f"finished as {destination.path} ({reason(error)}); move them there yourself."
+    ) from error
+
+
+def _has_weights(directory: Path) -> bool:
+    return directory.is_dir() and not read_weights(str(directory), directory).problems
 
 
 def _now() -> str:

@@ -5,6 +5,7 @@ scaling coefficient λ_t of the MetaGPT paper: ``metagpt`` for plain task arithm
 ``metagpt_X`` for the sparsified ones, which are MergeKit's own code.
 """
 
+import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +26,7 @@ from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_metagpt.granularities import GRANULARITIES
-from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_groups
+from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
 from mergekit_metagpt.method.parameters import with_priors
 from mergekit_metagpt.method.random_streams import own_stream
 from mergekit_metagpt.method.session import SESSION, checkpoints_of
@@ -34,6 +35,8 @@ from mergekit_metagpt.task_vectors import add_task_vectors, working_dtype
 
 _PAPER = "https://arxiv.org/abs/2406.11385"
 
+# How MergeKit's planner calls a slice of a config.
+_SLICE = re.compile(r"\.slices\[\d+\]$")
 # The square of a length whose differences cannot overflow float32.
 _LARGEST_SAFE_NORM = 1e74
 
@@ -156,9 +159,16 @@ class MetaGPTMerge(GroupMergeMethod):
         *,
         group_name: str | None = None,
     ) -> None:
-        """Check the inputs as MergeKit does; it asks when it plans and when it merges."""
+        """Check the inputs as MergeKit does, and that their files are those it planned with.
+
+        MergeKit asks when it plans, for a slice or for all tensors (``group_name`` is a place in
+        the config, or None), and then for each tensor.
+        """
         super().validate_inputs(input_ids, base_id, group_name=group_name)
-        SESSION.plan(input_ids, base_id)
+        if group_name is None or _SLICE.search(group_name):
+            SESSION.begin(input_ids, base_id)
+        else:
+            SESSION.require_unchanged(input_ids, base_id)
 
     def _execute(
         self,
@@ -174,7 +184,7 @@ class MetaGPTMerge(GroupMergeMethod):
         if len(groups) > 1 and any(_needs_survey(p) for p in parameters):
             ids = [entry.id for entry in groups[0].entries]
             if checkpoints_of(ids, groups[0].base and groups[0].base.id) is None:
-                survey = survey_groups(groups, input_dtypes)
+                survey = survey_tensors([TensorInputs.of(group) for group in groups])
                 parameters = [{**p, "survey": survey} for p in parameters]
         merged: tuple[Tensor, ...] = super()._execute(
             groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype

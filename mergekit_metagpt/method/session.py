@@ -42,17 +42,28 @@ class Session:
         self._loader_options: MergeOptions | None = None
         self._quiet = False
 
-    def plan(self, ids: Sequence[Hashable], base: Hashable) -> None:
-        """Prepare for a merge that MergeKit plans or runs: note its options, and changed files.
+    def begin(self, ids: Sequence[Hashable], base: Hashable) -> None:
+        """Prepare for a merge that MergeKit plans: note its options, and which files changed.
 
         Args:
             ids: of all inputs.
             base: the id of θ_0.
         """
+        self._logged.clear()
         checkpoints = checkpoints_of(ids, base)
         if checkpoints is not None:
             self._note_options()
-            self.surveys.forget_changed(checkpoints)
+            self.surveys.begin(checkpoints)
+
+    def require_unchanged(self, ids: Sequence[Hashable], base: Hashable) -> None:
+        """Refuse to go on with a merge whose files change meanwhile; arguments as for ``begin``.
+
+        Raises:
+            ValueError: if a weight file is not the one that the merge began with.
+        """
+        checkpoints = checkpoints_of(ids, base)
+        if checkpoints is not None:
+            self.surveys.require_unchanged(checkpoints)
 
     def survey_of(self, inputs: TensorInputs) -> Survey:
         """Return the survey of the models that a tensor comes from, taken once.
@@ -64,13 +75,8 @@ class Session:
         if checkpoints is None:
             return survey_tensors([inputs])
         self._set_up_loaders()
-        return self.surveys.survey_of(
-            checkpoints,
-            inputs.name,
-            inputs.base.dtype,
-            inputs.base.device,
-            progress=not self._quiet,
-        )
+        device = inputs.base.device
+        return self.surveys.survey_of(checkpoints, device, progress=not self._quiet)
 
     @contextmanager
     def journal(self) -> Iterator[list[Entry]]:

@@ -28,6 +28,9 @@ _CHILDREN: dict[str, type[BaseModel]] = {
     "tokenizer": TokenizerConfig,
 }
 
+# What no written config comes near: characters, and values that aliases repeat.
+_LONGEST_TEXT, _MOST_REPEATED = 1 << 27, 1_000_000
+
 # The module of a config, and the number of the slice in it.
 Place = tuple[str, int]
 
@@ -67,17 +70,24 @@ def read_config(file: str) -> ConfigFile:
     It may be a pipe, which can be read only once: what needs the config takes what is returned.
 
     Raises:
-        BadInputError: if it cannot be read, or is no mapping.
+        BadInputError: if it cannot be read, is no mapping, or is beyond all bounds.
     """
     try:
         with click.open_file(file, encoding="utf-8") as stream:
-            text = stream.read()
-        raw = yaml.safe_load(text)
+            text = stream.read(_LONGEST_TEXT)
+        if len(text) == _LONGEST_TEXT:
+            raise OSError("it does not end")
+        raw = yaml.load(text, _BoundedLoader)
     except FileNotFoundError:
         raise BadInputError(f"Merge config {file} does not exist; correct its path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(
             f"Merge config {file} cannot be read ({reason(error)}); name a YAML file."
+        ) from None
+    except _BoundedLoader.TooLargeError:
+        raise BadInputError(
+            f"Merge config {file} repeats values by aliases more than {_MOST_REPEATED:,} times; "
+            "write it with fewer aliases."
         ) from None
     except yaml.composer.ComposerError:
         raise BadInputError(
@@ -93,6 +103,29 @@ def read_config(file: str) -> ConfigFile:
             "example_configs."
         )
     return ConfigFile(file, text, raw)
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """Refuses a few lines whose aliases of aliases stand for more values than memory holds."""
+
+    class TooLargeError(Exception):
+        """There are too many values."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        # Without aliases, a text holds at most as many values as characters.
+        if _values(node, {}) > _MOST_REPEATED + self.index:
+            raise self.TooLargeError
+        return super().construct_document(node)
+
+
+def _values(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """Count the values below a node, those of an alias each time that it is used."""
+    if node not in known:
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        known[node] = 1 + sum(_values(child, known) for child in children)
+    return known[node]
 
 
 def _complaints(error: ValidationError, config: ConfigFile) -> list[str]:

@@ -20,6 +20,7 @@ from mergekit_metagpt.planning.config import Place, parameter_sets
 from mergekit_metagpt.planning.measurements import Measurements
 from mergekit_metagpt.planning.planner import Planner, TensorMerge
 from mergekit_metagpt.summary import Entry, Summary
+from mergekit_metagpt.wording import BadInputError
 from mergekit_metagpt.workers import Mapper, in_this_process
 
 
@@ -120,7 +121,7 @@ def _method(config: MergeConfiguration) -> MetaGPTMerge:
     method = methods.get(config.merge_method)
     if not isinstance(method, MetaGPTMerge):
         ours = [name for name, m in methods.items() if isinstance(m, MetaGPTMerge)]
-        raise ValueError(
+        raise BadInputError(
             f"merge_method {config.merge_method} has no coefficients to choose; set one of "
             f"{', '.join(ours)}."
         )
@@ -130,7 +131,7 @@ def _method(config: MergeConfiguration) -> MetaGPTMerge:
 def _only_base(merges: list[TensorMerge]) -> ModelReference:
     bases = {merge.base for merge in merges}
     if len(bases) != 1:
-        raise ValueError(
+        raise BadInputError(
             "The slices of this merge have different base models; plan them one by one."
         )
     (base,) = bases

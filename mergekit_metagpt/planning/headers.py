@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -148,6 +149,7 @@ def read_weights(directory: str, model: Any) -> Weights:
 def _read_shards(weights: Weights, index: str, model: Any) -> None:
     """Read the headers of all files in an index, and compare the two."""
     try:
+        _require_file(index)
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         shards: dict[str, set[str]] = {}
         for name, shard in weight_map.items():
@@ -155,6 +157,12 @@ def _read_shards(weights: Weights, index: str, model: Any) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         weights.problems.append(
             f"Index {index} of model {model} is corrupt ({reason(error)}); download it again."
+        )
+        return
+    if outside := sorted(filter(_leads_out, weight_map.values())):
+        weights.problems.append(
+            f"Index {index} of model {model} names {outside[0]}, a file outside of the model; "
+            "download it again from someone you trust."
         )
         return
     for shard, named in sorted(shards.items()):
@@ -165,6 +173,12 @@ def _read_shards(weights: Weights, index: str, model: Any) -> None:
             continue
         weights.tensors |= {name: held[name] for name in named & held.keys()}
         weights.problems += _differences(index, shard, sorted(named), sorted(held), model)
+
+
+def _leads_out(shard: str) -> bool:
+    """Whether the path of a shard leads out of the model's directory."""
+    path = Path(os.path.normpath(shard))
+    return path.is_absolute() or ".." in path.parts
 
 
 def _differences(
@@ -192,6 +206,7 @@ def read_header(path: str, model: Any) -> dict[str, Header]:
     what = f"Weight file {path} of model {model}"
     again = "download it again"
     try:
+        _require_file(path)
         with open(path, "rb") as file:
             start = file.read(len(_LFS_POINTER))
     except FileNotFoundError:
@@ -214,6 +229,13 @@ def read_header(path: str, model: Any) -> dict[str, Header]:
             f"{what} is corrupt, or holds more than tensors ({reason(error)}); {again}, or save "
             "it as safetensors."
         ) from None
+
+
+def _require_file(path: str) -> None:
+    """Raise an OSError for a pipe or a device, which may never come to an end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError("it is a pipe or a device, and no file")
 
 
 def _safetensors(path: str) -> Iterator[tuple[str, Header]]:

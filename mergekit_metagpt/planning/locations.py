@@ -16,6 +16,11 @@ def find_weights(model: ModelPath, options: MergeOptions) -> Weights:
     """Read the headers of a model, wherever it is."""
     directory = find_directory(model, options)
     if directory is not None and not os.path.exists(os.path.join(directory, "config.json")):
+        if os.path.exists(os.path.join(directory, "adapter_config.json")):
+            raise BadInputError(
+                f"Model {model} is a LoRA adapter, and no model by itself; write the model that it "
+                f"was trained on before it, such as base+{model}."
+            )
         raise BadInputError(
             f"Model {model} is no checkpoint: {directory} holds no config.json; correct the path, "
             "or download the model again."

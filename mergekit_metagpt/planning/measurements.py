@@ -17,6 +17,7 @@ from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.survey import Survey, TensorInputs
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.planner import TensorMerge
+from mergekit_metagpt.task_vectors import working_dtype
 from mergekit_metagpt.workers import Mapper, in_this_process
 
 
@@ -29,12 +30,20 @@ class Measured:
         experts: those that contribute to it, T of them, in canonical order.
         squared_norms: ‖τ_t‖², T floats.
         size: how many elements it has.
+        dtype: what it is merged in.
+        in_place: whether every model contributes its own tensor of this name.
     """
 
     name: str
     experts: tuple[ModelReference, ...]
     squared_norms: Norms
     size: int
+    dtype: torch.dtype
+    in_place: bool = True
+
+    def is_surveyed_in(self, survey: Survey) -> bool:
+        """Return whether a survey knows these tensors by this name."""
+        return self.in_place and survey.counted_as(self.name) is not None
 
 
 @dataclass
@@ -65,7 +74,6 @@ class Measurements:
 
     def _take_survey(self, experts: Sequence[ModelReference], products: bool) -> Survey:
         return Checkpoints(self.base, tuple(experts)).survey(
-            dtype_from_name(self.config.dtype),
             self.options.device or "cpu",
             self.progress,
             products,
@@ -77,10 +85,15 @@ class Measurements:
         others: dict[Task[Any], list[TensorMerge]] = {}
         for merge in merges:
             experts = tuple(canonical(set(merge.models) - {self.base}))
-            norms = self.survey.squared_norms.get(merge.name)
-            if norms and merge.reads_checkpoints_as_they_are and experts == self.experts:
-                size = self.survey.sizes[merge.name]
-                self.tensors[merge.name] = Measured(merge.name, experts, norms, size)
+            stored = self.survey.dtypes.get(merge.name)
+            if (
+                stored is not None
+                and merge.reads_checkpoints_as_they_are
+                and experts == self.experts
+                and _calculates_alike(merge, stored)
+            ):
+                norms, size = self.survey.squared_norms[merge.name], self.survey.sizes[merge.name]
+                self.tensors[merge.name] = Measured(merge.name, experts, norms, size, stored)
             else:
                 others.setdefault(merge.task.gather_tensors, []).append(merge)
         executor = Executor(list(others), math_device=torch.device(self.options.device or "cpu"))
@@ -100,5 +113,17 @@ class Measurements:
         )
         inputs = TensorInputs.of(group)
         experts: Any = inputs.ids
-        size = inputs.base.numel()
-        self.tensors[merge.name] = Measured(merge.name, experts, inputs.squared_norms, size)
+        in_place = set(merge.inputs.values()) == {merge.name}
+        self.tensors[merge.name] = Measured(
+            merge.name, experts, inputs.squared_norms, inputs.base.numel(), inputs.dtype, in_place
+        )
+
+
+def _calculates_alike(merge: TensorMerge, stored: torch.dtype) -> bool:
+    """Whether the norms of tensors as MergeKit loads them are, bit for bit, those as stored."""
+    dtypes = {dtype_from_name(load.dtype) or stored for load in merge.loads.values()}
+    return all(
+        torch.promote_types(stored, dtype) == dtype
+        and working_dtype(stored) == working_dtype(dtype)
+        for dtype in dtypes
+    )

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +58,21 @@ class ModelFiles:
         """What MergeKit knows of that class; None if it has to guess."""
         return arch_info_for_config(self.config) if self.config else None
 
+    @property
+    def is_tied(self) -> bool | None:
+        """Whether the config says that the head is the embeddings; None if it says nothing."""
+        configs = [self.config, self.config.get_text_config()] if self.config else []
+        said = {getattr(config, "tie_word_embeddings", None) for config in configs} - {None}
+        return any(said) if said else None
+
+    def layers(self, module: str) -> int | None:
+        """Return how many layers a module has, empty for the only one; None if that is unknown."""
+        if not self.config or not self.description:
+            return None
+        modules = self.description.modules
+        found = modules.get(module or next(iter(modules)))
+        return found.architecture.num_layers(self.config) if found else None
+
 
 def find_model_files(model: ModelReference, options: MergeOptions) -> ModelFiles:
     """Look at a model; what is wrong with it becomes its problems."""
@@ -76,6 +92,13 @@ def find_model_files(model: ModelReference, options: MergeOptions) -> ModelFiles
             "cannot be merged; use the checkpoint that it was made from.",
         )
     return ModelFiles(model, config, weights, problems=problems)
+
+
+def require_models(models: Iterable[ModelReference], options: MergeOptions) -> None:
+    """Raise a BadInputError that says what is wrong with models, if anything is."""
+    problems = [p for model in models for p in find_model_files(model, options).problems]
+    if problems:
+        raise BadInputError(*problems)
 
 
 def _with_adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> ModelFiles:

@@ -11,7 +11,7 @@ from io import StringIO
 import torch
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import MergeConfiguration
+from mergekit.config import MergeConfiguration, OutputModuleDefinition
 from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
@@ -40,11 +40,13 @@ class OutputTensor:
         merge: MergeKit's tasks that make it.
         stored: the header of each input that is there, also of one that is made from others.
         absent: the models that have no such tensor.
+        read: the names that each input is stored under; several for one that is made from others.
     """
 
     merge: TensorMerge
     stored: Mapping[ModelReference, Header]
     absent: tuple[ModelReference, ...]
+    read: Mapping[ModelReference, tuple[str, ...]]
 
     @property
     def name(self) -> str:
@@ -88,11 +90,13 @@ class Outputs:
         tensors: in the order in which they will be written.
         architecture: what MergeKit knows of the models' tensors.
         tokenizer: the task that builds the output's tokenizer, if the config asks for one.
+        modules: the config's modules with their slices, as MergeKit reads them out of any config.
     """
 
     tensors: tuple[OutputTensor, ...]
     architecture: ModelArchitecture
     tokenizer: BuildTokenizer | None
+    modules: Mapping[str, OutputModuleDefinition]
 
     @property
     def architecture_is_guessed(self) -> bool:
@@ -130,7 +134,7 @@ def plan_outputs(
             LOG.info("MergeKit's planner failed", exc_info=True)
             raise PlannerError(_refusal(error, models, file)) from error
         tensors = tuple(_output_tensor(merge, models) for merge in merges)
-    return Outputs(tensors, planner.arch_info, planner.tokenizer)
+    return Outputs(tensors, planner.arch_info, planner.tokenizer, planner.config.modules or {})
 
 
 def _refusal(error: Exception, models: Mapping[ModelReference, ModelFiles], file: str) -> str:
@@ -170,38 +174,47 @@ def _require_modules(
 
 
 def _output_tensor(merge: TensorMerge, models: Mapping[ModelReference, ModelFiles]) -> OutputTensor:
-    stored, absent = {}, []
+    stored, read, absent = {}, {}, []
     for model, load in merge.loads.items():
-        header = _header(models[model], load)
-        if header is None:
+        found = _found(models[model], load)
+        if found is None:
             absent.append(model)
         else:
-            stored[model] = header
-    return OutputTensor(merge, stored, tuple(absent))
+            stored[model], read[model] = found
+    return OutputTensor(merge, stored, tuple(absent), read)
 
 
-def _header(files: ModelFiles, load: LoadTensor) -> Header | None:
-    """Return what MergeKit will load: a tensor of this name or another, or one made from others."""
+def _found(files: ModelFiles, load: LoadTensor) -> tuple[Header, tuple[str, ...]] | None:
+    """Return what MergeKit will load, and what that is stored as.
+
+    That is a tensor of this name or another, or one made from others.
+    """
     held = files.weights.tensors
     for name in (load.tensor, *(load.aliases or ()), *(load.tied_names or ())):
         if name in held:
-            return held[name]
+            return held[name], (name,)
     return _converted(files, load)
 
 
-def _converted(files: ModelFiles, load: LoadTensor) -> Header | None:
+def _converted(files: ModelFiles, load: LoadTensor) -> tuple[Header, tuple[str, ...]] | None:
     """Return what MergeKit makes from other tensors, such as those of all experts of a layer."""
     model_type = getattr(files.config, "model_type", None)
     for name in (load.tensor, *(load.aliases or ())):
+        used: list[str] = []
         # Those of one layer only: MergeKit tries each rule on each of them.
         sources = {
-            source: partial(torch.empty, header.shape, dtype=header.torch_dtype, device="meta")
+            source: partial(_without_data, source, header, used)
             for source, header in files.weights.by_layer.get(number_of_layer(name), {}).items()
         }
         tensor = convert_checkpoint_tensors(model_type, sources, name)
         if tensor is not None:
-            return Header.of(tensor)
+            return Header.of(tensor), tuple(used)
     return None
+
+
+def _without_data(name: str, header: Header, used: list[str]) -> torch.Tensor:
+    used.append(name)
+    return torch.empty(header.shape, dtype=header.torch_dtype, device="meta")
 
 
 def output_shards(

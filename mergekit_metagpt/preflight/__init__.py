@@ -5,7 +5,6 @@ write a generator of sentences into the file of its subject, and call it from he
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from mergekit import merge_methods
 from mergekit.common import ModelReference
@@ -15,15 +14,17 @@ from mergekit.options import MergeOptions
 
 from mergekit_metagpt.method.merge_method import register
 from mergekit_metagpt.planning.config import ConfigFile, read_config
+from mergekit_metagpt.planning.fingerprints import with_fresh_lora_cache
 from mergekit_metagpt.planning.models import ModelFiles, find_model_files
 from mergekit_metagpt.planning.outputs import Outputs, PlannerError, output_rows, plan_outputs
 from mergekit_metagpt.preflight import configs, structure, tensors
 from mergekit_metagpt.preflight.costs import Costs, costs
+from mergekit_metagpt.preflight.lost import lost
 from mergekit_metagpt.preflight.output import bad_output, no_room
 from mergekit_metagpt.preflight.vocabularies import different_tokenizers
 from mergekit_metagpt.wording import BadInputError, instead, nearest
 
-__all__ = ["Costs", "Preflight", "inspect"]
+__all__ = ["Costs", "Preflight", "ignored", "inspect"]
 
 
 @dataclass(frozen=True)
@@ -61,45 +62,51 @@ def inspect(
         return Preflight(list(error.args))
     inspection = _Inspection(written, out, options or MergeOptions())
     try:
-        costs, outputs = inspection.run()
+        found, outputs = inspection.run()
     except BadInputError as error:
         inspection.problems += error.args
     problems = list(dict.fromkeys(inspection.problems))
-    return Preflight(problems) if problems else Preflight([], costs, outputs)
+    return Preflight(problems) if problems else Preflight([], found, outputs)
 
 
-def inspect_config(config: ConfigFile, options: MergeOptions | None = None) -> list[str]:
-    """Look at a merge config alone, and return all problems."""
+def ignored(config: ConfigFile) -> list[str]:
+    """Return a sentence for each setting of a config that MergeKit ignores."""
     register()
-    inspection = _Inspection(config, None, options or MergeOptions())
-    try:
-        inspection.look_at_config()
-    except BadInputError as error:
-        inspection.problems += error.args
-    return list(dict.fromkeys(inspection.problems))
+    inspection = _Inspection(config, None, MergeOptions())
+    return list(configs.ignored(config.raw, config.name, inspection.method()))
 
 
 @dataclass
 class _Inspection:
     """One look at a merge: its config, then the models, then their tensors side by side."""
 
-    file: str
+    written: ConfigFile
     out: str | None
     options: MergeOptions
     problems: list[str] = field(default_factory=list)
     models: dict[ModelReference, ModelFiles] = field(default_factory=dict)
 
-    def run(self) -> Costs | None:
-        config = self._look_at_config(read_config(self.file))
+    @property
+    def file(self) -> str:
+        return self.written.name
+
+    def run(self) -> tuple[Costs | None, Outputs | None]:
+        self.problems += configs.no_accelerator(self.options)
+        config = self._look_at_config()
+        self.options = with_fresh_lora_cache(self.options, config)
         self._look_at_models(config)
         if self.out is not None:
             self.problems += bad_output(self.out, self.models)
+        if bad_layers := list(structure.bad_layers(config, self.file, self.models)):
+            self.problems += bad_layers
+            return None, None
         outputs = self._plan(config)
-        return self._look_at_tensors(outputs, config) if outputs else None
+        return (self._look_at_tensors(outputs, config) if outputs else None), outputs
 
-    def _look_at_config(self, written: ConfigFile) -> MergeConfiguration:
-        method = self._method(written.raw)
-        self.problems += configs.unknown_keys(written.raw, self.file, method)
+    def _look_at_config(self) -> MergeConfiguration:
+        written = self.written
+        method = self.method()
+        self.problems += configs.ignored(written.raw, self.file, method)
         if method is not None:
             self.problems += configs.bad_parameters(written.raw, self.file, method)
         config = written.parse()
@@ -111,10 +118,10 @@ class _Inspection:
             self.problems += structure.bad_structure(config, self.file, method)
         return config
 
-    def _method(self, raw: dict[str, Any]) -> MergeMethod | None:
+    def method(self) -> MergeMethod | None:
         """Return the method that the config names, or most likely means."""
         methods = {method.spec.name: method for method in merge_methods.registered_methods()}
-        name = raw.get("merge_method")
+        name = self.written.raw.get("merge_method")
         if not isinstance(name, str):
             return None  # as the config's parser will say
         if name not in methods:
@@ -153,9 +160,11 @@ class _Inspection:
     def _look_at_tensors(self, outputs: Outputs, config: MergeConfiguration) -> Costs:
         base, file = config.base_model, self.file
         self.problems += tensors.missing(outputs, base, self.models)
+        self.problems += tensors.missing_heads(outputs, self.models)
+        self.problems += tensors.left_out(outputs, file)
         self.problems += tensors.different_shapes(outputs, base, file)
         self.problems += tensors.quantized(outputs)
-        self.problems += tensors.lost(outputs, base, self.models)
+        self.problems += lost(outputs, base, self.models)
         self.problems += tensors.bad_values(outputs, file)
         self.problems += different_tokenizers(outputs, base, self.options, file)
         rows = output_rows(outputs, config.tokenizer, file)

@@ -6,20 +6,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod, ParameterScope, ParameterSpec
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
 from mergekit_metagpt.mergekit_private import chat_templates
 from mergekit_metagpt.method.parameters import with_priors
-from mergekit_metagpt.planning.config import levels
+from mergekit_metagpt.planning.config import Level, levels
 from mergekit_metagpt.planning.headers import FLOAT_NAMES
 from mergekit_metagpt.wording import instead, nearest
 
 
-def unknown_keys(raw: dict[str, Any], file: str, method: MergeMethod | None) -> Iterator[str]:
-    """Find keys that MergeKit would silently ignore."""
+def no_accelerator(options: MergeOptions) -> Iterator[str]:
+    """Find an executor for accelerators on a machine without one, where MergeKit crashes."""
+    if options.multi_gpu and not torch.accelerator.device_count():
+        yield "There is no GPU here, which --multi-gpu asks for; leave that option out."
+
+
+def ignored(raw: dict[str, Any], file: str, method: MergeMethod | None) -> Iterator[str]:
+    """Find what MergeKit silently ignores."""
+    yield from _unknown_keys(raw, file, method)
+    if method is not None:
+        yield from _ignored_parameters(raw, file, method)
+
+
+def _unknown_keys(raw: dict[str, Any], file: str, method: MergeMethod | None) -> Iterator[str]:
     parameters = {p.name for p in method.spec.parameters} if method else set()
     for level in levels(raw):
         known = set(level.schema.model_fields)
@@ -34,36 +48,48 @@ def unknown_keys(raw: dict[str, Any], file: str, method: MergeMethod | None) -> 
             yield f"{file} has the unknown key {key}{level.at}, which MergeKit ignores; {way}."
 
 
+def _ignored_parameters(raw: dict[str, Any], file: str, method: MergeMethod) -> Iterator[str]:
+    for level, name, _ in _settings(raw):
+        spec = _checked(method).get(name)
+        if spec is None:
+            yield (
+                f"{file} sets the parameter {name}{level.at}, which {method.spec.name} does "
+                f"not have and MergeKit ignores; {instead(name, _checked(method))}."
+            )
+        elif level.is_input and spec.scope == ParameterScope.SHARED:
+            yield (
+                f"{file} sets the parameter {name}{level.at}, where MergeKit ignores it since "
+                "all models share it; move it to the parameters of the whole merge."
+            )
+
+
 def bad_parameters(raw: dict[str, Any], file: str, method: MergeMethod) -> Iterator[str]:
-    """Find parameters that the method does not have, or that have values it cannot use."""
-    specs = {p.name: p for p in _checked(method)}
+    """Find parameters that have values which the method cannot use."""
+    for level, name, setting in _settings(raw):
+        spec = _checked(method).get(name)
+        if spec is None or (level.is_input and spec.scope == ParameterScope.SHARED):
+            continue
+        for value in _scalars(setting):
+            if complaint := _complaint(spec, value):
+                yield f"{file}{level.at}: {complaint}"
+
+
+def _settings(raw: dict[str, Any]) -> Iterator[tuple[Level, str, Any]]:
+    """Yield every parameter that a config sets, and where."""
     for level in levels(raw):
         settings = level.values.get("parameters")
         for name, setting in settings.items() if isinstance(settings, dict) else ():
-            if name not in specs:
-                yield (
-                    f"{file} sets the parameter {name}{level.at}, which {method.spec.name} does "
-                    f"not have and MergeKit ignores; {instead(name, specs)}."
-                )
-            elif level.is_input and specs[name].scope == ParameterScope.SHARED:
-                yield (
-                    f"{file} sets the parameter {name}{level.at}, where MergeKit ignores it since "
-                    "all models share it; move it to the parameters of the whole merge."
-                )
-            else:
-                for value in _scalars(setting):
-                    if complaint := _complaint(specs[name], value):
-                        yield f"{file}{level.at}: {complaint}"
+            yield level, name, setting
 
 
-def _checked(method: MergeMethod) -> list[ParameterSpec]:
+def _checked(method: MergeMethod) -> dict[str, ParameterSpec]:
     """Return a method's parameters; a stock method's shares have to be shares as well."""
     specs = {p.name: p for p in method.spec.parameters}
     if isinstance(method, GeneralizedTaskArithmeticMerge):
         for spec in with_priors(method.spec.parameters):
             if spec.name in specs and spec.name != "weight":  # which may be negative there
                 specs[spec.name] = spec
-    return list(specs.values())
+    return specs
 
 
 def _scalars(setting: Any) -> Iterator[Any]:

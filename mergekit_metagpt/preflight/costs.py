@@ -1,22 +1,16 @@
-"""What a merge will cost: bytes, passes, memory and files."""
+"""What a merge will cost: bytes, passes and files."""
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mergekit import merge_methods
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
-from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.planning.models import ModelFiles
-from mergekit_metagpt.planning.outputs import Outputs, OutputTensor, output_shards
+from mergekit_metagpt.planning.outputs import Outputs, output_shards
 from mergekit_metagpt.preflight.tensors import granularity_of
-
-# What the kernels hold besides the tensors: three buffers of 2^19 float64 numbers.
-_BUFFERS = 3 * 8 << 19
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,6 @@ class Costs:
         bytes_written: of tensors.
         bytes_applied: of models that MergeKit writes to the LoRA cache first.
         shards: how many weight files there will be.
-        peak_memory: bytes of tensors held at once, roughly; Python itself takes more.
         notes: what else is worth knowing, one sentence each.
     """
 
@@ -48,7 +41,6 @@ class Costs:
     bytes_written: int
     bytes_applied: int
     shards: int
-    peak_memory: int
     notes: tuple[str, ...]
 
 
@@ -80,9 +72,6 @@ def costs(
         bytes_written=sum(shards),
         bytes_applied=sum(_bytes_applied(c, options) for c in models.values()),
         shards=len(shards),
-        peak_memory=max(shards, default=0)
-        + max(map(_memory, outputs.tensors, parameters), default=0)
-        + _pickled(models, options),
         notes=tuple(_notes(outputs, models)),
     )
 
@@ -117,44 +106,6 @@ def _bytes_applied(files: ModelFiles, options: MergeOptions) -> int:
         math.prod(header.shape) * dtype.itemsize if dtype else header.bytes
         for header in files.weights.tensors.values()
     )
-
-
-def _memory(tensor: OutputTensor, parameters: int) -> int:
-    """Return about how many bytes are held while one tensor is merged."""
-    inputs = sum(math.prod(header.shape) for header in tensor.stored.values())
-    dtypes = {tensor.merged_dtype, tensor.written_dtype}
-    outputs = sum(parameters * dtype.itemsize for dtype in dtypes)
-    work = _work(tensor, len(tensor.stored), parameters)
-    return inputs * tensor.merged_dtype.itemsize + outputs + work
-
-
-def _work(tensor: OutputTensor, models: int, parameters: int) -> int:
-    """Return what a method holds besides its inputs and its result, as measured."""
-    method = merge_methods.get(tensor.merge.task.method_name)
-    if isinstance(method, MetaGPTMerge):
-        if method.is_plain:
-            return _BUFFERS
-        method = method.stock
-    if isinstance(method, GeneralizedTaskArithmeticMerge) and (
-        method.sparsification_method or method.consensus_method
-    ):
-        # Sorting one task vector, or choosing the signs of all.
-        return parameters * 4 * max(models + 8, 3 * models)
-    return parameters * tensor.merged_dtype.itemsize * (models + 2)
-
-
-def _pickled(models: Mapping[ModelReference, ModelFiles], options: MergeOptions) -> int:
-    """Return the size of the pickled files that MergeKit holds in memory, one per model."""
-    if options.lazy_unpickle:
-        return 0
-    total = 0
-    for files in models.values():
-        sizes: dict[str, int] = {}
-        for header in files.weights.tensors.values():
-            if not header.file.endswith(".safetensors"):
-                sizes[header.file] = sizes.get(header.file, 0) + header.bytes
-        total += max(sizes.values(), default=0)
-    return total
 
 
 def _notes(outputs: Outputs, models: Mapping[ModelReference, ModelFiles]) -> Iterator[str]:

@@ -8,13 +8,21 @@ from pathlib import Path
 from mergekit.common import ModelReference
 from rich.filesize import decimal
 
+from mergekit_metagpt.planning.destination import Destination
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.preflight.costs import Costs
 
 
 def bad_output(out: str, models: Mapping[ModelReference, ModelFiles]) -> Iterator[str]:
     """Find reasons not to write to a directory."""
-    path = Path(out).resolve()
+    link = Path(out)
+    if link.is_symlink() and not link.exists():
+        yield (
+            f"Output {out} is a link to {os.readlink(link)}, which does not exist; make that "
+            "directory, or choose another."
+        )
+        return
+    path = link.resolve()
     for files in models.values():
         places = [files.weights.directory, os.path.dirname(files.adapter or "")]
         inputs = {Path(place).resolve() for place in places if place}
@@ -25,22 +33,36 @@ def bad_output(out: str, models: Mapping[ModelReference, ModelFiles]) -> Iterato
             )
             return
     try:
-        if path.exists() and not path.is_dir():
-            yield f"Output {out} is a file; choose a directory that does not exist yet."
-        elif path.is_dir() and any(path.iterdir()):
-            merge = (path / "mergekit_config.yml").exists() or (path / "config.json").exists()
-            held = "holds an older merge or model" if merge else "is not empty"
-            yield f"Output directory {out} {held}; remove it, or choose another."
-        elif not os.access(_existing(path), os.W_OK):
-            yield f"Output {out} cannot be written: {_existing(path)} is read-only; choose another."
+        yield from _unusable(out, path)
     except OSError as error:
         yield f"Output {out} cannot be used ({error.strerror}); choose another directory."
+    applied = [Path(files.to_apply).resolve() for files in models.values() if files.to_apply]
+    if any(path == place or path in place.parents for place in applied):
+        yield (
+            f"Output {out} is the --lora-merge-cache, or holds it, and MergeKit writes there "
+            "first; choose another directory for one of them."
+        )
+
+
+def _unusable(out: str, path: Path) -> Iterator[str]:
+    """Look at what is there, or at the directory that the output will be made in."""
+    if path.exists() and not path.is_dir():
+        yield f"Output {out} is a file; choose a directory that does not exist yet."
+    elif Destination.of(path).contents():
+        merge = (path / "mergekit_config.yml").exists() or (path / "config.json").exists()
+        held = "holds an older merge or model" if merge else "is not empty"
+        yield f"Output directory {out} {held}; remove it, or choose another."
+    elif not os.access(_existing(path), os.W_OK | os.X_OK):
+        yield f"Output {out} cannot be written: {_existing(path)} is read-only; choose another."
 
 
 def no_room(
     cost: Costs, out: str | None, models: Mapping[ModelReference, ModelFiles]
 ) -> Iterator[str]:
-    """Find disks that are too full for what will be written there."""
+    """Find disks that are too full for what will be written there.
+
+    An output that exists is written within, another one beside it.
+    """
     needs: dict[int, tuple[Path, int]] = {}
     caches = [files.to_apply for files in models.values() if files.to_apply]
     for place, size in ((out, cost.bytes_written), (min(caches, default=None), cost.bytes_applied)):

@@ -1,10 +1,10 @@
 """Which models a config merges with which."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
+from mergekit.config import MergeConfiguration, OutputSliceDefinition
 from mergekit.merge_methods.base import BasePolicy, MergeMethod
 
 from mergekit_metagpt.planning.config import Part, parts
@@ -50,6 +50,28 @@ def _against_contract(part: Part, file: str, method: MergeMethod) -> Iterator[st
             f"{file} is wrong at {part.at}: {str(error)[:1].lower()}{str(error)[1:]}, says "
             f"MergeKit of {method.spec.name}; correct the list."
         )
+
+
+def bad_layers(
+    config: MergeConfiguration, file: str, models: Mapping[ModelReference, ModelFiles]
+) -> Iterator[str]:
+    """Find ranges of layers that hold none, or go beyond those of the model."""
+    for part in parts(config):
+        if not isinstance(part.holder, OutputSliceDefinition):
+            continue
+        for source in part.holder.sources:
+            first, end = source.layer_range
+            layers = models[source.model].layers(part.place[0])
+            what = f"{file} takes the layer_range [{first}, {end}] of model {source.model}"
+            if not 0 <= first < end:
+                yield (
+                    f"{what} at {part.at}, which holds no layer; write the first layer, from 0, "
+                    "and the one after the last, such as [0, 3]."
+                )
+            elif layers is not None and end > layers:
+                yield (
+                    f"{what} at {part.at}, which has {layers} layers; end it at {layers} or before."
+                )
 
 
 def same_models(base: ModelReference | None, models: Sequence[ModelFiles]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """What can be wrong with the tensors of models that are to be merged with each other."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from mergekit import merge_methods
@@ -17,9 +18,6 @@ TOKENIZER_WAY = (
     "add `tokenizer: {{source: base}}` to {file} to keep the base's tokens, or "
     "`tokenizer: {{source: union}}` to keep all"
 )
-
-# Buffers that older versions of transformers wrote, and newer ones compute.
-_COMPUTED = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", "position_ids")
 
 
 def missing(
@@ -61,6 +59,46 @@ def _fails_without(tensor: OutputTensor, model: ModelReference) -> bool:
     except ValueError:
         return True
     return False
+
+
+def missing_heads(outputs: Outputs, models: Mapping[ModelReference, ModelFiles]) -> Iterator[str]:
+    """Find models without a head, where MergeKit would silently take the embeddings for it.
+
+    They are the head if the model's config ties the two, but not if it says that it does not.
+    """
+    read = Counter(
+        (model, name)
+        for tensor in outputs.tensors
+        for model, names in tensor.read.items()
+        for name in names
+    )
+    for tensor in outputs.tensors:
+        for model, (name, *_) in tensor.read.items():
+            load = tensor.merge.loads[model]
+            is_shared = name in (load.tied_names or ()) and read[model, name] > 1
+            # Embeddings of an encoder and a decoder are one in any case.
+            if is_shared and "embed" not in load.tensor and models[model].is_tied is False:
+                yield (
+                    f"Model {model} lacks tensor {load.tensor}, and MergeKit would take {name} for "
+                    "it, but its config.json says that they differ (tie_word_embeddings: false); "
+                    "complete the model, or correct its config.json."
+                )
+
+
+def left_out(outputs: Outputs, file: str) -> Iterator[str]:
+    """Find models that MergeKit would silently leave out of the tensors after the last layer.
+
+    It takes as many models for them as the first slice has, from the last slice.
+    """
+    for tensor in outputs.tensors:
+        forgotten = [model for model in tensor.merge.models if model not in tensor.merge.loads]
+        if forgotten:
+            yield (
+                f"{file} lists more models in the last slice than in the first, and MergeKit "
+                f"would leave model {forgotten[0]} out of tensor {tensor.name}; list as many "
+                "models in the first slice."
+            )
+            return
 
 
 def granularity_of(tensor: OutputTensor) -> Granularity | None:
@@ -118,43 +156,6 @@ def quantized(outputs: Outputs) -> Iterator[str]:
             f"Model {model} stores {counted(names)} as {dtype}, and quantized or integer weights "
             "cannot be merged; use the float checkpoint that it was made from."
         )
-
-
-def lost(
-    outputs: Outputs, base: ModelReference | None, models: Mapping[ModelReference, ModelFiles]
-) -> Iterator[str]:
-    """Find weights of an expert that the merge would silently drop.
-
-    A tensor that the base holds too is MergeKit's to know or to leave out. One that only the
-    expert holds came from its training, such as a head that was added; unless it is a buffer
-    that its version of transformers used to write.
-    """
-    if base is None:
-        return
-    held = models[base].weights.tensors
-    converted = {
-        model for t in outputs.tensors for model, header in t.stored.items() if not header.file
-    }
-    for model, files in models.items():
-        if model == base or model in converted or files.config is None:
-            continue
-        known = {
-            name
-            for weight in outputs.architecture.all_weights(files.config)
-            for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
-        }
-        extra = [
-            name
-            for name, header in files.weights.tensors.items()
-            if name not in held and name not in known
-            if header.dtype in FLOATS and not name.endswith(_COMPUTED)
-        ]
-        if extra:
-            yield (
-                f"Model {model} holds {counted(sorted(extra))}, which the base {base} has no "
-                "counterpart of and the merge would drop; merge a checkpoint without it, or "
-                "choose the base that this model was fine-tuned from."
-            )
 
 
 def bad_values(outputs: Outputs, file: str) -> Iterator[str]:

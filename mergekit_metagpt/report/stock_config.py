@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 import yaml
+from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, ConfigYamlDumper
+from pydantic import BaseModel
 
 from mergekit_metagpt import __version__
 from mergekit_metagpt.names import layer_of
@@ -33,8 +35,32 @@ def stock_config(forecast: Forecast) -> str:
 
     for part in list(parts(config)):
         _set_weights(part, forecast)
-    document = config.model_dump(exclude_defaults=True, mode="json")
+    document = _plain(config)
     return _header(forecast) + yaml.dump(document, Dumper=ConfigYamlDumper, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    """Return a part of a config as YAML has it, without defaults.
+
+    MergeKit's own serializer fails for a model whose path holds a space, and writes a path with
+    a + or @ in it so that it reads back as another model.
+    """
+    if isinstance(value, ModelReference) and _reads_back(value):
+        return str(value)
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        set_ones = {name: getattr(value, name) for name in fields}
+        return {n: _plain(v) for n, v in set_ones.items() if v != fields[n].default}
+    if isinstance(value, dict):
+        return {key: _plain(member) for key, member in value.items()}
+    return [_plain(member) for member in value] if isinstance(value, list | tuple) else value
+
+
+def _reads_back(model: ModelReference) -> bool:
+    try:
+        return bool(ModelReference.model_validate(str(model)) == model)
+    except RuntimeError:  # more than one + or @
+        return False
 
 
 def _set_weights(part: Part, forecast: Forecast) -> None:

@@ -1,0 +1,136 @@
+"""Weights that a merge would silently drop.
+
+MergeKit merges the tensors that its description of an architecture names, or those that it
+guesses where it has none. What a model holds besides never reaches the output.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+from mergekit.common import ModelReference
+
+from mergekit_metagpt.mergekit_private import ignored_names, tied_names
+from mergekit_metagpt.names import layer_of
+from mergekit_metagpt.planning.headers import FLOATS, Header
+from mergekit_metagpt.planning.models import ModelFiles
+from mergekit_metagpt.planning.outputs import Outputs
+from mergekit_metagpt.wording import counted
+
+# Buffers that older versions of transformers wrote, and newer ones compute.
+_COMPUTED = (".inv_freq", ".masked_bias", "position_ids")
+_MASKS = (".attn.bias", ".attention.bias")
+
+
+def lost(
+    outputs: Outputs, base: ModelReference | None, models: Mapping[ModelReference, ModelFiles]
+) -> Iterator[str]:
+    """Find weights that the merge would silently drop.
+
+    Nothing is lost that is read for some tensor of the output, that is tied to what is read,
+    or that the config leaves out on purpose: models, modules, or layers.
+    """
+    read = set(chain.from_iterable(chain.from_iterable(t.read.values()) for t in outputs.tensors))
+    merged = [files for model, files in models.items() if _layers(outputs, model) and files.config]
+    merged.sort(key=lambda files: (files.model != base, str(files.model)))
+    told: set[str] = set()
+    held_by_base = models[base].weights.tensors if base is not None else {}
+    for files in merged:
+        names = sorted(set(_unread(files, outputs, read)) - told)
+        told |= set(names)
+        own = [name for name in names if name not in held_by_base]
+        if files.model != base and base is not None and own:
+            yield (
+                f"Model {files.model} holds {counted(own)}, which the base {base} has no "
+                "counterpart of and the merge would drop; merge a checkpoint without it, or "
+                "choose the base that this model was fine-tuned from."
+            )
+        elif names:
+            yield (
+                f"Model {files.model} holds {counted(names)}, which the merge would drop, since "
+                f"{_why(outputs, files)}; merge the weight files with mergekit-pytorch, which "
+                "takes every tensor."
+            )
+
+
+def _why(outputs: Outputs, files: ModelFiles) -> str:
+    if outputs.architecture_is_guessed:
+        return (
+            f"MergeKit does not describe {files.architecture} and guesses its tensors without them"
+        )
+    return f"MergeKit's description of {files.architecture} does not name them"
+
+
+def _unread(files: ModelFiles, outputs: Outputs, read: set[str]) -> list[str]:
+    """Return the weights of a model that the merge should read, and does not."""
+    is_excluded = _excluded(outputs, files)
+    names = [
+        name
+        for name, header in files.weights.tensors.items()
+        if name not in read and not _is_computed(name, header) and not is_excluded(name)
+    ]
+    return _without_ties(_without_ignored(names, files), files, outputs, read) if names else []
+
+
+def _is_computed(name: str, header: Header) -> bool:
+    """Whether a tensor is no parameter: a counter, or a buffer that models compute themselves."""
+    is_mask = name.endswith(_MASKS) and len(header.shape) == 4
+    return header.dtype not in FLOATS or is_mask or name.endswith(_COMPUTED)
+
+
+def _excluded(outputs: Outputs, files: ModelFiles) -> Callable[[str], bool]:
+    """Return whether the config leaves a tensor out: by naming other modules, or other layers."""
+    config: Any = files.config
+    layers: set[str] = set()
+    names: set[str] = set()
+    for module, definition in outputs.architecture.modules.items():
+        described = definition.architecture
+        prefix = definition.weight_prefix or ""
+        taken = _layers(outputs, files.model).get(module, set())
+        for number in set(range(described.num_layers(config))) - taken:
+            weights = described.layer_weights(number, config) or []
+            layers |= {layer_of(prefix + weight.name) or "" for weight in weights}
+        if module not in outputs.modules:
+            names |= {prefix + weight.name for weight in described.all_weights(config)}
+    return lambda name: name in names or layer_of(name) in layers
+
+
+def _layers(outputs: Outputs, model: ModelReference) -> dict[str, set[int]]:
+    """Return the layers of each module that the config takes from a model."""
+    found: dict[str, set[int]] = {}
+    for module, definition in outputs.modules.items():
+        for piece in definition.slices or []:
+            for source in piece.sources:
+                if source.model == model:
+                    found.setdefault(module, set()).update(range(*source.layer_range))
+    return found
+
+
+def _without_ignored(names: Iterable[str], files: ModelFiles) -> list[str]:
+    """Leave out what transformers ignores in a checkpoint of this class."""
+    patterns = [re.compile(pattern) for pattern in ignored_names(files.architecture)]
+    return [name for name in names if not any(_matches(pattern, name) for pattern in patterns)]
+
+
+def _matches(pattern: re.Pattern[str], name: str) -> bool:
+    """Whether a pattern fits from the start of a part of a name: attn.bias, but not c_attn.bias."""
+    starts = (found.start() for found in pattern.finditer(name))
+    return any(start == 0 or "." in name[start - 1 : start + 1] for start in starts)
+
+
+def _without_ties(
+    names: Iterable[str], files: ModelFiles, outputs: Outputs, read: set[str]
+) -> list[str]:
+    """Leave out second names of tensors that are read."""
+    same = {
+        other
+        for tensor in outputs.tensors
+        for load in tensor.merge.loads.values()
+        for other in load.tied_names or ()
+    }
+    if files.is_tied:
+        ties = tied_names(files.architecture)
+        same |= {name for name in names for one, other in ties if one == name and other in read}
+        same |= {name for name in names for one, other in ties if other == name and one in read}
+    return [name for name in names if name not in same]

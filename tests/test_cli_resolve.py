@@ -1,0 +1,65 @@
+"""Where ``mergekit-metagpt resolve`` writes to."""
+
+import os
+import stat
+import sys
+
+import pytest
+from click.testing import CliRunner
+from conftest import merge_config, write_yaml
+
+from mergekit_metagpt.cli import main
+
+
+@pytest.fixture
+def resolve(family, tmp_path):
+    config = merge_config(family, parameters={"granularity": "model"})
+    yml = write_yaml(tmp_path / "metagpt.yml", config)
+
+    def invoke(*words: object) -> str:
+        done = CliRunner().invoke(main, ["resolve", str(yml), *map(str, words), "--quiet"])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    return invoke
+
+
+def test_a_file_is_replaced_as_a_whole(resolve, tmp_path):
+    file = tmp_path / "stock.yml"
+    expected = resolve()
+    assert resolve("-o", file) == ""
+    before = file.stat().st_ino
+    with file.open() as reader:
+        resolve("-o", file)
+        assert reader.read() == file.read_text() == expected
+    assert file.stat().st_ino != before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files")
+class TestWhatIsNoFile:
+    """A device such as /dev/null would be replaced too, where root runs the command."""
+
+    def test_a_pipe_stays_one(self, resolve, tmp_path):
+        fifo = tmp_path / "fifo"
+        os.mkfifo(fifo)
+        reader = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+        resolve("-o", fifo)
+        assert os.read(reader, 1 << 16).decode() == resolve()
+        assert stat.S_ISFIFO(fifo.stat().st_mode)
+        os.close(reader)
+
+    def test_an_open_file_is_written_to(self, resolve):
+        """As /dev/stdout is, which links to such a one."""
+        reader, writer = os.pipe()
+        resolve("-o", f"/dev/fd/{writer}")
+        assert os.read(reader, 1 << 16).decode() == resolve()
+        os.close(reader)
+        os.close(writer)
+
+    def test_a_link_stays_one(self, resolve, tmp_path):
+        link, file = tmp_path / "link", tmp_path / "else" / "stock.yml"
+        file.parent.mkdir()
+        link.symlink_to(file)
+        resolve("-o", link)
+        assert link.is_symlink()
+        assert file.read_text() == resolve()

@@ -1,0 +1,82 @@
+"""What ``check`` says of the directory that a merge is to be written to."""
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import peft
+import pytest
+import transformers
+from conftest import merge_config, write_yaml
+from mergekit.options import MergeOptions
+
+from mergekit_metagpt.planning.destination import Destination
+from mergekit_metagpt.preflight import inspect
+
+
+@pytest.fixture
+def problems(family, tmp_path):
+    def look(out: Path, *further: str, **options: str) -> list[str]:
+        config = merge_config(family)
+        config["models"] += [{"model": model} for model in further]
+        file = write_yaml(tmp_path / "metagpt.yml", config)
+        return inspect(str(file), str(out), MergeOptions(**options)).problems
+
+    return look
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A directory that holds an empty one, ``out``."""
+    (tmp_path / "place" / "out").mkdir(parents=True)
+    return tmp_path / "place"
+
+
+def test_what_a_killed_merge_left_is_nothing_and_a_complete_one_is_something(problems, place):
+    destination = Destination.of(place / "out")
+    partial = destination.new_partial()
+    destination.lock.touch()
+    partial.mark.touch()
+    partial.path.mkdir()
+    assert set((place / "out").iterdir()) == {destination.lock, partial.mark, partial.path}
+    assert problems(place / "out") == []
+    partial.mark.unlink()  # as it is when the weights are complete
+    (said,) = problems(place / "out")
+    assert "is not empty" in said
+
+
+def test_a_link_to_nothing_is_named_and_one_to_an_empty_directory_is_good(problems, place):
+    link, target = place / "link", place / "target"
+    link.symlink_to(target)
+    (said,) = problems(link)
+    assert said.startswith(f"Output {link} is a link to {target}, which does not exist; make")
+    target.mkdir()
+    assert problems(link) == []
+
+
+def test_a_directory_that_exists_is_what_has_to_be_writable(problems, place, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, _: path != place)
+    assert problems(place / "out") == []
+    (said,) = problems(place / "else")
+    assert f"{place} is read-only" in said
+
+
+def test_its_disk_is_what_has_to_have_room(problems, place, monkeypatch):
+    free = {place: 1 << 40, place / "out": 1}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    assert problems(place / "else") == []
+    (said,) = problems(place / "out")
+    assert f"The disk of {place}/out has 1 byte left" in said
+
+
+@pytest.mark.parametrize("cache", ["out", "out/cache"])
+def test_it_does_not_hold_the_lora_cache(cache, problems, family, place):
+    model = transformers.AutoModelForCausalLM.from_pretrained(family["base"])
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, settings).save_pretrained(place / "lora")
+    adapted = f"{family['base']}+{place}/lora"
+    (said,) = problems(place / "out", adapted, lora_merge_cache=str(place / cache))
+    assert said.startswith(f"Output {place}/out is the --lora-merge-cache, or holds it")
+    assert problems(place / "out", adapted, lora_merge_cache=str(place / "cache")) == []
+    assert problems(place / "out", lora_merge_cache=str(place / cache)) == []  # needs none
