@@ -1,7 +1,6 @@
 """The record of a merge: what went in, which coefficients it used, and how to repeat it."""
 
 import math
-import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,25 +11,27 @@ from huggingface_hub import ModelCard
 from mergekit.card import generate_card, modelref_md
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.merging.inputs import Inputs
 from mergekit_metagpt.method.session import Entry
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.planning.fingerprints import fingerprint
-
-_SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 
 
 def merge_record(
-    config: MergeConfiguration, source: str, entries: Sequence[Entry], options: MergeOptions
+    config: MergeConfiguration,
+    source: str,
+    inputs: Inputs,
+    entries: Sequence[Entry],
+    options: MergeOptions,
 ) -> dict[str, Any]:
     """Return the record of a merge that has just run in this process, as JSON types.
 
     Args:
         config: what was merged.
         source: its YAML, as it was written.
+        inputs: the models, as they were before the merge.
         entries: what the merge noted.
         options: MergeKit's options of the run.
     """
@@ -49,7 +50,7 @@ def merge_record(
             for expert, norm in zip(experts, squared, strict=True)
         ],
         "coefficients": scopes,
-        "inputs": [_input(model) for model in canonical(config.referenced_models())],
+        "inputs": inputs.models,
         "seed": options.random_seed if options.random_seed is not None else torch.initial_seed(),
         "versions": {
             name: version(name)
@@ -73,25 +74,6 @@ def _scopes(entries: Sequence[Entry], experts: Sequence[Any]) -> dict[str, Any]:
         if found.setdefault(scope, row) != row:  # priors that vary within the scope
             found[name] = {**row, "squared_norms": [0.0] * len(experts), "scope": scope}
     return found
-
-
-def _input(model: ModelReference) -> dict[str, Any]:
-    index = LoaderCache().get(model).index  # of the model that its adapter was applied to
-    snapshot = _SNAPSHOT.search(str(index.base_path))
-    files = [Path(index.base_path, shard.filename) for shard in index.shards]
-    adapter = sorted(Path(model.lora.path).glob("adapter_model.*")) if model.lora else []
-    return {
-        "model": str(model),
-        "revision": model.model.revision or (snapshot and snapshot.group(1)),
-        "files": _fingerprints(files),
-        **({"adapter": _fingerprints(adapter)} if model.lora else {}),
-    }
-
-
-def _fingerprints(files: Sequence[Path]) -> list[dict[str, Any]]:
-    return [
-        {"name": f.name, "bytes": f.stat().st_size, "fingerprint": fingerprint(f)} for f in files
-    ]
 
 
 def write_card(
