@@ -11,6 +11,7 @@ function here. Each has a test, which a new release of these libraries has to pa
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -160,9 +161,14 @@ def wants_remote_code(error: BaseException) -> bool:
     return "custom code" in str(error) or "trust_remote_code" in str(error)
 
 
-def ignored_names(architecture: str) -> list[str]:
-    """Return patterns of tensors that a class of transformers ignores in its checkpoints."""
-    return list(_class_attribute(architecture, "_keys_to_ignore_on_load_unexpected"))
+def is_ignored(architecture: str, name: str) -> bool:
+    """Return whether a class of transformers ignores a tensor in its checkpoints.
+
+    A pattern has to fit from the start of a part of the name: attn.bias is no c_attn.bias.
+    """
+    patterns = _class_attribute(architecture, "_keys_to_ignore_on_load_unexpected")
+    starts = [found.start() for pattern in patterns for found in re.finditer(pattern, name)]
+    return any(start == 0 or "." in name[start - 1 : start + 1] for start in starts)
 
 
 def tied_names(architecture: str) -> list[tuple[str, str]]:

@@ -8,6 +8,11 @@ Id = TypeVar("Id", bound=Hashable)
 
 _LAYER = re.compile(r"(?:^|\.)\d+(?=\.)")
 
+# Buffers that older versions of transformers wrote, and newer ones compute.
+COMPUTED = (".inv_freq", ".masked_bias", "position_ids", "num_batches_tracked")
+# Masks of four dimensions, or biases of one.
+MASKS = (".attn.bias", ".attention.bias")
+
 
 def layer_of(tensor: str | None) -> str | None:
     """Return the layer that a tensor belongs to, or None outside of any layer.

@@ -137,3 +137,18 @@ def test_a_model_that_wants_its_own_code_is_told(tmp_path):
         transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
     assert mergekit_private.wants_remote_code(failure.value)
     assert not mergekit_private.wants_remote_code(ValueError("something else"))
+
+
+@pytest.mark.parametrize(
+    ("name", "ignored"),
+    [("h.0.attn.bias", True), ("attn.bias", True), ("h.0.attn.c_attn.bias", False)],
+)
+def test_what_a_class_of_transformers_ignores_is_told(name, ignored):
+    assert mergekit_private.is_ignored("GPT2LMHeadModel", name) == ignored
+    assert not mergekit_private.is_ignored("NoSuchModel", name)
+
+
+def test_what_a_class_of_transformers_ties_is_told():
+    pair = ("lm_head.weight", "model.embed_tokens.weight")
+    assert mergekit_private.tied_names("LlamaForCausalLM") == [pair]
+    assert mergekit_private.tied_names("NoSuchModel") == []

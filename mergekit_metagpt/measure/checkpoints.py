@@ -18,6 +18,7 @@ from torch import Tensor
 from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.coefficients import Norms
 from mergekit_metagpt.measure.survey import Survey, TensorInputs
+from mergekit_metagpt.measure.unread import warn_of_unread
 from mergekit_metagpt.measure.vocabularies import (
     DifferentVocabularyError,
     compare_vocabularies,
@@ -155,6 +156,9 @@ class Checkpoints:
         measured: dict[str, _Measured] = {}
         left_out: list[str] = []
         tieable: list[WeightInfo] = []
+        if not self.are_files:
+            held = self.loader(self.base).index.tensor_paths
+            warn_of_unread(self.base, self.weights(), held)
         weights, tied = self._named_once()
         one = partial(self._measured, device=device, products=products)
         for weight, tensor in zip(weights, mapper(one, weights, progress), strict=True):

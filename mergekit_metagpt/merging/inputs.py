@@ -60,11 +60,16 @@ def _paths(model: ModelReference) -> list[Path]:
 
 def _as_json(model: ModelReference) -> dict[str, Any]:
     snapshot = _SNAPSHOT.search(str(LoaderCache().get(model).index.base_path))
+    adapter = sorted(Path(model.lora.path).glob("adapter_model.*")) if model.lora else []
     return {
         "model": str(model),
         "revision": model.model.revision or (snapshot and snapshot.group(1)),
-        "files": [
-            {"name": p.name, "bytes": p.stat().st_size, "fingerprint": fingerprint(p)}
-            for p in _paths(model)
-        ],
+        "files": _fingerprints(_paths(model)),  # with the adapter applied
+        **({"adapter": _fingerprints(adapter)} if model.lora else {}),
     }
+
+
+def _fingerprints(files: list[Path]) -> list[dict[str, Any]]:
+    return [
+        {"name": f.name, "bytes": f.stat().st_size, "fingerprint": fingerprint(f)} for f in files
+    ]
