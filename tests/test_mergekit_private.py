@@ -1,6 +1,6 @@
-"""What MergeKit, torch, click and transformers do not promise, and this package relies on.
+"""Details of MergeKit, torch, click and transformers that are not public API but used here.
 
-A new release of one of them has to pass these tests before ``pyproject.toml`` allows it.
+A new release of one of them must pass these tests before ``pyproject.toml`` allows it.
 """
 
 import json
@@ -95,7 +95,7 @@ def test_a_writer_takes_over_files_that_it_has_not_written(tmp_path):
 
 
 def test_a_writer_numbers_its_files_as_expected(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.rename", lambda *names: None)  # as they are before the last step
+    monkeypatch.setattr("os.rename", lambda *names: None)  # skips the last step
     writer = TensorWriter(str(tmp_path), max_shard_size=8)
     for name in "ab":
         writer.save_tensor(name, torch.ones(2))

@@ -1,10 +1,9 @@
-"""What MergeKit gives a merge method no argument for.
+"""State that MergeKit does not pass to a merge method.
 
-MergeKit calls a method with the tensors of one parameter at a time, for any merge of the
-process and from any of its threads, and hands it nothing else: neither the models that they
-come from, nor the options of the command, nor a place to leave a result. What outlives such a
-call is therefore kept here, in :data:`SESSION`, one object for the process: the surveys that
-its merges share, the journals that are kept of them, and the options that a survey needs.
+MergeKit calls a method with the tensors of one parameter at a time, from any thread and for any
+merge of the process. It passes no whole models, no options of the command, and no place to store
+a result. :data:`SESSION`, one object per process, therefore keeps everything that outlives such
+a call: the surveys that merges share, the open journals, and the options that a survey needs.
 """
 
 import sys
@@ -45,10 +44,10 @@ class Entry:
 
 
 class Session:
-    """The state that the merges of one process share; for any number of threads.
+    """The state that the merges of one process share; thread-safe.
 
     Attributes:
-        surveys: what has been measured.
+        surveys: the surveys taken so far.
     """
 
     def __init__(self) -> None:
@@ -58,10 +57,10 @@ class Session:
         self._quiet = False
 
     def begin(self, ids: Sequence[Hashable], base: Hashable) -> None:
-        """Prepare for a merge that MergeKit plans: note its options, and which files changed.
+        """Prepare for a merge that MergeKit plans: record its options and its files.
 
         Args:
-            ids: of all inputs.
+            ids: the ids of all inputs.
             base: the id of θ_0.
         """
         checkpoints = checkpoints_of(ids, base)
@@ -70,20 +69,20 @@ class Session:
             self.surveys.begin(checkpoints)
 
     def require_unchanged(self, ids: Sequence[Hashable], base: Hashable) -> None:
-        """Refuse to go on with a merge whose files change meanwhile; arguments as for ``begin``.
+        """Stop a merge if a weight file has changed since it began; arguments as for ``begin``.
 
         Raises:
-            ValueError: if a weight file is not the one that the merge began with.
+            ValueError: if a weight file has changed.
         """
         checkpoints = checkpoints_of(ids, base)
         if checkpoints is not None:
             self.surveys.require_unchanged(checkpoints)
 
     def survey_of(self, inputs: TensorInputs) -> Survey:
-        """Return the survey of the models that a tensor comes from, taken once.
+        """Return the survey of the models that a tensor comes from; it is taken only once.
 
-        For tensors in memory, which belong to no model that could be read, that is a survey of
-        this one alone.
+        If the tensor is in memory, there is no model to read. Then the survey covers this
+        tensor only.
         """
         checkpoints = checkpoints_of(inputs.ids, inputs.base_id)
         if checkpoints is None:
@@ -94,7 +93,7 @@ class Session:
 
     @contextmanager
     def journal(self) -> Iterator[list[Entry]]:
-        """Collect an entry for each tensor that any thread of this process merges meanwhile."""
+        """Collect an entry for each tensor that this process merges, in any thread."""
         entries: list[Entry] = []
         self._journals.append(entries)
         try:
@@ -103,13 +102,13 @@ class Session:
             self._journals[:] = [kept for kept in self._journals if kept is not entries]
 
     def note(self, entries: Iterable[Entry]) -> None:
-        """Add entries, this process's or another's, to every journal that is kept now."""
+        """Add entries to every open journal. They may come from another process."""
         entries = list(entries)
         for journal in self._journals:
             journal.extend(entries)
 
     def _note_options(self) -> None:
-        """Keep the options of the thread that plans; those that merge know of none."""
+        """Keep the options of the planning thread; other threads do not have them."""
         from mergekit.io.tasks import LoaderCache
         from mergekit.options import MergeOptions
 
@@ -126,7 +125,7 @@ class Session:
         )
 
     def _set_up_loaders(self) -> None:
-        """Let this thread read models as the one that planned."""
+        """Give the loaders of this thread the options of the planning thread."""
         from mergekit.io.tasks import LoaderCache
 
         if self._loader_options is not None and not vars(LoaderCache()):
@@ -137,8 +136,9 @@ SESSION = Session()
 
 
 def checkpoints_of(ids: Sequence[Hashable], base: Hashable) -> "Checkpoints | None":
-    """Return the models that ids refer to, or None where they are names of tensors in memory."""
-    # Without the module there are no references, and importing it takes transformers along.
+    """Return the models that ids refer to, or None if they name tensors in memory."""
+    # If this module is not imported, no id is a reference. Its import is slow: it imports
+    # transformers.
     common = sys.modules.get("mergekit.common")
     if common is None:
         return None
