@@ -9,12 +9,12 @@ import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import torch
 
 # Submodules only: at registration the package `mergekit.merge_methods` is half imported.
-from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BatchOptions,
     GroupMergeMethod,
@@ -221,8 +221,13 @@ def _require_finite(merged: Tensor, name: str | None) -> Tensor:
 
 
 def _task_vector_methods() -> list[GeneralizedTaskArithmeticMerge]:
-    methods = registry.registered_methods()
+    methods = _registry().registered_methods()
     return [method for method in methods if isinstance(method, GeneralizedTaskArithmeticMerge)]
+
+
+def _registry() -> Any:
+    """Return MergeKit's registry: at each call, since it may be reloaded or imported anew."""
+    return import_module("mergekit.merge_methods.registry")
 
 
 def register() -> None:
@@ -231,6 +236,7 @@ def register() -> None:
     The start-up file of this package calls this when MergeKit is imported. Call it yourself
     only where Python does not read start-up files: ``pip install --target``, ``python -S``.
     """
+    registry = _registry()
     known = {method.spec.name for method in registry.registered_methods()}
     for stock in _task_vector_methods():
         method = MetaGPTMerge(stock)
