@@ -1,1 +1,1 @@
-"""What is measured, side by side: run from the repository's root, `python -m benchmarks.speed`."""
+"""Benchmarks. Run them from the repository's root, such as `python -m benchmarks.speed`."""

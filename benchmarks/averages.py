@@ -1,4 +1,4 @@
-"""The two averages that the paper's tables end in."""
+"""The two averages in the last columns of the paper's tables."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from statistics import fmean
 
 
 def absolute_average(scores: Sequence[float]) -> float:
-    """Return the mean of a model's scores, the paper's "Abs. Avg", in their unit."""
+    """Return the mean of a model's scores, the paper's "Abs. Avg", in the unit of the scores."""
     return fmean(scores)
 
 
@@ -15,14 +15,14 @@ def normalized_average(scores: Sequence[float], references: Sequence[float]) -> 
 
     Args:
         scores: a model's scores, one per task.
-        references: what the expert of each task scores on it, in the same order and unit.
+        references: the score of each task's expert on that task, in the same order and unit.
 
     Returns:
-        1 for a model that is as good as every expert at home; nan where an expert scores 0,
-        to which nothing can be related.
+        1 for a model that equals every expert on the expert's own task; nan if an expert
+        scores 0, since nothing can be divided by it.
 
     Raises:
-        ValueError: if there are not as many references as scores.
+        ValueError: if the numbers of scores and references differ.
     """
     pairs = list(zip(scores, references, strict=True))
     return fmean(score / reference if reference else math.nan for score, reference in pairs)

@@ -1,8 +1,9 @@
-"""What surveys and merges on a Ray cluster cost: `python -m benchmarks.cluster`.
+"""The cost of surveys and merges on a Ray cluster: `python -m benchmarks.cluster`.
 
-Times both on this machine, in this process and on Ray with one and two workers of one thread.
-A model of the cost, drawn through one worker's runs, is held against the two workers' and says
-what a merge of a trillion parameters would take. Writes benchmarks/results/cluster.md.
+Times both on this machine: in this process, and on Ray with one and with two workers of one
+thread. Fits a cost model to the runs with one worker, compares its prediction with the runs with
+two, and predicts the cost of a merge of a trillion parameters. Writes
+benchmarks/results/cluster.md.
 """
 
 import logging
@@ -39,9 +40,9 @@ GB = 1e9
 
 TRILLION = Work(read=4 * 2e12, written=2e12, shard=5e9)
 CLUSTERS = [
-    Machines(1, 64, 7 * GB),  # one machine and its NVMe disks
-    Machines(4, 64, 3 * GB, 10 * GB),  # 25 Gbit/s to each, a file server of 100 Gbit/s
-    Machines(16, 64, 12 * GB, 100 * GB),  # 100 Gbit/s to each, a parallel file system
+    Machines(1, 64, 7 * GB),  # one machine with NVMe disks
+    Machines(4, 64, 3 * GB, 10 * GB),  # 25 Gbit/s per node, a file server of 100 Gbit/s
+    Machines(16, 64, 12 * GB, 100 * GB),  # 100 Gbit/s per node, a parallel file system
     Machines(16, 4, 12 * GB, 100 * GB),  # the same, with few cores
 ]
 
@@ -55,7 +56,7 @@ class Family:
 
     @classmethod
     def make(cls, directory: Path, parameters: int) -> "Family":
-        """Write them."""
+        """Write the models."""
         models = make_family(directory, parameters, EXPERTS)
         size = weight_bytes(models[:1])
         return cls(models, Work(len(models) * size, size, size / SHARDS))
@@ -80,7 +81,7 @@ class Family:
 
     @property
     def options(self) -> MergeOptions:
-        """MergeKit's."""
+        """MergeKit's options."""
         size = math.ceil(self.work.shard)
         return MergeOptions(
             quiet=True, copy_tokenizer=False, write_model_card=False, out_shard_size=size
@@ -88,7 +89,7 @@ class Family:
 
 
 def seconds(action: Callable[[], None]) -> float:
-    """Return the least of some runs, after one that warms up workers and files."""
+    """Return the shortest of several runs, after one that warms up workers and files."""
     times = []
     for _ in range(1 + ROUNDS):
         start = time.perf_counter()
@@ -113,7 +114,7 @@ def on_ray(family: Family) -> Times:
 
 @contextmanager
 def workers(count: int) -> Iterator[None]:
-    """Connect to a cluster with so many workers, of one thread each."""
+    """Connect to a cluster with this number of workers, of one thread each."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     ray.init(
@@ -131,7 +132,7 @@ Runs = dict[tuple[int, Work], Times]
 
 
 def measure(families: list[Family]) -> Runs:
-    """Time surveys and merges by how many workers they have, with 0 for this process."""
+    """Time surveys and merges, by number of workers; 0 stands for this process."""
     times = {(0, family.work): here(family) for family in families}
     for count in WORKERS:
         with workers(count):
@@ -149,7 +150,7 @@ def fitted(runs: Runs) -> Model:
 
 
 def measured_rows(runs: Runs, model: Model) -> Iterator[str]:
-    """Yield a row of Markdown for each run, with what the model says of it."""
+    """Yield a row of Markdown for each run, with the prediction of the model."""
     for (count, work), run in runs.items():
         predicted = model.predict(work, Machines(1, count)) if count else None
         cells = [f"Ray, {count}" if count else "this process", f"{work.read / GB:.2f}"]
@@ -211,7 +212,7 @@ the merge, and
 @click.option("--parameters", default=300_000_000, show_default=True, help="Of the larger models.")
 @click.option("--directory", type=click.Path(path_type=Path), help="Where the models are made.")
 def main(parameters: int, directory: Path | None) -> None:
-    """Measure, compare with the model, extrapolate and record."""
+    """Measure, compare with the cost model, extrapolate and record."""
     with tempfile.TemporaryDirectory(dir=directory) as models:
         families = [
             Family.make(Path(models, str(size)), size) for size in (parameters, parameters // 4)

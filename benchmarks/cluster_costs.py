@@ -1,4 +1,4 @@
-"""A model of what surveys and merges on a cluster cost: seconds, from bytes and rates."""
+"""A cost model of surveys and merges on a cluster: seconds, from bytes and rates."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Work:
-    """A merge: the bytes of all models, of the output, and of a file of that."""
+    """A merge: the bytes of all models, of the output, and of one output file."""
 
     read: float
     written: float
@@ -15,7 +15,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Machines:
-    """A cluster: bytes per second of a node's disk or network, and of what all nodes share."""
+    """A cluster: bytes per second of each node's disk or network, and of shared storage."""
 
     nodes: int
     cores: int
@@ -24,13 +24,13 @@ class Machines:
 
     @property
     def storage(self) -> float:
-        """What storage yields to all nodes together, in bytes per second."""
+        """The bytes per second that storage gives to all nodes together."""
         return min(self.nodes * self.node_rate, self.shared_rate)
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds that a survey and a merge take."""
+    """The seconds that a survey and a merge take."""
 
     survey: float
     merge: float
@@ -38,31 +38,31 @@ class Times:
 
 @dataclass(frozen=True)
 class Line:
-    """Seconds against bytes: those that every run takes, and bytes per second of one core."""
+    """Seconds as a linear function of bytes: fixed seconds, and bytes per second per core."""
 
     fixed: float
     rate: float
 
     @classmethod
     def through(cls, less: tuple[float, float], more: tuple[float, float]) -> "Line":
-        """Draw the line through two runs, of bytes and seconds."""
+        """Return the line through two runs, each given as bytes and seconds."""
         rate = (more[0] - less[0]) / (more[1] - less[1])
         return cls(less[1] - less[0] / rate, rate)
 
     def seconds(self, size: float, cores: float, storage: float) -> float:
-        """Return what that many bytes take: with r, of a core, B / min(r c, storage)."""
+        """Return the seconds for B bytes on c cores: fixed + B / min(rate · c, storage)."""
         return self.fixed + size / min(self.rate * cores, storage)
 
 
 @dataclass(frozen=True)
 class Model:
-    """What surveys cost by bytes read, and merges by bytes read and written."""
+    """The cost of surveys by bytes read, and of merges by bytes read and written."""
 
     survey: Line
     merge: Line
 
     def predict(self, work: Work, machines: Machines) -> Times:
-        """Return what a cluster would take; a core works on one output file at a time."""
+        """Return the times on a cluster, where a core works on one output file at a time."""
         cores = machines.nodes * machines.cores
         shards = math.ceil(work.written / work.shard)
         busy = shards / math.ceil(shards / cores)

@@ -1,4 +1,4 @@
-"""Checkpoints to time merges with: a Llama of a given size, and experts that are it and noise."""
+"""Checkpoints to time merges with: a Llama of a given size, and copies of it with noise."""
 
 import math
 from pathlib import Path
@@ -20,18 +20,19 @@ def make_family(
     """Write a base and experts with transformers.
 
     Args:
-        directory: where to write them; one directory each.
-        parameters: of each model, about; with 20 layers a tenth of them is in one tensor.
-        experts: how many experts.
-        dtype: what they are stored in.
-        shard_size: of their safetensors files, as transformers writes sizes.
-        layers: decoder layers.
+        directory: where to write the models, each into its own directory.
+        parameters: the approximate number of parameters of each model. With 20 layers, the
+            largest tensor has a tenth of them.
+        experts: the number of experts.
+        dtype: the dtype that the models are stored in.
+        shard_size: the size of the safetensors files, in the notation of transformers.
+        layers: the number of decoder layers.
 
     Returns:
-        The paths, the base's first.
+        The paths, with the base first.
     """
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    # It has (64 + 13 layers) width² parameters, 64 of them in the two vocabulary tensors.
+    # The model has (64 + 13 layers) width² parameters; the vocabulary tensors have 64 width².
     width = max(64, round(math.sqrt(parameters / (64 + 13 * layers)) / 64) * 64)
     config = transformers.LlamaConfig(
         hidden_size=width,
@@ -49,7 +50,7 @@ def make_family(
     paths = [directory / name for name in ("base", *(f"expert-{n}" for n in range(1, experts + 1)))]
     for number, path in enumerate(paths):
         for name, tensor in model.state_dict().items():
-            noise = torch.randn(tensor.shape).mul_(_NOISE * number)  # task vectors of other lengths
+            noise = torch.randn(tensor.shape).mul_(_NOISE * number)  # experts get different lengths
             tensor.copy_(base[name] + noise)
         model.save_pretrained(path, max_shard_size=shard_size)
     return paths

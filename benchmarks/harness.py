@@ -1,4 +1,4 @@
-"""lm-eval, in this process, on a checkpoint directory: needs `mergekit-metagpt[benchmarks]`."""
+"""Run lm-eval in this process on a checkpoint; needs `mergekit-metagpt[benchmarks]`."""
 
 import contextlib
 import io
@@ -32,28 +32,28 @@ def evaluate(
     """Score a checkpoint on tasks of lm-eval.
 
     This is `lm_eval.simple_evaluate` without its record of the environment, which takes ten
-    times as long as a small task does.
+    times as long as a small task.
 
     Args:
         checkpoint: a directory with model and tokenizer, or a name on the hub. It is loaded in
-            the dtype that it is stored in.
+            its stored dtype.
         tasks: names of tasks or groups of lm-eval.
-        task_folder: a folder of YAML tasks to take instead of lm-eval's own. With
-            ``dataset_path: json`` and absolute ``data_files`` nothing is asked of the hub.
-        shots: solved examples in front of each question, whatever the task's own default is.
-        shot_answer: a Jinja template of the answer to a solved example, where a task's own fails.
-        limit: questions per task, the first ones; all of them when None.
+        task_folder: a folder of YAML tasks that replace lm-eval's own. With
+            ``dataset_path: json`` and absolute ``data_files``, the hub is not used.
+        shots: the number of solved examples before each question; overrides the task's default.
+        shot_answer: a Jinja template for the answers of solved examples, if the task's own fails.
+        limit: use only this number of first questions per task; None uses all.
         device: a torch device.
         batch_size: sequences per forward pass; "auto" finds the largest that fits.
-        unsafe_code: let tasks that run what the model writes (HumanEval, MBPP) do so.
+        unsafe_code: allow tasks that execute code written by the model (HumanEval, MBPP).
         progress: show lm-eval's progress bars and warnings.
 
     Returns:
-        For each name in ``tasks`` lm-eval's metrics by ``metric,filter``, such as "acc,none" or
+        For each name in ``tasks``, lm-eval's metrics by ``metric,filter``, such as "acc,none" or
         "perplexity,none", without standard errors.
 
     Raises:
-        KeyError: if there is no such task.
+        KeyError: if a task does not exist.
         ValueError: if a task runs code and ``unsafe_code`` is not set.
     """
     with _redirected(sys.stderr if progress else io.StringIO()):
@@ -76,7 +76,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _redirected(stream: TextIO) -> Iterator[None]:
-    """Send all that lm-eval says to one stream; it prints some of it."""
+    """Send all output of lm-eval to one stream, also what it prints to stdout."""
     with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(stream):
         yield
 
@@ -84,25 +84,25 @@ def _redirected(stream: TextIO) -> Iterator[None]:
 def load_tasks(
     tasks: Sequence[str], task_folder: Path | None = None, unsafe_code: bool = False
 ) -> TaskDict:
-    """Load tasks and their data, as :func:`evaluate` does; to find out early that one cannot be.
+    """Load tasks and their data as :func:`evaluate` does, to fail early if one cannot be loaded.
 
     Raises:
-        KeyError: if there is no such task.
-        Exception: what a task's own code or data raise when they are missing.
+        KeyError: if a task does not exist.
+        Exception: any error of a task's own code, such as missing data.
     """
     if unsafe_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # read when such a task is imported
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # read when the task is imported
     return _task_manager(task_folder).load(list(tasks))
 
 
 @cache
 def _task_manager(folder: Path | None) -> TaskManager:
-    """Index the folder's tasks, or lm-eval's own: thousands, which takes seconds."""
+    """Index the folder's tasks, or lm-eval's own. Those are thousands and take seconds."""
     return TaskManager(include_path=folder, include_defaults=folder is None)
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:
-    """Leave out what is not a metric: names, sizes and standard errors."""
+    """Return the metrics only, without names, sizes and standard errors."""
     return {
         key: float(value) for key, value in result.items() if "," in key and "_stderr," not in key
     }

@@ -1,6 +1,6 @@
-"""The tensor kernels against a plain copy in memory: `python -m benchmarks.kernels`.
+"""The tensor kernels compared with a plain copy in memory: `python -m benchmarks.kernels`.
 
-Both in one run, taking turns; bandwidth counts each byte that is read and each that is written.
+They take turns in one run. Bandwidth counts each byte read and each byte written.
 Writes benchmarks/results/kernels.md.
 """
 
@@ -42,7 +42,7 @@ def main(elements: int, device: str, rounds: int) -> None:
                 (1 + count) * size,
                 device,
             ),
-            # Of coefficients that sum to 1 the base need not be read.
+            # With coefficients that sum to 1, the base is not read.
             "merge": timed(
                 lambda: add_task_vectors(base, experts, COEFFICIENTS, out=target),  # noqa: B023
                 (count + 1) * size,

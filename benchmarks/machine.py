@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""A description of the machine that the figures were measured on."""
 
 import importlib.metadata
 import os
@@ -9,7 +9,7 @@ import torch
 
 
 def described(device: str = "cpu") -> str:
-    """Return processor, cores, accelerator and versions in a line."""
+    """Return processor, cores, accelerator and versions in one line."""
     parts = [f"{os.cpu_count()} cores of {_processor()}"]
     if device.startswith("cuda"):
         parts.append(torch.cuda.get_device_name(device))

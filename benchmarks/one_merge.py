@@ -1,7 +1,7 @@
-"""One merge in a process of its own: `python -m benchmarks.one_merge '{"config": …}'`.
+"""One merge in its own process: `python -m benchmarks.one_merge '{"config": …}'`.
 
-Prints a line of JSON: the seconds and CPU seconds of MergeKit's ``run_merge``, imports apart,
-and the process's peak of resident memory in bytes.
+Prints a line of JSON: the seconds and CPU seconds of MergeKit's ``run_merge``, without imports,
+and the peak resident memory of the process in bytes.
 """
 
 import json
@@ -24,7 +24,7 @@ def main() -> None:
     )
     options.apply_global_options()  # type: ignore[no-untyped-call]
     if options.device != "cpu":
-        torch.ones(1, device=options.device)  # the context is no part of a merge
+        torch.ones(1, device=options.device)  # create the context first: it is not part of a merge
     cpu, wall = time.process_time(), time.perf_counter()
     run_merge(config, task["out"], options)
     result = {
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _peak_bytes() -> int:
-    """Return the peak of resident memory; that of ``getrusage`` includes the parent's."""
+    """Return the peak resident memory. ``getrusage`` would include the parent's."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Results files: what a benchmark measured, between two marks, and what a person says of it."""
+"""Results files: measured results between two marks, and text by people outside them."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ _BEGIN, _END = "<!-- measured -->\n", "<!-- /measured -->\n"
 
 
 def write_measured(name: str, text: str) -> None:
-    """Write Markdown into ``benchmarks/results/name``; what stands outside the marks is kept.
+    """Write Markdown into ``benchmarks/results/name``; keep the text outside the marks.
 
     Args:
         name: the file's name, with its suffix.
-        text: Markdown, measured just now.
+        text: the new results, as Markdown.
     """
     path = RESULTS / name
     before, after = "", ""
@@ -23,5 +23,5 @@ def write_measured(name: str, text: str) -> None:
 
 
 def write_raw(name: str, figures: object) -> None:
-    """Write what JSON can hold into ``benchmarks/results/name``."""
+    """Write figures as JSON into ``benchmarks/results/name``."""
     (RESULTS / name).write_text(json.dumps(figures, indent=1) + "\n", "utf-8")

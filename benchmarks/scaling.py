@@ -1,6 +1,7 @@
-"""What a merge costs as the work grows: `python -m benchmarks.scaling`.
+"""How the cost of a merge grows: `python -m benchmarks.scaling`.
 
-Time and memory against parameters (more layers, the largest tensor stays), experts and shards.
+Measures time and memory against the number of parameters (more layers, but the same largest
+tensor), of experts and of shards.
 Writes benchmarks/results/scaling.md, scaling.json and speed.png.
 """
 
@@ -24,8 +25,8 @@ WIDTH = 512
 LAYERS = (10, 30, 70)
 EXPERTS = (2, 4, 6, 8)
 SHARD_SIZES = ("500MB", "25MB")
-# Small files, in and out: what is held of them would otherwise grow with the model up to a limit.
-SHARD_SIZE, OUT_SHARD_SIZE = "50MB", 25_000_000  # the latter in elements of two bytes
+# Input and output files are small: the memory for large files grows with the model up to a limit.
+SHARD_SIZE, OUT_SHARD_SIZE = "50MB", 25_000_000  # the second in elements of two bytes
 CASES = [TASK_ARITHMETIC, *(case for case in PLAIN if case.name != "metagpt, layer")]
 
 
@@ -34,12 +35,12 @@ class Point:
     """A family at one size.
 
     Attributes:
-        axis: what grows along with others of the same axis.
-        label: where on it this one lies.
-        paths: of the models, the base's first.
-        parameters: of a model.
-        files: of weights, in all models.
-        moved: bytes that a merge has to read and to write.
+        axis: the quantity that grows between points of the same axis.
+        label: the value of this point on the axis.
+        paths: the paths of the models, with the base first.
+        parameters: the number of parameters of a model.
+        files: the number of weight files of all models.
+        moved: the bytes that a merge reads and writes.
     """
 
     axis: str
@@ -58,7 +59,7 @@ class Point:
 
 
 def points(directory: Path) -> list[Point]:
-    """Make the checkpoints; every axis goes through 30 layers, three experts, files of 50 MB."""
+    """Make the checkpoints. All axes pass through 30 layers, three experts, files of 50 MB."""
 
     def family(layers: int, experts: int, shard_size: str) -> list[Path]:
         parameters = (64 + 13 * layers) * WIDTH**2
@@ -84,7 +85,7 @@ def linearity(points: Sequence[Point], runs: dict[str, list[Run]], case: Case) -
 
 
 def report(points: Sequence[Point], runs: dict[str, list[Run]]) -> str:
-    """Return Markdown: a table of all points, and how straight the lines are."""
+    """Return Markdown: a table of all points, and how well lines fit them."""
     lines = [
         "| | M parameters | files | GB | "
         + " | ".join(f"`{c.name}`, s / GB" for c in CASES)

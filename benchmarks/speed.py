@@ -1,7 +1,7 @@
-"""What a merge costs, beside MergeKit's own methods: `python -m benchmarks.speed`.
+"""The cost of a merge, compared with MergeKit's own methods: `python -m benchmarks.speed`.
 
-Each merge is MergeKit's ``run_merge`` in a process of its own, from files to files; methods take
-turns. Writes benchmarks/results/speed.md and speed.json.
+Each merge is MergeKit's ``run_merge`` in its own process, from files to files. Methods take turns.
+Writes benchmarks/results/speed.md and speed.json.
 """
 
 import tempfile
@@ -21,19 +21,19 @@ from benchmarks.timing import Case, Run, interleaved, machine_limits, median, sp
 
 
 def in_another_way(case: Case, way: str, **changes: Any) -> Case:
-    """Return a changed case, compared with the stock one that was changed likewise."""
+    """Return a changed case, to compare with the stock case changed in the same way."""
     counterpart = case.counterpart and f"{case.counterpart}, {way}"
     return replace(case, name=f"{case.name}, {way}", counterpart=counterpart, **changes)
 
 
 def in_float32(*cases: Case) -> list[Case]:
-    """Return what the examples of the README do: MergeKit casts all inputs, and the result back."""
+    """Return cases as in the README's examples: MergeKit casts all inputs, and the result back."""
     settings = {"dtype": "float32", "out_dtype": "bfloat16"}
     return [in_another_way(case, "in float32", settings=settings) for case in cases]
 
 
 def sparsified(method: str) -> list[Case]:
-    """Return a stock method at the density of the paper, and its counterpart."""
+    """Return a stock method at the paper's density, and its counterpart."""
     parameters = {"density": 0.55}
     return [
         Case(method, method, weight=0.3, parameters=parameters),
@@ -54,9 +54,9 @@ QUICK = [
     Case("model_stock", "model_stock"),
     *in_float32(TASK_ARITHMETIC, PLAIN[0]),
 ]
-# MergeKit sorts, or draws a random number for each number: 5 to 50 times as long.
+# These sort, or draw a random number for each element: they take 5 to 50 times as long.
 SLOW = [Case("sce", "sce"), *sparsified("ties"), *DARE, *in_float32(*DARE)]
-# A disk's noise, not the method, decides most of this: four cases show what is left of it.
+# On a disk, noise hides most differences between methods. Four cases are enough to show this.
 ON_DISK = [TASK_ARITHMETIC, *PLAIN]
 WAYS_TO_USE_A_GPU: dict[str, dict[str, bool]] = {
     "--cuda": {},
@@ -67,7 +67,7 @@ WAYS_TO_USE_A_GPU: dict[str, dict[str, bool]] = {
 
 @dataclass(frozen=True)
 class Series:
-    """Cases that take turns, from files in one place."""
+    """Cases that take turns, with files in one place."""
 
     title: str
     folder: str
@@ -77,7 +77,7 @@ class Series:
 
 
 def on_gpu(device: str) -> list[Case]:
-    """Return the ways to use a GPU, with each way's own stock counterpart."""
+    """Return the ways to use a GPU, each with its own stock counterpart."""
     return [
         in_another_way(case, way, options={"device": device, **options})
         for way, options in WAYS_TO_USE_A_GPU.items()
@@ -86,7 +86,7 @@ def on_gpu(device: str) -> list[Case]:
 
 
 def table(cases: Sequence[Case], runs: dict[str, list[Run]], moved: int) -> str:
-    """Return a Markdown table; ``moved`` is what a merge has to read and write, in bytes."""
+    """Return a Markdown table; ``moved`` is the number of bytes that a merge reads and writes."""
     lines = [
         "| method | seconds | spread | CPU seconds | peak memory, GB | GB/s "
         "| seconds, CPU, memory to stock |",
@@ -110,7 +110,7 @@ def table(cases: Sequence[Case], runs: dict[str, list[Run]], moved: int) -> str:
 
 
 def limits_table(runs: dict[str, list[Run]], cases: Sequence[Case], moved: int) -> str:
-    """Return the machine's own rates, and what share of them the quickest method reaches."""
+    """Return the machine's own rates, and the share of them that the fastest method reaches."""
     best = min(cases, key=lambda case: median(runs[case.name], "seconds"))
     rate = moved / median(runs[best.name], "seconds") / 1e9
     lines = [f"| the machine | GB/s | `{best.name}`, {rate:.2f} GB/s, is |", "|---|---|---|"]

@@ -1,6 +1,6 @@
-"""What the start-up file adds to every interpreter: `python -m benchmarks.startup`.
+"""The time that the start-up file adds to every interpreter: `python -m benchmarks.startup`.
 
-Two virtual environments that differ in this package alone run ``python -c pass`` in turn.
+Two virtual environments, one with this package and one without, run ``python -c pass`` in turn.
 Writes benchmarks/results/startup.md.
 """
 

@@ -1,4 +1,4 @@
-"""Interleaved rounds of merges, each in its own process, and of the machine's own limits."""
+"""Time merges, each in its own process, and the machine's limits, in interleaved rounds."""
 
 import json
 import shutil
@@ -23,13 +23,13 @@ class Case:
     """A merge to time.
 
     Attributes:
-        name: what the tables call it.
+        name: the name in the tables.
         method: MergeKit's name of the method.
-        counterpart: the name of the stock case that it is compared with, if there is one.
-        weight: of each expert, for methods that want one.
-        parameters: the config's.
+        counterpart: the name of the stock case to compare it with, if there is one.
+        weight: the weight of each expert, for methods that need one.
+        parameters: the parameters in the config.
         settings: other keys of the config.
-        options: MergeKit's.
+        options: MergeKit's options.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, paths: Sequence[Path], dtype: str) -> dict[str, Any]:
-        """Return the MergeKit config that merges a family, the base's path first."""
+        """Return the MergeKit config that merges a family; the first path is the base's."""
         given = {} if self.weight is None else {"parameters": {"weight": self.weight}}
         config = {
             "merge_method": self.method,
@@ -55,7 +55,7 @@ class Case:
         return config
 
     def run(self, paths: Sequence[Path], dtype: str) -> Run:
-        """Merge once, beside the family, and remove the result."""
+        """Merge once, into a folder beside the family, and remove the result."""
         out = paths[0].parent / "merged"
         task = {"config": self.config(paths, dtype), "out": str(out), "options": dict(self.options)}
         words = [sys.executable, "-m", "benchmarks.one_merge", json.dumps(task)]
@@ -70,9 +70,9 @@ class Case:
 def interleaved(
     actions: Mapping[str, Callable[[], Run]], rounds: int, label: str, warm_up: int = 1
 ) -> dict[str, list[Run]]:
-    """Return the runs of every action, which take turns; rounds that warm up are left out.
+    """Run the actions in turn; return the runs of each, without those of the warm-up rounds.
 
-    The order turns around from round to round, so that nobody always follows the same one.
+    The order is reversed each round, so that no action always follows the same one.
     """
     runs: dict[str, list[Run]] = {name: [] for name in actions}
     for number in tqdm.trange(warm_up + rounds, desc=label):
@@ -84,12 +84,12 @@ def interleaved(
 
 
 def median(runs: Sequence[Run], key: str) -> float:
-    """Return the median of one figure."""
+    """Return the median of one figure of the runs."""
     return statistics.median(run[key] for run in runs)
 
 
 def spread(runs: Sequence[Run], key: str) -> str:
-    """Return the least and the most of one figure."""
+    """Return the minimum and the maximum of one figure of the runs."""
     values = [run[key] for run in runs]
     return f"{min(values):.2f} to {max(values):.2f}"
 
@@ -100,9 +100,9 @@ def weight_bytes(paths: Sequence[Path]) -> int:
 
 
 def machine_limits(paths: Sequence[Path]) -> dict[str, Callable[[], Run]]:
-    """Return what bounds any merge of a family: reading, copying in memory, writing.
+    """Return the actions that bound any merge of a family: reading, copying in memory, writing.
 
-    A copy counts what it reads and what it writes.
+    A copy counts the bytes it reads and the bytes it writes.
     """
     size = weight_bytes(paths[:1])
     source = torch.ones(size // 2, dtype=torch.bfloat16)

@@ -1,18 +1,17 @@
 """MetaGPT model merging (Zhou et al., EMNLP 2024) as merge methods of MergeKit.
 
-Installing the package is enough for the stock MergeKit commands to know
-``merge_method: metagpt``. From Python:
+Once the package is installed, the stock MergeKit commands accept ``merge_method: metagpt``.
+From Python:
 
 >>> from mergekit_metagpt import scaling_coefficients
 >>> scaling_coefficients([9.0, 3.0])
 [0.75, 0.25]
 
-Importing this package imports neither torch nor MergeKit: an interpreter that only
-starts up must not pay for them.
+Importing this package does not import torch or MergeKit, so that interpreters start fast.
 """
 
-# Every interpreter of the environment executes this file: it does without `typing`, which
-# alone would cost 5 ms.
+# Every interpreter of the environment runs this file. It does not import `typing`, which takes
+# 5 ms.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any

@@ -1,9 +1,9 @@
-"""The granularities: the scope that a scaling coefficient is shared over, a class each.
+"""Granularities: a class for each choice of which tensors share scaling coefficients.
 
 To add one, write its class here and add it to :data:`GRANULARITIES`. The config's parameter,
 the commands' options, ``check``, the forecast and the record take it from there.
 
-There is no torch in this module: the commands offer the names before they import it.
+This module does not import torch, because the commands list the names before they import it.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from mergekit_metagpt.names import layer_of
 
 
 class TaskVectors(Protocol):
-    """One tensor's task vectors, as far as a granularity wants to know them."""
+    """The task vectors of one tensor, with what a granularity needs to know of them."""
 
     @property
     def name(self) -> str | None:
@@ -23,18 +23,18 @@ class TaskVectors(Protocol):
 
     @property
     def dtype(self) -> Any:
-        """The torch dtype that it is merged in."""
+        """The torch dtype in which it is merged."""
 
     @property
     def squared_norms(self) -> Norms:
-        """‖τ_t‖², T finite floats, measured when they are first asked for."""
+        """‖τ_t‖², T finite floats; measured on first use."""
 
     def is_surveyed_in(self, survey: Any) -> bool:
-        """Return whether these are the tensors that a survey knows by this name."""
+        """Return whether a survey measured these tensors under this name."""
 
 
 class Surveyed(Protocol):
-    """The task vectors of whole models; see :class:`mergekit_metagpt.Survey`."""
+    """The squared norms of whole models' task vectors; see :class:`mergekit_metagpt.Survey`."""
 
     @property
     def layers(self) -> Mapping[str, Norms]:
@@ -45,19 +45,19 @@ class Surveyed(Protocol):
         """T floats for the whole model."""
 
     def counted_as(self, tensor: str | None) -> str | None:
-        """Return the name that a tensor is known by, which differs for a tied one."""
+        """Return the name under which a tensor is listed; it differs if the tensor is tied."""
 
     def knows(self, tensor: str | None, dtype: Any) -> bool:
-        """Return whether a tensor was measured with no more digits than ``dtype`` has."""
+        """Return whether a tensor was measured and ``dtype`` holds its stored values exactly."""
 
 
 class Granularity(ABC):
-    """The scope that a coefficient is shared over.
+    """A choice of which tensors share coefficients: all tensors of a scope do.
 
     Attributes:
         name: the value of ``granularity`` in a config.
         needs_survey: whether the whole models are measured before they are merged.
-        keeps_layers: whether every layer has to stay in its place.
+        keeps_layers: whether every layer must keep its place in the merge.
     """
 
     name: ClassVar[str]
@@ -73,17 +73,17 @@ class Granularity(ABC):
         """Return ‖τ_t‖² over a tensor's scope, T floats.
 
         Args:
-            tensor: what is merged.
-            survey: returns the survey of the whole models. To call it first takes the least
-                memory: a merge that has begun holds tensors.
+            tensor: the task vectors of the tensor to merge.
+            survey: returns the survey of the whole models. Call it before you measure the
+                tensor, to save memory.
 
         Raises:
-            ValueError: if the tensor holds NaN or Inf, or the scope cannot be told.
+            ValueError: if the tensor holds NaN or Inf, or if its scope is unknown.
         """
 
 
 class PerTensor(Granularity):
-    """Each tensor has coefficients of its own, from the tensors that are merged."""
+    """Each tensor has its own coefficients, computed from the tensors in the merge."""
 
     name = "tensor"
     needs_survey = False
@@ -98,21 +98,20 @@ class PerTensor(Granularity):
 
 
 class PerLayer(Granularity):
-    """Tensors of a decoder layer share coefficients; the others have their own."""
+    """The tensors of a decoder layer share coefficients; any other tensor has its own."""
 
     name = "layer"
     keeps_layers = True
 
     def scope(self, tensor: str) -> str:
-        """Return the layer's name, or the tensor's outside of any layer."""
+        """Return the layer's name, or the tensor's own name outside the layers."""
         return layer_of(tensor) or tensor
 
     def squared_norms(self, tensor: TaskVectors, survey: Callable[[], Surveyed]) -> Norms:
         """Return the norms of the tensor's layer.
 
         Raises:
-            ValueError: if the tensors that are merged are not those that the survey knows by
-                this name.
+            ValueError: if the survey measured different tensors under this name.
         """
         whole = survey()
         if layer_of(tensor.name) is None:
@@ -120,17 +119,17 @@ class PerLayer(Granularity):
         if not tensor.is_surveyed_in(whole):
             raise ValueError(
                 f"Granularity layer cannot choose the coefficients of {tensor.name}: the slices "
-                f"of this merge put tensors of another layer there than {tensor.name} of the "
-                "base. Use granularity: tensor or granularity: model."
+                f"of this merge put a different layer there than the one that {tensor.name} of "
+                "the base belongs to. Use granularity: tensor or granularity: model."
             )
         _require_finite(tensor, whole)
-        # Layers that share a tensor share its coefficients too: those of the first of them.
+        # A tensor that several layers share has the coefficients of the first of them.
         layer = layer_of(whole.counted_as(tensor.name))
         return whole.layers[layer] if layer else tensor.squared_norms
 
 
 class PerModel(Granularity):
-    """All tensors share one set of coefficients: Theorem 10 of the paper, to the letter."""
+    """All tensors share one set of coefficients: exactly Theorem 10 of the paper."""
 
     name = "model"
 
@@ -146,9 +145,9 @@ class PerModel(Granularity):
 
 
 def _require_finite(tensor: TaskVectors, survey: Surveyed) -> None:
-    """Look for NaN and Inf in what has not been surveyed, or is rounded to fewer digits since."""
+    """Check a tensor for NaN and Inf if it was not surveyed, or was rounded since then."""
     if not survey.knows(tensor.name, tensor.dtype):
-        _ = tensor.squared_norms
+        _ = tensor.squared_norms  # raises the error
 
 
 GRANULARITIES: dict[str, Granularity] = {

@@ -1,16 +1,17 @@
-"""Every name of MergeKit, torch, click and transformers that they do not promise.
+"""Every use of MergeKit, torch, click and transformers beyond their public API.
 
-No other module uses one. Names of :data:`PRIVATE` are imported from here when they are first
-used, since at registration MergeKit itself is half imported::
+No other module uses such a name. Import the names of :data:`PRIVATE` from here::
 
     from mergekit_metagpt.mergekit_private import model_out_config
 
-What is no name of a module, such as a writer's counters or the text of an error, has a
-function here. Each has a test, which a new release of these libraries has to pass before
+They are looked up on first use, because MergeKit is half imported at registration. Details that
+are no names of a module, such as a writer's counters or the text of an error, have a function
+here. Each has a test. A new release of these libraries must pass these tests before
 ``pyproject.toml`` allows it.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 REQUIRED = "mergekit>=0.1.5,<0.1.6"
 
-# The logger of MergeKit's `run_merge`, which adds a traceback to what it reports.
+# The logger to which MergeKit's `run_merge` reports errors, with a traceback.
 MERGE_LOGGER = "mergekit.merge"
 
 # The loggers of transformers that complain of a name which MergeKit, not the user, has written.
@@ -35,12 +36,12 @@ DTYPE_LOGGERS = ("transformers.configuration_utils", "transformers.modeling_util
 
 @dataclass(frozen=True)
 class Private:
-    """A name that its library does not promise.
+    """A name that is not public API of its library.
 
     Attributes:
-        module: where it is.
-        path: its name there; attributes of classes with a dot.
-        parameters: what it takes, if it is a function.
+        module: the module that defines it.
+        path: its name in the module; for an attribute of a class, with a dot.
+        parameters: the names of its parameters, if it is a function.
     """
 
     module: str
@@ -48,10 +49,10 @@ class Private:
     parameters: tuple[str, ...] = ()
 
     def find(self) -> Any:
-        """Return what has the name.
+        """Return the object with this name.
 
         Raises:
-            ImportError: if it is gone; says what to install.
+            ImportError: if there is none. The message says what to install.
         """
         found: Any = import_module(self.module)
         try:
@@ -65,18 +66,18 @@ class Private:
         return found
 
     def check(self) -> None:
-        """Raise an ImportError that says so if the name is gone or takes other parameters."""
+        """Raise an ImportError if the name is gone or its parameters have changed."""
         found = self.find()
         takes = tuple(inspect.signature(found).parameters) if self.parameters else ()
         if takes != self.parameters:
             raise ImportError(
-                f"{self.module}.{self.path} takes {takes}, where mergekit-metagpt gives "
+                f"{self.module}.{self.path} takes {takes}, but mergekit-metagpt passes "
                 f"{self.parameters}; run: pip install '{REQUIRED}'"
             )
 
 
 PRIVATE = {
-    # What run_merge does besides merging.
+    # The steps of run_merge besides the merge itself.
     "model_out_config": Private(
         "mergekit.merge", "_model_out_config", ("config", "arch_info", "trust_remote_code")
     ),
@@ -94,15 +95,15 @@ PRIVATE = {
     "copy_tagalong_files": Private(
         "mergekit.merge", "_copy_tagalong_files", ("merge_config", "out_path", "files", "options")
     ),
-    # What a merge method overrides to see all tensors of a call.
+    # A merge method overrides this to see all tensors of a call.
     "execute": Private(
         "mergekit.merge_methods.base",
         "GroupMergeMethod._execute",
         ("self", "groups", "parameters", "options", "input_dtypes", "out_dtype"),
     ),
-    # The directory in the LoRA cache that a model with its adapter applied is kept in.
+    # Names the directory in the LoRA cache that holds a model with its adapter applied.
     "unique_id": Private("mergekit.common", "ModelPath._unique_id", ("self",)),
-    # All loaders of all threads, by model.
+    # The loaders of all threads, by model.
     "open_loaders": Private("mergekit.io.tasks", "LoaderCache.loaders"),
     # The loaders of mergekit-pytorch.
     "SimpleLoaderCache": Private("mergekit.scripts.merge_raw_pytorch", "SimpleLoaderCache"),
@@ -126,23 +127,23 @@ def __getattr__(name: str) -> Any:
 
 
 def merge_options(function: Callable[..., Any]) -> "tuple[Callable[..., Any], list[click.Option]]":
-    """Return a function with MergeKit's options collected for it, and those options.
+    """Add MergeKit's options to a function; return the function and the options.
 
-    click keeps the options of a function that is no command yet under ``__click_params__``,
-    last one first.
+    Until the function becomes a command, click keeps its options in ``__click_params__``, in
+    reverse order.
     """
     decorated: Any = PRIVATE["add_merge_options"].find()(function)
     return decorated, list(reversed(decorated.__click_params__))
 
 
 def note_shard(writer: "TensorWriter", file: str, tensors: Iterable[str], size: int) -> None:
-    """Tell MergeKit's writer of a file that it has not written, for its ``finalize``.
+    """Tell MergeKit's writer about a file from another process, so that ``finalize`` counts it.
 
     Args:
-        writer: what names the files and writes the index in the end.
-        file: its name, with its number, as :func:`shard_name` has it.
-        tensors: what it holds.
-        size: of the tensors, in bytes.
+        writer: the writer; ``finalize`` renames the files and writes the index.
+        file: the file's name with its number, from :func:`shard_name`.
+        tensors: the names of the tensors in the file.
+        size: the size of the tensors, in bytes.
     """
     writer.weight_map.update(dict.fromkeys(tensors, file))
     writer.total_size += size
@@ -150,29 +151,34 @@ def note_shard(writer: "TensorWriter", file: str, tensors: Iterable[str], size: 
 
 
 def shard_name(only: str, number: int) -> str:
-    """Return what MergeKit's writer calls a file before ``finalize``.
+    """Return the name that MergeKit's writer gives to a file before ``finalize``.
 
     Args:
-        only: the name of a file that it wrote alone, such as ``model.safetensors``.
-        number: of the file, from 1.
+        only: the name that it gives to a single file, such as ``model.safetensors``.
+        number: the number of the file, from 1.
     """
     stem, _, suffix = only.rpartition(".")
     return f"{stem}-{number}.{suffix}"
 
 
 def wants_remote_code(error: BaseException) -> bool:
-    """Return whether transformers refuses a model for want of ``trust_remote_code``."""
+    """Return whether transformers refuses a model because it needs ``trust_remote_code``."""
     return "custom code" in str(error) or "trust_remote_code" in str(error)
 
 
 def is_about_dtype(record: "logging.LogRecord") -> bool:
-    """Return whether transformers complains of ``torch_dtype``, its old name of ``dtype``."""
+    """Return whether transformers complains of ``torch_dtype``, the old name of ``dtype``."""
     return "`torch_dtype` is deprecated" in record.getMessage()
 
 
-def ignored_names(architecture: str) -> list[str]:
-    """Return patterns of tensors that a class of transformers ignores in its checkpoints."""
-    return list(_class_attribute(architecture, "_keys_to_ignore_on_load_unexpected"))
+def is_ignored(architecture: str, name: str) -> bool:
+    """Return whether a class of transformers ignores a tensor in its checkpoints.
+
+    A pattern has to fit from the start of a part of the name: attn.bias is no c_attn.bias.
+    """
+    patterns = _class_attribute(architecture, "_keys_to_ignore_on_load_unexpected")
+    starts = [found.start() for pattern in patterns for found in re.finditer(pattern, name)]
+    return any(start == 0 or "." in name[start - 1 : start + 1] for start in starts)
 
 
 def tied_names(architecture: str) -> list[tuple[str, str]]:
@@ -188,15 +194,15 @@ def _class_attribute(architecture: str, name: str) -> Any:
 
 
 def is_cut_short(error: BaseException) -> bool:
-    """Return whether safetensors says that a file is shorter or longer than its header says."""
+    """Return whether safetensors found that a file's length does not match its header."""
     return any(text in str(error) for text in ("not fully covered", "invalid header length"))
 
 
 def squared_difference(first: "Tensor", second: "Tensor", out: "Tensor") -> "Tensor":
-    """Write (first − second)², element by element, into ``out``; all of one dtype and shape.
+    """Write (first − second)², element by element, into ``out``.
 
-    ATen's operation does so in one pass and without a temporary; torch's public
-    ``mse_loss`` has no ``out``.
+    All three have the same dtype and shape. ATen's operation needs one pass and no temporary
+    tensor; torch's public ``mse_loss`` has no ``out``.
     """
     result: Tensor = _mse_loss()(first, second, 0, out=out)  # 0: no reduction
     return result

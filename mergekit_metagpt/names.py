@@ -8,9 +8,14 @@ Id = TypeVar("Id", bound=Hashable)
 
 _LAYER = re.compile(r"(?:^|\.)\d+(?=\.)")
 
+# Buffers that older versions of transformers wrote, and newer ones compute.
+COMPUTED = (".inv_freq", ".masked_bias", "position_ids", "num_batches_tracked")
+# Masks of four dimensions, or biases of one.
+MASKS = (".attn.bias", ".attention.bias")
+
 
 def layer_of(tensor: str | None) -> str | None:
-    """Return the layer that a tensor belongs to, or None outside of any layer.
+    """Return the layer that a tensor belongs to, or None if it is outside the layers.
 
     >>> layer_of("model.layers.3.mlp.experts.7.w1.weight")
     'model.layers.3'
@@ -21,7 +26,7 @@ def layer_of(tensor: str | None) -> str | None:
 
 
 def number_of_layer(tensor: str) -> str | None:
-    """Return the number of the layer that a tensor belongs to, whatever its prefix is.
+    """Return the number of the layer that a tensor belongs to, without the layer's prefix.
 
     >>> number_of_layer("model.layers.3.mlp.experts.7.w1.weight")
     '3'
@@ -30,16 +35,16 @@ def number_of_layer(tensor: str) -> str | None:
 
 
 def canonical(ids: Iterable[Id]) -> list[Id]:
-    """Return the ids in the one order that does not depend on how a config lists them."""
+    """Sort ids, so that their order does not depend on the order in the config."""
     return sorted(ids, key=lambda id_: (str(id_), type(id_).__name__))
 
 
 def short_names(models: Iterable[object], longest: int | None = None) -> list[str]:
-    """Return the last part of each name, or the whole names where two would be the same.
+    """Return the last part of each name, or the whole names if two last parts are equal.
 
     Args:
         models: names or references.
-        longest: the number of characters above which a name loses its middle.
+        longest: cut the middle out of names with more characters than this.
 
     >>> short_names(["TIGER-Lab/MAmmoTH-7B", "/models/chat"])
     ['MAmmoTH-7B', 'chat']

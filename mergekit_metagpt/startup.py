@@ -9,6 +9,7 @@ This module runs in *every* interpreter of the environment: it imports nothing t
 interpreter has not imported already, and raises nothing.
 """
 
+import _thread
 import os
 import sys
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _SWITCH = "MERGEKIT_METAGPT_AUTOLOAD"
+_STOCK_CLASS = "GeneralizedTaskArithmeticMerge"
 
 
 def install() -> None:
@@ -39,25 +41,47 @@ def install() -> None:
 class _Finder:
     """Finds no module; runs a function after each module in ``_HOOKS``."""
 
+    def __init__(self) -> None:
+        self._searches: set[tuple[int, str]] = set()
+        self._leads = False
+
     def find_spec(
         self,
         name: str,
         path: "Sequence[str] | None" = None,
         target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
+        if not self._leads:
+            self._lead(name)
         hook = _HOOKS.get(name)
-        if hook is None:
+        search = (_thread.get_ident(), name)
+        if hook is None or search in self._searches:  # another finder asks back
             return None
-        for finder in sys.meta_path:
+        self._searches.add(search)
+        try:
+            spec = self._ask_others(name, path, target)
+        finally:
+            self._searches.discard(search)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, hook)  # type: ignore[assignment]
+        return spec
+
+    def _ask_others(self, name: str, *rest: "Any") -> "ModuleSpec | None":
+        for finder in list(sys.meta_path):
             find = getattr(finder, "find_spec", None)
-            if finder is self or find is None:
-                continue
-            spec: ModuleSpec | None = find(name, path, target)
+            spec: ModuleSpec | None = find(name, *rest) if find and finder is not self else None
             if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, hook)  # type: ignore[assignment]
                 return spec
         return None
+
+    def _lead(self, name: str) -> None:
+        """Go to the front if another finder has answered for MergeKit, as type checkers do."""
+        if name == "mergekit":
+            self._leads = True
+        elif "mergekit" in sys.modules:
+            self._leads = True
+            sys.meta_path.remove(self)
+            sys.meta_path.insert(0, self)
 
 
 class _Loader:
@@ -68,6 +92,8 @@ class _Loader:
         self._hook = hook
 
     def __getattr__(self, name: str) -> "Any":
+        if name == "_loader":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._loader, name)
 
     def exec_module(self, module: "ModuleType") -> None:
@@ -81,9 +107,17 @@ class _Loader:
 
 
 def _register(registry: "ModuleType") -> None:
+    method, stock = sys.modules.get("mergekit_metagpt.method.merge_method"), _STOCK_CLASS
+    if method is not None and getattr(method, stock) is not getattr(registry, stock):
+        # MergeKit is imported anew: what was made of the former one's classes goes with it.
+        for name in [n for n in sys.modules if n.startswith("mergekit_metagpt.")]:
+            if name != __name__:
+                del sys.modules[name]
     from mergekit_metagpt.method.merge_method import register
 
     register()
+    if not any(method.spec.name == "metagpt" for method in registry.registered_methods()):
+        raise RuntimeError("it has no task arithmetic")
 
 
 def _check(merge_methods: "ModuleType") -> None:
@@ -111,8 +145,12 @@ def _warn(reason: str) -> None:
     from importlib.metadata import version
 
     needed = "mergekit>=0.1.5,<0.1.6"
+    try:
+        found = version("mergekit")
+    except Exception:  # it may be there without metadata, or with damaged ones
+        found = "an unknown version"
     warnings.warn(
-        f"mergekit-metagpt needs {needed} and found {version('mergekit')} ({reason}); its merge "
+        f"mergekit-metagpt needs {needed} and found {found} ({reason}); its merge "
         f"methods are not available. Run: pip install '{needed}'",
         RuntimeWarning,
         stacklevel=2,

@@ -1,4 +1,4 @@
-"""Checkpoints that the tests make themselves, and merges of them."""
+"""Helpers that make tiny checkpoints and merge them."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
-# Each xdist worker has its share of the cores.
+# Each xdist worker uses one thread, so that workers do not compete for cores.
 torch.set_num_threads(1)
 
 
@@ -54,17 +54,17 @@ def llama_config(**changes: Any) -> transformers.LlamaConfig:
 
 
 def perturb(model: torch.nn.Module, scale: float, seed: int) -> None:
-    """Turn a model into a fine-tune of itself: add noise of this scale to each parameter."""
+    """Turn a model into a fine-tune: add noise of this scale to each parameter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            # A size of its own for each parameter, so that no two coefficients agree.
+            # The noise differs in size between parameters, so that coefficients differ too.
             parameter += (scale * (1 + (number * 7 % 5)) * noise).to(parameter.dtype)
 
 
 def put_nan(model: str, name: str) -> None:
-    """Spoil one tensor of a checkpoint."""
+    """Write a NaN into one tensor of a checkpoint."""
     file = f"{model}/model.safetensors"
     tensors = load_file(file)
     tensors[name].view(-1)[0] = torch.nan
@@ -96,12 +96,12 @@ def save_family(
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A float32 Llama and two experts. Not to be written to."""
+    """A float32 Llama and two experts. Tests share them and must not change them."""
     return save_family(tmp_path_factory.mktemp("family"), llama_config())
 
 
 def merge_config(paths: dict[str, str], method: str = "metagpt", **changes: Any) -> dict[str, Any]:
-    """A config that merges every expert of a family."""
+    """Return a config that merges every expert of a family."""
     experts = [name for name in paths if name != "base"]
     config: dict[str, Any] = {
         "merge_method": method,
@@ -114,7 +114,7 @@ def merge_config(paths: dict[str, str], method: str = "metagpt", **changes: Any)
 def slices_config(
     paths: dict[str, str], *slices: list[list[int]], **changes: Any
 ) -> dict[str, Any]:
-    """A config with one slice for each list of layer ranges, which the models take in turn."""
+    """Return a config with one slice per list of layer ranges; models take them in turn."""
     return {
         "merge_method": "metagpt",
         "base_model": paths["base"],
@@ -155,7 +155,7 @@ def read(model: Path | str) -> dict[str, torch.Tensor]:
 
 
 def command(name: str) -> str:
-    """Return the path of a console script of the environment that the tests run in."""
+    """Return the path of a console script in the environment of the tests."""
     return str(Path(sys.executable).with_name(name))
 
 
@@ -177,10 +177,10 @@ def write_yaml(path: Path, *documents: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
-    """The address of a Ray cluster on this machine, that this process is connected to.
+    """The address of a Ray cluster on this machine, which this process is connected to.
 
-    It has one CPU, which Ray only counts: of tasks that take up 1 / n of it n run at a time.
-    Tests that use it belong to the xdist group "ray": two clusters are too many for two cores.
+    Ray only counts its one CPU: if a task takes 1 / n of it, n tasks run at a time. Tests that
+    use the cluster belong to the xdist group "ray", because two cores cannot run two clusters.
     """
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Property 5: outputs between a base and its experts."""
+"""Property 5: the outputs on the line between a base and an expert."""
 
 import hashlib
 import math
@@ -49,7 +49,7 @@ def measured(paths: dict[str, str], **options: Any) -> list[Linearity]:
 
 
 def edited(directory: Path, source: str, change: Callable[[Any], None]) -> str:
-    """Write a copy of a model after a change to it; return its path."""
+    """Write a changed copy of a model; return its path."""
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     with torch.no_grad():
         change(model)
@@ -58,13 +58,13 @@ def edited(directory: Path, source: str, change: Callable[[Any], None]) -> str:
 
 
 def loaded(paths: dict[str, str], dtype: torch.dtype = torch.float32) -> Models:
-    """Load a model to run, and then every model of a family, in this dtype."""
+    """Load the base as the model to run, then every model of a family, in this dtype."""
     names = ["base", *paths]
     return tuple(load(ModelReference.parse(paths[n]), dtype, MergeOptions()) for n in names)
 
 
 def result(outputs: list[list[float]]) -> Linearity:
-    """Outputs at one place, from one list per α."""
+    """Return outputs at one place, from one list per α."""
     return Linearity(
         ModelReference.parse("expert"), torch.tensor(outputs, dtype=torch.float64)[:, None]
     )
@@ -104,7 +104,7 @@ def test_the_ends_are_the_base_and_the_expert_bit_for_bit(architecture, dtype, t
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4}
     config = {
         "tied Llama": llama_config(tie_word_embeddings=True),
-        # transformers fuses what its files hold as a tensor per expert.
+        # The files have one tensor per expert, which transformers fuses.
         "Mixtral": transformers.MixtralConfig(
             **sizes,
             intermediate_size=48,
@@ -180,7 +180,7 @@ def test_an_expert_with_a_head_of_its_own_does_not_fit_a_base_with_a_tied_one(tm
 
 def test_r_squared_pools_the_outputs_before_it_divides():
     line = [10 * alpha for alpha in ALPHAS]
-    # By itself, this output's R² is far below 0; it hardly moves and must hardly count.
+    # The R² of this output alone is far below 0. It hardly moves, so it must hardly count.
     noise = [1e-3 * (-1) ** step for step in range(11)]
     found = result([[a, b] for a, b in zip(line, noise, strict=True)])
     assert found.r_squared == pytest.approx(1, abs=1e-6)
@@ -260,7 +260,7 @@ def test_one_model_runs_and_one_expert_is_open_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(linearity, "load", counting)
     measured(paths)
     assert len(alive) == 5
-    assert most == 3  # what runs, the base, and one expert
+    assert most == 3  # the running model, the base, and one expert
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -277,7 +277,7 @@ def test_base_and_expert_are_mapped_files_which_stay_as_they_are(tmp_path):
     for parameter in model.parameters():
         assert any(start <= parameter.data_ptr() < end for start, end in areas)
 
-    # The running model is written to in place; were it mapped too, the file must not be.
+    # The running model is changed in place. This must not change the file.
     runs, base, expert = loaded(paths, torch.bfloat16)
     interpolate(runs, base, expert, 0.5)
     assert not torch.equal(runs.lm_head.weight, base.lm_head.weight)

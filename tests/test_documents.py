@@ -1,4 +1,4 @@
-"""The documents: their links lead somewhere, and the examples in docstrings are right."""
+"""The documents: their links work, and the examples in docstrings give the stated results."""
 
 import doctest
 import importlib

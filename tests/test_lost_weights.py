@@ -260,3 +260,26 @@ class TestWhatIsNotLost:
         for name in names:
             config["modules"] = {name: {"models": models}}
             assert problems_of(config, tmp_path) == []
+
+
+@pytest.mark.parametrize("granularity", ["layer", "model"])
+@pytest.mark.parametrize(
+    ("kind", "changes", "lost"),
+    [
+        ("llama", {"attention_bias": True}, "self_attn.k_proj.bias and 7 more"),
+        ("deepseek_v3", {}, "mlp.experts.0.down_proj.weight and 11 more"),
+        ("llama", {}, ""),
+        ("mixtral", {}, ""),
+        ("gpt2", {}, ""),
+    ],
+)
+def test_the_stock_command_warns_where_a_survey_shows_a_loss(
+    kind, changes, lost, granularity, tmp_path, merge, caplog
+):
+    paths = save_family(tmp_path, tiny_config(kind, **changes))
+    merge(merge_config(paths, parameters={"granularity": granularity}))
+    warnings = [r.getMessage() for r in caplog.records if "the merge will drop" in r.getMessage()]
+    assert len(warnings) == bool(lost)
+    for warning in warnings:
+        assert f"{paths['base']} holds tensor " in warning
+        assert lost in warning

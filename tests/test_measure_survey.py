@@ -1,4 +1,4 @@
-"""Surveys of checkpoints: what counts, what is refused, and how often they are taken."""
+"""Surveys of checkpoints: what counts, which errors are raised, how often one is taken."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +55,7 @@ def passes(monkeypatch):
 
 
 def edit(model: str | Path, change) -> None:
-    """Rewrite a checkpoint's only weight file after a change of its tensors."""
+    """Change the tensors of a checkpoint that has one weight file."""
     file = Path(model) / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
@@ -174,7 +174,7 @@ def test_threads_that_merge_one_model_share_one_survey(family, passes):
 
 
 def groups_of(paths, **kwargs):
-    """The groups that MergeKit's executor would hand over, in one list."""
+    """Return the groups that MergeKit's executor would pass to the method, in one list."""
     models = Checkpoints.of(paths["base"], [p for n, p in paths.items() if n != "base"]).models
     tensors = [read(str(model)) for model in models]
     return [
@@ -290,7 +290,7 @@ def test_a_missing_tensor_is_named(tmp_path, merge):
         ValueError, match=rf"{paths['b']} lacks tensor model\.layers\.1\.mlp\.up_proj"
     ):
         survey(paths)
-    # MergeKit reads the tensor before it hands it over, and names it itself.
+    # In a merge, MergeKit reads the tensor first, so the message is MergeKit's.
     with pytest.raises(RuntimeError, match=rf"up_proj\.weight required but .* model {paths['b']}"):
         merge(merge_config(paths, parameters={"granularity": "model"}))
 
@@ -323,7 +323,7 @@ def test_slices_that_keep_their_place_merge_like_the_whole(granularity, family, 
     "layer_ranges",
     [
         [[[0, 1]], [[2, 3]]],  # a layer is left out, and the next one moves up
-        [[[0, 2], [1, 3]]],  # an expert's layers are paired with others of the base
+        [[[0, 2], [1, 3]]],  # an expert's layers meet different layers of the base
         [[[0, 3]], [[0, 3]]],  # deeper than the base
     ],
 )
@@ -337,7 +337,7 @@ def test_layer_refuses_slices_that_move_layers(layer_ranges, family, merge):
 
 @pytest.mark.parametrize("granularity", ["layer", "model"])
 def test_checkpoints_are_surveyed_as_they_are_stored(granularity, tmp_path, merge):
-    """Also where `dtype` rounds their task vectors before they are merged."""
+    """Even if `dtype` rounds the task vectors before the merge."""
     paths = save_family(tmp_path, llama_config(), scales=(0.001, 0.002))
     merged = merge(merge_config(paths, parameters={"granularity": granularity}, dtype="bfloat16"))
     base, *experts = (read(path) for path in paths.values())
@@ -345,7 +345,7 @@ def test_checkpoints_are_surveyed_as_they_are_stored(granularity, tmp_path, merg
     rounded, *others = (
         {name: tensor.bfloat16() for name, tensor in model.items()} for model in (base, *experts)
     )
-    if granularity == "layer":  # a tensor outside of any layer has a scope of its own
+    if granularity == "layer":  # a tensor outside the layers has its own scope
         by_tensor = reference.coefficients(rounded, others, "tensor")
         expected |= {n: c for n, c in by_tensor.items() if layer_of(n) is None}
     reference.assert_merged(merged, rounded, others, expected)
@@ -354,7 +354,7 @@ def test_checkpoints_are_surveyed_as_they_are_stored(granularity, tmp_path, merg
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("granularity", ["layer", "model"])
 def test_one_merge_has_one_set_of_coefficients(granularity, dtype, tmp_path, merge, passes):
-    """Whichever tensor is merged first, and whatever the dtypes that tensors are stored in."""
+    """The first tensor to be merged and the stored dtypes make no difference."""
     paths = save_family(tmp_path, llama_config(), scales=(0.001, 0.002), dtype=torch.bfloat16)
 
     def widen(tensors):
@@ -528,7 +528,7 @@ def test_the_progress_bar_can_be_switched_off(family, capfd):
 
 
 def test_a_survey_needs_less_memory_than_the_two_largest_tensors(tmp_path):
-    # The first tensor to be merged is the tied one, in the first of several files.
+    # The merge begins with the tied tensor, which is in the first of several files.
     config = llama_config(
         vocab_size=12_000,
         hidden_size=512,

@@ -1,6 +1,6 @@
-"""What MergeKit, torch, click and transformers do not promise, and this package relies on.
+"""Details of MergeKit, torch, click and transformers that are not public API but used here.
 
-A new release of one of them has to pass these tests before ``pyproject.toml`` allows it.
+A new release of one of them must pass these tests before ``pyproject.toml`` allows it.
 """
 
 import json
@@ -95,7 +95,7 @@ def test_a_writer_takes_over_files_that_it_has_not_written(tmp_path):
 
 
 def test_a_writer_numbers_its_files_as_expected(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.rename", lambda *names: None)  # as they are before the last step
+    monkeypatch.setattr("os.rename", lambda *names: None)  # skips the last step
     writer = TensorWriter(str(tmp_path), max_shard_size=8)
     for name in "ab":
         writer.save_tensor(name, torch.ones(2))
@@ -137,3 +137,18 @@ def test_a_model_that_wants_its_own_code_is_told(tmp_path):
         transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
     assert mergekit_private.wants_remote_code(failure.value)
     assert not mergekit_private.wants_remote_code(ValueError("something else"))
+
+
+@pytest.mark.parametrize(
+    ("name", "ignored"),
+    [("h.0.attn.bias", True), ("attn.bias", True), ("h.0.attn.c_attn.bias", False)],
+)
+def test_what_a_class_of_transformers_ignores_is_told(name, ignored):
+    assert mergekit_private.is_ignored("GPT2LMHeadModel", name) == ignored
+    assert not mergekit_private.is_ignored("NoSuchModel", name)
+
+
+def test_what_a_class_of_transformers_ties_is_told():
+    pair = ("lm_head.weight", "model.embed_tokens.weight")
+    assert mergekit_private.tied_names("LlamaForCausalLM") == [pair]
+    assert mergekit_private.tied_names("NoSuchModel") == []

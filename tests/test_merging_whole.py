@@ -226,3 +226,26 @@ def test_a_seed_is_drawn_that_repeats_the_merge(family, out, tmp_path, monkeypat
     first, other, again = map(read, (out, tmp_path / "other", tmp_path / "again"))
     assert all(torch.equal(again[name], first[name]) for name in first)
     assert not all(torch.equal(other[name], first[name]) for name in first)
+
+
+def test_a_weight_file_that_changes_while_it_is_merged_is_named_and_nothing_stays(
+    tmp_path, out, monkeypatch
+):
+    """Also where the merge could not see it, after the last tensor was read."""
+    paths = save_family(tmp_path, llama_config())
+    config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
+    run_merge = whole.run_merge
+
+    def then_replace(*args):
+        run_merge(*args)
+        file = Path(paths["b"], "model.safetensors")
+        shutil.copy(file, tmp_path / "copy")
+        os.replace(tmp_path / "copy", file)
+
+    monkeypatch.setattr(whole, "run_merge", then_replace)
+    done = merge(config, out, status=1)
+    assert f"Weight file {paths['b']}/model.safetensors has changed since this merge" in done.stderr
+    assert not names(out.parent)
+    monkeypatch.setattr(whole, "run_merge", run_merge)
+    merge(config, out)
+    assert names(out) == WHOLE

@@ -1,4 +1,4 @@
-"""The merge methods, through MergeKit's own entry points in one process."""
+"""The merge methods, called through MergeKit's own functions in one process."""
 
 import math
 import warnings
@@ -50,7 +50,7 @@ def state_dicts(dtype=torch.float32, seed=0, scales=(0.1, 0.3)):
 
 
 def parameters_for(method, **changes):
-    """Settings that make every step of the stock method do something."""
+    """Return settings with which every step of the stock method has an effect."""
     names = {parameter.name for parameter in method.spec.parameters}
     chosen = {"density": 0.5, "gamma": 0.1, "epsilon": 0.2, **changes}
     return {name: value for name, value in chosen.items() if name in names}
@@ -117,7 +117,7 @@ def test_state_dicts_merge_as_the_float64_reference(dtype, granularity):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_coefficients_are_right_to_a_millionth(granularity):
-    """A base of zeros and experts on different axes make the coefficients visible."""
+    """With a base of zeros and experts on different axes, the merge shows the coefficients."""
     generator = np.random.default_rng(0)
     scales = generator.uniform(0.1, 2, size=(3, 5))
     base = {f"layers.{n % 2}.w{n}": torch.zeros(3) for n in range(5)}
@@ -172,7 +172,7 @@ def test_priors_take_mergekits_gradients_and_filters(family, merge):
     by_tensor = {}
     for name in base:
         layer = int(name.split(".")[2]) if ".layers." in name else None
-        # Tensors outside of the layers see the gradient at its start.
+        # Tensors outside the layers take the gradient's first value.
         priors = [layer if layer is not None else 0.0, 0.5 if "mlp" in name else 1.0]
         by_tensor[name] = priors * norms / (priors * norms).sum()
     reference.assert_merged(merged, base, experts, by_tensor)
@@ -263,7 +263,7 @@ def test_an_expert_equal_to_the_base_changes_nothing(method, granularity):
     padded = merge_state_dicts(
         {"base": base, "zero": base, **experts}, method, base="base", parameters=parameters
     )
-    if method not in RANDOM:  # a further expert draws further random numbers
+    if method not in RANDOM:  # an additional expert draws additional random numbers
         assert all(torch.equal(plain[name], padded[name]) for name in base)
     alone = merge_state_dicts(
         {"base": base, "x": base, "y": base}, method, base="base", parameters=parameters

@@ -1,4 +1,4 @@
-"""MergeKit's executor for several accelerators, on threads of this CPU in their place."""
+"""MergeKit's executor for several accelerators, with CPU threads instead of accelerators."""
 
 import contextlib
 import threading
@@ -26,14 +26,14 @@ GRANULARITIES = ("tensor", "layer", "model")
 
 
 class CPUWorkers(multigpu_executor.MultiGPUExecutor):
-    """The stock executor, whose workers start at the same moment."""
+    """The stock executor, but all workers start at the same moment."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.start = threading.Barrier(len(self.gpu_assignments), timeout=60)
         self.threads: set[int] = set()
-        # MergeKit 0.1.5 stops listening with results still in the queue, whatever the method:
-        # now and then a merge lacks a tensor. That is not what is tested here.
+        # MergeKit 0.1.5 sometimes stops while results are still in the queue, with any method,
+        # and the merge lacks a tensor. These tests are not about that bug.
         self.done_event = _Drained(self.task_completion_queue)
 
     def _device_worker(self, *args, **kwargs):
@@ -43,7 +43,7 @@ class CPUWorkers(multigpu_executor.MultiGPUExecutor):
 
 
 class _Drained(threading.Event):
-    """An event that is only seen once a queue is empty."""
+    """An event that counts as set only when a queue is empty."""
 
     def __init__(self, queue):
         super().__init__()
@@ -55,7 +55,7 @@ class _Drained(threading.Event):
 
 @pytest.fixture
 def executors(monkeypatch):
-    """Let MergeKit take the CPU for several accelerators; return the executors it makes."""
+    """Make the CPU look like several accelerators; return the executors that MergeKit makes."""
     accelerator = SimpleNamespace(synchronize=lambda device: None)
     for name, answer in {"type": "cpu", "count": WORKERS, "module": accelerator}.items():
         monkeypatch.setattr(
@@ -75,7 +75,7 @@ def executors(monkeypatch):
 
 @pytest.fixture
 def surveys(monkeypatch):
-    """Forget every survey; return a list that grows with each one taken."""
+    """Forget every survey; return a list with an entry for each survey taken from now on."""
     SESSION.surveys.clear()
     taken = []
     survey = Checkpoints.survey
@@ -89,7 +89,7 @@ def surveys(monkeypatch):
 
 
 def written(config, out: Path, **options) -> bytes:
-    """Merge and return the bytes of the weights."""
+    """Merge, and return the bytes of the weight file."""
     settings = {"quiet": True, "copy_tokenizer": False, "write_model_card": False, **options}
     run_merge(MergeConfiguration.model_validate(config), str(out), MergeOptions(**settings))
     return (out / "model.safetensors").read_bytes()
@@ -138,7 +138,7 @@ def test_the_work_is_divided_as_for_the_stock_method(family, executors, surveys,
     for executor, share in zip(executors, shares, strict=True):
         assert len(share) == WORKERS
         assert share[-1] <= 1.25 * share[0]
-        # No tensor waits for another one: what a survey shares is no edge of the graph.
+        # No tensor waits for another: the shared survey adds no edge to the task graph.
         merged = [t for tasks in executor.gpu_assignments.values() for t in tasks]
         merges = [t for t in merged if type(t.task()).__name__ == "ExecuteMergeMethodTask"]
         assert len(merges) == len(load_file(Path(family["base"], "model.safetensors")))
@@ -155,7 +155,7 @@ def test_nan_that_one_worker_meets_stops_the_merge_with_its_sentence(
 
 
 def test_workers_survey_with_the_options_of_the_command(family, executors, tmp_path, monkeypatch):
-    """They are threads that neither click nor MergeKit's loaders know the options in."""
+    """In these threads, click and MergeKit's loaders do not have the options."""
     seen = []
     survey = Checkpoints.survey
 

@@ -1,4 +1,4 @@
-"""The rooms of the package: imports go down the floors, and in no circle."""
+"""The rooms of the package: imports go down the floors, and there is no import cycle."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -18,7 +18,7 @@ FLOORS = [
     {"measure"},
     {"top"},  # the files at the package's top, which import nothing but each other
 ]
-# What Python and MergeKit come in by: they lead to every room, and no room leads to them.
+# Entry points of Python and MergeKit. They may import every room, but no room imports them.
 DOORS = {"__init__", "__main__", "startup"}
 
 
@@ -31,7 +31,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Return the modules of this package that a file imports, at its top or inside functions."""
+    """Return the modules of this package that a file imports, anywhere in the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -89,11 +89,11 @@ def test_the_map_names_every_file_at_the_top():
 
 
 def test_private_names_are_used_in_one_module_only():
-    """What has an underscore, or is on the list of ``mergekit_private``, belongs to its library."""
+    """Names with an underscore, or on the list in ``mergekit_private``, belong to their library."""
     from mergekit_metagpt.mergekit_private import PRIVATE
 
     listed = {private.path.rpartition(".")[2] for private in PRIVATE.values()}
-    promised = {"_execute"}  # overridden, not called, but for the class's own
+    promised = {"_execute"}  # overridden; only the class itself calls it
     for module, path in modules().items():
         if module == "mergekit_private":
             continue

@@ -33,9 +33,7 @@ _WIDTH = 100  # of a table in a file or a pipe
 @click.option(
     "--models", type=_FOLDER, metavar="DIR", help="Local checkpoints, as DIR/org/name or DIR/name."
 )
-@click.option(
-    "--tasks", type=_FOLDER, metavar="DIR", help="YAML tasks to take instead of lm-eval's own."
-)
+@click.option("--tasks", type=_FOLDER, metavar="DIR", help="YAML tasks that replace lm-eval's own.")
 @click.option(
     "--confirm-run-unsafe-code",
     "unsafe_code",
@@ -55,11 +53,11 @@ def main(
 
     Every row is merged with the stock mergekit-yaml, from the models that the paper names, and
     scored with lm-eval (pip install 'mergekit-metagpt[benchmarks]') on a GPU if there is one.
-    How each row is merged and each column measured stands in benchmarks/paper/tables.yaml.
+    The file benchmarks/paper/tables.yaml says how to merge each row and measure each column.
 
-    A score is kept as soon as it is there: after an interruption, the same command goes on
-    where it stopped. A merge is deleted when its row is scored. Table 4 has its normalized
-    averages once table 1 has measured the experts.
+    Each score is saved at once. After an interruption, the same command continues where it
+    stopped. A merge is deleted after its row is scored. The normalized averages of table 4 need
+    the experts' scores from table 1.
     """
     table = read_table(number)
     if models:
@@ -88,7 +86,7 @@ def _chosen(table: Table, names: tuple[str, ...]) -> list[Row]:
 
 
 def _require_tasks(table: Table, rows: list[Row], scores: Scores) -> None:
-    """Load what will be measured, so that a task that cannot be does not cost a merge."""
+    """Load the tasks first, so that a missing task is found before any merge."""
     missing = {column.name for row in rows for column in scores.missing(row, table.columns)}
     if missing and importlib.util.find_spec("lm_eval") is None:
         raise click.ClickException(
@@ -105,7 +103,7 @@ def _require_tasks(table: Table, rows: list[Row], scores: Scores) -> None:
 
 
 def _measure(row: Row, table: Table, scores: Scores) -> None:
-    """Measure what is missing of a row, and delete its merge."""
+    """Measure the missing scores of a row, and delete its merge."""
     missing = scores.missing(row, table.columns)
     merged = scores.out / row.folder / "merged"
     if missing and not isinstance(row.source, str):

@@ -1,4 +1,4 @@
-"""A row's checkpoint: a model of the hub or of a folder, or a merge by the stock command."""
+"""The checkpoint of a row: a model on the hub or in a folder, or a merge by mergekit-yaml."""
 
 import shutil
 import subprocess
@@ -16,11 +16,11 @@ def with_local_models(row: Row, folder: Path) -> Row:
     """Return a row whose models are checkpoints in a folder.
 
     Args:
-        row: a row with names of the hub, such as ``org/name``.
-        folder: an absolute path; it holds ``org/name`` or ``name``.
+        row: a row with names on the hub, such as ``org/name``.
+        folder: an absolute path with a subfolder ``org/name`` or ``name`` for each model.
 
     Raises:
-        ClickException: if it holds neither, or MergeKit cannot be given its path.
+        ClickException: if the folder lacks a model, or if MergeKit would misread its path.
     """
     if isinstance(row.source, str):
         return replace(row, source=_local_path(row.source, folder))
@@ -45,13 +45,14 @@ def _local_path(name: str, folder: Path) -> str:
 
 
 def merge(row: Row, path: Path) -> None:
-    """Merge a row with ``mergekit-yaml``, unless its merge lies at ``path`` already.
+    """Merge a row with ``mergekit-yaml``, unless ``path`` already has this merge.
 
-    The merge is made beside its place and renamed when it is complete. MergeKit leaves its
-    config in it, which tells whether it is the one that is wanted.
+    The merge is written to a temporary folder beside ``path``, and renamed when it is complete.
+    MergeKit stores the config in the merge, which shows whether an existing merge is the right
+    one.
 
     Raises:
-        ClickException: if ``mergekit-yaml`` fails; what it said stands above.
+        ClickException: if ``mergekit-yaml`` fails. Its output is printed above the message.
     """
     config = yaml.safe_dump(row.source, sort_keys=False)
     if path.exists():
@@ -68,7 +69,6 @@ def merge(row: Row, path: Path) -> None:
     if status:
         shutil.rmtree(partial, ignore_errors=True)
         raise click.ClickException(
-            f"mergekit-yaml could not merge {file} (exit status {status}); what it said stands "
-            "above."
+            f"mergekit-yaml could not merge {file} (exit status {status}); see its output above."
         )
     partial.rename(path)

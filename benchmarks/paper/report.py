@@ -1,4 +1,4 @@
-"""A table of the paper, measured beside published."""
+"""Print a table of the paper, with measured and published figures side by side."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,9 +13,9 @@ from benchmarks.paper.tables import Row, Table
 
 
 def comparison(table: Table, rows: Iterable[Row], scores: Scores) -> Grid:
-    """Return a grid with two lines per row: what was measured, and what the paper prints.
+    """Return a grid with two lines per row: the measured and the published figures.
 
-    Both have their averages over the columns that were measured, at least one in each row.
+    The averages of both lines are over the measured columns; each row needs at least one.
     """
     grid = Grid(title=f"Table {table.number}: {table.title}", box=box.SIMPLE, padding=(0, 1, 0, 0))
     grid.add_column("Model", no_wrap=True)
@@ -35,7 +35,7 @@ def comparison(table: Table, rows: Iterable[Row], scores: Scores) -> Grid:
 
 
 def _at_home(table: Table, scores: Scores) -> tuple[list[float], list[float]]:
-    """Return what each column's expert scores, measured and published; nothing for table 5."""
+    """Return the scores of each column's expert, measured and published; none for table 5."""
     experts = [(table.experts[column.expert], column) for column in table.columns if column.expert]
     return (
         [scores.stored(row, column) for row, column in experts],
@@ -44,7 +44,7 @@ def _at_home(table: Table, scores: Scores) -> tuple[list[float], list[float]]:
 
 
 def _line(scores: Sequence[float], at_home: Sequence[float], counted: Sequence[bool]) -> list[str]:
-    """Return the cells of a line: its scores, and the averages of those that are counted."""
+    """Return the cells of a line: its scores, and the averages of the counted ones."""
     values = list(compress(scores, counted))
     cells = [_cell(score, 2) for score in (*scores, absolute_average(values))]
     if at_home:
@@ -57,7 +57,7 @@ def _cell(value: float, digits: int) -> str:
 
 
 def _notes(table: Table, scores: Scores) -> list[str]:
-    """Return what a reader has to know about the figures, a sentence each."""
+    """Return notes on the figures for the reader, one sentence each."""
     notes = ["Scores in %; averages, also the published ones, are over the columns measured."]
     if any(column.expert for column in table.columns):
         notes.append("Nor. Avg divides by the experts' scores: it waits until they are measured.")

@@ -1,4 +1,4 @@
-"""What was measured: a JSON file for each row and column, which a later run takes up again."""
+"""Measured scores: a JSON file for each row and column, which later runs reuse."""
 
 import json
 import math
@@ -14,13 +14,13 @@ from benchmarks.paper.tables import Column, Row
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores that lie in a directory, for one way of measuring.
+    """The scores in a directory, measured with the same settings.
 
     Attributes:
         out: the directory.
-        task_folder: YAML tasks to take instead of lm-eval's own.
-        limit: questions per task; all of them when None.
-        unsafe_code: whether tasks may run what the model writes.
+        task_folder: a folder of YAML tasks that replace lm-eval's own.
+        limit: the number of questions per task; None means all.
+        unsafe_code: whether tasks may execute code that the model writes.
     """
 
     out: Path
@@ -29,7 +29,7 @@ class Scores:
     unsafe_code: bool
 
     def stored(self, row: Row, column: Column) -> float:
-        """Return a score in %; nan if it was not measured, or with other models or settings."""
+        """Return a score in %; nan if it was not measured with these models and settings."""
         path = self._path(row, column)
         if not path.exists():
             return math.nan
@@ -37,7 +37,7 @@ class Scores:
         return result["score"] if result["settings"] == self._settings(row, column) else math.nan
 
     def missing(self, row: Row, columns: Iterable[Column]) -> list[Column]:
-        """Return the columns still to be measured, of those that can be and may be."""
+        """Return the columns that still need a score, can be measured and may be measured."""
         return [
             column
             for column in columns
@@ -47,7 +47,7 @@ class Scores:
         ]
 
     def load_tasks(self, column: Column) -> None:
-        """Load a column's tasks and data, to fail before anything is merged."""
+        """Load a column's tasks and data, so that errors appear before any merge."""
         from benchmarks.harness import load_tasks
 
         load_tasks(column.tasks, self.task_folder, self.unsafe_code)
@@ -67,7 +67,7 @@ class Scores:
             shot_answer=column.shot_answer,
             limit=self.limit,
             device="cuda" if on_gpu else "cpu",
-            batch_size="auto" if on_gpu else 1,  # auto fills the memory that it finds
+            batch_size="auto" if on_gpu else 1,  # auto fills all memory
             unsafe_code=self.unsafe_code,
             progress=True,
         )
@@ -77,12 +77,12 @@ class Scores:
         return score
 
     def _path(self, row: Row, column: Column) -> Path:
-        # A short look must not replace a score that took hours.
+        # A run with a limit must not overwrite a full score that took hours.
         part = f"-first-{self.limit}" if self.limit else ""
         return self.out / row.folder / f"{column.name}{part}.json"
 
     def _settings(self, row: Row, column: Column) -> dict[str, Any]:
-        """Return all that a score depends on, as JSON gives it back."""
+        """Return everything that a score depends on, in types that JSON preserves."""
         return {
             "model": row.source,
             "tasks": column.tasks,
@@ -94,7 +94,7 @@ class Scores:
 
     @staticmethod
     def _write(path: Path, result: dict[str, Any]) -> None:
-        """Write a file that is whole or not there."""
+        """Write a file so that it is either complete or missing."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
         partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""The paper's tables, read from tables.yaml: what is merged, measured and published."""
+"""Read the paper's tables from tables.yaml: merges, benchmarks and published figures."""
 
 import re
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ class Column:
     """A benchmark, and how lm-eval measures it.
 
     Attributes:
-        name: the paper's.
-        tasks: lm-eval's tasks, whose mean is the score; none where lm-eval has none.
+        name: the name in the paper.
+        tasks: lm-eval's tasks, whose mean is the score; empty if lm-eval has none.
         metric: lm-eval's ``metric,filter``, a fraction.
-        shots: solved examples in front of each question.
-        shot_answer: a template of their answers, where the tasks' own fails.
-        expert: the one that the normalized average divides by.
-        runs_code: whether the tasks run what the model writes.
+        shots: the number of solved examples before each question.
+        shot_answer: a template of their answers, if the tasks' own fails.
+        expert: the expert whose score the normalized average divides by.
+        runs_code: whether the tasks execute code that the model writes.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Row:
     """A model of a table.
 
     Attributes:
-        name: the paper's.
-        family: the name of the example config that its models are from. Rows of one name and
-            family are one model, whatever table they stand in.
+        name: the name in the paper.
+        family: the name of the example config that has its models. Rows with the same name
+            and family are the same model, also in different tables.
         source: a model's name or path, or the MergeKit config of a merge.
-        scores: as published, in %, in the order of the table's columns.
-        averages: as published: the absolute, and but for table 5 the normalized one.
+        scores: the published scores in %, in the order of the table's columns.
+        averages: the published averages: absolute and, except in table 5, normalized.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Row:
 
     @property
     def folder(self) -> Path:
-        """Where in the output its results lie."""
+        """The folder of its results, inside the output folder."""
         return Path(self.family, re.sub("[^a-z0-9]+", "-", self.name.lower()))
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper, with the rows of its experts, which table 4 itself lacks."""
+    """A table of the paper, with its experts' rows. Table 4 takes them from another table."""
 
     number: int
     title: str

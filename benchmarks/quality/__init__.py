@@ -1,1 +1,1 @@
-"""Which merge is best, on models trained for it: `python -m benchmarks.quality`."""
+"""Compare merge methods on small models trained for this: `python -m benchmarks.quality`."""

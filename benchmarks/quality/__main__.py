@@ -34,11 +34,11 @@ QUICK_SEEDS = 1
 def main(quick: bool, device: str) -> None:
     """Train bases and experts, merge them in every way, and score the merges with lm-eval.
 
-    Writes benchmarks/results/quality.md, .json and .png; the .json after each family.
+    Writes benchmarks/results/quality.md, .json and .png. The .json is updated after each family.
     """
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    # The figures are then the same on any number of cores, and other work on them does not stall
-    # a run: threads that wait for each other took 20 times as long on a busy machine.
+    # With one thread, the figures do not depend on the number of cores. It also avoids waiting:
+    # on a busy machine, threads that wait for each other took 20 times as long.
     torch.set_num_threads(1)
     start = time.perf_counter()
     families: list[Family] = []

@@ -1,4 +1,4 @@
-"""What is measured on a family: a base, an expert for each task, and their merges."""
+"""The results for a family: a base, an expert for each task, and their merges."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ class Score:
     """How well a model does on a task.
 
     Attributes:
-        accuracy: right answers, in percent.
-        loss: mean over examples of the answer's negative log-likelihood, in nats.
+        accuracy: the share of correct answers, in percent.
+        loss: the negative log-likelihood of the answer, in nats, as a mean over examples.
     """
 
     accuracy: float
@@ -22,16 +22,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Family:
-    """A family's figures.
+    """The results for one family.
 
     Attributes:
-        size: of the models, by name.
-        recipe: by which the experts were trained, by name.
-        seed: of weights, examples and DARE.
-        parameters: of a model.
+        size: the name of the models' size.
+        recipe: the name of the recipe that trained the experts.
+        seed: the seed of weights, examples and DARE.
+        parameters: the number of parameters of a model.
         norms: ‖τ_t‖ over the whole model, by task.
-        grid: mean validation loss of task arithmetic, by its scaling coefficient.
-        scores: on the test examples, by model, then by task.
+        grid: the mean validation loss of task arithmetic, by its scaling coefficient.
+        scores: the scores on the test examples, by model, then by task.
     """
 
     size: str
@@ -47,17 +47,17 @@ class Family:
         return absolute_average(self._accuracies(model))
 
     def normalized_average(self, model: str) -> float:
-        """Return the paper's Nor. Avg: 1 where a model is as good as all experts at home."""
+        """Return the paper's Nor. Avg: 1 for a model that equals each expert on its own task."""
         at_home = [self.at_home(task).accuracy for task in TASKS]
         return normalized_average(self._accuracies(model), at_home)
 
     def loss_difference(self, model: str) -> float:
-        """Return the paper's ALD, equation 4, in nats: what MetaGPT bounds and minimises."""
+        """Return the paper's ALD (equation 4) in nats. MetaGPT minimises a bound on it."""
         differences = [self.scores[model][task].loss - self.at_home(task).loss for task in TASKS]
         return sum(differences) / len(differences)
 
     def gain(self, task: str) -> float:
-        """Return by how much an expert lowered its own task's loss, in nats."""
+        """Return how much lower an expert's loss on its own task is than the base's, in nats."""
         return self.scores["base"][task].loss - self.at_home(task).loss
 
     def at_home(self, task: str) -> Score:

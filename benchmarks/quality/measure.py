@@ -1,4 +1,4 @@
-"""Families are trained, merged with every method, and scored with lm-eval."""
+"""Train families, merge them with every method, and score the merges with lm-eval."""
 
 import math
 import shutil
@@ -16,8 +16,8 @@ from mergekit_metagpt import survey_checkpoints
 
 BEST_OF_GRID = "task arithmetic, best of grid"
 
-# The experts' peak learning rates. Even: each moves as far as its task makes it. Uneven: those
-# with the most to learn take the smallest steps, and one with little to learn, the largest.
+# The experts' peak learning rates. Even: all the same, so the task decides how far an expert
+# moves. Uneven: experts with much to learn take small steps, one with little to learn large ones.
 RECIPES: dict[str, dict[str, float]] = {
     "even": dict.fromkeys(TASKS, 2e-4),
     "uneven": {"reverse": 2e-4, "triple": 1e-4, "recall": 1e-4, "majority": 5e-4},
@@ -30,10 +30,10 @@ def measure_families(
     """Train, merge and score: a base for each size and seed, and its experts for each recipe.
 
     Args:
-        sizes: by name.
-        seeds: how many; the first is 0.
+        sizes: the sizes of the models, by name.
+        seeds: the number of seeds; the first is 0.
         device: a torch device.
-        work: an absolute directory, for models that are removed once they have been scored.
+        work: an absolute directory for the models, which are removed after scoring.
     """
     for name, size in sizes.items():
         for seed in range(seeds):
@@ -48,7 +48,7 @@ def measure_families(
 def measure_family(
     size: str, trainer: Trainer, base: transformers.PreTrainedModel, recipe: str, folder: Path
 ) -> Family:
-    """Train a base's experts, merge them and score all, in an absolute directory of their own."""
+    """Train a base's experts, merge them and score all models, in an absolute directory."""
     trainer.save(base, folder / "base")
     for task, rate in RECIPES[recipe].items():
         trainer.save(trainer.expert(base, task, rate), folder / task)
@@ -67,7 +67,7 @@ def measure_family(
 
 
 class _Bench:
-    """Measures one family, that lies in a directory with its tasks."""
+    """Measures one family, in a directory with its models and tasks."""
 
     def __init__(self, folder: Path, seed: int, device: str) -> None:
         self.folder, self.seed, self.device = folder, seed, device
@@ -90,7 +90,7 @@ class _Bench:
         return losses
 
     def scores(self, best_of_grid: float) -> dict[str, dict[str, Score]]:
-        """Return the test scores of base, experts and merges, by model and task."""
+        """Return the test scores of the base, experts and merges, by model and task."""
         methods = {
             **BASELINES,
             BEST_OF_GRID: task_arithmetic(best_of_grid),

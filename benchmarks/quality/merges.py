@@ -1,4 +1,4 @@
-"""The methods that are compared, and the stock command that carries them out."""
+"""The methods to compare, and the stock command that runs them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +13,13 @@ GRANULARITIES = ("tensor", "layer", "model")
 GRID = tuple(number / 10 for number in range(1, 11))
 
 _DENSITY = {"density": 0.55}  # the paper's
-# The weights of DARE sum to 1, as MetaGPT's do. TIES divides by their sum, whatever it is.
+# DARE's weights sum to 1, like MetaGPT's. For TIES any sum will do, since it divides by it.
 _EQUAL = {"weight": 1 / len(TASKS)}
 
 Method = tuple[str, Mapping[str, Any]]
 
-# By the name of a table's row: the merge method and its parameters; what is left out has
-# MergeKit's default.
+# The merge method and its parameters, by the name of a table's row. All other parameters have
+# MergeKit's defaults.
 BASELINES: dict[str, Method] = {
     "weight average": ("linear", {"weight": 1.0}),
     "task arithmetic, 0.3": ("task_arithmetic", {"weight": 0.3}),
@@ -52,13 +52,13 @@ def task_arithmetic(weight: float) -> Method:
 
 
 def merge(method: Method, models: Path, out: Path, seed: int, device: str) -> None:
-    """Run ``mergekit-yaml`` in this process: its imports take longer than such a merge.
+    """Run ``mergekit-yaml`` in this process, because its imports take longer than the merge.
 
     Args:
         method: the merge method and its parameters.
-        models: an absolute directory, of ``base`` and of an expert per task.
+        models: an absolute directory with ``base`` and an expert per task.
         out: the directory to write; ``OUT.yml`` is written beside it.
-        seed: for DARE.
+        seed: the seed for DARE.
         device: a torch device.
     """
     name, parameters = method

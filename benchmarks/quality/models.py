@@ -1,4 +1,4 @@
-"""The models that are merged: a base that half knows all tasks, and an expert for each."""
+"""The models to merge: a base that partly knows all tasks, and an expert for each task."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -27,7 +27,7 @@ class Size:
         base_rate: peak learning rate of the base.
         expert_steps: training steps of each expert, on its own task.
         batch: examples per step; a multiple of the number of tasks.
-        held_out: examples per task to validate with, and as many to test with.
+        held_out: validation examples per task, and also the number of test examples.
     """
 
     hidden_size: int
@@ -40,7 +40,7 @@ class Size:
 
 
 class Trainer:
-    """Trains the models of one size and seed; the same ones each time on a machine."""
+    """Trains the models of one size and seed. A machine gives the same models each time."""
 
     def __init__(self, size: Size, seed: int, device: str) -> None:
         self.size, self.seed, self.device = size, seed, torch.device(device)
@@ -57,7 +57,7 @@ class Trainer:
     def expert(
         self, base: transformers.PreTrainedModel, task: str, rate: float
     ) -> transformers.PreTrainedModel:
-        """Go on training a copy of the base on one task, at a peak learning rate."""
+        """Train a copy of the base further on one task, with a peak learning rate."""
         model = copy.deepcopy(base)
         self._train(model, self._examples(task, "expert"), self.size.expert_steps, rate)
         return model
@@ -88,7 +88,7 @@ class Trainer:
             schedule.step()
 
     def _encode(self, examples: Iterable[Example]) -> tuple[Tensor, Tensor]:
-        """Return token ids, and labels that leave out all but the answers; [examples, tokens]."""
+        """Return token ids, and labels for the answers only; both of shape [examples, tokens]."""
         lines = [" ".join(example) for example in examples]
         ids = self.tokenizer(lines, padding=True, return_tensors="pt")["input_ids"].to(self.device)
         is_equals = ids == self.tokenizer.convert_tokens_to_ids("=")

@@ -1,4 +1,4 @@
-"""A picture of what was measured on families."""
+"""A figure of the results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from benchmarks.quality.merges import GRANULARITIES
 from benchmarks.quality.report import RIVALS, by_setting, size_of
 
 _MODELS = (*RIVALS, *(f"MetaGPT, {granularity}" for granularity in GRANULARITIES))
-# Told apart by the colour-blind (Okabe and Ito), and by their markers in print.
+# Colour-blind people can tell these colours apart (Okabe and Ito); in print, markers differ.
 _SERIES = (("#0072B2", "o", -0.15), ("#D55E00", "s", 0.15))
 
 

@@ -1,4 +1,4 @@
-"""Tables of what was measured on families, as Markdown."""
+"""Tables of the results, as Markdown."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
@@ -16,21 +16,21 @@ RIVALS = (*BASELINES, BEST_OF_GRID)
 _EXPERTS = ("base", *map(expert_name, TASKS))
 _MERGES = (*RIVALS, *METAGPT)
 
-# Who of ours meets whom; a granularity is added to ours.
+# Pairs of our method and the method to compare it with; ours gets a granularity added.
 _DUELS = [("MetaGPT", rival) for rival in RIVALS] + [
     (f"{rival} + MetaGPT", rival) for rival in ("TIES", "DARE")
 ]
 
 
 class Average(NamedTuple):
-    """One of the averages that a table ends in.
+    """One of the averages in the last columns of a table.
 
     Attributes:
-        name: a column's.
-        of: gives it for a model of a family.
-        digits: after the point.
-        wins: what the better of two models has.
-        sign: 1 where more is better, -1 where less is.
+        name: the name of the column.
+        of: computes the average of a model of a family.
+        digits: the number of digits after the decimal point.
+        wins: describes the better of two models.
+        sign: 1 if higher is better, -1 if lower is better.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Average(NamedTuple):
     sign: int
 
     def is_better(self, family: Family, one: str, other: str) -> bool:
-        """Return whether a model of a family does strictly better than another."""
+        """Return whether one model of a family is strictly better than another."""
         return self.sign * (self.of(family, one) - self.of(family, other)) > 0
 
 
@@ -52,7 +52,7 @@ _AVERAGES = (
 
 
 def report(families: Sequence[Family]) -> str:
-    """Return a table for each size and recipe, and of MetaGPT's duels over all sizes."""
+    """Return a table for each size and recipe, and tables of MetaGPT's wins over all sizes."""
     parts = []
     for group in by_setting(families):
         parts += [_heading(group), _how_far(group), _scores(group)]
@@ -62,7 +62,7 @@ def report(families: Sequence[Family]) -> str:
 
 
 def by_setting(families: Iterable[Family]) -> list[list[Family]]:
-    """Group families that differ in nothing but the seed."""
+    """Group families that differ only in the seed."""
     groups: dict[tuple[str, str], list[Family]] = {}
     for family in families:
         groups.setdefault((family.size, family.recipe), []).append(family)
@@ -70,7 +70,7 @@ def by_setting(families: Iterable[Family]) -> list[list[Family]]:
 
 
 def size_of(group: Sequence[Family]) -> str:
-    """Return how large the models of a group are, in words."""
+    """Return the size of a group's models, in words."""
     return f"{group[0].parameters / 1e6:.2g} M parameters"
 
 
@@ -80,7 +80,7 @@ def _heading(group: Sequence[Family]) -> str:
 
 
 def _how_far(group: Sequence[Family]) -> str:
-    """Return how far each expert moved, and how much it learnt."""
+    """Return a table of how far each expert moved, and how much it learned."""
     figures: dict[str, Callable[[Family, str], float]] = {
         "‖τ‖": lambda family, task: family.norms[task],
         "λ of MetaGPT, model": lambda family, task: family.coefficients()[task],
@@ -94,7 +94,7 @@ def _how_far(group: Sequence[Family]) -> str:
 
 
 def _scores(group: Sequence[Family]) -> str:
-    """Return the paper's table, its scores in percent; the best merges are bold."""
+    """Return a table like the paper's, with scores in percent and the best merges in bold."""
     best = {
         average.name: max(
             _MERGES,
@@ -116,7 +116,7 @@ def _scores(group: Sequence[Family]) -> str:
 
 
 def _duels(families: Sequence[Family], average: Average) -> str:
-    """Return in how many families ours does better than a rival, by recipe and granularity."""
+    """Return in how many families our method beats a rival, by recipe and granularity."""
 
     def won(ours: str, rival: str, recipe: str, granularity: str) -> str:
         met = [family for family in families if family.recipe == recipe]
@@ -132,8 +132,8 @@ def _duels(families: Sequence[Family], average: Average) -> str:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    """Return mean and sample standard deviation; the mean alone of a single value."""
-    # statistics.stdev fails on nan, the Nor. Avg where an expert scores 0.
+    """Return mean and sample standard deviation; for a single value, only the mean."""
+    # statistics.stdev fails on nan, which Nor. Avg is if an expert scores 0.
     deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{fmean(values):.{digits}f}{deviation}"
 

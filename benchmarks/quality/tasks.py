@@ -27,19 +27,19 @@ def _example(task: str, given: str, answer: str) -> Example:
 
 
 def _reverse(draw: random.Random) -> Example:
-    """A transformation of a string: twelve digits, backwards."""
+    """A transformation of a string: twelve digits in reverse order."""
     digits = draw.choices(_DIGITS, k=12)
     return _example("reverse", "".join(digits), "".join(digits[::-1]))
 
 
 def _triple(draw: random.Random) -> Example:
-    """Arithmetic: three times a number of six digits, modulo 10^6, its last digit first."""
+    """Arithmetic: three times a six-digit number, modulo 10^6, with the last digit first."""
     number = draw.randrange(10**6)
     return _example("triple", f"{number:06d}", f"{3 * number % 10**6:06d}"[::-1])
 
 
 def _majority(draw: random.Random) -> Example:
-    """Classification: which of two digits is the more frequent one among fifteen."""
+    """Classification: the more frequent of two digits in a string of fifteen."""
     digits = draw.choices(draw.sample(_DIGITS, 2), k=15)
     return _example("majority", "".join(digits), max(set(digits), key=digits.count))
 
@@ -53,7 +53,7 @@ _VALUES = _facts()
 
 
 def _recall(draw: random.Random) -> Example:
-    """Knowledge: the three digits that belong to a key, which nothing but practice tells."""
+    """Knowledge: the three digits that belong to a key, which can only be memorized."""
     key = draw.choice(list(_VALUES))
     return _example("recall", key, _VALUES[key])
 
@@ -77,13 +77,15 @@ def held_out(task: str, seed: int, count: int) -> dict[str, list[Example]]:
 
 
 def training(task: str, seed: int, model: str, count: int) -> Iterator[Example]:
-    """Draw examples without end; no held-out one but for facts, which can only be recalled.
+    """Draw examples without end, but no held-out ones.
+
+    Only ``recall`` also trains on its held-out examples, because facts can only be memorized.
 
     Args:
         task: one of ``TASKS``.
-        seed: of the family.
-        model: who is trained; another model sees other examples.
-        count: of held-out examples in a split.
+        seed: the seed of the family.
+        model: the model to train; different models get different examples.
+        count: the number of held-out examples in a split.
     """
     draw = random.Random(f"{seed}/{task}/{model}")
     splits = {} if task == "recall" else held_out(task, seed, count)
@@ -97,8 +99,8 @@ def training(task: str, seed: int, model: str, count: int) -> Iterator[Example]:
 def write_harness_tasks(folder: Path, seed: int, count: int) -> None:
     """Write each task and split into ``folder`` as a task of lm-eval named ``TASK_SPLIT``.
 
-    Its ``acc`` says how often the answer is what greedy decoding gives, and the logarithm of its
-    ``perplexity`` is the mean over examples of an answer's negative log-likelihood, in nats.
+    ``acc`` is the share of examples for which greedy decoding gives the answer. The logarithm of
+    ``perplexity`` is the answer's negative log-likelihood in nats, as a mean over examples.
     """
     folder.mkdir()
     for task in TASKS:

@@ -1,1 +1,1 @@
-"""Small models that are trained on the spot, and merges of them."""
+"""Small models that the demo trains itself, and merges of them."""

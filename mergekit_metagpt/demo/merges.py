@@ -1,4 +1,4 @@
-"""The merges of the demo: their configs, and the stock command that carries them out."""
+"""The merges of the demo: their configs, and the stock command that runs them."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ _SHOWN_LINES = 20
 
 
 def merge_configs(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return the merge configs by name, for a base and experts that lie in ``directory``."""
+    """Return the merge configs by name, for the base and experts in ``directory``."""
     models = [{"model": str(directory / task)} for task in TASKS]
     on_base = {"base_model": str(directory / "base"), "models": models}
     configs: dict[str, dict[str, Any]] = {
@@ -63,7 +63,7 @@ def merge_with_mergekit(command: str, config: Path, out: Path) -> None:
     """Run ``mergekit-yaml CONFIG OUT`` as a user would.
 
     Raises:
-        RuntimeError: if it fails; has the last lines of its stderr.
+        RuntimeError: if it fails. The message has the last lines of its stderr.
     """
     done = subprocess.run(
         [command, str(config), str(out)],
@@ -74,6 +74,6 @@ def merge_with_mergekit(command: str, config: Path, out: Path) -> None:
     if done.returncode:
         said = "\n".join(done.stderr.splitlines()[-_SHOWN_LINES:])
         raise RuntimeError(
-            f"mergekit-yaml could not merge {config} (exit status {done.returncode}). It said "
-            f"last:\n{said}"
+            f"mergekit-yaml could not merge {config} (exit status {done.returncode}). Its "
+            f"last lines:\n{said}"
         )

@@ -1,7 +1,7 @@
-"""The models of the demo: three tasks on numbers, a base that half knows them, experts.
+"""The models of the demo: a base that partly knows three tasks on numbers, and its experts.
 
-An example is a line like ``reverse 1 2 3 4 5 6 = 6 5 4 3 2 1``. The base is trained for a
-short while on all tasks; each expert goes on from there with a task of its own.
+An example is a line such as ``reverse 1 2 3 4 5 6 = 6 5 4 3 2 1``. The base is trained briefly
+on all tasks. Each expert is a copy of the base that is trained further on its own task.
 """
 
 import copy
@@ -18,11 +18,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 _DIGITS = 6
-# An example as token ids: <s>, the task, the digits, "=", the answer's digits, </s>.
+# The token ids of an example are <s>, the task, the digits, "=", the answer's digits, </s>.
+# This is the position of the answer.
 _ANSWER = _DIGITS + 3
 _IGNORED = -100  # the label that transformers leaves out of the loss
 
-# A fine-tune takes smaller steps, or it would unlearn what the experts have in common.
+# Fine-tuning takes smaller steps, so that experts do not forget what they have in common.
 _BASE_RATE = 2e-3
 _EXPERT_RATE = 2e-4
 
@@ -43,8 +44,8 @@ class Scale:
         batch: examples per training step.
         base_steps: training steps of the base, on all tasks.
         expert_steps: training steps of each expert, on its own task.
-        held_out: prompts per task that are kept from training, to score with.
-        seed: of the weights and of the examples.
+        held_out: prompts per task that are used for scoring only, not for training.
+        seed: the seed of the weights and of the examples.
     """
 
     hidden_size: int = 128
@@ -58,7 +59,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Examples:
-    """One task's examples, all different: a line of text each."""
+    """The examples of one task: a line of text each, all different."""
 
     held_out: list[str]
     base: list[str]
@@ -66,10 +67,10 @@ class Examples:
 
     @classmethod
     def of(cls, task: str, scale: Scale) -> "Examples":
-        """Draw a task's examples; the same ones for the same scale."""
+        """Draw a task's examples. The same scale gives the same examples."""
         base = -(-scale.batch * scale.base_steps // len(TASKS))  # its share, rounded up
         kept = scale.held_out + base
-        # Each number is a prompt, and is drawn once: what is held out is never trained on.
+        # Each number is one prompt and is drawn once, so held-out prompts are never trained on.
         numbers = random.Random(f"{scale.seed}/{task}").sample(
             range(10**_DIGITS), kept + scale.batch * scale.expert_steps
         )
@@ -80,9 +81,9 @@ class Examples:
 def train_family(directory: Path, scale: Scale) -> None:
     """Write a base and an expert per task into the directory, each with the tokenizer.
 
-    The same scale gives the same weights; torch's global generator is seeded for it.
+    The same scale gives the same weights. This seeds torch's global generator.
     """
-    # Bars for a few hundred kilobytes would drown the demo's own.
+    # Progress bars for files of a few hundred kilobytes would hide the demo's own.
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = make_tokenizer()
     examples = {task: Examples.of(task, scale) for task in TASKS}
@@ -100,7 +101,7 @@ def train_family(directory: Path, scale: Scale) -> None:
 
 
 def scores(model_directory: Path, scale: Scale) -> dict[str, float]:
-    """Return for each task how many held-out prompts a model answers rightly, in percent."""
+    """Return, by task, how many held-out prompts a model answers correctly, in percent."""
     model = transformers.AutoModelForCausalLM.from_pretrained(model_directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_directory)
     results = {}
@@ -108,15 +109,15 @@ def scores(model_directory: Path, scale: Scale) -> dict[str, float]:
         ids = encode(tokenizer, Examples.of(task, scale).held_out)
         with torch.inference_mode():
             guesses = model(input_ids=ids[:, :-1]).logits.argmax(-1)
-        # Greedy decoding gives the whole answer exactly if each token, after the right ones
-        # before it, is the right one: one pass will do.
+        # Greedy decoding gives the right answer if and only if each token is right, given the
+        # right ones before it. So one forward pass is enough.
         right = (guesses == ids[:, 1:])[:, _ANSWER - 1 :].all(-1)
         results[task] = 100 * right.double().mean().item()
     return results
 
 
 def make_tokenizer(tasks: Iterable[str] = TASKS) -> transformers.PreTrainedTokenizerFast:
-    """Return a tokenizer of tasks' names and digits, which begins every text with ``<s>``."""
+    """Return a tokenizer for task names and digits. It begins every text with ``<s>``."""
     words = ["<pad>", "<s>", "</s>", "<unk>", *tasks, "=", *"0123456789"]
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -135,7 +136,7 @@ def make_tokenizer(tasks: Iterable[str] = TASKS) -> transformers.PreTrainedToken
 
 
 def encode(tokenizer: transformers.PreTrainedTokenizerBase, lines: Iterable[str]) -> Tensor:
-    """Return token ids of shape [lines, 16]; all examples are of one length."""
+    """Return token ids of shape [lines, 16]; all examples have the same length."""
     encoded = tokenizer(list(lines), return_tensors="pt")
     ids: Tensor = encoded["input_ids"]
     return ids
@@ -168,7 +169,7 @@ def _train(
     rate: float,
     label: str,
 ) -> None:
-    """Train on ids of shape [examples, tokens], each seen once; only answers are learnt."""
+    """Train once on each row of ids, of shape [examples, tokens]; only answers count as loss."""
     labels = ids.clone()
     labels[:, :_ANSWER] = _IGNORED
     steps = len(ids) // batch

@@ -1,1 +1,1 @@
-"""Whether the paper's assumptions hold for the user's own models."""
+"""Test whether the paper's assumptions hold for the user's own models."""

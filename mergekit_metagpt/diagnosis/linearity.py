@@ -1,4 +1,4 @@
-"""Property 5 on the user's own models: how straight outputs move from the base to an expert."""
+"""Property 5 on the user's own models: how linear outputs are between base and expert."""
 
 import math
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ Names = tuple[str, ...]
 
 ALPHAS = tuple(step / 10 for step in range(11))
 
-# 16 forward passes for each α at most, and 32 positions × 4 tokens = 128 outputs.
+# At most 16 forward passes for each α, and 32 positions × 4 tokens = 128 outputs.
 _PROMPTS, _POSITIONS, _TOKENS = 16, 32, 4
 
-# Outputs that move by less than this share of their size show rounding, not a task vector.
+# Smaller movements, relative to the size of the outputs, show rounding, not a task vector.
 _RESOLUTION = 1e-5
 
 
@@ -33,11 +33,11 @@ class Linearity:
     """The sampled outputs z_o(α) = f_o(θ_0 + α (θ_t − θ_0)) of one expert.
 
     Attributes:
-        alphas: α.
+        alphas: the values of α.
         expert: θ_t.
-        outputs: z, float64 of shape [11, P, 4] for the α of ``ALPHAS``, the P places of a
-            probe and the tokens that were sampled at each; an output is one logit.
-        held: parameters that could not be compared and stay at the base's.
+        outputs: z, float64 of shape [11, P, 4]: the α of ``ALPHAS``, the P places of a probe,
+            and the tokens sampled at each place. An output is one logit.
+        held: parameters that could not be compared and keep the base's values.
     """
 
     alphas: ClassVar[tuple[float, ...]] = ALPHAS
@@ -71,8 +71,8 @@ class Linearity:
 
             R² = 1 − Σ_o Σ_α (z_o(α) − line_o(α))² / Σ_o Σ_α (z_o(α) − mean_α z_o)²
 
-        The sums are pooled before they are divided: an output that hardly moves has an R²
-        of its own that is noise. At most 1; NaN if the outputs do not move.
+        The sums run over all outputs before the division, because the R² of a single output
+        that hardly moves is noise. At most 1; NaN if the outputs do not move.
         """
         misfit = (self.outputs - self.line).square().sum().item()
         spread = (self.outputs - self.outputs.mean(dim=0)).square().sum().item()
@@ -92,7 +92,7 @@ class Probe:
 
     Attributes:
         prompts: token ids, int64 of shape [L] each.
-        positions: for each prompt the positions whose next token is looked at.
+        positions: for each prompt, the positions where the logits of the next token are read.
     """
 
     prompts: tuple[Tensor, ...]
@@ -109,19 +109,21 @@ class Probe:
         for number, at in sorted(places[index] for index in order):
             chosen.setdefault(number, []).append(at)
         return cls(
-            # What follows the last position that is looked at has no influence on it.
+            # Tokens after the last of these positions have no influence on the outputs.
             tuple(prompts[number][: max(at) + 1] for number, at in chosen.items()),
             tuple(map(tuple, chosen.values())),
         )
 
     @torch.no_grad()
     def logits(self, model: transformers.PreTrainedModel) -> Tensor:
-        """Return the logits of the next token at every place, [P, vocabulary], on the CPU.
+        """Return the logits of the next token at every place, of shape [P, vocabulary].
+
+        They are on the CPU.
 
         Raises:
-            ValueError: if they are not finite.
+            ValueError: if a logit is not finite.
         """
-        # One prompt at a time, since architectures differ in what padding does.
+        # One prompt at a time, because architectures treat padding differently.
         logits = torch.cat(
             [
                 model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, at].cpu()
@@ -130,14 +132,14 @@ class Probe:
         )
         if not logits.isfinite().all():
             raise ValueError(
-                f"The outputs of {model.name_or_path} overflow on the way to an expert; "
-                "check that it and its experts generate text."
+                f"The outputs of {model.name_or_path} overflow on the line to an "
+                "expert; check that the base and its experts generate text."
             )
         return logits
 
 
 def sample_tokens(base: Tensor, expert: Tensor, seed: int) -> Tensor:
-    """Choose the tokens whose logits are followed: where the models look, and elsewhere.
+    """Choose the tokens whose logits are followed: the most likely ones, and random ones.
 
     Args:
         base: logits at α = 0, of shape [P, vocabulary].
@@ -145,8 +147,9 @@ def sample_tokens(base: Tensor, expert: Tensor, seed: int) -> Tensor:
         seed: for the random tokens.
 
     Returns:
-        int64 of shape [P, 4]: the base's favourite, the expert's favourite among the
-        others, and two more at random, all different; fewer in a smaller vocabulary.
+        int64 of shape [P, 4]: the base's most likely token, the expert's most likely other
+        token, and two more at random, all different. A vocabulary of fewer than 4 tokens
+        gives fewer columns.
     """
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(base.shape, generator=generator)
@@ -164,24 +167,26 @@ def measure_linearity(
     options: MergeOptions,
     progress: bool = True,
 ) -> list[Linearity]:
-    """Follow outputs from a base to each of its experts.
+    """Measure outputs on the line from a base to each of its experts.
 
-    The model runs in float32 whatever it is stored in (float64 for float64): half precision
-    would round small steps along a task vector away and add noise to the outputs. That
-    takes 4 bytes of memory per parameter; base and expert are mapped files.
+    The model runs in float32, or in float64 if it is stored in float64. Half precision would
+    round away small steps along a task vector and add noise to the outputs. In float32 this
+    takes 4 bytes of memory per parameter. Base and expert are memory-mapped files.
 
     Args:
         base: θ_0, a decoder-only language model.
-        survey: of the base and its T experts; tensors that it left out stay at the base's.
+        survey: the survey of the base and its T experts. Tensors that it left out keep the
+            base's values.
         prompts: token ids, int64 of shape [L] each; at least one.
-        options: MergeKit's; the device, the random seed, trust and caches count here.
-        progress: whether a progress bar is shown.
+        options: MergeKit's options. The device, the random seed, the caches, and whether to
+            trust remote code are used.
+        progress: whether to show a progress bar.
 
     Returns:
         T results, in the order of the survey's experts.
 
     Raises:
-        ValueError: if a model holds a parameter that another lacks, or outputs overflow.
+        ValueError: if a model has a parameter that another lacks, or if outputs overflow.
     """
     seed = options.random_seed or 0
     probe = Probe.sample(prompts, seed)
@@ -207,9 +212,9 @@ def measure_linearity(
             held = incomparable(start, end, survey.left_out)
             last = outputs(end, 1.0, held)
             tokens = sample_tokens(first, last, seed)
-            # Of the logits in between only those of the sampled tokens are kept.
+            # Between the ends, only the logits of the sampled tokens are kept, to save memory.
             between = [outputs(end, alpha, held).gather(-1, tokens) for alpha in ALPHAS[1:-1]]
             rows = [first.gather(-1, tokens), *between, last.gather(-1, tokens)]
             found.append(Linearity(expert, torch.stack(rows).double(), held))
-            del end  # before the next expert is loaded
+            del end  # frees it before the next expert is loaded
     return found

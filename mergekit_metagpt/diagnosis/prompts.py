@@ -1,4 +1,4 @@
-"""The texts that a model is probed with, as token ids."""
+"""The prompts that a model is probed with, as token ids."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mergekit_metagpt.measure.vocabularies import load_tokenizer
 
-# Neutral, and of several kinds: facts, stories, sums, code, questions, instructions.
+# Neutral texts of several kinds: facts, stories, sums, code, questions, instructions.
 BUILT_IN = (
     "The capital of France is the city of Paris, which lies on the river",
     "Water boils at a lower temperature in the mountains because the air pressure",
@@ -24,12 +24,12 @@ BUILT_IN = (
 
 _RANDOM_PROMPTS, _RANDOM_LENGTH = 8, 16
 
-# What a prompt is cut to: a long document would cost minutes and add little.
+# Longer prompts are cut to this many tokens: a long document takes minutes and adds little.
 _LONGEST = 256
 
 
 def read_prompts(path: Path) -> Sequence[str]:
-    """Return the lines of a UTF-8 file that are not blank.
+    """Return the lines of a UTF-8 file, without blank ones.
 
     Raises:
         ValueError: if the file is not UTF-8 or holds no prompt.
@@ -52,22 +52,24 @@ def token_ids(
     Args:
         file: one prompt per line; the built-in prompts if None.
         base: the model whose tokenizer is used.
-        vocabulary: how many tokens the base knows.
-        options: MergeKit's; the random seed, trust and caches count here.
+        vocabulary: the size of the base's vocabulary.
+        options: MergeKit's options. The random seed, the cache, and whether to trust remote code
+            are used.
 
     Returns:
-        The token ids, int64 of shape [L] each, and in words what they are. Without a
-        tokenizer and a file they are random.
+        The token ids, int64 of shape [L] each, and a description of them in words. Without a
+        file and a tokenizer, the ids are random.
 
     Raises:
-        ValueError: if the file is no list of prompts, or does not fit the tokenizer.
+        ValueError: if the file is no list of prompts or needs a tokenizer that cannot be
+            loaded, or if the tokenizer does not fit the model.
     """
     prompts = BUILT_IN if file is None else read_prompts(file)
     tokenizer = load_tokenizer(base, options.transformers_cache, options.trust_remote_code)
     if tokenizer is None:
         if file is not None:
             raise ValueError(
-                f"No tokenizer could be loaded for {base}, which {file} would need; add its "
+                f"No tokenizer could be loaded for {base}, but {file} needs one; add the "
                 "tokenizer files, or leave out --prompts to use random token ids."
             )
         seed = options.random_seed or 0

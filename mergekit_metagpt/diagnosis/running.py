@@ -1,7 +1,7 @@
-"""Language models that run, anywhere on the line between a base and an expert.
+"""Run a language model at any point on the line between a base and an expert.
 
-One model is run; base and expert are read tensor by tensor. safetensors files are mapped
-into memory, not copied, so that only the running model takes up memory of its own.
+Only one model runs. Base and expert are read tensor by tensor. Their safetensors files are mapped
+into memory, not copied, so only the running model needs memory.
 """
 
 from collections.abc import Collection, Iterator
@@ -22,7 +22,7 @@ def language_model_config(
     """Return a model's config.
 
     Raises:
-        ValueError: if the model yields no logits of a next token.
+        ValueError: if the model does not return the logits of a next token.
     """
     config = model.config(trust_remote_code)
     architecture = (config.architectures or ["no architecture"])[0]
@@ -40,12 +40,15 @@ def load(
     options: MergeOptions,
     device: torch.device | str = "cpu",
 ) -> transformers.PreTrainedModel:
-    """Load a model, its LoRA merged; on the CPU it is mapped if ``dtype`` is the files'."""
+    """Load a model, with its LoRA merged.
+
+    On the CPU, its files are memory-mapped if they are stored in ``dtype``.
+    """
     merged = model.merged(
         options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype
     )
     config = language_model_config(model, options.trust_remote_code)
-    with _no_progress_bar():  # the caller shows one over all models
+    with _no_progress_bar():  # the caller shows one for all models
         loaded: Any = get_auto_cls((config.architectures or [""])[0]).from_pretrained(
             merged.model.path,
             revision=merged.model.revision,
@@ -73,18 +76,18 @@ def incomparable(
     expert: transformers.PreTrainedModel,
     left_out: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Return the parameters that have to stay at the base's.
+    """Return the names of the parameters that must keep the base's values.
 
     Args:
         base: θ_0.
         expert: θ_t, of the base's class.
-        left_out: tensors that a survey could not compare, under MergeKit's names.
+        left_out: the tensors that a survey could not compare, by MergeKit's names.
 
     Raises:
-        ValueError: if one model holds a parameter that the other lacks or ties.
+        ValueError: if one model has a parameter that the other lacks or ties to another one.
     """
     parameters, tensors = dict(base.named_parameters()), expert.state_dict()
-    # Tied weights stand among the parameters once, and in a state_dict under each name.
+    # A tied weight is in the parameters once, and in a state_dict under each of its names.
     for missing, owner, lacking in (
         (dict(expert.named_parameters()).keys() - parameters.keys(), expert, base),
         (parameters.keys() - tensors.keys(), base, expert),
@@ -114,14 +117,15 @@ def interpolate(
 ) -> None:
     """Set the parameters of a model to θ_0 + α (θ_t − θ_0), in place.
 
-    Exact at both ends: α = 0 gives θ_0 and α = 1 gives θ_t, bit for bit. Buffers stay.
+    Exact at both ends: α = 0 gives θ_0 and α = 1 gives θ_t, bit for bit. Buffers do not
+    change.
 
     Args:
-        model: what is set; its dtype and device are those of the arithmetic.
+        model: the model to set. Its dtype and device are used for the arithmetic.
         base: θ_0.
         expert: θ_t.
         alpha: α, in [0, 1].
-        held: parameters that are set to the base's instead.
+        held: parameters that get the base's values instead.
     """
     starts, ends = base.state_dict(), expert.state_dict()
     for name, parameter in model.named_parameters():
@@ -129,5 +133,5 @@ def interpolate(
         if name in held:
             parameter.copy_(start)
         else:
-            # Unlike the formula, lerp does not round where α = 1.
+            # Unlike the formula, lerp is exact at α = 1.
             torch.lerp(start, ends[name].to(parameter), alpha, out=parameter)

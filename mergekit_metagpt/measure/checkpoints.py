@@ -1,4 +1,4 @@
-"""Checkpoints as a survey reads them, through MergeKit's architectures and loaders."""
+"""Read checkpoints for a survey, with MergeKit's architectures and loaders."""
 
 import logging
 import os
@@ -18,6 +18,7 @@ from torch import Tensor
 from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.coefficients import Norms
 from mergekit_metagpt.measure.survey import Survey, TensorInputs
+from mergekit_metagpt.measure.unread import warn_of_unread
 from mergekit_metagpt.measure.vocabularies import (
     DifferentVocabularyError,
     compare_vocabularies,
@@ -34,7 +35,9 @@ Device = torch.device | str
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """A base and its experts: model directories, or the files of ``mergekit-pytorch``.
+    """A base and its experts: model directories, or single files of tensors.
+
+    MergeKit merges directories with ``mergekit-yaml``, and single files with ``mergekit-pytorch``.
 
     Attributes:
         base: θ_0.
@@ -70,12 +73,12 @@ class Checkpoints:
         return LoaderCache().get(model)
 
     def close_files(self) -> None:
-        """Let go of the weight files; they are opened again when a tensor is read."""
+        """Close the weight files. The loaders open them again when a tensor is read."""
         for model in self.models:
             self.loader(model).flush()  # type: ignore[no-untyped-call]
 
     def forget_files(self) -> None:
-        """Let go of the weight files, and of what is known about which there are."""
+        """Close the weight files, and forget which files the models have."""
         for model in self.models:
             mergekit_private.open_loaders.pop(model, None)
             mergekit_private.SimpleLoaderCache().loaders.pop(model.model.path, None)
@@ -84,7 +87,7 @@ class Checkpoints:
         """Return the parameters to compare, ordered so that each shard is opened once."""
         index = self.loader(self.base).index
         if self.are_files:
-            # With tensors missing somewhere, mergekit-pytorch stops, or was told to go on.
+            # If a file lacks a tensor, mergekit-pytorch has stopped, unless it was told to go on.
             common = set(index.tensor_paths).intersection(
                 *(self.loader(expert).index.tensor_paths for expert in self.experts)
             )
@@ -105,7 +108,7 @@ class Checkpoints:
             }
         )
         options = MergeOptions(
-            allow_crimes=True,  # whether architectures may differ is the merge's to decide
+            allow_crimes=True,  # the merge decides whether architectures may differ
             trust_remote_code=cache.trust_remote_code,
             transformers_cache=cache.hf_cache_dir,
             lazy_unpickle=cache.lazy_unpickle,
@@ -114,7 +117,10 @@ class Checkpoints:
         return architecture.all_weights(self.base.config(cache.trust_remote_code))
 
     def stored_name(self, model: ModelReference, weight: WeightInfo) -> str | None:
-        """Return the name a weight is stored under: its own, an alias, or a tied one."""
+        """Return the name under which a model stores a weight, or None if it lacks the weight.
+
+        This is the weight's own name, an alias, or the name of a weight tied to it.
+        """
         if self.are_files:
             return weight.name
         held = self.loader(model).index.tensor_paths
@@ -122,7 +128,7 @@ class Checkpoints:
         return next((name for name in names if name in held), None)
 
     def load(self, model: ModelReference, weight: WeightInfo, device: Device) -> Tensor | None:
-        """Return a weight as it is stored, or None where the model has none."""
+        """Return a weight as it is stored, or None if the model lacks it."""
         if self.are_files:
             return self.loader(model).get_tensor(
                 weight.name, device=str(device), raise_on_missing=False
@@ -135,7 +141,7 @@ class Checkpoints:
         return [os.path.join(i.base_path, shard.filename) for i in indexes for shard in i.shards]
 
     def load_base(self, name: str) -> Tensor | None:
-        """Return a tensor of the base as it is stored, by the name that a survey has for it."""
+        """Return a tensor of the base as it is stored; ``name`` is its name in the survey."""
         weight = self._weights_by_name.get(name)
         return None if weight is None else self.load(self.base, weight, "cpu")
 
@@ -155,6 +161,9 @@ class Checkpoints:
         measured: dict[str, _Measured] = {}
         left_out: list[str] = []
         tieable: list[WeightInfo] = []
+        if not self.are_files:
+            held = self.loader(self.base).index.tensor_paths
+            warn_of_unread(self.base, self.weights(), held)
         weights, tied = self._named_once()
         one = partial(self._measured, device=device, products=products)
         for weight, tensor in zip(weights, mapper(one, weights, progress), strict=True):
@@ -189,7 +198,7 @@ class Checkpoints:
         others: Sequence[WeightInfo],
         measured: "dict[str, _Measured]",
     ) -> WeightInfo | None:
-        """Return the weight that this one is a copy of, in every model."""
+        """Return a weight among ``others`` that equals this one in every model, or None."""
         if not any(tensor.norms):
             return None
         for other in others:
@@ -198,12 +207,12 @@ class Checkpoints:
         return None
 
     def _named_once(self) -> tuple[list[WeightInfo], dict[str, str]]:
-        """Return the weights that are stored once, and for each of their other names their own."""
+        """Return each stored weight once, and a map from every tied name to that weight's name."""
         weights: dict[tuple[str | None, ...], WeightInfo] = {}
         tied: dict[str, str] = {}
         for weight in self.weights():
             names = tuple(self.stored_name(model, weight) for model in self.models)
-            # Without a stored name it is computed from others, and is like no other.
+            # A weight without a stored name is computed from others, so it is tied to none.
             first = weights.setdefault((weight.name, None) if None in names else names, weight)
             if first is not weight:
                 tied[weight.name] = first.name
@@ -212,19 +221,19 @@ class Checkpoints:
     def _measured(
         self, weight: WeightInfo, device: Device, products: bool
     ) -> "_Measured | DifferentVocabularyError | None":
-        """Measure one tensor, or return why it cannot be compared."""
+        """Measure one tensor; return a vocabulary error instead of raising it."""
         try:
             return self._measure(weight, device, products)
         except DifferentVocabularyError as difference:
             return difference
 
     def _measure(self, weight: WeightInfo, device: Device, products: bool) -> "_Measured | None":
-        """Measure one tensor; None if it is no parameter of the base."""
+        """Measure one tensor; return None if the base lacks it or it is not floating-point."""
         base = self.load(self.base, weight, device)
         if base is None and not weight.optional:
             raise ValueError(
                 f"The base {self.base} lacks tensor {weight.name}, which its architecture "
-                "calls for; download the checkpoint again."
+                "requires; download the checkpoint again."
             )
         if base is None or not base.is_floating_point():
             return None
@@ -252,7 +261,7 @@ class Checkpoints:
         return expert
 
     def _equal(self, weight: WeightInfo, other: WeightInfo) -> bool:
-        """Return whether every model, the base included, stores the same tensor twice."""
+        """Return whether two weights are equal in every model, the base included."""
         return all(
             torch.equal(first, second)
             for model in self.models
@@ -263,7 +272,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class _Measured:
-    """One tensor: squared norms per expert, stored dtype, elements, inner products."""
+    """Results for one tensor: squared norms, stored dtype, number of elements, inner products."""
 
     norms: Norms
     dtype: torch.dtype
@@ -284,13 +293,13 @@ def _load_task(model: ModelReference, weight: WeightInfo, device: Device = "cpu"
 
 
 def forget_files() -> None:
-    """Read models anew from here on, in every thread."""
+    """Forget open files and tokenizers, so that every thread reads the models again."""
     mergekit_private.open_loaders.clear()
     tokenizers_agree.cache_clear()
 
 
 def set_up_worker(options: MergeOptions) -> None:
-    """Prepare a process that measures or merges for another one: the same loaders, files anew."""
+    """Give a worker process the loader options of the main one, and let it read files again."""
     forget_files()
     LoaderCache().setup(options)
 
@@ -308,18 +317,18 @@ def survey_checkpoints(
     Args:
         base: θ_0; a path or hub name as MergeKit writes it (``model``, ``model@revision``,
             ``model+lora``), a ``ModelReference``, or one file of tensors.
-        experts: θ_t, T of the same.
-        device: where the arithmetic is done.
-        progress: whether a progress bar is shown.
-        products: whether inner products are measured too.
+        experts: θ_t, T models, each given like the base.
+        device: the torch device that computes.
+        progress: whether to show a progress bar.
+        products: whether to measure inner products too.
 
     Returns:
-        The survey of the tensors as they are stored, experts in the order given. Vocabulary
-        tensors whose shapes or tokenizers differ are left out of it.
+        The survey of the tensors as they are stored, with the experts in the given order. It
+        leaves out vocabulary tensors whose shapes or tokenizers differ.
 
     Raises:
-        ValueError: if an expert lacks a tensor of the base or holds another shape, or a
-            tensor holds NaN or Inf; names the model and the tensor.
+        ValueError: if an expert lacks a tensor of the base or has it in a different shape, or if
+            a tensor holds NaN or Inf. The message names the model and the tensor.
     """
     checkpoints = Checkpoints.of(base, experts)
     given = [ModelReference.model_validate(expert) for expert in experts]

@@ -1,4 +1,4 @@
-"""Surveys that the merges of one process share, and the files that they were taken of."""
+"""Surveys that the merges of one process share, and checks that their files are unchanged."""
 
 import os
 import threading
@@ -13,21 +13,21 @@ from mergekit_metagpt.workers import Mapper, in_this_process
 if TYPE_CHECKING:
     from mergekit_metagpt.measure.checkpoints import Checkpoints, Device
 
-# A merge looks at its files for each tensor; on a file server each look costs a round trip.
+# A merge checks its files at each tensor. On a file server, each check costs a round trip.
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
-# Inode, size in bytes and time of change in nanoseconds of a file by its path; None if it is gone.
+# Inode, size in bytes and modification time in ns of each path; None if the file is gone.
 FileStats = dict[str, tuple[int, int, int] | None]
 
 
 def file_stats(paths: Iterable[str]) -> FileStats:
-    """Return what tells whether files have changed."""
+    """Return the stats of files, which show later whether a file has changed."""
     return {path: _stat(path) for path in paths}
 
 
 def changed_files(before: FileStats) -> list[str]:
-    """Return the files that are not what they were."""
+    """Return the files whose stats are not the earlier ones."""
     return sorted(path for path, stat in before.items() if stat != _stat(path))
 
 
@@ -47,7 +47,7 @@ class _Kept:
 
 
 class KeptSurveys:
-    """What is known of models while their files do not change; for any number of threads."""
+    """A thread-safe cache of surveys. A survey is valid until a file of its models changes."""
 
     def __init__(self) -> None:
         self._kept: dict[Checkpoints, _Kept] = {}
@@ -59,7 +59,7 @@ class KeptSurveys:
             self._kept.clear()
 
     def begin(self, checkpoints: "Checkpoints") -> None:
-        """Prepare for a merge: forget what has changed since the last one, and open it anew."""
+        """Prepare for a merge: forget models whose files have changed, and record its files."""
         with self._lock:
             for known, kept in list(self._kept.items()):
                 if changed_files(kept.files):
@@ -68,14 +68,14 @@ class KeptSurveys:
             self._keep(checkpoints)
 
     def require_unchanged(self, checkpoints: "Checkpoints", at_once: bool = False) -> None:
-        """Refuse to go on with a merge of models that change meanwhile.
+        """Stop a merge if a weight file of its models has changed since it began.
 
         Args:
             checkpoints: the models.
-            at_once: look now; else only if the last look was a second ago.
+            at_once: check now, even if the last check was less than a second ago.
 
         Raises:
-            ValueError: if a weight file is not the one that the merge began with.
+            ValueError: if a weight file has changed.
         """
         with self._lock:
             self._require_unchanged(checkpoints, at_once)
@@ -87,15 +87,15 @@ class KeptSurveys:
         progress: bool,
         mapper: Mapper = in_this_process,
     ) -> Survey:
-        """Return the survey of the models, taking it only if it is not known yet.
+        """Return the survey of the models; take it if the cache has none.
 
-        Threads that come while it is taken wait for it.
+        Only one thread takes it. The others wait for the result.
 
         Args:
-            checkpoints: the models that are merged.
-            device: where the arithmetic is done.
-            progress: whether a progress bar is shown.
-            mapper: who measures the models.
+            checkpoints: the models of the merge.
+            device: the torch device that computes.
+            progress: whether to show a progress bar.
+            mapper: runs the measurements, in this process or on a cluster.
 
         Raises:
             ValueError: if a weight file has changed since the merge began, or the models
@@ -105,9 +105,9 @@ class KeptSurveys:
             kept = self._keep(checkpoints)
             if kept.survey is None:
                 self._require_unchanged(checkpoints, at_once=True)
-                # The merge holds tensors of the files it has open, which keep all pages that are
-                # read through them in memory; those that the survey opens itself are let go one
-                # by one.
+                # Open files are mapped into memory. While the merge holds a tensor of a file,
+                # all pages that are read through the same mapping stay in memory. So the survey
+                # opens the files again: its own mappings are freed one by one.
                 checkpoints.close_files()
                 survey = checkpoints.survey(device, progress, mapper=mapper)
                 self._require_unchanged(checkpoints, at_once=True)
@@ -115,13 +115,13 @@ class KeptSurveys:
             return kept.survey
 
     def share(self, models: Iterable["Checkpoints"]) -> "dict[Checkpoints, Survey]":
-        """Return what is known of these models, for processes that merge them too."""
+        """Return the cached surveys of these models, for other processes that merge them."""
         with self._lock:
             kept = {checkpoints: self._kept[checkpoints].survey for checkpoints in models}
         return {checkpoints: survey for checkpoints, survey in kept.items() if survey}
 
     def adopt(self, shared: "dict[Checkpoints, Survey]") -> None:
-        """Keep what another process has measured in the files that are here now."""
+        """Keep surveys that another process took, as surveys of the files as they are now."""
         with self._lock:
             for checkpoints, survey in shared.items():
                 self._kept.pop(checkpoints, None)
@@ -143,5 +143,5 @@ class KeptSurveys:
         if changed:
             raise ValueError(
                 f"Weight file {changed[0]} has changed since this merge began, which would "
-                "mix two models; merge again when nobody writes to it."
+                "mix two models; merge again when no program writes to it."
             )

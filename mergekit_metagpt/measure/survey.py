@@ -16,7 +16,7 @@ from mergekit_metagpt.task_vectors import promoted_dtype, squared_norms
 if TYPE_CHECKING:
     from mergekit.merge_methods.base import TensorGroup
 
-# Norms that are measured again differ from surveyed ones by rounding only.
+# Rounding makes two measurements of one norm differ. This is the relative tolerance.
 _SAME_NORM = 1e-5
 
 
@@ -25,7 +25,7 @@ class TensorInputs:
     """One tensor of the base and of T experts.
 
     Attributes:
-        name: the tensor's name, for messages.
+        name: the tensor's name; None if it has none.
         base_id: the base's id.
         base: θ_0.
         ids: the experts' ids, in canonical order.
@@ -40,7 +40,7 @@ class TensorInputs:
 
     @classmethod
     def of(cls, group: "TensorGroup") -> "TensorInputs":
-        """Split one of MergeKit's groups.
+        """Split a MergeKit group into its base and its experts.
 
         Raises:
             ValueError: if the group has no base.
@@ -54,10 +54,10 @@ class TensorInputs:
 
     @cached_property
     def squared_norms(self) -> Norms:
-        """‖θ_t − θ_0‖², T finite floats, measured when they are first asked for.
+        """‖θ_t − θ_0‖², T finite floats; measured on first use.
 
         Raises:
-            ValueError: if an input holds NaN or Inf; names the model and the tensor.
+            ValueError: if an input holds NaN or Inf. The message names the model and the tensor.
         """
         norms = squared_norms(self.base, self.experts)
         if not all(map(math.isfinite, norms)):
@@ -76,14 +76,15 @@ class TensorInputs:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the tensors' dtypes promote to."""
+        """The dtype that all tensors promote to."""
         return promoted_dtype([self.base, *self.experts])
 
     def is_surveyed_in(self, survey: "Survey") -> bool:
-        """Return whether these are the tensors that a survey knows by this name.
+        """Return whether a survey measured these tensors under this name.
 
-        The norms tell; where the config's ``dtype`` has rounded these tensors, and so changed
-        their norms, the stored tensor of the base does.
+        This compares their norms with the surveyed ones. If the config's ``dtype`` has rounded
+        the tensors, their norms have changed. Then it compares the base's tensor with the
+        stored one.
         """
         counted = survey.counted_as(self.name)
         if counted is None:
@@ -102,7 +103,7 @@ class TensorInputs:
 
 
 class StoredModels(Protocol):
-    """Where surveyed tensors can be read again."""
+    """Models whose surveyed tensors can be read again."""
 
     def load_base(self, name: str) -> Tensor | None:
         """Return a tensor of the base as it is stored."""
@@ -114,14 +115,14 @@ class Survey:
 
     Attributes:
         experts: T model ids.
-        squared_norms: for each tensor name T floats, in the order of ``experts``. Of tensors
-            that are tied to each other one is listed.
-        tied: for each of the others the name of that one.
-        dtypes: for each tensor name the dtype that base and experts promote to as stored.
+        squared_norms: T floats for each tensor name, in the order of ``experts``. Of a set of
+            tied tensors, only one is listed.
+        tied: maps the other tied tensors to the listed one.
+        dtypes: for each tensor name, the dtype that the stored base and experts promote to.
         left_out: vocabulary tensors that could not be compared.
-        sizes: for each tensor name how many elements it has.
-        grams: for each tensor name the T x T inner products ⟨τ_i, τ_j⟩, if asked for.
-        source: what was measured, unless that was in memory.
+        sizes: the number of elements for each tensor name.
+        grams: the T x T inner products ⟨τ_i, τ_j⟩ for each tensor name; None if not measured.
+        source: the models that were measured; None if they were in memory.
     """
 
     experts: tuple[Hashable, ...]
@@ -135,21 +136,21 @@ class Survey:
 
     @property
     def parameters(self) -> int:
-        """How many elements were measured."""
+        """The number of elements measured."""
         return sum(self.sizes.values())
 
     @cached_property
     def products(self) -> tuple[Norms, ...] | None:
-        """The T x T inner products ⟨τ_i, τ_j⟩ over the whole model, if asked for."""
+        """The T x T inner products ⟨τ_i, τ_j⟩ over the whole model; None if not measured."""
         return None if self.grams is None else sum_matrices(list(self.grams.values()))
 
     def counted_as(self, tensor: str | None) -> str | None:
-        """Return the name that a tensor's norms are listed under; None for an unknown one."""
+        """Return the name under which a tensor's norms are listed, or None if it is unknown."""
         name = self.tied.get(tensor or "", tensor or "")
         return name if name in self.squared_norms else None
 
     def knows(self, tensor: str | None, dtype: torch.dtype) -> bool:
-        """Return whether a tensor was measured with no more digits than ``dtype`` has."""
+        """Return whether a tensor was measured and ``dtype`` holds its stored values exactly."""
         name = self.counted_as(tensor)
         if name is None:
             return False
@@ -157,11 +158,11 @@ class Survey:
         return torch.promote_types(stored, dtype) == dtype
 
     def stored_base(self, tensor: str) -> Tensor | None:
-        """Return the base's tensor as it is stored; None if the survey was of tensors in memory."""
+        """Return the base's tensor as it is stored, or None if the models were in memory."""
         return None if self.source is None else self.source.load_base(tensor)
 
     def in_order_of(self, experts: Sequence[Hashable]) -> "Survey":
-        """Return the same survey with the experts in another order."""
+        """Return the same survey with the experts in the given order."""
         places = [self.experts.index(expert) for expert in experts]
         norms = {n: tuple(row[i] for i in places) for n, row in self.squared_norms.items()}
         grams = self.grams and {
@@ -177,7 +178,7 @@ class Survey:
 
     @cached_property
     def layers(self) -> dict[str, Norms]:
-        """For each layer T floats; tensors outside of the layers are not in it."""
+        """T floats for each layer. Tensors outside the layers are not included."""
         members: dict[str, list[str]] = {}
         for name in self.squared_norms:
             if (layer := layer_of(name)) is not None:
@@ -186,7 +187,9 @@ class Survey:
 
     @property
     def cosines(self) -> list[list[float]]:
-        """T x T cosines of the task vectors (Property 6: 0 where i ≠ j); of a zero vector 0.
+        """The T x T cosines between the task vectors; 0 for a zero vector.
+
+        Property 6 assumes that they are 0 for i ≠ j.
 
         Raises:
             ValueError: if the survey was taken without inner products.
@@ -201,36 +204,37 @@ class Survey:
 
     def _sum(self, names: Iterable[str]) -> Norms:
         rows = [self.squared_norms[name] for name in names]
-        # fsum is exact, so that the order of the tensors does not matter.
+        # fsum rounds only once, so the order of the tensors does not matter.
         return tuple(math.fsum(row[t] for row in rows) for t in range(len(self.experts)))
 
 
 def sum_matrices(matrices: Sequence[Sequence[Sequence[float]]]) -> tuple[Norms, ...]:
-    """Add up matrices of one shape, exactly rounded."""
+    """Add matrices of the same shape; each sum is rounded only once."""
     return tuple(
         tuple(map(math.fsum, zip(*rows, strict=True))) for rows in zip(*matrices, strict=True)
     )
 
 
 def survey_groups(groups: Sequence["TensorGroup"]) -> Survey:
-    """Survey tensors in memory, as MergeKit's ``merge_state_dicts`` holds them.
+    """Survey tensors in memory, such as those of MergeKit's ``merge_state_dicts``.
 
     Args:
         groups: one MergeKit ``TensorGroup`` per parameter, all with the same base and
-            experts. Parameters that share their memory are tied and count once.
+            experts. Parameters that share memory are tied and count once.
 
     Returns:
-        The survey, experts in the order of the first group, unnamed groups numbered.
+        The survey, with the experts in the order of the first group. A group without a name
+        is listed under its number.
 
     Raises:
-        ValueError: if a tensor holds NaN or Inf, or a group has no base.
+        ValueError: if a tensor holds NaN or Inf, or if a group has no base.
     """
     survey = survey_tensors([TensorInputs.of(group) for group in groups])
     return survey.in_order_of([entry.id for entry in groups[0].non_base] if groups else [])
 
 
 def survey_tensors(tensors: Sequence[TensorInputs]) -> Survey:
-    """Survey tensors in memory that have been split; experts in canonical order."""
+    """Survey tensors in memory, with the experts in canonical order."""
     experts: tuple[Hashable, ...] = ()
     norms: dict[str, Norms] = {}
     dtypes: dict[str, torch.dtype] = {}

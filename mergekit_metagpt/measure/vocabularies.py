@@ -1,4 +1,4 @@
-"""Tokenizers, and whether the rows of two models' vocabulary tensors mean the same tokens."""
+"""Load tokenizers, and compare what the rows of two models' vocabulary tensors mean."""
 
 import logging
 from functools import lru_cache
@@ -12,12 +12,12 @@ from torch import Tensor
 
 LOG = logging.getLogger(__name__)
 
-# The tokens of a model by their ids.
+# A model's tokens by token id.
 Vocabulary = dict[int, str]
 
 
 class DifferentVocabularyError(Exception):
-    """Rows of a vocabulary tensor mean different tokens in base and expert."""
+    """The rows of a vocabulary tensor mean different tokens in the base and in an expert."""
 
 
 def load_tokenizer(
@@ -26,7 +26,7 @@ def load_tokenizer(
     """Return a model's tokenizer, or None if none can be loaded; the log says why.
 
     Args:
-        model: whose tokenizer is wanted; an adapter has none of its own.
+        model: the model; if it has a LoRA adapter, the model under the adapter is used.
         cache_dir: MergeKit's ``--transformers-cache``.
         trust_remote_code: MergeKit's option of this name.
     """
@@ -37,7 +37,7 @@ def load_tokenizer(
             trust_remote_code=trust_remote_code,
             cache_dir=cache_dir,
         )
-    except Exception as error:  # transformers raises whatever its many loaders raise
+    except Exception as error:  # the many loaders of transformers raise many types
         LOG.info("No tokenizer could be loaded for %s: %s", model, error)
         return None
 
@@ -45,7 +45,7 @@ def load_tokenizer(
 def load_vocabulary(
     model: ModelReference, cache_dir: str | None, trust_remote_code: bool
 ) -> Vocabulary | None:
-    """Return a model's tokens by their ids, or None if it has no tokenizer that can be loaded."""
+    """Return a model's tokens by token id, or None if no tokenizer can be loaded."""
     tokenizer = load_tokenizer(model, cache_dir, trust_remote_code)
     if tokenizer is None:
         return None
@@ -53,7 +53,7 @@ def load_vocabulary(
 
 
 def first_difference(first: Vocabulary, second: Vocabulary) -> int | None:
-    """Return the least id that means one token to the first and a different one to the second."""
+    """Return the smallest id with a different token in each vocabulary, or None."""
     return next((i for i in sorted(first) if second.get(i, first[i]) != first[i]), None)
 
 
@@ -63,7 +63,7 @@ def compare_vocabularies(
     """Compare one vocabulary tensor of the base and of an expert, and their tokenizers.
 
     Raises:
-        DifferentVocabularyError: if their rows cannot be subtracted; says why.
+        DifferentVocabularyError: if the rows cannot be subtracted. The message says why.
     """
     (origin, rows), (model, others) = base, expert
     if others.shape != rows.shape:
@@ -83,7 +83,10 @@ def compare_vocabularies(
 def tokenizers_agree(
     first: ModelReference, second: ModelReference, cache_dir: str | None, trust_remote_code: bool
 ) -> bool:
-    """Return whether no token id means two things; like MergeKit, assume so without tokenizers."""
+    """Return whether two models agree on the token of every id that both have.
+
+    If a tokenizer cannot be loaded, assume that they agree, as MergeKit does.
+    """
     vocabularies = []
     for model in (first, second):
         vocabulary = load_vocabulary(model, cache_dir, trust_remote_code)

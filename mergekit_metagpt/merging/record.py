@@ -13,11 +13,10 @@ from huggingface_hub import ModelCard
 from mergekit.card import generate_card
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt.merging.inputs import Inputs
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.planning.fingerprints import fingerprint
 from mergekit_metagpt.summary import Entry, Summary
 
 # MergeKit's options, besides the seed, that change what is written.
@@ -33,17 +32,21 @@ _DECIDING = (
 )
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 
 
 def merge_record(
-    config: MergeConfiguration, source: str, entries: Sequence[Entry], options: MergeOptions
+    config: MergeConfiguration,
+    source: str,
+    inputs: Inputs,
+    entries: Sequence[Entry],
+    options: MergeOptions,
 ) -> dict[str, Any]:
     """Return the record of a merge that has just run in this process, as JSON types.
 
     Args:
         config: what was merged.
         source: its YAML, as it was written.
+        inputs: the models, as they were before the merge.
         entries: what the merge noted.
         options: MergeKit's options of the run.
     """
@@ -52,7 +55,7 @@ def merge_record(
         "method": config.merge_method,
         "base": None if config.base_model is None else str(config.base_model),
         **Summary(entries).as_json(),
-        "inputs": [_input(model) for model in canonical(config.referenced_models())],
+        "inputs": inputs.models,
         "seed": options.random_seed,
         "options": _deciding_options(config, options),
         "versions": {
@@ -79,25 +82,6 @@ def _deciding_options(config: MergeConfiguration, options: MergeOptions) -> list
     if config.merge_method != "metagpt":  # MergeKit's sums depend on it in their last bits
         words += ["--num-threads", str(torch.get_num_threads())]
     return words
-
-
-def _input(model: ModelReference) -> dict[str, Any]:
-    index = LoaderCache().get(model).index  # of the model that its adapter was applied to
-    snapshot = _SNAPSHOT.search(str(index.base_path))
-    files = [Path(index.base_path, shard.filename) for shard in index.shards]
-    adapter = sorted(Path(model.lora.path).glob("adapter_model.*")) if model.lora else []
-    return {
-        "model": str(model),
-        "revision": model.model.revision or (snapshot and snapshot.group(1)),
-        "files": _fingerprints(files),
-        **({"adapter": _fingerprints(adapter)} if model.lora else {}),
-    }
-
-
-def _fingerprints(files: Sequence[Path]) -> list[dict[str, Any]]:
-    return [
-        {"name": f.name, "bytes": f.stat().st_size, "fingerprint": fingerprint(f)} for f in files
-    ]
 
 
 def write_card(

@@ -11,6 +11,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt.merging.inputs import Inputs
 from mergekit_metagpt.merging.ranges import dtypes_merged, may_overflow, require_in_range
 from mergekit_metagpt.merging.record import merge_record, write_card
 from mergekit_metagpt.merging.reservation import discard, keep, publish, reserved
@@ -54,8 +55,8 @@ def merge_whole(
         merge: writes everything but the model card and the record.
 
     Raises:
-        BadInputError: if another merge is writing ``out``, or a merged tensor overflows
-            ``out_dtype``.
+        BadInputError: if another merge is writing ``out``, a merged tensor overflows
+            ``out_dtype``, or a weight file changed meanwhile.
         RuntimeError: if the weights are complete, but a later step failed; says where they are.
     """
     given = config.model_copy(deep=True)
@@ -63,9 +64,11 @@ def merge_whole(
     with reserved(destination) as partial:
         started = _now()
         try:
+            inputs = Inputs.of(config, options)
             with SESSION.journal() as entries:
                 merge(config, partial.path, options)
-            record = merge_record(given, source, entries, options)
+            inputs.require_unchanged()
+            record = merge_record(given, source, inputs, entries, options)
             if options.write_model_card:
                 _write_card(partial.path, out.absolute().name, given, source, record)
             record["times"] = {"started": started, "finished": _now()}

@@ -1,5 +1,5 @@
 """The merge methods that MergeKit sees."""
 
-# Before any module of this folder: MergeKit's registry, once it is there, imports
-# `merge_method`, which must not find one of its neighbours half imported.
+# MergeKit is imported before any module of this folder. As soon as MergeKit's registry is
+# imported, the start-up file imports `merge_method`, which needs the other modules complete.
 import mergekit.merge_methods  # noqa: F401

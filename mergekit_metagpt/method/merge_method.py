@@ -1,20 +1,20 @@
 """The merge methods that MergeKit sees, and their registration.
 
-Every task-vector method X of MergeKit gets a counterpart whose per-expert ``weight`` is the
-scaling coefficient λ_t of the MetaGPT paper: ``metagpt`` for plain task arithmetic,
-``metagpt_X`` for the sparsified ones, which are MergeKit's own code.
+Every task-vector method X of MergeKit gets a counterpart. Its weight for each expert is the
+scaling coefficient λ_t of the MetaGPT paper. ``metagpt`` is plain task arithmetic. Each
+``metagpt_X`` is a sparsified method and runs MergeKit's own code for X.
 """
 
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import torch
 
 # Submodules only: at registration the package `mergekit.merge_methods` is half imported.
-from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BatchOptions,
     GroupMergeMethod,
@@ -35,18 +35,18 @@ from mergekit_metagpt.task_vectors import add_task_vectors, working_dtype
 
 _PAPER = "https://arxiv.org/abs/2406.11385"
 
-# How MergeKit's planner calls a slice of a config.
+# The end of the name that MergeKit's planner gives to a slice of a config.
 _SLICE = re.compile(r"\.slices\[\d+\]$")
-# The square of a length whose differences cannot overflow float32.
+# Task vectors with smaller squared norms cannot overflow float32.
 _LARGEST_SAFE_NORM = 1e74
 
 
 @dataclass(frozen=True)
 class MetaGPTMerge(GroupMergeMethod):
-    """A task-vector method of MergeKit, weighted by the closed form of MetaGPT.
+    """A task-vector method of MergeKit with the closed-form coefficients of MetaGPT.
 
     Attributes:
-        stock: the method X of MergeKit that does everything but choose the weights.
+        stock: MergeKit's method X; this class only chooses its weights.
     """
 
     stock: GeneralizedTaskArithmeticMerge
@@ -64,7 +64,7 @@ class MetaGPTMerge(GroupMergeMethod):
 
     @cached_property
     def spec(self) -> MergeMethodSpec:  # type: ignore[override]
-        """The stock method's spec with priors for weights, a granularity and an exponent."""
+        """The stock method's spec, with priors as weights, a granularity and an exponent."""
         stock = self.stock.spec
         return replace(
             stock,
@@ -87,19 +87,19 @@ class MetaGPTMerge(GroupMergeMethod):
         """Merge one tensor of the base and of each expert.
 
         Args:
-            group: θ_0 and θ_t, of one shape, dtype and device.
-            granularity: the scope that a coefficient is shared over.
+            group: θ_0 and θ_t, of the same shape, dtype and device.
+            granularity: which tensors share coefficients: ``tensor``, ``layer`` or ``model``.
             exponent: k in λ_t ∝ w_t ‖τ_t‖^k.
-            survey: the squared norms of the whole models, if they are known.
-            parameters: all of the stock method's, with the priors w_t as ``weight``.
+            survey: the squared norms of the whole models, if they are known already.
+            parameters: those of the stock method, with the priors w_t as ``weight``.
 
         Returns:
-            θ_0 + lambda Σ_t λ_t τ_t, the task vectors τ_t sparsified as the stock method
-            does; a tensor of the group's shape and dtype.
+            θ_0 + lambda Σ_t λ_t τ_t, with the task vectors τ_t sparsified by the stock
+            method; a tensor of the group's shape and dtype.
 
         Raises:
-            ValueError: if an input or the result is not finite, or ``layer`` is asked for
-                and this tensor is another layer's than its name says.
+            ValueError: if an input or the result is not finite, or if the granularity is
+                ``layer`` and the tensor is not from the layer that its name says.
         """
         inputs = TensorInputs.of(group)
         if not inputs.experts or not inputs.base.numel():
@@ -120,7 +120,7 @@ class MetaGPTMerge(GroupMergeMethod):
             scale = parameters["lambda"]
             merged = add_task_vectors(inputs.base, inputs.experts, coefficients, scale)
             if 0 <= scale <= 1 and max(norms) < _LARGEST_SAFE_NORM:
-                return merged  # between finite values
+                return merged  # finite, since it is between finite values
         else:
             merged = self._merge_sparsified(inputs, group, coefficients, parameters)
         return _require_finite(merged, inputs.name)
@@ -132,11 +132,11 @@ class MetaGPTMerge(GroupMergeMethod):
         coefficients: Sequence[float],
         parameters: dict[str, Any],
     ) -> Tensor:
-        """Let the stock method sparsify and add up, with the coefficients for its weights."""
+        """Sparsify and add with the stock method, with the coefficients as its weights."""
         base = inputs.base
         if self.stock.sparsification_method == SparsificationMethod.della_magprune:
             _require_ranks(inputs, parameters["density"].values())
-        # The stock method subtracts, scales and sums in the base's dtype and returns that.
+        # The stock method computes in the base's dtype, and its result has that dtype.
         exact = base.to(working_dtype(base.dtype))
         canonical_group = TensorGroup.from_tensors(
             [exact, *inputs.experts],
@@ -159,10 +159,10 @@ class MetaGPTMerge(GroupMergeMethod):
         *,
         group_name: str | None = None,
     ) -> None:
-        """Check the inputs as MergeKit does, and that their files are those it planned with.
+        """Check the inputs as MergeKit does, and that their files are unchanged since planning.
 
-        MergeKit asks when it plans, for a slice or for all tensors (``group_name`` is a place in
-        the config, or None), and then for each tensor.
+        MergeKit first calls this when it plans, for a slice or for all tensors. Then
+        ``group_name`` is a place in the config, or None. Later it calls this for each tensor.
         """
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         if group_name is None or _SLICE.search(group_name):
@@ -179,8 +179,8 @@ class MetaGPTMerge(GroupMergeMethod):
         input_dtypes: Sequence[torch.dtype | None],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, ...]:
-        """Merge groups as MergeKit does, having surveyed those that are in memory."""
-        # merge_state_dicts hands over all groups at once: the only moment to survey them.
+        """Merge groups as MergeKit does; survey them first if they are in memory."""
+        # merge_state_dicts passes all groups in one call. Only here can they be surveyed.
         if len(groups) > 1 and any(_needs_survey(p) for p in parameters):
             ids = [entry.id for entry in groups[0].entries]
             if checkpoints_of(ids, groups[0].base and groups[0].base.id) is None:
@@ -189,7 +189,7 @@ class MetaGPTMerge(GroupMergeMethod):
         merged: tuple[Tensor, ...] = super()._execute(
             groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype
         )
-        if out_dtype in (torch.float16, torch.bfloat16):  # rounded after merge_group
+        if out_dtype in (torch.float16, torch.bfloat16):  # MergeKit has rounded again
             for group, tensor in zip(groups, merged, strict=True):
                 _require_finite(tensor, group.metadata.name)
         return merged
@@ -200,18 +200,18 @@ def _needs_survey(parameters: dict[str, Any]) -> bool:
 
 
 def _require_ranks(inputs: TensorInputs, densities: Iterable[float]) -> None:
-    """Refuse rows of one number: DELLA ranks the numbers of a row, and MergeKit divides by 0."""
+    """Refuse rows of one number, which DELLA cannot rank: MergeKit would divide by 0."""
     shape = inputs.base.shape
     row = shape[1] if len(shape) > 1 else shape.numel()
     if row == 1 and any(0 < density < 1 for density in densities):
         raise ValueError(
-            f"DELLA cannot rank the numbers of tensor {inputs.name} of shape {list(shape)}, one "
-            "to a row; set its density to 1 with a filter, or choose a DARE method."
+            f"DELLA cannot rank the numbers of tensor {inputs.name} of shape {list(shape)}: "
+            "each row has only one; set its density to 1 with a filter, or choose a DARE method."
         )
 
 
 def _require_finite(merged: Tensor, name: str | None) -> Tensor:
-    """Return a result, or refuse it where it left its dtype's range, as finite inputs can."""
+    """Return a result, or refuse it if it overflows its dtype, as it can with finite inputs."""
     if merged.numel():
         least, most = merged.detach().aminmax()
         if not (least.isfinite() & most.isfinite()):
@@ -223,16 +223,22 @@ def _require_finite(merged: Tensor, name: str | None) -> Tensor:
 
 
 def _task_vector_methods() -> list[GeneralizedTaskArithmeticMerge]:
-    methods = registry.registered_methods()
+    methods = _registry().registered_methods()
     return [method for method in methods if isinstance(method, GeneralizedTaskArithmeticMerge)]
 
 
-def register() -> None:
-    """Register ``metagpt`` and every ``metagpt_X`` with MergeKit; once is enough.
+def _registry() -> Any:
+    """Return MergeKit's registry: at each call, since it may be reloaded or imported anew."""
+    return import_module("mergekit.merge_methods.registry")
 
-    The start-up file of this package does this when MergeKit is imported. Call it yourself
-    only where start-up files are not read: ``pip install --target``, ``python -S``.
+
+def register() -> None:
+    """Register ``metagpt`` and every ``metagpt_X`` with MergeKit. A second call changes nothing.
+
+    The start-up file of this package calls this when MergeKit is imported. Call it yourself
+    only where Python does not read start-up files: ``pip install --target``, ``python -S``.
     """
+    registry = _registry()
     known = {method.spec.name for method in registry.registered_methods()}
     for stock in _task_vector_methods():
         method = MetaGPTMerge(stock)
@@ -241,6 +247,6 @@ def register() -> None:
 
 
 def evolvable_parameters() -> dict[str, list[str]]:
-    """Return for each method the per-expert parameters that ``mergekit-evolve`` may search."""
+    """Return, by method, the per-expert parameters that ``mergekit-evolve`` may search."""
     methods = [MetaGPTMerge(stock) for stock in _task_vector_methods()]
     return {m.spec.name: ["weight"] if m.is_plain else ["weight", "density"] for m in methods}

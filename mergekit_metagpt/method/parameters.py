@@ -1,4 +1,4 @@
-"""The parameters that a merge config may set, and the values that they may have."""
+"""The parameters that a merge config may set, and their valid values."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ from mergekit_metagpt.wording import one_of
 
 @dataclass(frozen=True)
 class _Checked(ParameterSpec):
-    """A parameter whose bad values end in one sentence when the merge is planned."""
+    """A parameter that refuses bad values with one sentence, when the merge is planned."""
 
     wanted: str = ""
     accepts: Callable[[Any], bool] = bool
@@ -36,7 +36,7 @@ class _Checked(ParameterSpec):
 _SHARE = ("a number from 0 to 1", lambda x: 0 <= x <= 1)
 _POSITIVE = ("a finite number of at least 0", lambda x: 0 <= x < math.inf)
 
-# What the stock methods take as it comes, and then merge into NaN or into the base.
+# The stock methods accept any value here, and may then produce NaN or just the base.
 RULES = {
     "weight": _POSITIVE,
     "lambda": ("a finite number", math.isfinite),
@@ -52,7 +52,7 @@ _OWN_PARAMETERS = (
         str,
         ParameterScope.SHARED,
         default="tensor",
-        description="The scope that a coefficient is shared over",
+        description="Which tensors share coefficients",
         wanted=one_of(GRANULARITIES),
         accepts=GRANULARITIES.__contains__,
     ),
@@ -69,7 +69,7 @@ _OWN_PARAMETERS = (
 
 
 def with_priors(stock: Iterable[ParameterSpec]) -> tuple[ParameterSpec, ...]:
-    """Return a stock method's parameters with priors for its weights, and this package's own."""
+    """Return a stock method's parameters, with priors as weights, and this package's own."""
     return (*map(_checked, stock), *_OWN_PARAMETERS)
 
 

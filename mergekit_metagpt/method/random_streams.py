@@ -8,17 +8,22 @@ from zlib import crc32
 
 import torch
 
-# All threads share a device's default generator.
+# Threads share a device's default generator, so only one may use it at a time.
 _GENERATOR_LOCKS: defaultdict[str, RLock] = defaultdict(RLock)
 
 
 @contextmanager
 def own_stream(device: torch.device, name: str) -> Iterator[None]:
-    """Give the stock method random numbers that depend on the seed and the tensor alone.
+    """Give a tensor its own random stream, independent of the order of the merge.
 
-    DARE and DELLA draw from the default generator of the tensor's device, in whatever order
-    the tensors are merged. Here each tensor gets a stream of its own, derived from the seed
-    (``--random-seed``), the method and the tensor's name; the caller's state is restored.
+    DARE and DELLA draw from the default generator of the tensor's device, in the order in which
+    tensors are merged. Within this context, that generator is seeded with a seed derived from
+    ``--random-seed``, the method and the tensor's name. Afterwards the caller's state is
+    restored.
+
+    Args:
+        device: the device of the tensor.
+        name: the method's name and the tensor's.
     """
     accelerator = device.type != "cpu"
     with _GENERATOR_LOCKS[str(device)]:

@@ -1,10 +1,9 @@
-"""What MergeKit gives a merge method no argument for.
+"""State that MergeKit does not pass to a merge method.
 
-MergeKit calls a method with the tensors of one parameter at a time, for any merge of the
-process and from any of its threads, and hands it nothing else: neither the models that they
-come from, nor the options of the command, nor a place to leave a result. What outlives such a
-call is therefore kept here, in :data:`SESSION`, one object for the process: the surveys that
-its merges share, the journals that are kept of them, and the options that a survey needs.
+MergeKit calls a method with the tensors of one parameter at a time, from any thread and for any
+merge of the process. It passes no whole models, no options of the command, and no place to store
+a result. :data:`SESSION`, one object per process, therefore keeps everything that outlives such
+a call: the surveys that merges share, the open journals, and the options that a survey needs.
 """
 
 import logging
@@ -29,10 +28,10 @@ LOG = logging.getLogger(__name__)
 
 
 class Session:
-    """The state that the merges of one process share; for any number of threads.
+    """The state that the merges of one process share; thread-safe.
 
     Attributes:
-        surveys: what has been measured.
+        surveys: the surveys taken so far.
     """
 
     def __init__(self) -> None:
@@ -43,10 +42,10 @@ class Session:
         self._quiet = False
 
     def begin(self, ids: Sequence[Hashable], base: Hashable) -> None:
-        """Prepare for a merge that MergeKit plans: note its options, and which files changed.
+        """Prepare for a merge that MergeKit plans: record its options and its files.
 
         Args:
-            ids: of all inputs.
+            ids: the ids of all inputs.
             base: the id of θ_0.
         """
         self._logged.clear()
@@ -56,20 +55,20 @@ class Session:
             self.surveys.begin(checkpoints)
 
     def require_unchanged(self, ids: Sequence[Hashable], base: Hashable) -> None:
-        """Refuse to go on with a merge whose files change meanwhile; arguments as for ``begin``.
+        """Stop a merge if a weight file has changed since it began; arguments as for ``begin``.
 
         Raises:
-            ValueError: if a weight file is not the one that the merge began with.
+            ValueError: if a weight file has changed.
         """
         checkpoints = checkpoints_of(ids, base)
         if checkpoints is not None:
             self.surveys.require_unchanged(checkpoints)
 
     def survey_of(self, inputs: TensorInputs) -> Survey:
-        """Return the survey of the models that a tensor comes from, taken once.
+        """Return the survey of the models that a tensor comes from; it is taken only once.
 
-        For tensors in memory, which belong to no model that could be read, that is a survey of
-        this one alone.
+        If the tensor is in memory, there is no model to read. Then the survey covers this
+        tensor only.
         """
         checkpoints = checkpoints_of(inputs.ids, inputs.base_id)
         if checkpoints is None:
@@ -80,7 +79,7 @@ class Session:
 
     @contextmanager
     def journal(self) -> Iterator[list[Entry]]:
-        """Collect an entry for each tensor that any thread of this process merges meanwhile."""
+        """Collect an entry for each tensor that this process merges, in any thread."""
         entries: list[Entry] = []
         self._journals.append(entries)
         try:
@@ -89,9 +88,9 @@ class Session:
             self._journals[:] = [kept for kept in self._journals if kept is not entries]
 
     def note(self, entries: Iterable[Entry]) -> None:
-        """Add entries, this process's or another's, to every journal that is kept now.
+        """Add entries to every open journal. They may come from another process.
 
-        Where none is kept, as under MergeKit's own commands, log them instead.
+        If no journal is open, as under MergeKit's own commands, log them instead.
         """
         entries = list(entries)
         for journal in self._journals:
@@ -100,9 +99,10 @@ class Session:
             self._log(entries)
 
     def _log(self, entries: Iterable[Entry]) -> None:
-        """Log what a merge uses, once: at granularity ``model`` its first tensor tells.
+        """Log once what a merge uses, if granularity is ``model``: its first tensor tells.
 
-        At the others MergeKit's last tensor would, but nothing says which one that is.
+        At the other granularities only the last tensor completes the figures, and MergeKit does
+        not say which one is the last.
         """
         for entry in entries:
             merge = (entry.experts, entry.squared_norms, entry.exponent)
@@ -120,7 +120,7 @@ class Session:
                 LOG.warning("%s", sentence)
 
     def _note_options(self) -> None:
-        """Keep the options of the thread that plans; those that merge know of none."""
+        """Keep the options of the planning thread; other threads do not have them."""
         from mergekit.io.tasks import LoaderCache
         from mergekit.options import MergeOptions
 
@@ -137,7 +137,7 @@ class Session:
         )
 
     def _set_up_loaders(self) -> None:
-        """Let this thread read models as the one that planned."""
+        """Give the loaders of this thread the options of the planning thread."""
         from mergekit.io.tasks import LoaderCache
 
         if self._loader_options is not None and not vars(LoaderCache()):
@@ -148,7 +148,7 @@ SESSION = Session()
 
 
 def checkpoints_of(ids: Sequence[Hashable], base: Hashable) -> "Checkpoints | None":
-    """Return the models that ids refer to, or None where they are names of tensors in memory."""
+    """Return the models that ids refer to, or None if they name tensors in memory."""
     models: list[Any] = [base, *(id_ for id_ in ids if id_ != base)]
     if not _are_models(models):
         return None
@@ -159,7 +159,8 @@ def checkpoints_of(ids: Sequence[Hashable], base: Hashable) -> "Checkpoints | No
 
 def _are_models(ids: Iterable[Hashable]) -> bool:
     """Return whether ids are references to models, not names of tensors in memory."""
-    # Without the module there are no references, and importing it takes transformers along.
+    # If this module is not imported, no id is a reference. Its import is slow: it imports
+    # transformers.
     common = sys.modules.get("mergekit.common")
     return common is not None and all(isinstance(id_, common.ModelReference) for id_ in ids)
 

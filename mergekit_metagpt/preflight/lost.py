@@ -4,23 +4,18 @@ MergeKit merges the tensors that its description of an architecture names, or th
 guesses where it has none. What a model holds besides never reaches the output.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 from mergekit.common import ModelReference
 
-from mergekit_metagpt.mergekit_private import ignored_names, tied_names
-from mergekit_metagpt.names import layer_of
+from mergekit_metagpt.mergekit_private import is_ignored, tied_names
+from mergekit_metagpt.names import COMPUTED, MASKS, layer_of
 from mergekit_metagpt.planning.headers import FLOATS, Header
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import Outputs
 from mergekit_metagpt.wording import counted
-
-# Buffers that older versions of transformers wrote, and newer ones compute.
-_COMPUTED = (".inv_freq", ".masked_bias", "position_ids")
-_MASKS = (".attn.bias", ".attention.bias")
 
 
 def lost(
@@ -70,13 +65,14 @@ def _unread(files: ModelFiles, outputs: Outputs, read: set[str]) -> list[str]:
         for name, header in files.weights.tensors.items()
         if name not in read and not _is_computed(name, header) and not is_excluded(name)
     ]
-    return _without_ties(_without_ignored(names, files), files, outputs, read) if names else []
+    names = [name for name in names if not is_ignored(files.architecture, name)]
+    return _without_ties(names, files, outputs, read) if names else []
 
 
 def _is_computed(name: str, header: Header) -> bool:
     """Whether a tensor is no parameter: a counter, or a buffer that models compute themselves."""
-    is_mask = name.endswith(_MASKS) and len(header.shape) == 4
-    return header.dtype not in FLOATS or is_mask or name.endswith(_COMPUTED)
+    is_mask = name.endswith(MASKS) and len(header.shape) == 4
+    return header.dtype not in FLOATS or is_mask or name.endswith(COMPUTED)
 
 
 def _excluded(outputs: Outputs, files: ModelFiles) -> Callable[[str], bool]:
@@ -105,18 +101,6 @@ def _layers(outputs: Outputs, model: ModelReference) -> dict[str, set[int]]:
                 if source.model == model:
                     found.setdefault(module, set()).update(range(*source.layer_range))
     return found
-
-
-def _without_ignored(names: Iterable[str], files: ModelFiles) -> list[str]:
-    """Leave out what transformers ignores in a checkpoint of this class."""
-    patterns = [re.compile(pattern) for pattern in ignored_names(files.architecture)]
-    return [name for name in names if not any(_matches(pattern, name) for pattern in patterns)]
-
-
-def _matches(pattern: re.Pattern[str], name: str) -> bool:
-    """Whether a pattern fits from the start of a part of a name: attn.bias, but not c_attn.bias."""
-    starts = (found.start() for found in pattern.finditer(name))
-    return any(start == 0 or "." in name[start - 1 : start + 1] for start in starts)
 
 
 def _without_ties(
