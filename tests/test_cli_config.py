@@ -10,6 +10,7 @@ from conftest import (
     command,
     llama_config,
     merge_config,
+    put_nan,
     run,
     save_family,
     slices_config,
