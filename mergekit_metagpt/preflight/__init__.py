@@ -34,12 +34,10 @@ class Preflight:
     Attributes:
         problems: what the merge would fail on, or silently do wrong; one sentence each.
         costs: what the merge will cost; None if there are problems.
-        outputs: what the merge will write; None if there are problems.
     """
 
     problems: list[str]
     costs: Costs | None = None
-    outputs: Outputs | None = None
 
 
 def inspect(
@@ -62,11 +60,11 @@ def inspect(
         return Preflight(list(error.args))
     inspection = _Inspection(written, out, options or MergeOptions())
     try:
-        found, outputs = inspection.run()
+        found = inspection.run()
     except BadInputError as error:
         inspection.problems += error.args
     problems = list(dict.fromkeys(inspection.problems))
-    return Preflight(problems) if problems else Preflight([], found, outputs)
+    return Preflight(problems) if problems else Preflight([], found)
 
 
 def ignored(config: ConfigFile) -> list[str]:
@@ -90,7 +88,7 @@ class _Inspection:
     def file(self) -> str:
         return self.written.name
 
-    def run(self) -> tuple[Costs | None, Outputs | None]:
+    def run(self) -> Costs | None:
         self.problems += configs.no_accelerator(self.options)
         config = self._look_at_config()
         self.options = with_fresh_lora_cache(self.options, config)
@@ -99,9 +97,9 @@ class _Inspection:
             self.problems += bad_output(self.out, self.models)
         if bad_layers := list(structure.bad_layers(config, self.file, self.models)):
             self.problems += bad_layers
-            return None, None
+            return None
         outputs = self._plan(config)
-        return (self._look_at_tensors(outputs, config) if outputs else None), outputs
+        return self._look_at_tensors(outputs, config) if outputs else None
 
     def _look_at_config(self) -> MergeConfiguration:
         written = self.written

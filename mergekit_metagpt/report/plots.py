@@ -100,7 +100,7 @@ def _draw_means(ax: "Axes", names: Sequence[str], summary: Summary) -> None:
     ax.barh(places, means, color=_share_colours(len(names)))
     for t, expert in enumerate(summary.experts):
         if summary.varies:
-            ax.plot((expert.least, expert.largest), (t, t), color="black", linewidth=1)
+            ax.plot((expert.least, expert.largest), (t, t), color="grey", linewidth=2)
         ax.text(expert.largest + 0.02, t, f"{expert.mean:.3g}", va="center", fontsize=8)
     ax.set_yticks(places, names, fontsize=8)
     ax.invert_yaxis()
@@ -117,6 +117,7 @@ def _draw_layers(ax: "Axes", layers: Sequence[Sequence[float]]) -> None:
         ax.bar(range(len(layers)), own, 1.0, under, color=colour)
         under = [a + b for a, b in zip(under, own, strict=True)]
     ax.set_xlabel("layer")
+    ax.locator_params(axis="x", integer=True)
     ax.set_ylim(0, 1)
     ax.margins(x=0)
     ax.set_title("λ by layer", fontsize=10)
