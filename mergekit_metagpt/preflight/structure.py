@@ -70,7 +70,8 @@ def bad_layers(
                 )
             elif layers is not None and end > layers:
                 yield (
-                    f"{what} at {part.path}, which has {layers} layers; end it at {layers} or before."
+                    f"{what} at {part.path}, which has {layers} layers; end it at {layers} or "
+                    "before."
                 )
 
 
