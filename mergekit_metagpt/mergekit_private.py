@@ -30,8 +30,8 @@ REQUIRED = "mergekit>=0.1.5,<0.1.6"
 # The logger to which MergeKit's `run_merge` reports errors, with a traceback.
 MERGE_LOGGER = "mergekit.merge"
 
-# The loggers of transformers that complain of a name which MergeKit, not the user, has written.
-DTYPE_LOGGERS = ("transformers.configuration_utils", "transformers.modeling_utils")
+# The logger on which transformers complains of a name that MergeKit, not the user, has written.
+DTYPE_LOGGER = "transformers.configuration_utils"
 
 
 @dataclass(frozen=True)

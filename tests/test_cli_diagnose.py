@@ -51,9 +51,10 @@ def save_directions(directory: Path, directions: list[list[float]]) -> dict[str,
     return paths
 
 
-def save_tokenizer(model: str, size: int = VOCABULARY) -> None:
-    words = {f"w{number}": number for number in range(size)}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=f"w{size - 1}"))
+def save_tokenizer(model: str, size: int = VOCABULARY, prefix: str = "w") -> None:
+    words = {f"{prefix}{number}": number for number in range(size)}
+    unknown = f"{prefix}{size - 1}"
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=unknown))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(model)
 
@@ -134,6 +135,28 @@ def test_different_vocabularies_stay_at_the_bases_and_it_says_so(family, tmp_pat
     assert (
         "model.embed_tokens.weight, lm_head.weight: the vocabulary of bigger differs" in done.output
     )
+    assert "the vocabulary of b differs" not in done.output
+
+
+def test_only_the_expert_whose_tokens_differ_is_named(tmp_path):
+    paths = save_family(tmp_path, llama_config())
+    for name in ("base", "a"):
+        save_tokenizer(paths[name])
+    save_tokenizer(paths["b"], prefix="v")
+    done = diagnose(write_yaml(tmp_path / "metagpt.yml", merge_config(paths)))
+    assert done.exit_code == 0, done.output
+    assert "the vocabulary of b differs" in done.output
+    assert "the vocabulary of a differs" not in done.output
+
+
+def test_a_bare_adapter_is_told_to_be_written_after_its_base(family, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    paths = {**family, "b": str(tmp_path / "adapter")}
+    config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
+    assert f"such as base+{paths['b']}." in failure(diagnose(config))
+    done = CliRunner().invoke(main, ["check", str(config)])
+    assert f"Model {paths['b']} is a LoRA adapter" in done.stderr
 
 
 def test_slices_and_other_methods_will_do(family, tmp_path):

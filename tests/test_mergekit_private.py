@@ -4,6 +4,7 @@ A new release of one of them must pass these tests before ``pyproject.toml`` all
 """
 
 import json
+import logging
 
 import click
 import mergekit.merge
@@ -152,3 +153,17 @@ def test_what_a_class_of_transformers_ties_is_told():
     pair = ("lm_head.weight", "model.embed_tokens.weight")
     assert mergekit_private.tied_names("LlamaForCausalLM") == [pair]
     assert mergekit_private.tied_names("NoSuchModel") == []
+
+
+def test_complaints_of_torch_dtype_are_told_by_logger_and_words(caplog):
+    caplog.set_level(logging.WARNING, logger="transformers")
+    records: list[logging.LogRecord] = []
+    logger = logging.getLogger(mergekit_private.DTYPE_LOGGER)
+    logger.addFilter(records.append)  # which lets no record pass
+    transformers.utils.logging.warning_once.cache_clear()
+    try:
+        llama_config().torch_dtype = "float32"
+    finally:
+        logger.removeFilter(records.append)
+    (record,) = records
+    assert mergekit_private.is_about_dtype(record)

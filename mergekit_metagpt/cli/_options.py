@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mergekit_metagpt.mergekit_private import DTYPE_LOGGERS, MERGE_LOGGER, is_about_dtype
+from mergekit_metagpt.mergekit_private import DTYPE_LOGGER, MERGE_LOGGER, is_about_dtype
 
 _KNOWN = f"{__name__}.known"
 
@@ -57,8 +57,7 @@ class MergeCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command with ``merge_options``."""
         verbose = ctx.params.pop("verbose")
-        for name in DTYPE_LOGGERS:
-            logging.getLogger(name).addFilter(_without_dtype)
+        logging.getLogger(DTYPE_LOGGER).addFilter(_without_dtype)
         if not verbose:
             logging.getLogger(MERGE_LOGGER).addFilter(_without_traceback)
         try:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergekit_metagpt.diagnosis.running import incomparable, interpolate, load
 from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.measure.vocabularies import tokenizers_agree
 from mergekit_metagpt.task_vectors import working_dtype
 
 Names = tuple[str, ...]
@@ -209,7 +210,7 @@ def measure_linearity(
         first = outputs(start, 0.0)
         for expert in cast("tuple[ModelReference, ...]", survey.experts):
             end = load(expert, stored, options)
-            held = incomparable(start, end, survey.left_out)
+            held = incomparable(start, end, _left_out(survey, base, expert, options))
             last = outputs(end, 1.0, held)
             tokens = sample_tokens(first, last, seed)
             # Between the ends, only the logits of the sampled tokens are kept, to save memory.
@@ -218,3 +219,14 @@ def measure_linearity(
             found.append(Linearity(expert, torch.stack(rows).double(), held))
             del end  # frees it before the next expert is loaded
     return found
+
+
+def _left_out(
+    survey: Survey, base: ModelReference, expert: ModelReference, options: MergeOptions
+) -> Names:
+    """Return the tensors that the survey left out because this expert's tokens differ.
+
+    Different shapes need no list: the running models show them.
+    """
+    cache, trust = options.transformers_cache, options.trust_remote_code
+    return () if tokenizers_agree(base, expert, cache, trust) else survey.left_out
