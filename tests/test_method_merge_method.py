@@ -1,5 +1,6 @@
 """The merge methods, called through MergeKit's own functions in one process."""
 
+import logging
 import math
 import warnings
 from dataclasses import fields, replace
@@ -16,6 +17,7 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 
 from mergekit_metagpt.method.merge_method import MetaGPTMerge, register
+from mergekit_metagpt.method.session import SESSION
 
 STOCK = [m for m in registered_methods() if isinstance(m, GeneralizedTaskArithmeticMerge)]
 OURS = [m for m in registered_methods() if isinstance(m, MetaGPTMerge)]
@@ -380,3 +382,36 @@ def test_bfloat16_models_merge_to_the_same_bytes_in_float32(granularity, tmp_pat
     narrow = merge({**config, "dtype": "bfloat16"})
     wide = merge({**config, "dtype": "float32", "out_dtype": "bfloat16"})
     assert all(torch.equal(narrow[name], wide[name]) for name in wide)
+
+
+LOGGER = "mergekit_metagpt.method.session"
+
+
+def test_a_stock_merge_logs_once_what_it_uses(merge, tmp_path, caplog):
+    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.1, 0.0))
+    caplog.set_level(logging.INFO, logger=LOGGER)
+    for _ in range(2):  # two merges in one process, as mergekit-multi makes them
+        caplog.clear()
+        merge(merge_config(paths, parameters={"granularity": "model"}))
+        told = [record for record in caplog.records if record.name == LOGGER]
+        assert [record.levelname for record in told] == ["INFO", "WARNING", "WARNING"]
+        assert f"{paths['b']} 0.9" in told[0].getMessage()
+        assert f"{paths['b']} has 99.0% of the merge" in told[1].getMessage()
+        assert f"{paths['c']} is equal to the base" in told[2].getMessage()
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "layer"])
+def test_a_stock_merge_logs_nothing_that_it_cannot_know(granularity, merge, tmp_path, caplog):
+    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.1))
+    caplog.set_level(logging.INFO, logger=LOGGER)
+    merge(merge_config(paths, parameters={"granularity": granularity}))
+    assert [record for record in caplog.records if record.name == LOGGER] == []
+
+
+def test_a_merge_whose_journal_is_kept_logs_nothing(merge, tmp_path, caplog):
+    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.1))
+    caplog.set_level(logging.INFO, logger=LOGGER)
+    with SESSION.journal() as entries:
+        merge(merge_config(paths, parameters={"granularity": "model"}))
+    assert entries
+    assert [record for record in caplog.records if record.name == LOGGER] == []

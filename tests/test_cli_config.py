@@ -1,0 +1,125 @@
+"""What the commands make of CONFIG and of MergeKit's options, whichever command it is."""
+
+import os
+import threading
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import (
+    command,
+    llama_config,
+    merge_config,
+    put_nan,
+    run,
+    save_family,
+    slices_config,
+    write_yaml,
+)
+
+from mergekit_metagpt.cli import main
+
+COMMANDS = ("check", "coefficients", "resolve", "diagnose", "merge")
+
+
+def invoke(*words, status: int = 0, **settings):
+    done = CliRunner().invoke(main, [str(word) for word in words], **settings)
+    assert done.exit_code == status, done.output
+    return done
+
+
+@pytest.fixture
+def config(family, tmp_path):
+    return write_yaml(tmp_path / "metagpt.yml", merge_config(family))
+
+
+def words_for(name, config, tmp_path):
+    return (name, config, *([tmp_path / "out", "--no-copy-tokenizer"] if name == "merge" else []))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_standard_input_is_a_config(name, config, tmp_path):
+    text = config.read_text()
+    invoke(*words_for(name, "-", tmp_path), input=text)
+    if name == "merge":
+        assert (tmp_path / "out" / "mergekit_config.yml").read_text() == text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_pipe_is_a_config(name, config, tmp_path):
+    """It can be read once."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(config.read_text(),), daemon=True)
+    writer.start()
+    invoke(*words_for(name, pipe, tmp_path))
+    writer.join()
+
+
+@pytest.mark.parametrize("name", ["coefficients", "resolve"])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda c: c["slices"][0]["sources"][1].update(layer_range=[0, 2]),
+            "must contain the same number of layers); correct that.",
+        ),
+        (lambda c: c["slices"][0]["sources"].pop(0), "does not list the base"),
+        (
+            lambda c: [s.update(layer_range=[0, 9]) for s in c["slices"][0]["sources"]],
+            "end it at 3",
+        ),
+    ],
+)
+def test_bad_slices_are_explained_as_check_does(name, change, sentence, family, tmp_path):
+    config = slices_config(family, [[0, 1]])
+    change(config)
+    yml = write_yaml(tmp_path / "metagpt.yml", config)
+    assert sentence in invoke("check", yml, status=1).stderr
+    assert sentence in invoke(name, yml, status=1).stderr
+
+
+@pytest.mark.parametrize("name", ["coefficients", "resolve"])
+def test_what_mergekit_ignores_is_a_warning(name, family, tmp_path):
+    config = merge_config(family, parameters={"granularty": "model"}, anchors={"a": 1})
+    done = invoke(name, write_yaml(tmp_path / "metagpt.yml", config))
+    assert "Warning: " in done.stderr
+    assert "write granularity instead" in done.stderr
+    assert "unknown key anchors" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["coefficients", "resolve", "diagnose"])
+def test_threads_and_verbosity_are_honoured(name, config, monkeypatch):
+    levels, threads = [], []
+    monkeypatch.setattr("logging.basicConfig", lambda level: levels.append(level))
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    monkeypatch.setattr("torch.set_num_interop_threads", lambda number: None)
+    invoke(name, config, "--num-threads", 3, "-v")
+    assert levels == [20]
+    assert threads == [3]
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("size", ["foo", "", "5X", "B"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_size_that_is_none_is_wrong_usage(name, size, config, tmp_path):
+    done = invoke(*words_for(name, config, tmp_path), "--out-shard-size", size, status=2)
+    assert f"'{size}' is no size; write one such as 5B, 500M or 100K." in done.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("--quiet",)])
+def test_names_that_mergekit_uses_are_not_complained_of(words, family, tmp_path):
+    config = write_yaml(tmp_path / "metagpt.yml", merge_config(family, dtype="float32"))
+    done = run(command("mergekit-metagpt"), "merge", config, tmp_path / "out",
+               "--no-copy-tokenizer", *words)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_what_mergekit_ignores_does_not_hide_a_failure(tmp_path):
+    paths = save_family(tmp_path, llama_config())
+    put_nan(paths["a"], "model.norm.weight")
+    config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths, anchors={"a": 1}))
+    done = invoke("coefficients", config, status=1)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"Error: Tensor model.norm.weight of model {paths['a']} holds NaN")
