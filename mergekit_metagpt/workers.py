@@ -7,9 +7,13 @@ are, nor which of them dies, changes a bit.
 """
 
 import os
+import signal
 import socket
+import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
@@ -84,10 +88,15 @@ class RayMapper:
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         # A merge tells nobody about itself.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # The first exception is raised here, and those of other tasks follow from it.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         try:
             _require_listener(address)
-            # What workers print would stand in the midst of what a command prints.
-            ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            with _exiting_on_sigterm():
+                # What workers print would be in the midst of what a command prints.
+                ray.init(
+                    address, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+                )
         except (OSError, RuntimeError, ValueError) as error:
             raise ConnectionError(
                 f"No Ray cluster could be reached at {address}: {error}"
@@ -154,6 +163,20 @@ def _set_up_once(call: str, set_up: Callable[[], None], directory: str) -> None:
     if os.path.isdir(directory):
         os.chdir(directory)  # where a config's relative paths start
     set_up()
+
+
+@contextmanager
+def _exiting_on_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM, or exit on it in order: the one that Ray sets up aborts."""
+    former = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        kept = former not in (signal.SIG_DFL, None)
+        signal.signal(signal.SIGTERM, former if kept else _exit)
+
+
+def _exit(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _require_listener(address: str) -> None:

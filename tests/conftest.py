@@ -1,5 +1,6 @@
 """Helpers that make tiny checkpoints and merge them."""
 
+import filecmp
 import os
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
+import mergekit_metagpt
+
 # Each xdist worker uses one thread, so that workers do not compete for cores.
 torch.set_num_threads(1)
 
@@ -29,6 +32,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="run N random cases of test_fuzz.py, not a few hundred",
     )
+
+
+def pytest_configure() -> None:
+    """Refuse to test another copy of the package than the one beside the tests."""
+    (tested,) = map(Path, mergekit_metagpt.__path__)
+    differing = differing_files(Path(__file__).parents[1] / "mergekit_metagpt", tested)
+    if differing:
+        raise pytest.UsageError(
+            f"The tests would run {tested}, where {differing[0]} is not as it is here. Install the "
+            "package again: pip install '.[test]'"
+        )
+
+
+def differing_files(tree: Path, installed: Path) -> list[str]:
+    """Return the files that an installed package lacks, has besides, or has with other bytes."""
+
+    def files(directory: Path) -> set[str]:
+        found = {str(path.relative_to(directory)) for path in directory.rglob("*.*")}
+        return {name for name in found if name.endswith((".py", ".typed"))}
+
+    names = sorted(files(tree) | files(installed))
+    _, differing, missing = filecmp.cmpfiles(tree, installed, names, shallow=False)
+    return sorted(differing + missing)
 
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
@@ -184,7 +210,8 @@ def cluster() -> Iterator[str]:
     """
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers import the tests
+        # Workers import the tests, and the same copy of the package as this process.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")

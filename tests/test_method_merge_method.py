@@ -372,7 +372,7 @@ def test_one_group_may_be_merged_directly():
 def test_no_warnings_are_raised(family, merge):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        merge(merge_config(family, "metagpt_ties"))
+        assert merge(merge_config(family, "metagpt_ties"))
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "layer", "model"])

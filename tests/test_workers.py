@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -149,3 +150,42 @@ def test_without_ray_or_a_cluster_there_is_one_sentence(family, tmp_path, monkey
     done = invoke("coefficients", config, "--ray", status=1)
     assert "pip install 'mergekit-metagpt[ray]'" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+STOPPED = """
+import os, signal, sys, time
+from pathlib import Path
+import click
+from mergekit_metagpt.workers import RayMapper
+
+address, number, failed = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+
+@click.command()
+def stopped():
+    mapper, here = RayMapper(address, set_up, cpus=0.1), os.getpid()
+    def work(item):
+        if item:
+            failed.touch()
+            raise ValueError("of a task that nobody asks for any more")
+        while not failed.exists():
+            time.sleep(0.01)
+        os.kill(here, number)
+        time.sleep(600)  # the cluster ends the tasks of a process that is gone
+    tasks = mapper.submit(work, [0, 1])
+    print(list(mapper.results(tasks)))
+
+def set_up():
+    pass
+
+stopped([])
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGINT, "\nAborted!\n"), (signal.SIGTERM, "")]
+)
+def test_a_command_that_is_stopped_ends_in_order(number, said, cluster, tmp_path):
+    words = [cluster, str(int(number)), tmp_path / "failed"]
+    done = run(sys.executable, "-c", STOPPED, *words)
+    # Ray makes every code of an exit one, if it comes while a result is waited for.
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)

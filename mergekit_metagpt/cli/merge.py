@@ -50,13 +50,13 @@ def merge(
     Example:
       mergekit-metagpt merge metagpt.yml merged/ --random-seed 0
     """
-    from mergekit_metagpt.advice import warnings
     from mergekit_metagpt.merging.whole import merge_here, merge_whole
+    from mergekit_metagpt.method.advice import warnings
     from mergekit_metagpt.method.session import SESSION
+    from mergekit_metagpt.method.summary import Summary
     from mergekit_metagpt.planning.config import read_config
     from mergekit_metagpt.planning.fingerprints import with_fresh_lora_cache
     from mergekit_metagpt.report.tables import coefficients_table
-    from mergekit_metagpt.summary import Summary
 
     if merge_options.random_seed is None:
         seed = secrets.randbits(32)  # as large as numpy takes it

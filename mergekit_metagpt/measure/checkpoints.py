@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from mergekit.architecture import WeightInfo, get_architecture_info
@@ -16,21 +16,17 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_metagpt import mergekit_private
-from mergekit_metagpt.coefficients import Norms
-from mergekit_metagpt.measure.survey import Survey, TensorInputs
+from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.measure.tensors import Device, Measured, TensorMeasurer
 from mergekit_metagpt.measure.unread import warn_of_unread
 from mergekit_metagpt.measure.vocabularies import (
     DifferentVocabularyError,
-    compare_vocabularies,
     tokenizers_agree,
 )
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.task_vectors import inner_products
 from mergekit_metagpt.workers import Mapper, in_this_process
 
 LOG = logging.getLogger(__name__)
-
-Device = torch.device | str
 
 
 @dataclass(frozen=True)
@@ -158,14 +154,14 @@ class Checkpoints:
     ) -> Survey:
         """Measure every task vector as it is stored; see :func:`survey_checkpoints`."""
         tokenizers_agree.cache_clear()  # the files may have changed since the last survey
-        measured: dict[str, _Measured] = {}
+        measured: dict[str, Measured] = {}
         left_out: list[str] = []
         tieable: list[WeightInfo] = []
         if not self.are_files:
             held = self.loader(self.base).index.tensor_paths
             warn_of_unread(self.base, self.weights(), held)
         weights, tied = self._named_once()
-        one = partial(self._measured, device=device, products=products)
+        one = TensorMeasurer(self.base, self.experts, self.load, device, products)
         for weight, tensor in zip(weights, mapper(one, weights, progress), strict=True):
             if isinstance(tensor, DifferentVocabularyError):
                 LOG.warning("%s; the tensor does not count towards the coefficients.", tensor)
@@ -194,9 +190,9 @@ class Checkpoints:
     def _twin(
         self,
         weight: WeightInfo,
-        tensor: "_Measured",
+        tensor: Measured,
         others: Sequence[WeightInfo],
-        measured: "dict[str, _Measured]",
+        measured: dict[str, Measured],
     ) -> WeightInfo | None:
         """Return a weight among ``others`` that equals this one in every model, or None."""
         if not any(tensor.norms):
@@ -218,48 +214,6 @@ class Checkpoints:
                 tied[weight.name] = first.name
         return list(weights.values()), tied
 
-    def _measured(
-        self, weight: WeightInfo, device: Device, products: bool
-    ) -> "_Measured | DifferentVocabularyError | None":
-        """Measure one tensor; return a vocabulary error instead of raising it."""
-        try:
-            return self._measure(weight, device, products)
-        except DifferentVocabularyError as difference:
-            return difference
-
-    def _measure(self, weight: WeightInfo, device: Device, products: bool) -> "_Measured | None":
-        """Measure one tensor; return None if the base lacks it or it is not floating-point."""
-        base = self.load(self.base, weight, device)
-        if base is None and not weight.optional:
-            raise ValueError(
-                f"The base {self.base} lacks tensor {weight.name}, which its architecture "
-                "requires; download the checkpoint again."
-            )
-        if base is None or not base.is_floating_point():
-            return None
-        stored = [self._load_expert(model, weight, base, device) for model in self.experts]
-        inputs = TensorInputs(weight.name, self.base, base, self.experts, tuple(stored))
-        gram = inner_products(base, stored) if products else []
-        return _Measured(inputs.squared_norms, inputs.dtype, base.numel(), gram)
-
-    def _load_expert(
-        self, model: ModelReference, weight: WeightInfo, base: Tensor, device: Device
-    ) -> Tensor:
-        expert = self.load(model, weight, device)
-        if expert is None:
-            raise ValueError(
-                f"Expert {model} lacks tensor {weight.name}, which the base {self.base} "
-                "holds; complete the checkpoint or leave the expert out of the merge."
-            )
-        if weight.vocabulary_axis is not None:
-            compare_vocabularies(weight, (self.base, base), (model, expert))
-        if expert.shape != base.shape:
-            raise ValueError(
-                f"Tensor {weight.name} has shape {list(expert.shape)} in expert {model} but "
-                f"{list(base.shape)} in the base {self.base}; merge fine-tunes of one base."
-            )
-        return expert
-
     def _equal(self, weight: WeightInfo, other: WeightInfo) -> bool:
         """Return whether two weights are equal in every model, the base included."""
         return all(
@@ -268,16 +222,6 @@ class Checkpoints:
             if (first := self.load(model, weight, "cpu")) is not None
             and (second := self.load(model, other, "cpu")) is not None
         )
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Results for one tensor: squared norms, stored dtype, number of elements, inner products."""
-
-    norms: Norms
-    dtype: torch.dtype
-    size: int
-    products: list[list[float]]
 
 
 def _load_task(model: ModelReference, weight: WeightInfo, device: Device = "cpu") -> LoadTensor:

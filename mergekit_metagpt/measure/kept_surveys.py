@@ -11,7 +11,8 @@ from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.workers import Mapper, in_this_process
 
 if TYPE_CHECKING:
-    from mergekit_metagpt.measure.checkpoints import Checkpoints, Device
+    from mergekit_metagpt.measure.checkpoints import Checkpoints
+    from mergekit_metagpt.measure.tensors import Device
 
 # A merge checks its files at each tensor. On a file server, each check costs a round trip.
 _SECONDS_BETWEEN_LOOKS = 1.0

@@ -16,8 +16,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.merging.inputs import Inputs
+from mergekit_metagpt.method.summary import Entry, Summary
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.summary import Entry, Summary
 
 # MergeKit's options, besides the seed, that change what is written.
 _DECIDING = (

@@ -20,7 +20,7 @@ from mergekit_metagpt.mergekit_private import shard_name
 from mergekit_metagpt.merging.ranges import require_in_range
 from mergekit_metagpt.method.merge_method import register
 from mergekit_metagpt.method.session import SESSION
-from mergekit_metagpt.summary import Entry
+from mergekit_metagpt.method.summary import Entry
 
 UNFINISHED = "unfinished-"
 

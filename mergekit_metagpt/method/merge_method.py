@@ -30,7 +30,7 @@ from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
 from mergekit_metagpt.method.parameters import with_priors
 from mergekit_metagpt.method.random_streams import own_stream
 from mergekit_metagpt.method.session import SESSION, checkpoints_of
-from mergekit_metagpt.summary import Entry
+from mergekit_metagpt.method.summary import Entry
 from mergekit_metagpt.task_vectors import add_task_vectors, working_dtype
 
 _PAPER = "https://arxiv.org/abs/2406.11385"

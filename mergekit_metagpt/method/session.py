@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_metagpt.advice import share, warnings
 from mergekit_metagpt.measure.kept_surveys import KeptSurveys
 from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
-from mergekit_metagpt.summary import Entry, Summary
+from mergekit_metagpt.method.advice import share, warnings
+from mergekit_metagpt.method.summary import Entry, Summary
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions

@@ -160,7 +160,7 @@ def _written(path: tuple[int | str, ...], *last: int | str) -> str:
 class Level:
     """A mapping in a raw config that MergeKit reads into a class of its own."""
 
-    place: str
+    path: str
     values: dict[Any, Any]
     schema: type[BaseModel]
 
@@ -168,7 +168,7 @@ class Level:
     def at(self) -> str:
         """The place in words, with the model that it is about."""
         model = f" ({self.values['model']})" if "model" in self.values else ""
-        return f" at {self.place}{model}" if self.place else ""
+        return f" at {self.path}{model}" if self.path else ""
 
     @property
     def is_input(self) -> bool:
@@ -177,14 +177,14 @@ class Level:
 
 
 def levels(
-    values: dict[Any, Any], schema: type[BaseModel] = MergeConfiguration, place: str = ""
+    values: dict[Any, Any], schema: type[BaseModel] = MergeConfiguration, path: str = ""
 ) -> Iterator[Level]:
     """Yield a raw config and all levels within it, whether MergeKit can read them or not."""
-    yield Level(place, values, schema)
+    yield Level(path, values, schema)
     for key in _CHILDREN.keys() & schema.model_fields.keys():
         for index, member in _members(key, values.get(key)):
             if isinstance(member, dict):
-                yield from levels(member, _CHILDREN[key], f"{place}.{key}{index}".lstrip("."))
+                yield from levels(member, _CHILDREN[key], f"{path}.{key}{index}".lstrip("."))
 
 
 def _members(key: str, value: Any) -> list[tuple[str, Any]]:
@@ -200,13 +200,13 @@ class Part:
     """A list of models that a config merges with each other.
 
     Attributes:
-        at: where it is, in words.
+        path: where it is, such as ``slices[0]``.
         place: the module, empty outside of any, and the number of the slice.
         holder: what has the list; a slice, or a config or module that has no slices.
         base: θ_0 there, if there is one.
     """
 
-    at: str
+    path: str
     place: Place
     holder: MergeConfiguration | OutputModuleDefinition | OutputSliceDefinition
     base: ModelReference | None

@@ -15,11 +15,11 @@ from mergekit.options import MergeOptions
 from mergekit_metagpt.granularities import GRANULARITIES
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
+from mergekit_metagpt.method.summary import Entry, Summary
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.config import Place, parameter_sets
 from mergekit_metagpt.planning.measurements import Measurements
 from mergekit_metagpt.planning.planner import Planner, TensorMerge
-from mergekit_metagpt.summary import Entry, Summary
 from mergekit_metagpt.wording import BadInputError
 from mergekit_metagpt.workers import Mapper, in_this_process
 

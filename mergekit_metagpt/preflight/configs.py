@@ -37,7 +37,7 @@ def _unknown_keys(raw: dict[str, Any], file: str, method: MergeMethod | None) ->
     parameters = {p.name for p in method.spec.parameters} if method else set()
     for level in levels(raw):
         known = set(level.schema.model_fields)
-        ignored = set() if level.place else {"name"}  # mergekit-multi's
+        ignored = set() if level.path else {"name"}  # mergekit-multi's
         for key in level.values:
             if key in known | ignored:
                 continue

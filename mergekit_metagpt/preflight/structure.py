@@ -23,15 +23,15 @@ def bad_structure(config: MergeConfiguration, file: str, method: MergeMethod) ->
     for part in parts(config):
         twice = [str(model) for model, count in Counter(part.models).items() if count > 1]
         for model in twice:
-            yield f"{file} lists model {model} twice at {part.at}; leave one of them out."
+            yield f"{file} lists model {model} twice at {part.path}; leave one of them out."
         if needs_base and not set(part.models) - {part.base}:
             yield (
-                f"{file} merges no expert at {part.at}: besides the base {part.base} nothing "
+                f"{file} merges no expert at {part.path}: besides the base {part.base} nothing "
                 "is listed; add the models that were fine-tuned from it."
             )
         elif needs_base and part.is_slice and part.base not in part.models:
             yield (
-                f"{file} does not list the base {part.base} at {part.at}; add it to the "
+                f"{file} does not list the base {part.base} at {part.path}; add it to the "
                 "sources, with the layer_range that it takes part with."
             )
         elif not twice:
@@ -47,7 +47,7 @@ def _against_contract(part: Part, file: str, method: MergeMethod) -> Iterator[st
         method.spec.contract.validate_ids(ids, part.base)
     except ValueError as error:
         yield (
-            f"{file} is wrong at {part.at}: {str(error)[:1].lower()}{str(error)[1:]}, says "
+            f"{file} is wrong at {part.path}: {str(error)[:1].lower()}{str(error)[1:]}, says "
             f"MergeKit of {method.spec.name}; correct the list."
         )
 
@@ -65,12 +65,13 @@ def bad_layers(
             what = f"{file} takes the layer_range [{first}, {end}] of model {source.model}"
             if not 0 <= first < end:
                 yield (
-                    f"{what} at {part.at}, which holds no layer; write the first layer, from 0, "
+                    f"{what} at {part.path}, which holds no layer; write the first layer, from 0, "
                     "and the one after the last, such as [0, 3]."
                 )
             elif layers is not None and end > layers:
                 yield (
-                    f"{what} at {part.at}, which has {layers} layers; end it at {layers} or before."
+                    f"{what} at {part.path}, which has {layers} layers; end it at {layers} or "
+                    "before."
                 )
 
 

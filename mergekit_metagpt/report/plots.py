@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.names import short_names
-from mergekit_metagpt.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

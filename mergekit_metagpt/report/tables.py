@@ -9,11 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mergekit_metagpt.advice import share, warnings
 from mergekit_metagpt.coefficients import bound, bound_of_parts, scaling_coefficients
+from mergekit_metagpt.method.advice import share, warnings
+from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.forecast import Forecast
-from mergekit_metagpt.summary import Summary
 
 # The choices of λ whose bounds are compared, by their keys in JSON.
 _BOUNDS = {

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from mergekit_metagpt.coefficients import scaling_coefficients
-from mergekit_metagpt.summary import Summary
+from mergekit_metagpt.method.summary import Summary
 
 # An expert with more than this share leaves next to nothing of the others.
 DOMINANT = 0.9

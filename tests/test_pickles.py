@@ -1,0 +1,57 @@
+"""Weight files in torch's format hold pickles, which may ask for any function to be called."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import llama_config, merge_config, save_family, write_yaml
+from mergekit.scripts import run_yaml
+
+from mergekit_metagpt.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+class Malicious:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, directory: Path):
+        self._directory = str(directory)
+
+    def __reduce__(self):
+        return os.mkdir, (self._directory,)
+
+
+def unpickle(file: Path) -> None:
+    torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("words", [[], ["--lazy-unpickle"]], ids=["eager", "lazy"])
+@pytest.mark.parametrize(
+    "command", ["check", "coefficients", "resolve", "diagnose", "merge", "mergekit-yaml"]
+)
+def test_what_a_weight_file_asks_for_is_never_done(command, words, tmp_path):
+    paths = save_family(tmp_path, llama_config(), scales=(0.01,))
+    done = tmp_path / "done"
+    Path(paths["a"], "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Malicious(done)}, Path(paths["a"], "pytorch_model.bin"))
+    config = str(write_yaml(tmp_path / "merge.yml", merge_config(paths)))
+    out = [str(tmp_path / "out")] if "merge" in command else []
+    if command == "mergekit-yaml":
+        result = CliRunner().invoke(run_yaml.main, [config, *out, *words])
+    else:
+        result = CliRunner().invoke(main, [command, config, *out, *words])
+    assert result.exit_code == 1
+    assert not done.exists()
+    unpickle(Path(paths["a"], "pytorch_model.bin"))
+    assert done.exists()
+
+
+def test_no_torch_is_allowed_that_does_it_and_the_lowest_is_tested():
+    (lowest,) = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
+    assert [int(number) for number in lowest.split(".")] >= [2, 6]
+    workflow = (ROOT / ".github/workflows/tests.yml").read_text("utf-8")
+    assert f'LOWEST_TORCH: "{lowest}.0"' in workflow
