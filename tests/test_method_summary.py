@@ -2,8 +2,8 @@
 
 import pytest
 
-from mergekit_metagpt.advice import warnings
-from mergekit_metagpt.summary import Entry, Summary
+from mergekit_metagpt.method.advice import warnings
+from mergekit_metagpt.method.summary import Entry, Summary
 
 
 def entry(tensor, norms, *, granularity="tensor", size=1, priors=(1.0, 1.0), exponent=2.0):
