@@ -740,12 +740,13 @@ def test_aliases_of_aliases_are_refused(bomb, tmp_path):
 
 def test_a_top_level_anchor_that_is_used_by_every_model_is_no_bomb(family, tmp_path):
     shared = {"weight": [0.5] * 100}
-    config = merge_config(family, x=shared)
+    config = {"x": shared, **merge_config(family)}
     for model in config["models"]:
         model["parameters"] = shared
     file = write_yaml(tmp_path / "merge.yml", config)
     assert "&id001" in file.read_text()
     assert read_config(str(file)).parse().models[1].parameters == shared
+    assert not inspect(str(file)).problems
 
 
 def test_a_config_without_an_end_is_refused(tmp_path, monkeypatch):

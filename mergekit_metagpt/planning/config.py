@@ -1,5 +1,6 @@
 """Merge configs: read once, and walked, here."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -48,6 +49,12 @@ class ConfigFile:
     name: str
     text: str
     raw: dict[str, Any]
+
+    @property
+    def anchored(self) -> set[str]:
+        """The top-level keys under which a YAML anchor is defined, to be used elsewhere."""
+        blocks = re.split(r"^(?=\S)", self.text, flags=re.MULTILINE)
+        return {b.partition(":")[0].strip("'\" ") for b in blocks if re.search(r"[\s\[{,]&\w", b)}
 
     def parse(self) -> MergeConfiguration:
         """Return the config as MergeKit reads it.

@@ -71,7 +71,7 @@ def ignored(config: ConfigFile) -> list[str]:
     """Return a sentence for each setting of a config that MergeKit ignores."""
     register()
     inspection = _Inspection(config, None, MergeOptions())
-    return list(configs.ignored(config.raw, config.name, inspection.method()))
+    return list(configs.ignored(config, inspection.method()))
 
 
 @dataclass
@@ -104,7 +104,7 @@ class _Inspection:
     def _look_at_config(self) -> MergeConfiguration:
         written = self.written
         method = self.method()
-        self.problems += configs.ignored(written.raw, self.file, method)
+        self.problems += configs.ignored(written, method)
         if method is not None:
             self.problems += configs.bad_parameters(written.raw, self.file, method)
         config = written.parse()

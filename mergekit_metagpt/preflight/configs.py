@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from mergekit_metagpt.mergekit_private import chat_templates
 from mergekit_metagpt.method.parameters import with_priors
-from mergekit_metagpt.planning.config import Level, levels
+from mergekit_metagpt.planning.config import ConfigFile, Level, levels
 from mergekit_metagpt.planning.headers import FLOAT_NAMES
 from mergekit_metagpt.wording import instead, nearest
 
@@ -26,26 +26,30 @@ def no_accelerator(options: MergeOptions) -> Iterator[str]:
         yield "There is no GPU here, which --multi-gpu asks for; leave that option out."
 
 
-def ignored(raw: dict[str, Any], file: str, method: MergeMethod | None) -> Iterator[str]:
+def ignored(config: ConfigFile, method: MergeMethod | None) -> Iterator[str]:
     """Find what MergeKit silently ignores."""
-    yield from _unknown_keys(raw, file, method)
+    yield from _unknown_keys(config, method)
     if method is not None:
-        yield from _ignored_parameters(raw, file, method)
+        yield from _ignored_parameters(config.raw, config.name, method)
 
 
-def _unknown_keys(raw: dict[str, Any], file: str, method: MergeMethod | None) -> Iterator[str]:
+def _unknown_keys(config: ConfigFile, method: MergeMethod | None) -> Iterator[str]:
     parameters = {p.name for p in method.spec.parameters} if method else set()
-    for level in levels(raw):
+    for level in levels(config.raw):
         known = set(level.schema.model_fields)
         ignored = set() if level.path else {"name"}  # mergekit-multi's
         for key in level.values:
             if key in known | ignored:
                 continue
             close = nearest(key, known - set(level.values))
+            if not (close or level.path) and key in config.anchored:
+                continue
             way = f"write {close} instead" if close else "remove it"
             if key in parameters and "parameters" in known:
                 way = "move it under parameters there"
-            yield f"{file} has the unknown key {key}{level.at}, which MergeKit ignores; {way}."
+            yield (
+                f"{config.name} has the unknown key {key}{level.at}, which MergeKit ignores; {way}."
+            )
 
 
 def _ignored_parameters(raw: dict[str, Any], file: str, method: MergeMethod) -> Iterator[str]:
