@@ -495,7 +495,7 @@ def test_a_tokenizer_setting_needs_a_tokenizer(own, problems):
         ),
         (
             lambda c: [s.update(layer_range=[2, 9]) for s in c["slices"][0]["sources"]],
-            ("the layer_range [2, 9]", "at slices[0], which has 3 layers", "end it at 3"),
+            ("the layer_range [2, 9]", "at slices[0], but the model has 3 layers", "end it at 3"),
         ),
         *(
             (
@@ -771,7 +771,7 @@ def test_multi_gpu_without_a_gpu_is_refused(check, family, monkeypatch):
     done = check(merge_config(family), "--multi-gpu")
     assert done.exit_code == 1
     assert done.stderr == (
-        "There is no GPU here, which --multi-gpu asks for; leave that option out.\n"
+        "--multi-gpu needs a GPU, and this machine has none; leave that option out.\n"
     )
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     assert check(merge_config(family), "--multi-gpu").exit_code == 0
