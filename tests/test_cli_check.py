@@ -294,7 +294,7 @@ def test_parameters_are_checked_as_the_method_needs_them(
     ("text", "parts"),
     [
         ("a: [1", ("is not YAML", "line 1")),
-        ("- a\n- b\n", ("no mapping",)),
+        ("- a\n- b\n", ("is not a mapping",)),
         ("a: 1\n---\nb: 2\n", ("several merges", "mergekit-multi")),
         (b"\xff\xfe\x00", ("cannot be read",)),
         (None, ("does not exist",)),
@@ -762,7 +762,7 @@ def test_a_pipe_in_place_of_a_weight_file_is_refused(name, own, tmp_path):
     file = write_yaml(tmp_path / "merge.yml", merge_config(own))
     (problem,) = inspect(str(file)).problems
     assert str(Path(own["a"], name)) in problem
-    assert "it is a pipe or a device, and no file" in problem
+    assert "it is a pipe or a device, not a file" in problem
     assert "download it again" in problem
 
 
