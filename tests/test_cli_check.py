@@ -294,7 +294,7 @@ def test_parameters_are_checked_as_the_method_needs_them(
     ("text", "parts"),
     [
         ("a: [1", ("is not YAML", "line 1")),
-        ("- a\n- b\n", ("no mapping",)),
+        ("- a\n- b\n", ("is not a mapping",)),
         ("a: 1\n---\nb: 2\n", ("several merges", "mergekit-multi")),
         (b"\xff\xfe\x00", ("cannot be read",)),
         (None, ("does not exist",)),
@@ -495,7 +495,7 @@ def test_a_tokenizer_setting_needs_a_tokenizer(own, problems):
         ),
         (
             lambda c: [s.update(layer_range=[2, 9]) for s in c["slices"][0]["sources"]],
-            ("the layer_range [2, 9]", "at slices[0], which has 3 layers", "end it at 3"),
+            ("the layer_range [2, 9]", "at slices[0], but the model has 3 layers", "end it at 3"),
         ),
         *(
             (
@@ -763,7 +763,7 @@ def test_a_pipe_in_place_of_a_weight_file_is_refused(name, own, tmp_path):
     file = write_yaml(tmp_path / "merge.yml", merge_config(own))
     (problem,) = inspect(str(file)).problems
     assert str(Path(own["a"], name)) in problem
-    assert "it is a pipe or a device, and no file" in problem
+    assert "it is a pipe or a device, not a file" in problem
     assert "download it again" in problem
 
 
@@ -772,7 +772,7 @@ def test_multi_gpu_without_a_gpu_is_refused(check, family, monkeypatch):
     done = check(merge_config(family), "--multi-gpu")
     assert done.exit_code == 1
     assert done.stderr == (
-        "There is no GPU here, which --multi-gpu asks for; leave that option out.\n"
+        "--multi-gpu needs a GPU, and this machine has none; leave that option out.\n"
     )
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     assert check(merge_config(family), "--multi-gpu").exit_code == 0

@@ -255,7 +255,10 @@ def test_nan_is_one_sentence_and_a_traceback_only_with_verbose(tmp_path):
     ("text", "sentence"),
     [
         ("merge_method: [", "bad.yml is not YAML (while parsing a flow node"),
-        ("just text", "bad.yml is no mapping of keys to values; start from one of example_configs"),
+        (
+            "just text",
+            "bad.yml is not a mapping of keys to values; start from one of example_configs",
+        ),
         ("models: []", "bad.yml lacks merge_method; add it."),
         ("merge_method: linear\nmodels: [{model: x}]", "merge_method linear has no coefficients"),
     ],

@@ -93,7 +93,7 @@ class TestLeftovers:
         leftover.mark.write_text("elsewhere")
         merge(config, out)
         assert leftover.path.is_dir()
-        assert f"{leftover.path} is of a merge on host elsewhere" in caplog.text
+        assert f"{leftover.path} belongs to a merge on host elsewhere" in caplog.text
 
     def test_nothing_else_is(self, config, out):
         others = {

@@ -1,7 +1,7 @@
 """Weights that MergeKit does not know of, as far as a survey can tell.
 
-``mergekit-metagpt check`` knows the plan of a merge, and refuses to lose any. Stock
-``mergekit-yaml`` shows a merge method no plan, but a survey sees what the models hold.
+``mergekit-metagpt check`` knows the plan of a merge, and refuses one that would lose weights.
+Stock ``mergekit-yaml`` does not show its plan to a merge method, but a survey sees all tensors.
 """
 
 import logging
@@ -21,11 +21,11 @@ LOG = logging.getLogger(__name__)
 def warn_of_unread(
     base: ModelReference, weights: Iterable[WeightInfo], held: Collection[str]
 ) -> None:
-    """Log a warning that names weights of the base that no merge will hold.
+    """Log a warning that names weights of the base that the merge will drop.
 
     Args:
         base: the model.
-        weights: what MergeKit knows of its architecture.
+        weights: what MergeKit's description of its architecture names.
         held: the names of all its tensors.
     """
     if names := _unread(base, weights, held):
@@ -44,7 +44,7 @@ def _unread(
     for weight in weights:
         names = {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
         if names.isdisjoint(held) and not weight.optional:
-            return []  # it is made from others, and which ones is not known here
+            return []  # MergeKit makes it from others, and a survey cannot tell which
         read |= names
     unread = [name for name in sorted(held) if name not in read]
     unread = [name for name in unread if not name.endswith((*COMPUTED, *MASKS))]

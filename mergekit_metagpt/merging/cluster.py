@@ -1,8 +1,8 @@
-"""Merges on a Ray cluster: a task for each output shard, and the bytes of a local merge.
+"""Merges on a Ray cluster: one task for each output shard, and the same bytes as a local merge.
 
-MergeKit's planner says which tensors there will be, and headers how large they are. That
-settles which of them its writer puts into which file, before any is merged; so a task can be
-given the part of the plan that fills one file. What tasks have in common is done once, here:
+MergeKit's planner says which tensors the output will have, and headers say how large they are.
+So it is known before the merge which tensors MergeKit's writer puts into which file, and each
+task gets the part of the plan that fills one file. Work that all tasks share is done once, here:
 LoRA adapters are applied, the tokenizer is built, the models are surveyed.
 """
 
@@ -52,19 +52,20 @@ def merge_on_cluster(
     *,
     mapper: RayMapper,
 ) -> None:
-    """Merge on a Ray cluster, to the bytes of :func:`mergekit_metagpt.merging.whole.merge_here`.
+    """Merge on a Ray cluster; the bytes are those of ``whole.merge_here``.
 
-    A task runs as many threads as PyTorch has in this process (``--num-threads``) and takes up
-    as many CPUs: sums that the sparsified methods take depend on it in their last bits.
+    Each task runs with the number of threads that PyTorch has in this process
+    (``--num-threads``), and reserves that many CPUs. The last bits of sums in the sparsified
+    methods depend on this number.
 
     Args:
         config: what to merge, by a method of this package.
-        directory: to be made, on storage that all machines of the cluster share.
+        directory: the directory to make, on storage that all machines of the cluster share.
         options: MergeKit's options.
         mapper: the cluster.
 
     Raises:
-        ValueError: if the method is another one, or an input or the result is not finite.
+        ValueError: if the method is not this package's, or an input or the result is not finite.
         FileNotFoundError: if a machine does not see ``directory``.
     """
     _require_own_method(config)
@@ -103,8 +104,8 @@ def _require_own_method(config: MergeConfiguration) -> None:
     register()
     if not isinstance(merge_methods.get(config.merge_method), MetaGPTMerge):
         raise ValueError(
-            "On a cluster tensors are merged in no fixed order, on which the random numbers of "
-            f"MergeKit's own methods depend; choose metagpt or a metagpt_X in place of "
+            "The random numbers of MergeKit's own methods depend on the order of the tensors, "
+            f"which is not fixed on a cluster; choose metagpt or a metagpt_X in place of "
             f"{config.merge_method}, or merge without --ray."
         )
 
@@ -130,7 +131,7 @@ def _plan(config: MergeConfiguration, options: MergeOptions) -> tuple[Outputs, l
 def _take_surveys(
     outputs: Outputs, options: MergeOptions, mapper: RayMapper
 ) -> dict[Checkpoints, Survey]:
-    """Measure on the cluster what the merge of any tensor will ask for."""
+    """Take all surveys that the merge will need, on the cluster."""
     wanted = set()
     for tensor in outputs.tensors:
         if not GRANULARITIES[tensor.merge.parameters["granularity"]].needs_survey:
@@ -153,7 +154,7 @@ def _write_model_files(
     architecture: ModelArchitecture,
     info: TokenizerInfo | None,
 ) -> None:
-    """Write what belongs to the weights, with the functions and in the order of ``run_merge``."""
+    """Write all files but the weights, with the functions and in the order of ``run_merge``."""
     model_config = model_out_config(config, architecture, options.trust_remote_code)
     if info is not None:
         multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
@@ -165,6 +166,6 @@ def _write_model_files(
     elif options.copy_tokenizer:
         try:
             copy_tokenizer(config, str(directory), options)
-        except Exception as error:  # of any of the many tokenizers
+        except Exception as error:  # tokenizers raise many kinds of errors
             LOG.error("Failed to copy tokenizer: %s. Copy it from somewhere else.", error)
     copy_tagalong_files(config, str(directory), architecture.tagalong_files or [], options)

@@ -1,4 +1,4 @@
-"""The weight files that a merge reads, and proof that they were the same from start to end."""
+"""The weight files that a merge reads, and a check that they did not change meanwhile."""
 
 import re
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Inputs:
 
     Attributes:
         models: for each model its name, revision and files, as JSON types.
-        stats: what tells whether a file has changed.
+        stats: the state of each file, to see whether it has changed.
     """
 
     models: list[dict[str, Any]]
@@ -49,7 +49,7 @@ class Inputs:
         if changed:
             raise BadInputError(
                 f"Weight file {changed[0]} has changed since this merge began, which would mix two "
-                "models; merge again when nobody writes to it."
+                "models; merge again when no program writes to it."
             )
 
 

@@ -1,4 +1,4 @@
-"""Whether a merge fits into the dtype that it is rounded to, which MergeKit does unchecked."""
+"""Checks that a merge does not overflow the dtype that MergeKit rounds it to, unchecked."""
 
 from collections.abc import Iterable
 from operator import itemgetter
@@ -14,10 +14,11 @@ from mergekit_metagpt.wording import BadInputError
 
 
 def may_overflow(out_dtype: str | None, merged: Iterable[torch.dtype]) -> bool:
-    """Return whether numbers of some dtypes can be too large for the output's.
+    """Return whether numbers of the merged dtypes can be too large for the output's dtype.
 
-    Into float16 anything can be. What float32 holds fits into bfloat16, but for numbers above
-    3.39e38, which no model has; to find these, every such merge would have to be read back.
+    For float16, numbers of any dtype can. For bfloat16, float32 numbers above 3.39e38 are too
+    large, but no model has them, and to find them every such merge would be read back. So they
+    are ignored.
     """
     dtype = dtype_from_name(out_dtype)
     if dtype is None or not dtype.is_floating_point:
@@ -46,7 +47,7 @@ def require_in_range(merged: Path, out_dtype: str | None) -> None:
     """
     if out_dtype is None:
         return
-    # Not parsed from a string: the path may hold the + and @ of references.
+    # Not parsed from a string: the path may contain + and @, which references use.
     reference = ModelReference(model=ModelPath(path=str(merged)))
     loader = reference.lazy_loader(lazy_unpickle=False)
     for name, _ in sorted(loader.index.tensor_paths.items(), key=itemgetter(1)):  # by shard

@@ -66,7 +66,7 @@ def merge_record(
 
 
 def _deciding_options(config: MergeConfiguration, options: MergeOptions) -> list[str]:
-    """Return the options besides the seed that the bytes depend on, as the command takes them."""
+    """Return the command's options, besides the seed, that the bytes of the output depend on."""
     defaults = MergeOptions()
     words: list[str] = []
     for name in _DECIDING:
@@ -79,7 +79,7 @@ def _deciding_options(config: MergeConfiguration, options: MergeOptions) -> list
             words += [f"--{option}", str(value)]
     if any(model.lora for model in config.referenced_models()):
         words += ["--lora-merge-cache", "lora-cache"]
-    if config.merge_method != "metagpt":  # MergeKit's sums depend on it in their last bits
+    if config.merge_method != "metagpt":  # the last bits of MergeKit's sums depend on it
         words += ["--num-threads", str(torch.get_num_threads())]
     return words
 
@@ -102,7 +102,7 @@ def write_card(
 
 
 class _OrderedConfiguration(MergeConfiguration):
-    """A config whose models come in one order, so that two runs write the same card."""
+    """A config whose models come in a fixed order, so that two runs write the same card."""
 
     def referenced_models(self) -> list[ModelReference]:
         return canonical(super().referenced_models())

@@ -20,16 +20,16 @@ LOG = logging.getLogger(__name__)
 def reserved(destination: Destination) -> Iterator[Partial]:
     """Keep an output for one merge, and make a directory to write it to.
 
-    What merges into this output left behind when they were killed is removed first.
+    First removes what killed merges into this output have left behind.
 
     Raises:
-        BadInputError: if another merge is running, or the output is in use.
+        BadInputError: if another merge is writing the output, or it is not empty.
     """
     destination.workplace.mkdir(parents=True, exist_ok=True)
     with _locked(destination) as is_locked:
         if destination.contents():
             raise BadInputError(f"Output directory {destination.path} is not empty.")
-        if is_locked:  # so the merges of this host that made these are dead
+        if is_locked:  # so the merges on this host that made these are dead
             for leftover in list(destination.unfinished()):
                 _discard_own(leftover)
         partial = destination.new_partial()
@@ -67,16 +67,18 @@ def _locked(destination: Destination) -> Iterator[bool]:
 
 
 def _discard_own(leftover: Partial) -> None:
-    """Remove a leftover of this host; some network file systems lock for one host only."""
+    """Remove a leftover of this host; some network file systems lock within one host only."""
     host = leftover.mark.read_text(encoding="utf-8")
     if host == gethostname():
         discard(leftover)
     else:
-        LOG.warning("%s is of a merge on host %s; remove it if that ended.", leftover.path, host)
+        LOG.warning(
+            "%s belongs to a merge on host %s; remove it if that has ended.", leftover.path, host
+        )
 
 
 def publish(partial: Partial, destination: Destination) -> None:
-    """Let a whole merge appear as the output; if that fails it is where it was."""
+    """Move a complete merge to the output; if that fails, it stays in its partial directory."""
     if destination.exists:
         _move_files(partial.path, destination)
         partial.path.rmdir()
@@ -86,7 +88,7 @@ def publish(partial: Partial, destination: Destination) -> None:
 
 
 def _move_files(source: Path, destination: Destination) -> None:
-    """Move the files of a model into the output, those last without which none can load it."""
+    """Move a model's files into the output, last those without which it cannot be loaded."""
     if destination.contents():
         raise FileExistsError(f"{destination.path} is no longer empty")
     files = sorted(source.iterdir(), key=lambda file: (_rank(file.name), file.name))
@@ -107,7 +109,7 @@ def _rank(name: str) -> int:
 
 
 def keep(partial: Partial) -> None:
-    """Let no later merge remove a directory."""
+    """Keep later merges from removing a directory."""
     partial.mark.unlink(missing_ok=True)
 
 

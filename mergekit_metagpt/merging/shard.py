@@ -1,4 +1,4 @@
-"""One file of a merge's output, merged and written by whichever process is asked to."""
+"""One weight file of the output, which any process can merge and write."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -51,10 +51,10 @@ class ShardMerge:
         directory: where the output is gathered.
         options: MergeKit's.
         out_dtype: the config's, if numbers can be too large for it; else None.
-        seed: of the random numbers.
-        threads: of PyTorch.
+        seed: the seed of the random numbers.
+        threads: how many threads PyTorch uses.
         surveys: the squared norms that coefficients come from.
-        tokenizer: the task that builds the output's, if there is one, and its result.
+        tokenizer: the task that builds the output's tokenizer, if there is one, and its result.
     """
 
     directory: Path
@@ -70,7 +70,7 @@ class ShardMerge:
         if not self.directory.is_dir():
             raise FileNotFoundError(
                 f"Machine {gethostname()} of the cluster does not see {self.directory}; choose an "
-                "output directory on storage that all of them share."
+                "output directory on storage that all machines share."
             )
         register()
         torch.manual_seed(self.seed)
@@ -88,7 +88,7 @@ class ShardMerge:
         return Written(file, tuple(writer.weight_map), writer.total_size, entries)
 
     def _execute(self, saves: Sequence[SaveTensor], directory: str) -> TensorWriter:
-        """Run MergeKit's executor and writer; return the latter, which knows what it wrote."""
+        """Run MergeKit's executor and writer; return the writer, which knows what it wrote."""
         writer_task = TensorWriterTask(
             out_path=directory,
             max_shard_size=0,

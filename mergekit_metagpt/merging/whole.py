@@ -28,7 +28,7 @@ Merger = Callable[[MergeConfiguration, Path, MergeOptions], None]
 
 def merge_here(config: MergeConfiguration, directory: Path, options: MergeOptions) -> None:
     """Merge in this process, with MergeKit's ``run_merge``."""
-    # Its card asks the hub about local paths, when hours of work have been done.
+    # To write a card, MergeKit asks the hub about local paths; that can fail after hours of work.
     run_merge(config, str(directory), options.model_copy(update={"write_model_card": False}))
     if config.out_dtype and may_overflow(config.out_dtype, dtypes_merged(config)):
         require_in_range(directory, config.out_dtype)
@@ -41,11 +41,12 @@ def merge_whole(
     options: MergeOptions,
     merge: Merger = merge_here,
 ) -> None:
-    """Merge in a directory of its own, record the merge, and let the finished whole appear.
+    """Merge into a partial directory, record the merge, and move it to ``out`` when complete.
 
     That directory is ``OUT.metagpt-partial-TOKEN``, beside ``out``, or in it if ``out`` exists.
-    A merge that fails takes it along; one that is killed leaves it to the next merge into
-    ``out``. Once the weights are complete, no failure but a refusal of them removes it.
+    A merge that fails removes it. If a merge is killed, the next merge into ``out`` removes it.
+    Once the weights are complete, it is removed only if they are refused, and kept after any
+    other failure.
 
     Args:
         config: what to merge; MergeKit changes it.
@@ -82,14 +83,14 @@ def merge_whole(
 def _write_card(
     directory: Path, name: str, config: MergeConfiguration, source: str, record: dict[str, Any]
 ) -> None:
-    """Write what MergeKit calls the model card; a failure costs no more than that."""
+    """Write what MergeKit calls the model card; after a failure only the card is missing."""
     (directory / "mergekit_config.yml").write_text(source, encoding="utf-8")
     try:
         write_card(directory / "README.md", name, config, source, record)
     except Exception as error:  # of the hub, which MergeKit asks about paths with one slash
         LOG.warning(
-            "The model card could not be written (%s); the merge goes on without it. MergeKit "
-            "asks the hub about no path that is absolute or starts with ./",
+            "The model card could not be written (%s); the merge goes on without it. For paths "
+            "that are absolute or start with ./ MergeKit does not ask the hub.",
             reason(error),
         )
 
@@ -100,7 +101,7 @@ def _write_record(directory: Path, record: dict[str, Any]) -> None:
 
 
 def _keep_or_discard(partial: Partial, destination: Destination, error: BaseException) -> None:
-    """Remove a merge that failed, unless its weights are complete and nobody refused them.
+    """Remove a merge that failed, unless its weights are complete and were not refused.
 
     Raises:
         RuntimeError: if they are kept.

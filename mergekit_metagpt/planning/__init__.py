@@ -1,1 +1,1 @@
-"""What a config asks for: read, planned by MergeKit, and its coefficients foretold."""
+"""Reads a config, lets MergeKit plan it, and computes its coefficients in advance."""

@@ -1,4 +1,4 @@
-"""Merge configs: read once, and walked, here."""
+"""Reads merge configs, and walks through them."""
 
 import re
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ _CHILDREN: dict[str, type[BaseModel]] = {
     "tokenizer": TokenizerConfig,
 }
 
-# What no written config comes near: characters, and values that aliases repeat.
+# Far above any real config: its characters, and the values that its aliases repeat.
 _LONGEST_TEXT, _MOST_REPEATED = 1 << 27, 1_000_000
 
 # The module of a config, and the number of the slice in it.
@@ -42,8 +42,8 @@ class ConfigFile:
 
     Attributes:
         name: the path of its file, for messages.
-        text: what the file holds.
-        raw: the same as Python's types.
+        text: the contents of the file.
+        raw: the same as Python objects.
     """
 
     name: str
@@ -74,10 +74,11 @@ class ConfigFile:
 def read_config(file: str) -> ConfigFile:
     """Return the config that a file holds; ``-`` is standard input.
 
-    It may be a pipe, which can be read only once: what needs the config takes what is returned.
+    The file may be a pipe, which can be read only once. So pass on the result, and never read the
+    file again.
 
     Raises:
-        BadInputError: if it cannot be read, is no mapping, or is beyond all bounds.
+        BadInputError: if it cannot be read, is not a mapping, or is too large.
     """
     try:
         with click.open_file(file, encoding="utf-8") as stream:
@@ -106,14 +107,14 @@ def read_config(file: str) -> ConfigFile:
         raise BadInputError(f"Merge config {file} is not YAML ({where}); correct it.") from None
     if not isinstance(raw, dict):
         raise BadInputError(
-            f"Merge config {file} is no mapping of keys to values; start from one of "
+            f"Merge config {file} is not a mapping of keys to values; start from one of "
             "example_configs."
         )
     return ConfigFile(file, text, raw)
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """Refuses a few lines whose aliases of aliases stand for more values than memory holds."""
+    """Refuses a config whose nested aliases expand to more values than fit into memory."""
 
     class TooLargeError(Exception):
         """There are too many values."""
@@ -126,7 +127,7 @@ class _BoundedLoader(yaml.SafeLoader):
 
 
 def _values(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
-    """Count the values below a node, those of an alias each time that it is used."""
+    """Count a node and the values below it; an alias counts each time that it is used."""
     if node not in known:
         children = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode):
@@ -144,7 +145,7 @@ def _complaints(error: ValidationError, config: ConfigFile) -> list[str]:
         else:
             said = found["msg"][:1].lower() + found["msg"][1:]
             sentence = f"{config.name} is wrong at {_written(place)}: {said}; correct it."
-        places.setdefault(place, sentence)  # one of a union's many complaints
+        places.setdefault(place, sentence)  # of the complaints about a union, only the first
     return list(places.values())
 
 
@@ -208,8 +209,8 @@ class Part:
 
     Attributes:
         path: where it is, such as ``slices[0]``.
-        place: the module, empty outside of any, and the number of the slice.
-        holder: what has the list; a slice, or a config or module that has no slices.
+        place: the module (empty outside of modules), and the number of the slice.
+        holder: the object with the list: a slice, or a config or module without slices.
         base: θ_0 there, if there is one.
     """
 
@@ -232,16 +233,16 @@ class Part:
 
     @property
     def is_slice(self) -> bool:
-        """Whether it is a part of the layers."""
+        """Whether the list belongs to a slice."""
         return isinstance(self.holder, OutputSliceDefinition)
 
     def replace_inputs(self, inputs: list[Any]) -> None:
-        """Change the config: put other entries in the place of the list's."""
+        """Replace the entries of the list in the config."""
         setattr(self.holder, "sources" if self.is_slice else "models", inputs)
 
 
 def parts(config: MergeConfiguration) -> Iterator[Part]:
-    """Yield the parts of a config: of its modules, or of itself where it names none."""
+    """Yield the parts of a config and of its modules."""
     holders: dict[str, MergeConfiguration | OutputModuleDefinition] = {"": config}
     holders |= config.modules or {}
     for module, holder in holders.items():
@@ -255,7 +256,7 @@ def parts(config: MergeConfiguration) -> Iterator[Part]:
 
 
 def parameter_sets(config: MergeConfiguration) -> Iterator[dict[str, Any]]:
-    """Yield every ``parameters`` mapping of a config, from its inside out."""
+    """Yield every ``parameters`` mapping of a config, the innermost first."""
     found = list(parts(config))
     holders: list[Any] = [entry for part in found for entry in part.inputs]
     holders += [part.holder for part in found if part.is_slice]

@@ -1,4 +1,4 @@
-"""Where a merge is written: the output, and the place that it lies in until it is whole."""
+"""Where a merge is written: its output, and the directory that holds it until it is complete."""
 
 import re
 import secrets
@@ -12,7 +12,7 @@ _UNFINISHED, _REMOVED = ".unfinished", ".removed"
 
 @dataclass(frozen=True)
 class Partial:
-    """A directory that a merge is written to until it is whole.
+    """A directory that a merge is written to until it is complete.
 
     Attributes:
         path: its place; the name is random, so that no two merges ever share one.
@@ -22,12 +22,12 @@ class Partial:
 
     @property
     def mark(self) -> Path:
-        """A file that is there as long as the directory may be removed without being asked."""
+        """A file that exists as long as a later merge may remove the directory."""
         return self.path.with_name(f"{self.path.name}{_UNFINISHED}")
 
     @property
     def removed(self) -> Path:
-        """What the directory is called while it is removed."""
+        """The path of the directory while it is being removed."""
         return self.path.with_name(f"{self.path.name}{_REMOVED}")
 
 
@@ -35,10 +35,10 @@ class Partial:
 class Destination:
     """The output of a merge.
 
-    A merge is written beside its output, which appears by being renamed. Onto a directory that
-    exists nothing can be renamed if it is a mount point, and not every system says that it is
-    one (a container's volume may be on the same disk). So all merges into a directory that
-    exists are written in there, on the disk that they are meant for.
+    A merge is written beside its output, and renamed to it at the end. But nothing can be
+    renamed to an existing directory that is a mount point, and not every system says that it is
+    one (a container's volume may be on the same disk). So a merge into an existing directory is
+    always written inside it, which also uses the right disk.
 
     Attributes:
         path: the output, with links followed.
@@ -71,7 +71,7 @@ class Destination:
         return Partial(self.workplace / f"{self.path.name}.metagpt-partial-{token}")
 
     def unfinished(self) -> Iterator[Partial]:
-        """Yield what merges into this output have marked: the running one's, and dead ones'."""
+        """Yield the directories of unfinished merges into this output, running or dead."""
         for mark in self.workplace.glob(f"*{_UNFINISHED}"):
             name = mark.name.removesuffix(_UNFINISHED)
             prefix, rest = name[: len(self.path.name)], name[len(self.path.name) :]
@@ -79,7 +79,7 @@ class Destination:
                 yield Partial(self.workplace / name)
 
     def contents(self) -> set[Path]:
-        """Return what the output holds, but for what belongs to unfinished merges into it."""
+        """Return what the output holds, except for files of unfinished merges into it."""
         if not self.path.is_dir():
             return set()
         own = {self.lock}

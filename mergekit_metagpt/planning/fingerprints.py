@@ -1,4 +1,4 @@
-"""What tells the files of models apart, without a further pass over terabytes."""
+"""Fingerprints, which tell model files apart without reading terabytes again."""
 
 import hashlib
 import os
@@ -13,15 +13,15 @@ from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.config import parts
 
 _SAMPLES, _SAMPLE = 64, 1 << 16
-# What a model with its adapter applied is made from.
+# The files that decide what a model with its adapter applied looks like.
 _FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter_config.json")
 
 
 def fingerprint(file: Path) -> str:
     """Return the SHA-256 of a file's size and of 64 blocks of 64 KiB, evenly spread over it.
 
-    It tells checkpoints apart without reading all of them; it is no protection against
-    someone who wants to deceive.
+    It tells checkpoints apart without reading all of them. It does not protect against
+    deliberate forgery.
     """
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -35,10 +35,10 @@ def fingerprint(file: Path) -> str:
 def with_fresh_lora_cache(options: MergeOptions, config: MergeConfiguration) -> MergeOptions:
     """Return options whose LoRA cache belongs to the adapters and bases as they are now.
 
-    MergeKit names what it keeps there after the paths of the models. An adapter that was
-    trained again, or another project's ``./lora``, would find the old merge. So it is given
-    a directory within the cache that is named after what the files hold. Given such a
-    directory already, the options stay as they are.
+    MergeKit names the entries of this cache after the paths of the models. So it would reuse
+    an old entry for an adapter that was trained again, or for another project's ``./lora``.
+    The returned options therefore use a subdirectory of the cache, named after the
+    contents of the files. Options that use it already stay as they are.
     """
     named = {*config.referenced_models(), *(part.base for part in parts(config))}
     adapted = canonical(model for model in named if model is not None and model.lora)
@@ -63,4 +63,4 @@ def _contents(model: ModelPath) -> Iterator[str]:
             try:
                 yield f"{file.name} {fingerprint(file) if file.is_file() else ''}"
             except OSError:
-                yield file.name  # as the preflight will say
+                yield file.name  # the preflight reports it

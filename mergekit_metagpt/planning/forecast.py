@@ -1,7 +1,7 @@
 """From a MergeKit config to the coefficients that its merge will use, tensor by tensor.
 
-MergeKit reads the config: its planner applies filters, gradients, slices and modules, and
-this module asks the same functions as the merge for the coefficients of what was planned.
+MergeKit reads the config: its planner applies filters, gradients, slices and modules. This
+module then computes the coefficients of the plan with the same functions as the merge.
 """
 
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class Forecast:
 
     @cached_property
     def summary(self) -> Summary:
-        """What the coefficients come to."""
+        """The coefficients, summarized."""
         return Summary(tensor.entry for tensor in self.tensors)
 
 
@@ -89,10 +89,10 @@ def forecast(
         options: MergeKit's options.
         granularity: used in place of the config's.
         progress: whether a progress bar is shown.
-        mapper: who measures the models.
+        mapper: where the models are measured: in this process, or on a cluster.
 
     Raises:
-        ValueError: if the method is another one, or the merge itself would refuse its inputs.
+        ValueError: if the method is not this package's, or the merge would refuse its inputs.
     """
     method = _method(config)
     config = config.model_copy(deep=True)

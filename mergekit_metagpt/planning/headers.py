@@ -1,4 +1,4 @@
-"""The headers of weight files: names, shapes and dtypes of tensors, but no tensor."""
+"""The headers of weight files: names, shapes and dtypes of tensors, but not their data."""
 
 import json
 import math
@@ -31,7 +31,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
-# The same as a merge config writes them.
+# The same dtypes, as a merge config names them.
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -54,7 +54,7 @@ class Header:
 
     @classmethod
     def of(cls, tensor: torch.Tensor, file: str = "") -> "Header":
-        """Describe a tensor, which may be without data."""
+        """Describe a tensor, which may have no data."""
         dtype = _NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
         return cls(tuple(tensor.shape), dtype, file)
 
@@ -77,7 +77,7 @@ class Weights:
     Attributes:
         directory: where the files are; empty for a repository on the hub.
         tensors: the headers that MergeKit will find, by the name of the tensor.
-        problems: a sentence for each file that is not as it should be.
+        problems: a sentence for each fault of the files.
     """
 
     directory: str = ""
@@ -147,7 +147,7 @@ def read_weights(directory: str, model: Any) -> Weights:
 
 
 def _read_shards(weights: Weights, index: str, model: Any) -> None:
-    """Read the headers of all files in an index, and compare the two."""
+    """Read the headers of all files in an index, and check that the index matches them."""
     try:
         _require_file(index)
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
@@ -192,8 +192,8 @@ def _differences(
     if hidden := [name for name in held if name not in named]:
         yield (
             f"Index {index} of model {model} is stale: {os.path.basename(shard)} holds "
-            f"{counted(hidden)}, which it does not name and MergeKit would not find; save or "
-            "download the model again."
+            f"{counted(hidden)}, which the index does not name and MergeKit would not find; save "
+            "or download the model again."
         )
 
 
@@ -232,10 +232,10 @@ def read_header(path: str, model: Any) -> dict[str, Header]:
 
 
 def _require_file(path: str) -> None:
-    """Raise an OSError for a pipe or a device, which may never come to an end."""
+    """Raise an OSError for a pipe or a device, which may never end."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError("it is a pipe or a device, and no file")
+        raise OSError("it is a pipe or a device, not a file")
 
 
 def _safetensors(path: str) -> Iterator[tuple[str, Header]]:

@@ -18,8 +18,8 @@ def find_weights(model: ModelPath, options: MergeOptions) -> Weights:
     if directory is not None and not os.path.exists(os.path.join(directory, "config.json")):
         if os.path.exists(os.path.join(directory, "adapter_config.json")):
             raise BadInputError(
-                f"Model {model} is a LoRA adapter, and no model by itself; write the model that it "
-                f"was trained on before it, such as base+{model}."
+                f"Model {model} is a LoRA adapter, not a whole model; write it after the model "
+                f"that it was trained on, such as base+{model}."
             )
         raise BadInputError(
             f"Model {model} is no checkpoint: {directory} holds no config.json; correct the path, "
@@ -29,12 +29,12 @@ def find_weights(model: ModelPath, options: MergeOptions) -> Weights:
 
 
 def find_directory(model: ModelPath, options: MergeOptions) -> str | None:
-    """Return where a model is on this machine, or None for one that the hub is to be asked for."""
+    """Return where a model is on this machine, or None if it has to be read from the hub."""
     if os.path.isdir(model.path):
         return model.path
     if os.path.exists(model.path):
         raise BadInputError(
-            f"Model {model} is a file; name the directory that it lies in, or merge files with "
+            f"Model {model} is a file; name the directory that holds it, or merge files with "
             "mergekit-pytorch."
         )
     offline = huggingface_hub.constants.HF_HUB_OFFLINE
@@ -68,9 +68,9 @@ def find_directory(model: ModelPath, options: MergeOptions) -> str | None:
 
 def _ask_hub_for(model: ModelPath) -> None:
     try:
-        # Unlike other questions, this one is not repeated for half a minute.
+        # Other requests are repeated for half a minute if they fail; this one is not.
         huggingface_hub.model_info(model.path, revision=model.revision, timeout=10)
-    except Exception as error:  # of the hub's client, or of whatever connects it
+    except Exception as error:  # of the hub's client, or of its connection
         raise _unreachable(model, error) from None
 
 
@@ -88,7 +88,7 @@ def _weights_on_hub(model: ModelPath) -> Weights:
     except huggingface_hub.errors.NotASafetensorsRepoError:
         raise BadInputError(
             f"Model {model} has no safetensors files on the hub, and other files cannot be checked "
-            f"from afar; run hf download {model.path} first."
+            f"before they are downloaded; run hf download {model.path} first."
         ) from None
     except Exception as error:
         raise _unreachable(model, error) from None

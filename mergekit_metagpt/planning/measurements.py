@@ -30,7 +30,7 @@ class Measured:
         experts: those that contribute to it, T of them, in canonical order.
         squared_norms: ‖τ_t‖², T floats.
         size: how many elements it has.
-        dtype: what it is merged in.
+        dtype: the dtype that it is merged in.
         in_place: whether every model contributes its own tensor of this name.
     """
 
@@ -81,7 +81,7 @@ class Measurements:
         )
 
     def take(self, merges: Sequence[TensorMerge]) -> None:
-        """Measure every tensor: as the survey has done, where it has, else as MergeKit loads it."""
+        """Take each tensor's norms from the survey, or else measure it as MergeKit loads it."""
         others: dict[Task[Any], list[TensorMerge]] = {}
         for merge in merges:
             experts = tuple(canonical(set(merge.models) - {self.base}))
@@ -120,7 +120,7 @@ class Measurements:
 
 
 def _calculates_alike(merge: TensorMerge, stored: torch.dtype) -> bool:
-    """Whether the norms of tensors as MergeKit loads them are, bit for bit, those as stored."""
+    """Whether tensors have the same norms, bit for bit, as MergeKit loads them and as stored."""
     dtypes = {dtype_from_name(load.dtype) or stored for load in merge.loads.values()}
     return all(
         torch.promote_types(stored, dtype) == dtype

@@ -24,12 +24,12 @@ class ModelFiles:
 
     Attributes:
         model: the reference that the config has.
-        config: the model's own; None if it cannot be read.
-        weights: the headers. For an adapter that MergeKit has still to apply, those of the
-            model that it will be applied to.
+        config: the model's own config; None if it cannot be read.
+        weights: the headers. For an adapter that MergeKit has not applied yet, those of the model
+            that it will be applied to.
         adapter: the adapter's weight file.
         to_apply: where MergeKit will write the model with its adapter applied, before merging.
-        problems: one sentence each.
+        problems: what is wrong, one sentence each.
     """
 
     model: ModelReference
@@ -41,7 +41,7 @@ class ModelFiles:
 
     @cached_property
     def identity(self) -> frozenset[tuple[int, int]]:
-        """Device and inode of each weight file, the adapter's too: the same for every spelling."""
+        """Device and inode of each weight file, also the adapter's; the same for every spelling."""
         if self.model.lora and not self.adapter:
             return frozenset()  # on the hub
         files = [*self.weights.files, *([self.adapter] if self.adapter else [])]
@@ -55,7 +55,7 @@ class ModelFiles:
 
     @cached_property
     def description(self) -> ModelArchitecture | None:
-        """What MergeKit knows of that class; None if it has to guess."""
+        """MergeKit's description of that class; None if it has none, and has to guess."""
         return arch_info_for_config(self.config) if self.config else None
 
     @property
@@ -66,7 +66,7 @@ class ModelFiles:
         return any(said) if said else None
 
     def layers(self, module: str) -> int | None:
-        """Return how many layers a module has, empty for the only one; None if that is unknown."""
+        """Return how many layers a module has, or None if unknown; "" is a model's only module."""
         if not self.config or not self.description:
             return None
         modules = self.description.modules
@@ -75,7 +75,7 @@ class ModelFiles:
 
 
 def find_model_files(model: ModelReference, options: MergeOptions) -> ModelFiles:
-    """Look at a model; what is wrong with it becomes its problems."""
+    """Look at a model; the result lists what is wrong with it as problems."""
     if model.lora:
         return _with_adapter(model, model.lora, options)
     try:
@@ -121,7 +121,7 @@ def _with_adapter(model: ModelReference, lora: ModelPath, options: MergeOptions)
         cache = None
     elif not cache:
         problems.append(
-            f"Model {model} has an adapter to be applied, for which MergeKit needs a directory; "
+            f"Model {model} has an adapter, and MergeKit needs a directory to apply it in; "
             "pass --lora-merge-cache DIRECTORY."
         )
     if not cache:
@@ -181,7 +181,7 @@ def _config(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
         raise BadInputError(f"{where} cannot be used ({reason(error)}); {way}.") from None
     if len(config.architectures or []) != 1:
         raise BadInputError(
-            f"{where} has {config.architectures or 'nothing'} as its architectures, where MergeKit "
+            f"{where} has {config.architectures or 'nothing'} as its architectures, but MergeKit "
             "needs exactly one; add it, such as LlamaForCausalLM."
         )
     return config

@@ -38,9 +38,9 @@ class OutputTensor:
 
     Attributes:
         merge: MergeKit's tasks that make it.
-        stored: the header of each input that is there, also of one that is made from others.
+        stored: the header of each input that exists, or that MergeKit makes from other tensors.
         absent: the models that have no such tensor.
-        read: the names that each input is stored under; several for one that is made from others.
+        read: the names that each input is stored under; several if it is made from other tensors.
     """
 
     merge: TensorMerge
@@ -55,7 +55,7 @@ class OutputTensor:
 
     @property
     def merged_dtype(self) -> torch.dtype:
-        """The dtype that the inputs are brought to."""
+        """The dtype that the inputs are converted to."""
         loads = self.merge.loads
         dtypes = [
             dtype_from_name(loads[model].dtype) or header.torch_dtype or torch.float32
@@ -88,9 +88,9 @@ class Outputs:
 
     Attributes:
         tensors: in the order in which they will be written.
-        architecture: what MergeKit knows of the models' tensors.
+        architecture: MergeKit's description of the models' tensors.
         tokenizer: the task that builds the output's tokenizer, if the config asks for one.
-        modules: the config's modules with their slices, as MergeKit reads them out of any config.
+        modules: the modules with their slices; MergeKit brings every config into this form.
     """
 
     tensors: tuple[OutputTensor, ...]
@@ -149,7 +149,7 @@ def _refusal(error: Exception, models: Mapping[ModelReference, ModelFiles], file
 
 @contextmanager
 def _loaders_of(models: Mapping[ModelReference, ModelFiles]) -> Iterator[None]:
-    """Let MergeKit find these headers where it would open the models and apply adapters."""
+    """Give these headers to MergeKit, so that it opens no models and applies no adapters."""
     before = dict(open_loaders)
     open_loaders.update(
         {model: LazyTensorLoader(files.weights.index) for model, files in models.items()}
@@ -185,9 +185,9 @@ def _output_tensor(merge: TensorMerge, models: Mapping[ModelReference, ModelFile
 
 
 def _found(files: ModelFiles, load: LoadTensor) -> tuple[Header, tuple[str, ...]] | None:
-    """Return what MergeKit will load, and what that is stored as.
+    """Return the header of what MergeKit will load, and the names that it is stored under.
 
-    That is a tensor of this name or another, or one made from others.
+    It is stored under this name or an alias, or MergeKit makes it from other tensors.
     """
     held = files.weights.tensors
     for name in (load.tensor, *(load.aliases or ()), *(load.tied_names or ())):
@@ -197,11 +197,11 @@ def _found(files: ModelFiles, load: LoadTensor) -> tuple[Header, tuple[str, ...]
 
 
 def _converted(files: ModelFiles, load: LoadTensor) -> tuple[Header, tuple[str, ...]] | None:
-    """Return what MergeKit makes from other tensors, such as those of all experts of a layer."""
+    """Return the same for a tensor that MergeKit makes from others, such as a layer's experts."""
     model_type = getattr(files.config, "model_type", None)
     for name in (load.tensor, *(load.aliases or ())):
         used: list[str] = []
-        # Those of one layer only: MergeKit tries each rule on each of them.
+        # Only those of the same layer, since MergeKit tries each rule on each tensor.
         sources = {
             source: partial(_without_data, source, header, used)
             for source, header in files.weights.by_layer.get(number_of_layer(name), {}).items()
@@ -250,7 +250,7 @@ def output_rows(outputs: Outputs, config: TokenizerConfig | None, file: str) -> 
     try:
         with redirect_stderr(StringIO()):  # a progress bar that no option turns off
             tokenizer = outputs.tokenizer.execute().tokenizer
-    except Exception as error:  # of any of the many tokenizers
+    except Exception as error:  # tokenizers raise many kinds of errors
         raise BadInputError(
             f"MergeKit cannot build the tokenizer that {file} asks for ({reason(error)}); add the "
             "files of that tokenizer to the model, or leave the setting out."

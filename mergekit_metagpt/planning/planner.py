@@ -100,7 +100,7 @@ class Planner(MergePlanner):
     Nothing is executed or written.
 
     Args:
-        config: what to plan; it is not changed, as MergeKit's own planner would.
+        config: what to plan; MergeKit's own planner changes it, this one does not.
         options: MergeKit's options.
     """
 

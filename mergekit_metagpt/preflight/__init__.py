@@ -47,11 +47,11 @@ def inspect(
 
     Args:
         config: a merge config, or the path of its file.
-        out: the directory that the merge will be written to, if that is to be checked.
+        out: the directory that the merge will be written to; None to leave it unchecked.
         options: MergeKit's options.
 
     Returns:
-        All problems, or what a merge that has none will cost.
+        All problems; if there are none, what the merge will cost and write.
     """
     register()
     try:
@@ -121,7 +121,7 @@ class _Inspection:
         methods = {method.spec.name: method for method in merge_methods.registered_methods()}
         name = self.written.raw.get("merge_method")
         if not isinstance(name, str):
-            return None  # as the config's parser will say
+            return None  # the config's parser reports it
         if name not in methods:
             self.problems.append(
                 f"{self.file} has the merge_method {name}, which MergeKit does not know; "
@@ -140,7 +140,11 @@ class _Inspection:
             self.problems += structure.different_architectures(config.base_model, found)
 
     def _plan(self, config: MergeConfiguration) -> Outputs | None:
-        """Plan the merge; where it has problems already, else a plain one of its sound models."""
+        """Plan the merge.
+
+        If it has problems and cannot be planned, plan a plain merge of the models that could be
+        read, so that their tensors are checked too.
+        """
         attempts = [config]
         if self.problems and config.models and config.base_model:
             known = [m.model for m in config.models if self.models[m.model].config]
@@ -153,7 +157,7 @@ class _Inspection:
             except PlannerError:
                 if not self.problems:
                     raise
-        return None  # for a reason that is among the problems
+        return None  # the problems say why
 
     def _look_at_tensors(self, outputs: Outputs, config: MergeConfiguration) -> Costs:
         base, file = config.base_model, self.file

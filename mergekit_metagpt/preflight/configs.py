@@ -1,4 +1,4 @@
-"""What can be wrong with a merge config, before any model is looked at."""
+"""Checks of a merge config that need no model."""
 
 import importlib.resources
 import math
@@ -21,9 +21,9 @@ from mergekit_metagpt.wording import instead, nearest
 
 
 def no_accelerator(options: MergeOptions) -> Iterator[str]:
-    """Find an executor for accelerators on a machine without one, where MergeKit crashes."""
+    """Find ``--multi-gpu`` on a machine without an accelerator, where MergeKit would crash."""
     if options.multi_gpu and not torch.accelerator.device_count():
-        yield "There is no GPU here, which --multi-gpu asks for; leave that option out."
+        yield "--multi-gpu needs a GPU, and this machine has none; leave that option out."
 
 
 def ignored(config: ConfigFile, method: MergeMethod | None) -> Iterator[str]:
@@ -37,7 +37,7 @@ def _unknown_keys(config: ConfigFile, method: MergeMethod | None) -> Iterator[st
     parameters = {p.name for p in method.spec.parameters} if method else set()
     for level in levels(config.raw):
         known = set(level.schema.model_fields)
-        ignored = set() if level.path else {"name"}  # mergekit-multi's
+        ignored = set() if level.path else {"name"}  # which mergekit-multi reads
         for key in level.values:
             if key in known | ignored:
                 continue
@@ -68,7 +68,7 @@ def _ignored_parameters(raw: dict[str, Any], file: str, method: MergeMethod) -> 
 
 
 def bad_parameters(raw: dict[str, Any], file: str, method: MergeMethod) -> Iterator[str]:
-    """Find parameters that have values which the method cannot use."""
+    """Find values of parameters that the method cannot use."""
     for level, name, setting in _settings(raw):
         spec = _checked(method).get(name)
         if spec is None or (level.is_input and spec.scope == ParameterScope.SHARED):
@@ -87,11 +87,12 @@ def _settings(raw: dict[str, Any]) -> Iterator[tuple[Level, str, Any]]:
 
 
 def _checked(method: MergeMethod) -> dict[str, ParameterSpec]:
-    """Return a method's parameters; a stock method's shares have to be shares as well."""
+    """Return a method's parameters by name; stock methods get the bounds of this package."""
     specs = {p.name: p for p in method.spec.parameters}
     if isinstance(method, GeneralizedTaskArithmeticMerge):
         for spec in with_priors(method.spec.parameters):
-            if spec.name in specs and spec.name != "weight":  # which may be negative there
+            # Stock methods allow a negative weight.
+            if spec.name in specs and spec.name != "weight":
                 specs[spec.name] = spec
     return specs
 
@@ -123,7 +124,7 @@ def _complaint(spec: ParameterSpec, value: Any) -> str | None:
 def bad_dtypes(config: MergeConfiguration, file: str) -> dict[str, str]:
     """Return a sentence for each dtype that MergeKit would fail on while it merges."""
     return {
-        key: f"{file} has the {key} {name}, which cannot be merged in; "
+        key: f"{file} has the {key} {name}, in which MergeKit cannot merge; "
         f"{instead(name, FLOAT_NAMES)}."
         for key in ("dtype", "out_dtype")
         if (name := getattr(config, key)) and name.removeprefix("torch.") not in FLOAT_NAMES
@@ -137,6 +138,6 @@ def bad_template(config: MergeConfiguration, file: str) -> Iterator[str]:
     built_in = {Path(f.name).stem for f in files if f.name.endswith(".jinja")} | {"auto"}
     if template and template not in built_in and (len(template) < 20 or "{" not in template):
         yield (
-            f"{file} has the chat_template {template!r}, which is neither a template nor one of "
-            f"MergeKit's; {instead(template, built_in)}."
+            f"{file} has the chat_template {template!r}, which is neither a template nor the "
+            f"name of one of MergeKit's; {instead(template, built_in)}."
         )

@@ -24,9 +24,9 @@ class Costs:
         tensors: how many will be written.
         parameters: how many numbers they hold.
         passes: how often the models are read.
-        bytes_read: by all passes, of tensors.
-        bytes_written: of tensors.
-        bytes_applied: of models that MergeKit writes to the LoRA cache first.
+        bytes_read: the bytes of tensors that all passes read together.
+        bytes_written: the bytes of tensors in the output.
+        bytes_applied: the bytes of models that MergeKit first writes to the LoRA cache.
         shards: how many weight files there will be.
         notes: what else is worth knowing, one sentence each.
     """
@@ -59,7 +59,7 @@ def costs(
     ]
     passes = _passes(outputs)
     once = sum(_bytes_used(outputs, files) for files in models.values())
-    # A survey measures whole models, even those that slices take a few layers of.
+    # A survey measures whole models, even if slices take only a few of their layers.
     whole = sum(_bytes_held(files) for files in models.values())
     return Costs(
         method=config.merge_method,
@@ -86,7 +86,7 @@ def _bytes_held(files: ModelFiles) -> int:
 
 
 def _bytes_used(outputs: Outputs, files: ModelFiles) -> int:
-    """Return the size of the tensors that are merged; of all, if some have to be converted."""
+    """Return the size of the tensors that are merged, or of all if some must be converted."""
     used = {}
     for tensor in outputs.tensors:
         header = tensor.stored.get(files.model)

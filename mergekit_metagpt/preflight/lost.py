@@ -1,7 +1,7 @@
 """Weights that a merge would silently drop.
 
-MergeKit merges the tensors that its description of an architecture names, or those that it
-guesses where it has none. What a model holds besides never reaches the output.
+MergeKit merges the tensors that its description of an architecture names. If it has no
+description, it guesses them. All other tensors of a model never reach the output.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,8 +23,8 @@ def lost(
 ) -> Iterator[str]:
     """Find weights that the merge would silently drop.
 
-    Nothing is lost that is read for some tensor of the output, that is tied to what is read,
-    or that the config leaves out on purpose: models, modules, or layers.
+    A weight is not lost if it is read for some tensor of the output, if it is tied to one that
+    is read, or if the config leaves out its model, module or layer on purpose.
     """
     read = set(chain.from_iterable(chain.from_iterable(t.read.values()) for t in outputs.tensors))
     merged = [files for model, files in models.items() if _layers(outputs, model) and files.config]
@@ -37,9 +37,9 @@ def lost(
         own = [name for name in names if name not in held_by_base]
         if files.model != base and base is not None and own:
             yield (
-                f"Model {files.model} holds {counted(own)}, which the base {base} has no "
-                "counterpart of and the merge would drop; merge a checkpoint without it, or "
-                "choose the base that this model was fine-tuned from."
+                f"Model {files.model} holds {counted(own)}, which the base {base} lacks and the "
+                "merge would drop; merge a checkpoint without it, or choose the base that "
+                "this model was fine-tuned from."
             )
         elif names:
             yield (
@@ -58,7 +58,7 @@ def _why(outputs: Outputs, files: ModelFiles) -> str:
 
 
 def _unread(files: ModelFiles, outputs: Outputs, read: set[str]) -> list[str]:
-    """Return the weights of a model that the merge should read, and does not."""
+    """Return the weights of a model that the merge should read, but does not."""
     is_excluded = _excluded(outputs, files)
     names = [
         name
@@ -70,13 +70,13 @@ def _unread(files: ModelFiles, outputs: Outputs, read: set[str]) -> list[str]:
 
 
 def _is_computed(name: str, header: Header) -> bool:
-    """Whether a tensor is no parameter: a counter, or a buffer that models compute themselves."""
+    """Whether a tensor is not a parameter, but a counter or a buffer that models compute."""
     is_mask = name.endswith(MASKS) and len(header.shape) == 4
     return header.dtype not in FLOATS or is_mask or name.endswith(COMPUTED)
 
 
 def _excluded(outputs: Outputs, files: ModelFiles) -> Callable[[str], bool]:
-    """Return whether the config leaves a tensor out: by naming other modules, or other layers."""
+    """Return a test of names: whether the config leaves out the tensor's module or layer."""
     config: Any = files.config
     layers: set[str] = set()
     names: set[str] = set()

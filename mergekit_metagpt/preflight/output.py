@@ -28,7 +28,7 @@ def bad_output(out: str, models: Mapping[ModelReference, ModelFiles]) -> Iterato
         inputs = {Path(place).resolve() for place in places if place}
         if any(path == place or place in path.parents for place in inputs):
             yield (
-                f"Output {out} is the input model {files.model}, or lies within it; choose "
+                f"Output {out} is the input model {files.model}, or is inside it; choose "
                 "another directory."
             )
             return
@@ -61,7 +61,7 @@ def no_room(
 ) -> Iterator[str]:
     """Find disks that are too full for what will be written there.
 
-    An output that exists is written within, another one beside it.
+    A merge is written inside its output if that exists, otherwise beside it.
     """
     needs: dict[int, tuple[Path, int]] = {}
     caches = [files.to_apply for files in models.values() if files.to_apply]

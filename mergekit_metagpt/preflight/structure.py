@@ -1,4 +1,4 @@
-"""Which models a config merges with which."""
+"""Checks of the lists of models that a config merges with each other."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,20 +26,20 @@ def bad_structure(config: MergeConfiguration, file: str, method: MergeMethod) ->
             yield f"{file} lists model {model} twice at {part.path}; leave one of them out."
         if needs_base and not set(part.models) - {part.base}:
             yield (
-                f"{file} merges no expert at {part.path}: besides the base {part.base} nothing "
-                "is listed; add the models that were fine-tuned from it."
+                f"{file} merges no expert at {part.path}, which lists nothing but the base "
+                f"{part.base}; add the models that were fine-tuned from it."
             )
         elif needs_base and part.is_slice and part.base not in part.models:
             yield (
                 f"{file} does not list the base {part.base} at {part.path}; add it to the "
-                "sources, with the layer_range that it takes part with."
+                "sources, with the layer_range that it contributes."
             )
         elif not twice:
             yield from _against_contract(part, file, method)
 
 
 def _against_contract(part: Part, file: str, method: MergeMethod) -> Iterator[str]:
-    """Ask MergeKit itself; it adds the base to models, but not to slices."""
+    """Ask MergeKit itself; it adds the base to ``models``, but not to slices."""
     ids = list(part.models)
     if part.base is not None and not part.is_slice and part.base not in ids:
         ids.append(part.base)
@@ -47,15 +47,15 @@ def _against_contract(part: Part, file: str, method: MergeMethod) -> Iterator[st
         method.spec.contract.validate_ids(ids, part.base)
     except ValueError as error:
         yield (
-            f"{file} is wrong at {part.path}: {str(error)[:1].lower()}{str(error)[1:]}, says "
-            f"MergeKit of {method.spec.name}; correct the list."
+            f"{file} is wrong at {part.path} for {method.spec.name}: "
+            f"{str(error)[:1].lower()}{str(error)[1:]}; correct the list."
         )
 
 
 def bad_layers(
     config: MergeConfiguration, file: str, models: Mapping[ModelReference, ModelFiles]
 ) -> Iterator[str]:
-    """Find ranges of layers that hold none, or go beyond those of the model."""
+    """Find ranges of layers that are empty, or that go beyond the layers of the model."""
     for part in parts(config):
         if not isinstance(part.holder, OutputSliceDefinition):
             continue
@@ -70,8 +70,8 @@ def bad_layers(
                 )
             elif layers is not None and end > layers:
                 yield (
-                    f"{what} at {part.path}, which has {layers} layers; end it at {layers} or "
-                    "before."
+                    f"{what} at {part.path}, but the model has {layers} layers; end it at "
+                    f"{layers} or before."
                 )
 
 
@@ -86,7 +86,7 @@ def same_models(base: ModelReference | None, models: Sequence[ModelFiles]) -> It
             role = "the base" if first == base else "model"
             yield (
                 f"Model {files.model} is {role} {first} under another name, with the same "
-                "weight files; leave one of them out, or spell both alike."
+                "weight files; leave one of them out, or use one name for both."
             )
 
 

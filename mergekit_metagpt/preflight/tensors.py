@@ -1,4 +1,4 @@
-"""What can be wrong with the tensors of models that are to be merged with each other."""
+"""Checks of the tensors of models that a config merges with each other."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ TOKENIZER_WAY = (
 def missing(
     outputs: Outputs, base: ModelReference | None, models: Mapping[ModelReference, ModelFiles]
 ) -> Iterator[str]:
-    """Find tensors that some models lack, whose files are as they should be."""
+    """Find tensors that some models lack, although nothing is wrong with their weight files."""
     lacking: dict[ModelReference, list[OutputTensor]] = {}
     for tensor in outputs.tensors:
         for model in tensor.absent:
@@ -44,7 +44,7 @@ def missing(
 
 
 def _fails_without(tensor: OutputTensor, model: ModelReference) -> bool:
-    """Whether it stops the merge that a model lacks a tensor, which may be an optional one."""
+    """Whether the merge fails if a model lacks a tensor; some tensors are optional."""
     if not tensor.merge.loads[model].optional:
         return True
     base = tensor.merge.base
@@ -64,7 +64,8 @@ def _fails_without(tensor: OutputTensor, model: ModelReference) -> bool:
 def missing_heads(outputs: Outputs, models: Mapping[ModelReference, ModelFiles]) -> Iterator[str]:
     """Find models without a head, where MergeKit would silently take the embeddings for it.
 
-    They are the head if the model's config ties the two, but not if it says that it does not.
+    The embeddings are the head if the model's config ties the two. If it says that the two
+    differ, they are not.
     """
     read = Counter(
         (model, name)
@@ -76,7 +77,7 @@ def missing_heads(outputs: Outputs, models: Mapping[ModelReference, ModelFiles])
         for model, (name, *_) in tensor.read.items():
             load = tensor.merge.loads[model]
             is_shared = name in (load.tied_names or ()) and read[model, name] > 1
-            # Embeddings of an encoder and a decoder are one in any case.
+            # An encoder and its decoder share embeddings, whatever the config says.
             if is_shared and "embed" not in load.tensor and models[model].is_tied is False:
                 yield (
                     f"Model {model} lacks tensor {load.tensor}, and MergeKit would take {name} for "
@@ -88,7 +89,7 @@ def missing_heads(outputs: Outputs, models: Mapping[ModelReference, ModelFiles])
 def left_out(outputs: Outputs, file: str) -> Iterator[str]:
     """Find models that MergeKit would silently leave out of the tensors after the last layer.
 
-    It takes as many models for them as the first slice has, from the last slice.
+    For those tensors it takes the models of the last slice, but only as many as the first has.
     """
     for tensor in outputs.tensors:
         forgotten = [model for model in tensor.merge.models if model not in tensor.merge.loads]
@@ -107,7 +108,7 @@ def granularity_of(tensor: OutputTensor) -> Granularity | None:
 
 
 def different_shapes(outputs: Outputs, base: ModelReference | None, file: str) -> Iterator[str]:
-    """Find tensors that have other shapes than in the base, or than in the first model."""
+    """Find tensors whose shape differs from that in the base, or else in the first model."""
     found: dict[tuple[ModelReference, bool], list[tuple[str, Header, Header, ModelReference]]] = {}
     for tensor in outputs.tensors:
         if not tensor.stored:
@@ -142,7 +143,7 @@ def _differs_in_vocabulary_only(tensor: OutputTensor, header: Header, expected: 
 
 
 def quantized(outputs: Outputs) -> Iterator[str]:
-    """Find weights that are no floating-point numbers to compute with."""
+    """Find weights that cannot be merged, because they are not floating-point numbers."""
     found: dict[tuple[ModelReference, str], list[str]] = {}
     for tensor in outputs.tensors:
         dtypes = {header.dtype for header in tensor.stored.values()}
@@ -159,7 +160,7 @@ def quantized(outputs: Outputs) -> Iterator[str]:
 
 
 def bad_values(outputs: Outputs, file: str) -> Iterator[str]:
-    """Find parameters that are right alone, but not with each other or with the slices."""
+    """Find parameters that are valid alone, but not together or with the slices."""
     yield from _bad_epsilons(outputs, file)
     weights = [
         values["weight"]

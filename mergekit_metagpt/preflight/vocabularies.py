@@ -16,7 +16,7 @@ def different_tokenizers(
     options: MergeOptions,
     file: str,
 ) -> Iterator[str]:
-    """Find tokens that share an id; models without a tokenizer are taken to agree."""
+    """Find an id that stands for different tokens; models without a tokenizer are skipped."""
     merged = [tensor for tensor in outputs.tensors if tensor.merge.vocabulary_axis is not None]
     if not merged or merged[0].merge.vocabulary_is_aligned:
         return
