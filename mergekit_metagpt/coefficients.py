@@ -1,6 +1,6 @@
-"""The paper: squared norms of task vectors in, scaling coefficients out.
+"""The formulas of the paper: scaling coefficients from squared norms of task vectors.
 
-Nothing here knows of tensors or files.
+This module uses numbers only, no tensors or files.
 """
 
 import math
@@ -21,9 +21,9 @@ def scaling_coefficients(
 
         λ_t = w_t ‖τ_t‖^k / Σ_j w_j ‖τ_j‖^k
 
-    k = 2 and equal priors are MetaGPT to the letter, k = 0 is the plain average.
-    The coefficients sum to 1, permute with the experts, and do not change when all
-    task vectors are scaled alike.
+    k = 2 and equal priors are exactly MetaGPT, k = 0 is the plain average. The
+    coefficients sum to 1, permute with the experts, and do not change when all task
+    vectors are scaled by the same factor.
 
     Args:
         squared_norms: ‖τ_t‖², T finite floats that are at least 0.
@@ -75,9 +75,9 @@ def bound(products: Sequence[Sequence[float]], coefficients: Sequence[float]) ->
     """Return Σ_t ‖τ_t‖² ‖h_t‖², the bound of Theorem 8 on the average loss difference.
 
     h_t = Σ_k λ_k τ_k − τ_t is the distance of the merge to expert t (equation 7). The
-    constant c of the theorem is left out, so that only ratios mean something. For every
-    Gram matrix the coefficients of MetaGPT are those that make it least: they put the merge
-    on the centroid of the experts, weighted by ‖τ_t‖².
+    constant c of the theorem is left out, so only ratios of bounds are meaningful. For every
+    Gram matrix, the coefficients of MetaGPT minimise the bound: they put the merge at the
+    centroid of the experts, weighted by ‖τ_t‖².
 
     Args:
         products: ⟨τ_i, τ_j⟩, a symmetric T x T matrix.
@@ -94,9 +94,9 @@ def bound(products: Sequence[Sequence[float]], coefficients: Sequence[float]) ->
 def bound_of_parts(
     parts: Iterable[tuple[Sequence[Sequence[float]], Sequence[float]]],
 ) -> float:
-    """Return the same bound where every part of a model has coefficients of its own.
+    """Return the same bound if every part of a model has coefficients of its own.
 
-    Squared lengths add up over the parts: ‖h_t‖² is the sum of what it is in each.
+    Squared lengths add up over the parts: ‖h_t‖² is the sum of its values in the parts.
 
     Args:
         parts: for each part ⟨τ_i, τ_j⟩ over that part, T x T, and λ_t there.

@@ -25,21 +25,21 @@ _STOCK_CLASS = "GeneralizedTaskArithmeticMerge"
 
 
 def install() -> None:
-    """Let MergeKit know this package's methods when it is imported.
+    """Register this package's methods with MergeKit as soon as MergeKit is imported.
 
-    Does nothing when it was called before, or when the environment variable
+    Does nothing if it was called before, or if the environment variable
     ``MERGEKIT_METAGPT_AUTOLOAD`` is 0.
     """
     if os.environ.get(_SWITCH) == "0":
         return
-    # By name: an interpreter that reads the start-up file twice may hold two copies.
+    # Compare names: if the start-up file is read twice, this class may exist twice.
     if any(type(finder).__name__ == _Finder.__name__ for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Finder())
 
 
 class _Finder:
-    """Finds no module; runs a function after each module in ``_HOOKS``."""
+    """Runs a function when a module in ``_HOOKS`` has been executed; other finders find it."""
 
     def __init__(self) -> None:
         self._searches: set[tuple[int, str]] = set()
@@ -55,7 +55,7 @@ class _Finder:
             self._lead(name)
         hook = _HOOKS.get(name)
         search = (_thread.get_ident(), name)
-        if hook is None or search in self._searches:  # another finder asks back
+        if hook is None or search in self._searches:  # another finder calls this one
             return None
         self._searches.add(search)
         try:
@@ -75,7 +75,7 @@ class _Finder:
         return None
 
     def _lead(self, name: str) -> None:
-        """Go to the front if another finder has answered for MergeKit, as type checkers do."""
+        """Move to the front if another finder, such as a type checker's, has found MergeKit."""
         if name == "mergekit":
             self._leads = True
         elif "mergekit" in sys.modules:
@@ -92,7 +92,7 @@ class _Loader:
         self._hook = hook
 
     def __getattr__(self, name: str) -> "Any":
-        if name == "_loader":  # of a copy that is being made
+        if name == "_loader":  # not set yet on a copy; would recurse for ever
             raise AttributeError(name)
         return getattr(self._loader, name)
 
@@ -109,7 +109,7 @@ class _Loader:
 def _register(registry: "ModuleType") -> None:
     method, stock = sys.modules.get("mergekit_metagpt.method.merge_method"), _STOCK_CLASS
     if method is not None and getattr(method, stock) is not getattr(registry, stock):
-        # MergeKit is imported anew: what was made of the former one's classes goes with it.
+        # MergeKit was imported again: remove our modules, whose classes derive from the old one.
         for name in [n for n in sys.modules if n.startswith("mergekit_metagpt.")]:
             if name != __name__:
                 del sys.modules[name]
@@ -121,7 +121,7 @@ def _register(registry: "ModuleType") -> None:
 
 
 def _check(merge_methods: "ModuleType") -> None:
-    """Notice a MergeKit that keeps its registry elsewhere, so that no hook has run."""
+    """Warn if MergeKit keeps its registry elsewhere, so that ``_register`` has not run."""
     if "mergekit.merge_methods.registry" not in sys.modules:
         _warn("its method registry is not where this package looks for it")
 
@@ -147,7 +147,7 @@ def _warn(reason: str) -> None:
     needed = "mergekit>=0.1.5,<0.1.6"
     try:
         found = version("mergekit")
-    except Exception:  # it may be there without metadata, or with damaged ones
+    except Exception:  # its metadata may be missing or damaged
         found = "an unknown version"
     warnings.warn(
         f"mergekit-metagpt needs {needed} and found {found} ({reason}); its merge "

@@ -1,9 +1,9 @@
 """Tensor kernels: squared norms of task vectors, and the base plus their weighted sum.
 
-Both stream over the tensors in chunks, through buffers that are kept from call to call: the
-page faults of fresh temporaries took half of the time of the obvious formulas. All
-arithmetic is float32 (float64 for float64 inputs), sums across rows are float64, and a
-result is rounded to its dtype once.
+Both process the tensors in chunks, in buffers that are reused from call to call. The obvious
+formulas spend half of their time on page faults of new temporaries. All arithmetic is float32
+(float64 for float64 inputs), sums across rows are float64, and a result is rounded to its
+dtype once.
 """
 
 import math
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from mergekit_metagpt.mergekit_private import squared_difference
 
-# A chunk of 2^20 elements stays in the last level of cache; smaller ones pay for waking the
-# thread pool, and an accelerator wants few large kernels.
+# A chunk of 2^20 elements stays in the last-level cache. Smaller chunks spend more time on
+# waking the thread pool. An accelerator needs few large kernels.
 _CHUNK = 1 << 20
 _ACCELERATOR_CHUNK = 1 << 25
-# torch.sum adds float32 pairwise: over rows of 4096 it is right to 2e-7 even where all
-# elements are equal and round alike. A vector_norm of a row misses by 6e-6, a dot by 1e-4.
+# torch.sum adds float32 pairwise. Over rows of 4096 its error is at most 2e-7, even if all
+# elements are equal and round the same way. A vector_norm of a row is off by 6e-6, a dot by 1e-4.
 _ROW = 1 << 12
-# Below this mean square, float32 squares start to vanish (its least normal number is 1e-38).
+# Below this mean square, float32 squares start to underflow (the least normal one is 1e-38).
 _LEAST_MEAN_SQUARE = 1e-30
 
 
@@ -46,16 +46,17 @@ def squared_norms(base: Tensor, experts: Sequence[Tensor]) -> list[float]:
         experts: θ_t, T tensors of the base's shape and device.
 
     Returns:
-        T floats, within 1e-6 relative of a float64 computation. They are not finite
-        exactly where the base or that expert holds NaN or Inf, or where the square
-        leaves even float64's range.
+        T floats, within 1e-6 relative of a float64 computation. A norm is not finite only
+        if the base or that expert contains NaN or Inf, or if the square exceeds even
+        float64's range.
     """
     dtype = promoted_dtype([base, *experts])
     sums = _sums_of_squares(base, experts, working_dtype(dtype))
     if dtype != torch.float64:
         least = _LEAST_MEAN_SQUARE * base.numel()
         for t, expert in enumerate(experts):
-            # Out of float32's range, or exactly zero and then most likely unchanged.
+            # Out of float32's range, or zero. Zero most likely means an unchanged tensor, which
+            # needs no second computation.
             if not least <= sums[t] < float("inf") and not torch.equal(base, expert):
                 [sums[t]] = _sums_of_squares(base, [expert], torch.float64)
     return sums
@@ -69,10 +70,10 @@ def inner_products(base: Tensor, experts: Sequence[Tensor]) -> list[list[float]]
         experts: θ_t, T tensors of the base's shape and device.
 
     Returns:
-        A symmetric T x T matrix; its diagonal is that of :func:`squared_norms`.
+        A symmetric T x T matrix; its diagonal is the result of :func:`squared_norms`.
     """
     norms = squared_norms(base, experts)
-    # No product, nor a sum of some, is larger than the largest of the squares.
+    # No product and no partial sum of products is larger than the largest square.
     least, largest = _LEAST_MEAN_SQUARE * base.numel(), torch.finfo(torch.float32).max
     in_range = all(n == 0 or least <= n < largest for n in norms)
     dtype = working_dtype(promoted_dtype([base, *experts])) if in_range else torch.float64
@@ -105,23 +106,23 @@ def add_task_vectors(
 ) -> Tensor:
     """Return θ_0 + s Σ_t λ_t (θ_t − θ_0), equation 2 of the paper.
 
-    It is computed as what it is, a weighted mean of the experts, and then a point on the line
-    from the base to that mean: an interpolation for each expert, where differences, products
-    and sums take three passes. Where the base and all experts hold one value, so does the
-    result, bit for bit.
+    It is computed as the weighted mean of the experts, then as a point on the line from the
+    base to that mean. This takes one interpolation per expert, not three passes for
+    differences, products and sums. Where the base and all experts have the same value, the
+    result has it too, bit for bit.
 
     Args:
         base: θ_0, of any shape, strides, device and floating-point dtype.
         experts: θ_t, T tensors of the base's shape and device.
         coefficients: λ_t ≥ 0, T finite floats; they are constants for autograd.
         scale: s, MergeKit's ``lambda``.
-        out: where to write the result, contiguous, as in PyTorch; not with autograd.
+        out: a contiguous tensor to write the result to; not used with autograd.
 
     Returns:
         ``out``, or a new tensor of the base's shape, dtype and device.
     """
-    # The largest first: each further expert then has a share of 1/2 at most, which float32 keeps
-    # relatively. One of nearly 1 would leave 1 - share, another's coefficient, to its last digits.
+    # The largest first: each later expert then has a share of at most 1/2. With a share close to
+    # 1, float32 would keep only the last digits of 1 - share, the weight of an earlier expert.
     chosen = [(e, c) for e, c in zip(experts, coefficients, strict=True) if c]
     chosen.sort(key=lambda pair: -pair[1])
     if not chosen:
@@ -132,7 +133,8 @@ def add_task_vectors(
         return (origin + scale * sum((e - origin) * c for e, c in chosen)).to(base.dtype)
 
     totals = list(accumulate(c for _, c in chosen))
-    # Of each further expert in the mean of those up to it, and of the mean in the result.
+    # The share of each later expert in the mean of all experts up to it. `distance` says how far
+    # along the line from the base to the final mean the result is.
     shares = [c / total for (_, c), total in zip(chosen, totals, strict=True)][1:]
     distance = scale * totals[-1]
     if out is None:
@@ -151,7 +153,7 @@ def add_task_vectors(
 
 
 class _Sum:
-    """A float64 sum of float32 or float64 values; it waits for no device until it is read."""
+    """A float64 sum of float32 or float64 values; only reading it waits for the device."""
 
     def __init__(self) -> None:
         self._rows: list[Tensor] = []
@@ -182,7 +184,7 @@ def _sums_of_squares(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype
 
 
 def _where_possible(dtype: torch.dtype, *tensors: Tensor) -> Sequence[Tensor]:
-    """Return the tensors on a device that has the dtype: theirs, or the host."""
+    """Return the tensors on a device that supports the dtype: their own, or else the CPU."""
     if dtype != torch.float64 or _has_float64(tensors[0].device):
         return tensors
     return [tensor.cpu() for tensor in tensors]
@@ -204,7 +206,7 @@ def _converted(chunk: Tensor, buffer: Tensor) -> Tensor:
 
 
 class _Scratch(threading.local):
-    """What each thread keeps for its next call."""
+    """The buffers that each thread keeps for its next call."""
 
     def __init__(self) -> None:
         self.buffers: dict[torch.dtype, list[Tensor]] = {}
@@ -215,10 +217,11 @@ _SCRATCH = _Scratch()
 
 def _buffers(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
     """Return room for ``count`` chunks, which the next call in this thread overwrites."""
-    if like.device.type != "cpu":  # an accelerator's allocator keeps what it has had
+    if like.device.type != "cpu":  # an accelerator's allocator reuses memory itself
         return [like.new_empty(_chunk_size(like), dtype=dtype) for _ in range(count)]
     buffers = _SCRATCH.buffers.setdefault(dtype, [])
-    # They outlive the modes that a caller may be in: inference, or another default device.
+    # Later callers reuse them, so they must not depend on this caller's inference mode or
+    # default device.
     with torch.inference_mode(False):
         for _ in range(count - len(buffers)):
             buffers.append(torch.empty(_CHUNK, dtype=dtype, device="cpu"))

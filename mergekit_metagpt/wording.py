@@ -1,4 +1,4 @@
-"""How problems are put into words, for every command alike."""
+"""The wording of problems, shared by all commands."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -6,14 +6,14 @@ from typing import Any
 
 
 class BadInputError(ValueError):
-    """What a merge would fail on; each argument is one sentence."""
+    """Input that would make a merge fail; each argument is one sentence about it."""
 
     def __str__(self) -> str:
         return " ".join(self.args)
 
 
 def nearest(name: Any, known: Iterable[str]) -> str | None:
-    """Return the known name that this one is most likely a slip of.
+    """Return the known name that the user most likely meant, or None.
 
     >>> nearest("densitty", ["weight", "density"])
     'density'
@@ -22,7 +22,7 @@ def nearest(name: Any, known: Iterable[str]) -> str | None:
 
 
 def instead(name: Any, known: Iterable[str]) -> str:
-    """Return the way out of an unknown name.
+    """Return advice on what to write instead of an unknown name.
 
     >>> instead("densitty", ["weight", "density"])
     'write density instead'
@@ -37,7 +37,7 @@ def instead(name: Any, known: Iterable[str]) -> str:
 
 
 def one_of(choices: Iterable[str]) -> str:
-    """List what can be chosen from.
+    """List the choices in words.
 
     >>> one_of(["tensor", "layer", "model"])
     'tensor, layer or model'
@@ -59,7 +59,7 @@ def counted(names: Sequence[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first sentence of what an exception says.
+    """Return the first sentence of an exception's message.
 
     >>> reason(ValueError("no such model. Have a look at ..."))
     'no such model'

@@ -1,9 +1,10 @@
-"""Who works: this process, or the machines of a Ray cluster.
+"""Where the work runs: in this process, or on the machines of a Ray cluster.
 
-To know what a survey counts takes all tensors, to measure one takes nothing but that one. So
-the measuring goes through a :data:`Mapper`, and only its few numbers come back. They do so in
-the order of the tensors, and sums of them are exactly rounded: neither how many workers there
-are, nor which of them dies, changes a bit.
+To decide which tensors a survey counts, all of them must be known. To measure a tensor, only
+that tensor is needed. Measuring therefore goes through a :class:`Mapper`, which returns only a
+few numbers per tensor. They arrive in the order of the tensors, and their sums are exactly
+rounded. The result is therefore the same, bit for bit, for any number of workers, even if
+some of them die.
 """
 
 import os
@@ -22,9 +23,9 @@ import tqdm
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Tensors to a task: enough to pay for its scheduling, few enough to keep many machines busy.
+# Tensors per task: enough to pay for its scheduling, few enough to keep many machines busy.
 _RUN = 4
-# For workers that die, with their machine or alone; an exception is final the first time.
+# How often Ray repeats a task whose worker or machine dies. It never repeats one that raises.
 _RETRIES = 10
 _PATIENCE = 10  # seconds
 
@@ -35,14 +36,14 @@ class Mapper(Protocol):
     def __call__(
         self, function: Callable[[Item], Result], items: Sequence[Item], progress: bool
     ) -> Iterator[Result]:
-        """Yield ``function(item)`` for each item; ``progress`` shows a bar meanwhile."""
+        """Yield ``function(item)`` for each item; with ``progress``, show a progress bar."""
         ...
 
 
 def in_this_process(
     function: Callable[[Item], Result], items: Sequence[Item], progress: bool
 ) -> Iterator[Result]:
-    """Apply the function to one item after the other, each when its result is asked for."""
+    """Apply the function to the items one by one, each only when its result is needed."""
     with _measuring(len(items), progress) as bar:
         for item in items:
             yield function(item)
@@ -50,11 +51,11 @@ def in_this_process(
 
 
 class RayMapper:
-    """Applies functions on a Ray cluster; as a :data:`Mapper`, to short runs of items.
+    """Applies functions on a Ray cluster; as a :class:`Mapper`, to short runs of items.
 
-    The machines of the cluster need this package, and the models: by the same paths, or from
-    the hub. The function and the items are pickled. After an exception, tasks that have been
-    handed out run on until the process ends: to cancel one that just ends can crash Ray.
+    Every machine of the cluster needs this package and the models, at the same paths or from
+    the hub. The function and the items are pickled. After an exception, submitted tasks run on
+    until this process ends, because cancelling a task that is just ending can crash Ray.
     """
 
     def __init__(
@@ -68,12 +69,12 @@ class RayMapper:
         """Connect to a cluster, unless this process is connected to one.
 
         Args:
-            address: of the cluster, of which this machine is to be a part; ``auto`` for
-                whichever that is. Without one, and without one in ``RAY_ADDRESS``, a cluster
-                of this machine alone is started, which ends with this process.
-            set_up: what a worker does before its first task of a call; it is pickled.
-            cpus: how many CPUs a task takes up.
-            gpus: how many GPUs a task takes up.
+            address: the cluster's; this machine must be part of the cluster. ``auto`` finds
+                it. If neither this nor ``RAY_ADDRESS`` is given, a cluster of this machine
+                alone is started, which ends with this process.
+            set_up: what each worker calls before its first task of a call; it is pickled.
+            cpus: how many CPUs a task needs.
+            gpus: how many GPUs a task needs.
 
         Raises:
             ImportError: if Ray is not installed.
@@ -84,16 +85,16 @@ class RayMapper:
         self._resources = {"num_cpus": cpus, "num_gpus": gpus}
         if ray.is_initialized():
             return
-        # Left to itself, Ray would wait for a cluster that has died on this machine.
+        # Without an address, Ray would wait for a cluster that has died on this machine.
         address = address or os.environ.get("RAY_ADDRESS") or "local"
-        # A merge tells nobody about itself.
+        # A merge sends no usage statistics.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # The first exception is raised here, and those of other tasks follow from it.
+        # The first exception is raised here; those of other tasks are only consequences of it.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         try:
             _require_listener(address)
             with _exiting_on_sigterm():
-                # What workers print would be in the midst of what a command prints.
+                # log_to_driver would mix what workers print with what the command prints.
                 ray.init(
                     address, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
                 )
@@ -105,7 +106,7 @@ class RayMapper:
     def __call__(
         self, function: Callable[[Item], Result], items: Sequence[Item], progress: bool
     ) -> Iterator[Result]:
-        """Yield ``function(item)`` for each item, as it has come from the cluster."""
+        """Yield ``function(item)`` for each item, as the cluster returns it."""
         runs = [items[start : start + _RUN] for start in range(0, len(items), _RUN)]
         with _measuring(len(items), progress) as bar:
             for measured in self.results(self.submit(partial(_each, function), runs)):
@@ -115,10 +116,10 @@ class RayMapper:
     def submit(
         self, function: Callable[[Item], Result], items: Sequence[Item], cpus: float | None = None
     ) -> list[Any]:
-        """Hand out a task for each item; return what :meth:`results` takes.
+        """Submit a task for each item; return the tasks, for :meth:`results`.
 
-        ``cpus`` is how many CPUs one takes up, if others than usual; at most those of the
-        largest machine, where it would otherwise wait for ever.
+        ``cpus`` replaces the usual number of CPUs per task. It is reduced to those of the
+        largest machine: a task that needs more would wait for ever.
         """
         ray = _ray()
         resources = dict(self._resources)
@@ -130,13 +131,13 @@ class RayMapper:
         return [task.remote(shared, item) for item in items]
 
     def results(self, tasks: Sequence[Any]) -> Iterator[Any]:
-        """Yield what the tasks return, in their order, or raise the first exception of one."""
+        """Yield the results of the tasks in order, or raise the first exception."""
         ray = _ray()
         try:
             for task in tasks:
                 yield ray.get(task)
         except ray.exceptions.RayTaskError as error:
-            # The function's own exception, as it would be here, not the worker's traceback.
+            # The function's own exception, as without Ray, not the worker's traceback.
             raise error.cause from error
 
     def wait(self, tasks: Sequence[Any]) -> None:
@@ -151,7 +152,7 @@ def _each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Res
 def _apply(
     shared: tuple[str, Callable[[], None], str, Callable[[Item], Result]], item: Item
 ) -> Result:
-    """Run in a worker: set it up, unless a task of the same call has done so, and apply."""
+    """Run in a worker: set it up if this is its first task of the call, and apply the function."""
     call, set_up, directory, function = shared
     _set_up_once(call, set_up, directory)
     return function(item)
@@ -159,15 +160,18 @@ def _apply(
 
 @lru_cache(maxsize=1)
 def _set_up_once(call: str, set_up: Callable[[], None], directory: str) -> None:
-    """Set this worker up for a call, which ``call`` tells from the others."""
+    """Set this worker up once for the call with this id."""
     if os.path.isdir(directory):
-        os.chdir(directory)  # where a config's relative paths start
+        os.chdir(directory)  # relative paths in a config start there
     set_up()
 
 
 @contextmanager
 def _exiting_on_sigterm() -> Iterator[None]:
-    """Keep the handler of SIGTERM, or exit on it in order: the one that Ray sets up aborts."""
+    """Restore the handler of SIGTERM, because the one that Ray sets up aborts the process.
+
+    If there was no handler, exit in order on SIGTERM.
+    """
     former = signal.getsignal(signal.SIGTERM)
     yield
     if threading.current_thread() is threading.main_thread():
@@ -180,7 +184,7 @@ def _exit(number: int, frame: object) -> None:
 
 
 def _require_listener(address: str) -> None:
-    """Raise OSError if nobody listens at ``[ray://]HOST:PORT``; Ray itself tries for minutes."""
+    """Raise OSError if nothing listens at ``[ray://]HOST:PORT``; Ray itself tries for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()

@@ -107,7 +107,7 @@ def test_comments_say_where_the_numbers_come_from(family):
     assert "arxiv.org/abs/2406.11385" in comments
     assert f"Base: {family['base']}" in comments
     assert f"{family['a']}: norm " in comments
-    assert "other masks" in comments
+    assert "different masks" in comments
 
 
 def test_ten_and_more_layers_are_not_confused(tmp_path, merge):

@@ -1,4 +1,4 @@
-"""The command ``mergekit-metagpt``: a file per subcommand, imported when it is wanted."""
+"""The command ``mergekit-metagpt``: one file per subcommand, imported when it is used."""
 
 from importlib import import_module
 
@@ -8,8 +8,8 @@ from mergekit_metagpt import __version__
 from mergekit_metagpt.cli._output import replace_unprintable
 
 # To add a subcommand, add its name here, and the file `NAME.py` with the function `NAME` to
-# this folder. Its help is taken from that file, which therefore imports torch and MergeKit
-# inside of functions only: `--help` and wrong usage are to answer at once.
+# this folder. Import torch and MergeKit only inside functions of that file: `--help` imports
+# it, and must be fast.
 _COMMANDS = ("check", "coefficients", "diagnose", "resolve", "merge", "demo")
 
 

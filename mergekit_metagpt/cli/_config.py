@@ -1,4 +1,4 @@
-"""The arguments that commands share: the merge config, and who works on it."""
+"""The arguments that commands share: the merge config, and where the work runs."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,8 @@ ray_option = click.option(
     is_flag=False,
     flag_value="",
     metavar="[ADDRESS]",
-    help="Work on a Ray cluster, or as one on this machine alone. Give it after the arguments.",
+    help="Run on the Ray cluster at ADDRESS or $RAY_ADDRESS, or else on a new one on this machine. "
+    "Put this option after the arguments.",
 )
 
 
@@ -32,13 +33,13 @@ def wants_progress(options: "MergeOptions") -> bool:
 
 
 def warn(sentences: Iterable[str]) -> None:
-    """Print what should make one think."""
+    """Print warnings to standard error."""
     for sentence in sentences:
         click.secho(f"Warning: {sentence}", fg="yellow", err=True)
 
 
 def ray_mapper(ray: str, options: "MergeOptions") -> "RayMapper":
-    """Return the cluster that a value of ``--ray`` names."""
+    """Return the cluster that the value of ``--ray`` names; connect to it or start it."""
     from functools import partial
 
     import torch
@@ -52,7 +53,7 @@ def ray_mapper(ray: str, options: "MergeOptions") -> "RayMapper":
 
 @contextmanager
 def explained(config: "ConfigFile", options: "MergeOptions") -> Iterator[None]:
-    """Warn of what MergeKit ignores in a config; let failures end in what check says of them."""
+    """Warn of what MergeKit ignores in a config; explain a failure by the problems of ``check``."""
     from mergekit_metagpt.preflight import ignored, inspect
     from mergekit_metagpt.wording import BadInputError
 
@@ -72,13 +73,13 @@ def explained(config: "ConfigFile", options: "MergeOptions") -> Iterator[None]:
 def forecast_config(
     config: str, options: "MergeOptions", ray: str | None, granularity: str | None = None
 ) -> "Forecast":
-    """Return the coefficients that the merge of a config will use, measured here or by Ray.
+    """Return the coefficients that the merge of a config will use, measured here or on Ray.
 
     Args:
         config: the path of the config, or ``-``.
         options: MergeKit's options.
         ray: the value of ``--ray``.
-        granularity: used in place of the config's.
+        granularity: if given, replaces the config's.
     """
     from mergekit_metagpt.planning.config import read_config
     from mergekit_metagpt.planning.fingerprints import with_fresh_lora_cache

@@ -14,12 +14,12 @@ _KNOWN = f"{__name__}.known"
 class MergeCommand(click.Command):
     """A command that also takes every option of MergeKit, as ``mergekit-yaml`` does.
 
-    Its function gets them as ``merge_options``, MergeKit's own class. To know these options
-    is to import torch; so that is done only when one of them is given or the command runs,
-    and not for ``--help`` or a missing argument.
+    Its function gets them as ``merge_options``, of MergeKit's own class. Loading these options
+    imports torch, which is slow. They are therefore loaded only when one of them is given or
+    when the command runs, not for ``--help`` or a missing argument.
 
-    An exception that a command lets through ends in one sentence; ``--verbose`` shows where
-    it came from.
+    If the command raises an exception, the user sees one sentence, or with ``--verbose`` the
+    traceback.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -29,13 +29,13 @@ class MergeCommand(click.Command):
         )
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return the command's own parameters, and MergeKit's once they are known."""
+        """Return the command's own parameters, and MergeKit's once they are loaded."""
         own = super().get_params(ctx)
         names = {parameter.name for parameter in own}
         return own + [option for option in ctx.meta.get(_KNOWN, []) if option.name not in names]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the command's own options, and MergeKit's only if there are others."""
+        """Parse the arguments; load MergeKit's options only if one is not the command's own."""
         try:
             return super().parse_args(ctx, list(args))
         except click.NoSuchOption:
@@ -75,13 +75,13 @@ class MergeCommand(click.Command):
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Keep the sentence of a log record, such as that no tokenizer could be copied."""
+    """Drop the traceback of a log record, for instance if the tokenizer could not be copied."""
     record.exc_info = None
     return True
 
 
 def _without_dtype(record: logging.LogRecord) -> bool:
-    """Drop what the user can do nothing about."""
+    """Drop the message about ``torch_dtype``: MergeKit causes it, not the user."""
     return not is_about_dtype(record)
 
 
@@ -95,7 +95,7 @@ def _require_device(name: str) -> None:
 
 
 def _merge_options() -> tuple[Callable[..., dict[str, Any]], list[click.Option]]:
-    """Return what makes ``merge_options`` of a command's parameters, and MergeKit's options."""
+    """Return a function that builds ``merge_options`` from parameters, and MergeKit's options."""
     from mergekit_metagpt.mergekit_private import merge_options
 
     def collect(**parameters: Any) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _merge_options() -> tuple[Callable[..., dict[str, Any]], list[click.Option]]
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg]
-    """MergeKit's type of a size, which raises whatever Python does of one that it cannot read."""
+    """MergeKit's type of a size, with a clear message: MergeKit's own raises Python's errors."""
 
     name = "size"
 
@@ -121,4 +121,4 @@ class _Size(click.ParamType):  # type: ignore[type-arg]
         try:
             return self._reader.convert(value, param, ctx)
         except (ValueError, IndexError):
-            self.fail(f"{value!r} is no size; write one such as 5B, 500M or 100K.", param, ctx)
+            self.fail(f"{value!r} is not a size; write one such as 5B, 500M or 100K.", param, ctx)

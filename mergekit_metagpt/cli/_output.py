@@ -1,4 +1,4 @@
-"""What commands print to."""
+"""The standard output of commands."""
 
 import sys
 from io import TextIOWrapper
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def console() -> "Console":
-    """Return rich's console for standard output; it prints names of models as they are."""
+    """Return rich's console for standard output; it prints model names unchanged."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False, highlight=False)

@@ -1,4 +1,4 @@
-"""``mergekit-metagpt check``: what would go wrong, before an hour is spent."""
+"""``mergekit-metagpt check``: find the problems of a merge before it runs."""
 
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,9 @@ def check(config: str, out: str | None, merge_options: "MergeOptions") -> None:
     """Find what is wrong with a merge, without reading a tensor.
 
     CONFIG is a MergeKit config, of any merge method; OUT is where the merge would be written.
-    Prints what the merge will cost, or all problems, and then ends with exit code 1. Reads
-    configs, the headers of weight files and tokenizers only, so it takes seconds.
+    Prints what the merge will cost. If there are problems, prints all of them instead and
+    exits with code 1. Reads only configs, tokenizers and the headers of weight files, so it
+    takes seconds.
 
     \b
     Example:

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 @click.option(
     "--granularity",
     type=click.Choice(list(GRANULARITIES)),
-    help="Use this scope in place of the config's.",
+    help="Use this granularity instead of the config's.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw coefficients, shares by layer and cosines, such as FILE.png.",
+    help="Draw coefficients, coefficients by layer and cosines to this file, such as FILE.png.",
 )
 @ray_option
 def coefficients(

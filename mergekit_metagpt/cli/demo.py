@@ -1,4 +1,4 @@
-"""``mergekit-metagpt demo``: a base and experts trained on the spot, merged and scored."""
+"""``mergekit-metagpt demo``: train a small base and experts, merge and score them."""
 
 import math
 import os
@@ -35,19 +35,20 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=7)[0]))"""
 def demo(directory: Path) -> None:
     """Train small models, merge them and show the scores.
 
-    A base and three experts are trained here and now, in a minute or two on a CPU, and merged
-    by the stock mergekit-yaml command. DIR receives the models, the merge configs and the
-    merges; it must be new or empty, and is metagpt-demo when not given.
+    Trains a base and three experts, which takes a minute or two on a CPU, and merges them with
+    the stock mergekit-yaml command. Writes the models, the merge configs and the merges to DIR,
+    which must be new or empty. The default is metagpt-demo.
     """
     _require_usable(directory)
-    # Every model lies on this disk: transformers and MergeKit need not ask the hub.
+    # All models are on this disk, so transformers and MergeKit need not ask the hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Only now, so that help and refusals do not wait for torch.
+    # Imported here, so that help and refusals do not wait for torch.
     import torch
 
     from mergekit_metagpt.demo.models import Scale
 
-    # Models this small gain nothing from threads, and the figures would depend on their number.
+    # With more threads, the scores would depend on their number, and such small models would
+    # train no faster.
     torch.set_num_threads(1)
     try:
         run_demo(directory, Scale(), console())
@@ -56,16 +57,16 @@ def demo(directory: Path) -> None:
 
 
 def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
-    """Train, merge and score, and print the figures as they come.
+    """Train, merge and score models; print the results.
 
     Args:
-        directory: absolute path of an empty directory, or of none yet.
+        directory: absolute path of a directory that is empty or does not exist.
         scale: how large the models are and how long they train.
-        console: what the tables are printed to.
+        console: where the tables are printed.
 
     Raises:
         FileNotFoundError: if there is no ``mergekit-yaml``.
-        RuntimeError: if it fails.
+        RuntimeError: if ``mergekit-yaml`` fails.
     """
     import tqdm
 
@@ -103,7 +104,7 @@ def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
 
 
 def _require_usable(directory: Path) -> None:
-    """Create the directory, or say in one sentence why it cannot take a demo."""
+    """Create the directory, or say in one sentence why it cannot be used."""
     if set("+@") & set(str(directory)):
         raise click.ClickException(
             f"MergeKit reads the + or @ in {directory} as a LoRA or a revision; choose another "

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mergekit_metagpt.diagnosis.linearity import Linearity
 
-# From here on outputs count as linear in α, and task vectors as orthogonal.
+# Outputs count as linear in α from this R² on, and task vectors as orthogonal below this |cosine|.
 _LINEAR, _ORTHOGONAL = 0.95, 0.1
 
 
@@ -30,7 +30,7 @@ _LINEAR, _ORTHOGONAL = 0.95, 0.1
     "--prompts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="One prompt per line, in UTF-8; a few built-in ones if not given.",
+    help="One prompt per line, in UTF-8; without it, a few built-in prompts.",
 )
 @click.option(
     "--plot",
@@ -43,14 +43,14 @@ def diagnose(
 ) -> None:
     """Test the assumptions of MetaGPT on the models of CONFIG, any MergeKit config.
 
-    Linearity: logits of the next token are followed from the base to each expert in 10
-    steps, and compared with straight lines. R² is taken over all of them together; the
-    largest deviation from a line is a share of the largest movement, which is the change of
-    a logit from base to expert (root mean square in the table). Orthogonality: the cosines
-    of the task vectors.
+    Linearity: follows logits of the next token from the base to each expert in 10 steps, and
+    compares them with straight lines. R² covers all these logits together. The movement of a
+    logit is its change from base to expert; the table shows the root mean square. The largest
+    deviation from a line is given as a share of the largest movement. Orthogonality: prints
+    the cosines of the task vectors.
 
-    One model runs at a time, in float32: that takes 4 bytes of memory per parameter, on the
-    --device that is given.
+    One model runs at a time, in float32. It takes 4 bytes of memory per parameter, on the
+    given --device.
 
     \b
     Example:
@@ -84,7 +84,7 @@ def diagnose(
 def _measure(
     config: "MergeConfiguration", prompts: Path | None, options: "MergeOptions"
 ) -> tuple[list["Linearity"], list[list[float]]]:
-    """Return the outputs of T experts and the T x T cosines, experts in the same order."""
+    """Return the outputs of T experts and their T x T cosines, in the same order."""
     from mergekit.io.tasks import LoaderCache
 
     from mergekit_metagpt.diagnosis.linearity import measure_linearity
@@ -147,33 +147,33 @@ def _show_linearity(names: Sequence[str], linearities: Sequence["Linearity"]) ->
     for name, result in zip(names, linearities, strict=True):
         if result.held:
             click.echo(
-                f"{', '.join(result.held)}: the vocabulary of {name} differs, so that these "
-                "tensors stay at the base's and the lines end short of this expert.",
+                f"{', '.join(result.held)}: the vocabulary of {name} differs, so these tensors "
+                "keep the base's values and the lines end before they reach this expert.",
             )
     click.echo(_linearity_verdict(names, linearities))
 
 
 def _linearity_verdict(names: Sequence[str], linearities: Sequence["Linearity"]) -> str:
-    """Say what the R² mean for the merge."""
+    """Say what the values of R² mean for the merge."""
     pairs = list(zip(names, linearities, strict=True))
     still = [name for name, result in pairs if not result.moves]
     curved = [name for name, result in pairs if result.moves and result.r_squared < _LINEAR]
     verdicts = []
     if still:
         verdicts.append(
-            f"{', '.join(still)}: the outputs do not move by more than rounding, so there is no "
-            "R² to tell."
+            f"{', '.join(still)}: the outputs do not move by more than rounding, so R² is not "
+            "defined."
         )
     if curved:
         verdicts.append(
             f"{', '.join(curved)}: not in the linear regime (R² under {_LINEAR}). There the bound "
-            "that MetaGPT minimises is not assured and its coefficients are a heuristic; score "
+            "that MetaGPT minimises is not guaranteed and its coefficients are a heuristic; score "
             "the merge before you rely on it."
         )
     elif len(still) < len(names):
         verdicts.append(
             f"In the linear regime (every R² is at least {_LINEAR}): Property 5 holds on these "
-            "prompts, so that the bound which MetaGPT minimises applies to these models."
+            "prompts, so the bound that MetaGPT minimises applies to these models."
         )
     return "\n".join(verdicts)
 

@@ -43,8 +43,8 @@ def merge(
 ) -> None:
     """Merge CONFIG into the new directory OUT, as mergekit-yaml does, but safely.
 
-    Everything that can be known beforehand is checked before any work. OUT appears when the
-    merge is complete, with the coefficients in its model card and a record in metagpt.json.
+    Checks everything it can before it starts. OUT appears only when the merge is complete,
+    with the coefficients in its model card and a record in metagpt.json.
 
     \b
     Example:
@@ -59,7 +59,7 @@ def merge(
     from mergekit_metagpt.report.tables import coefficients_table
 
     if merge_options.random_seed is None:
-        seed = secrets.randbits(32)  # as large as numpy takes it
+        seed = secrets.randbits(32)  # numpy takes no larger seeds
         merge_options = merge_options.model_copy(update={"random_seed": seed})
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     written = read_config(config)
@@ -68,7 +68,7 @@ def merge(
     parsed = written.parse()
     merge_options = with_fresh_lora_cache(merge_options, parsed)
     merge_options = merge_options.model_copy(update={"quiet": not wants_progress(merge_options)})
-    context.params["merge_options"] = merge_options  # a survey asks there whether it is quiet
+    context.params["merge_options"] = merge_options  # where a survey looks for quiet
     merger: Merger = merge_here
     if ray is not None:
         from mergekit_metagpt.merging.cluster import merge_on_cluster
@@ -86,12 +86,13 @@ def merge(
 
 @contextmanager
 def _stopped_once() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a merge as Ctrl-C does; further ones do not keep it from tidying.
+    """Let SIGTERM and SIGHUP end a merge as Ctrl-C does.
 
-    What a parent has turned off, such as ``nohup`` the SIGHUP, stays so.
+    After the first signal, further ones are ignored, so that the merge can clean up. Signals
+    that the parent process ignores stay ignored, such as SIGHUP under ``nohup``.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # where signals are not handled
+        yield  # Python sets signal handlers only in the main thread
         return
     numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
     before = {number: signal.getsignal(number) for number in numbers if number is not None}

@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(dir_okay=False),
     default="-",
-    help="Write to this file in place of standard output.",
+    help="Write to this file instead of standard output.",
 )
 @ray_option
 def resolve(config: str, output: str, ray: str | None, merge_options: "MergeOptions") -> None:
     """Write CONFIG as stock MergeKit YAML with explicit weights.
 
-    Any MergeKit merges it to the same result, without this package: in float32 to the same
-    bytes, but to two rounding steps for plain metagpt, and with other masks for DARE and DELLA.
+    MergeKit merges it to the same result without this package. In float32 the bytes are the
+    same, with two exceptions: plain metagpt differs by up to two rounding steps, and DARE and
+    DELLA draw different masks.
 
     \b
     Example:
@@ -41,7 +42,7 @@ def resolve(config: str, output: str, ray: str | None, merge_options: "MergeOpti
 
 
 def _is_replaceable(output: str) -> bool:
-    """Return whether a file may be written elsewhere and renamed: no device, pipe or link."""
+    """Return whether a renamed file may replace the output: not a device, a pipe or a link."""
     if output == "-" or os.path.islink(output):
         return False
     return os.path.isfile(output) or not os.path.exists(output)

@@ -1,16 +1,16 @@
-"""What should make one think about the coefficients of a merge, and the way out."""
+"""Warnings about the coefficients of a merge, each with a way out."""
 
 from collections.abc import Iterator, Sequence
 
 from mergekit_metagpt.coefficients import scaling_coefficients
 from mergekit_metagpt.method.summary import Summary
 
-# An expert with more than this share leaves next to nothing of the others.
+# If one expert has more than this share, almost nothing of the others is left.
 DOMINANT = 0.9
 
 
 def warnings(summary: Summary) -> list[str]:
-    """Return a sentence for each thing; its figures follow from the norms, nothing is read."""
+    """Return a sentence for each warning; its figures follow from the norms, no model is read."""
     found = list(_dominant_experts(summary)) or list(_dominated_tensors(summary))
     for expert in summary.experts:
         if expert.squared_norm == 0:
@@ -35,13 +35,13 @@ def _dominant_experts(summary: Summary) -> Iterator[str]:
                 means = _shares([other.mean for other in milder.experts])
                 ways.insert(0, f"set exponent: {_exponent(milder):g}, which gives {means}")
             yield (
-                f"{expert.model} has {expert.mean:.1%} of the merge, so that the others hardly "
+                f"{expert.model} has {expert.mean:.1%} of the merge, so the others hardly "
                 f"count; {', or '.join(ways)}."
             )
 
 
 def _dominated_tensors(summary: Summary) -> Iterator[str]:
-    """Find experts that take over tensors in turn, so that no mean is large."""
+    """Warn if different experts dominate different tensors, so that no mean is large."""
     part = _dominated_part(summary)
     if part <= 0.5:
         return
@@ -53,9 +53,9 @@ def _dominated_tensors(summary: Summary) -> Iterator[str]:
             f"set exponent: {_exponent(milder):g}, which leaves {_dominated_part(milder):.0%}"
         )
     yield (
-        f"In tensors with {part:.0%} of the parameters one expert has "
-        f"more than {DOMINANT:.0%}: they keep next to nothing of the others; "
-        f"{', or '.join(ways) or 'give the experts other weights (their priors)'}."
+        f"In tensors with {part:.0%} of the parameters, one expert has "
+        f"more than {DOMINANT:.0%}, so almost nothing of the others is left; "
+        f"{', or '.join(ways) or 'give the experts different weights (their priors)'}."
     )
 
 
@@ -78,7 +78,11 @@ def _exponent(summary: Summary) -> float:
 
 
 def _over_the_model(summary: Summary) -> list[float] | None:
-    """Return what one set of coefficients would be; None if it is one, or no set of priors is."""
+    """Return the coefficients at granularity ``model``.
+
+    Return None if the merge uses that granularity already, or if priors or experts differ
+    between tensors.
+    """
     kinds = {(entry.experts, entry.priors) for entry in summary.entries}
     if "model" in summary.granularities or len(kinds) > 1:
         return None

@@ -1,7 +1,7 @@
-"""What a merge uses: the coefficients of each tensor, and what they come to.
+"""The coefficients that a merge uses for each tensor, and their summary.
 
-The forecast of a merge and the journal of one that has run both end in a :class:`Summary`.
-Tables, figures, ``--json``, records, cards and warnings are made from it, and so agree.
+The forecast of a merge and the journal of a finished one both become a :class:`Summary`.
+Tables, figures, ``--json``, records, cards and warnings are all made from it, so they agree.
 """
 
 import math
@@ -50,11 +50,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Expert:
-    """What one expert has in a merge.
+    """The norm and the coefficients of one expert in a merge.
 
     Attributes:
         model: its id.
-        squared_norm: ‖τ‖² over all that was measured for the merge.
+        squared_norm: ‖τ‖² over everything that was measured for the merge.
         mean: its coefficient, averaged over the parameters of the merge.
         least: its least coefficient in any tensor.
         largest: its largest one.
@@ -73,7 +73,7 @@ class Expert:
 
 
 class Summary:
-    """What the coefficients of a whole merge come to.
+    """A summary of the coefficients of a whole merge.
 
     Attributes:
         entries: how each tensor is merged, ordered by name.
@@ -85,7 +85,7 @@ class Summary:
         self.ids = canonical({expert for entry in self.entries for expert in entry.experts})
 
     def with_exponent(self, exponent: float) -> "Summary":
-        """Return what the merge would use with another exponent; nothing is measured again."""
+        """Return the summary for a different exponent; nothing is measured again."""
         return Summary(replace(entry, exponent=exponent) for entry in self.entries)
 
     @property
@@ -126,7 +126,7 @@ class Summary:
     def scopes(self) -> dict[str, list[Entry]]:
         """The tensors of each scope, by its name: the model, a layer or a tensor.
 
-        Where coefficients vary within a scope, as priors can, its tensors are listed one by
+        If coefficients vary within a scope because priors do, its tensors are listed one by
         one.
         """
         members: dict[str, list[Entry]] = {}
@@ -141,12 +141,12 @@ class Summary:
         return found
 
     def row(self, entry: Entry) -> Norms:
-        """Return a tensor's coefficients for all T experts; 0 for one that does not hold it."""
+        """Return a tensor's coefficients for all T experts; 0 for experts without the tensor."""
         known = dict(zip(entry.experts, entry.coefficients, strict=True))
         return tuple(known.get(expert, 0.0) for expert in self.ids)
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything as JSON types; null is the norm of an expert that has no part."""
+        """Return everything as JSON types; an expert without a scope's tensors has norm null."""
         return {
             "granularity": self.granularities,
             "tensors": len(self.entries),
@@ -177,7 +177,7 @@ class Summary:
         }
 
     def _squared_norms(self) -> list[float]:
-        """Return T squared norms; each scope is measured once, whatever its tensors."""
+        """Return T squared norms; each scope counts once, however many tensors it has."""
         measured: dict[Hashable, dict[str, float]] = {expert: {} for expert in self.ids}
         for entry in self.entries:
             for expert, norm in zip(entry.experts, entry.squared_norms, strict=True):
@@ -187,7 +187,7 @@ class Summary:
     def _means(self, entries: Sequence[Entry]) -> list[float]:
         rows = {entry.tensor: self.row(entry) for entry in entries}
         if len(set(rows.values())) == 1:
-            return list(next(iter(rows.values())))  # to the last bit
+            return list(next(iter(rows.values())))  # exactly; a mean would round
         total = sum(entry.size for entry in entries)
         return [
             math.fsum(entry.size * rows[entry.tensor][t] for entry in entries) / total

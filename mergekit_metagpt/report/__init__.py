@@ -1,1 +1,1 @@
-"""What people and programs are shown: tables, figures, stock configs."""
+"""Output for people and programs: tables, figures and stock configs."""

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
     from mergekit_metagpt.diagnosis.linearity import Linearity
 
-# Told apart by the colour-blind (Okabe and Ito), and by their markers in print.
+# Colour-blind readers can tell these colours apart (Okabe and Ito); the markers help in grey.
 _SERIES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"))
 
 _PANEL = (3.6, 3.1)  # inches
 _MOST_COLUMNS = 3
 _LONGEST_NAME = 24
-_MOST_NUMBERS = 12  # rows of a matrix up to which the cells hold their numbers
+_MOST_NUMBERS = 12  # the cells of a matrix with more rows show no numbers
 
 
 def require_plotting(path: Path) -> None:
-    """Refuse at once what would fail after an hour.
+    """Raise before the work starts if the figure could not be written after it.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -54,7 +54,7 @@ def draw_diagnosis(
         names: T experts.
         linearities: their outputs, in that order.
         cosines: T x T cosines of their task vectors, in that order.
-        path: where the picture is written; the suffix says the format.
+        path: where the figure is written; the suffix sets the format.
     """
     names = short_names(names, _LONGEST_NAME)
     columns = min(len(names), _MOST_COLUMNS)
@@ -73,11 +73,11 @@ def draw_diagnosis(
 
 
 def draw_coefficients(path: Path, summary: Summary, cosines: Sequence[Sequence[float]]) -> None:
-    """Draw what a merge will do: each expert's coefficient, those by layer, and the cosines.
+    """Draw each expert's coefficient, the coefficients by layer, and the cosines.
 
     Args:
-        path: where the picture is written; the suffix says the format.
-        summary: the coefficients. Where they are the same everywhere, there is no panel for
+        path: where the figure is written; the suffix sets the format.
+        summary: the coefficients. If they are the same everywhere, there is no panel for
             the layers.
         cosines: T x T cosines of the task vectors, in the order of ``summary.ids``.
     """
@@ -124,14 +124,14 @@ def _draw_layers(ax: "Axes", layers: Sequence[Sequence[float]]) -> None:
 
 
 def _share_colours(count: int) -> list[tuple[float, ...]]:
-    """Return as many colours as there are experts, told apart by the colour-blind."""
+    """Return a colour for each expert; colour-blind readers can tell them apart."""
     from matplotlib import colormaps
 
     return [colormaps["viridis"](t / max(1, count - 1) * 0.95) for t in range(count)]
 
 
 def _figure(columns: float, rows: float) -> "Figure":
-    """Return an empty figure for so many panels; it belongs to no window and no pyplot state."""
+    """Return an empty figure of the given size in panels, without a window or pyplot state."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -149,7 +149,7 @@ def _draw_outputs(ax: "Axes", linearity: "Linearity") -> None:
     """Draw three outputs z(α) − z(0), and the straight lines to their ends."""
     places = linearity.outputs.shape[1]
     for at, (colour, marker) in zip((0, places // 2, places - 1), _SERIES, strict=True):
-        # The token that the expert prefers: of the four at a place the likeliest to move.
+        # Index 1 is the token that the expert prefers. It is the most likely of the four to move.
         output = linearity.outputs[:, at, 1]
         shifted = (output - output[0]).tolist()
         ax.plot(linearity.alphas, shifted, color=colour, marker=marker, markersize=4, linewidth=1.5)
@@ -169,7 +169,7 @@ def _legend() -> tuple[list["Line2D"], list[str]]:
 def _draw_matrix(ax: "Axes", names: Sequence[str], values: Sequence[Sequence[float]]) -> None:
     """Draw a T x T matrix of values from −1 to 1."""
     ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
-    # Rows carry the names, columns only their numbers: long names would overlap.
+    # Only rows show the names. Columns show numbers, because long names would overlap.
     numbers = range(1, len(names) + 1)
     ax.set_xticks(range(len(names)), [str(number) for number in numbers], fontsize=8)
     labels = [f"{name}  {n}" for n, name in zip(numbers, names, strict=True)]

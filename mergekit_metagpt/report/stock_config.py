@@ -19,8 +19,8 @@ Weight = float | list[ConditionalParameter]
 def stock_config(forecast: Forecast) -> str:
     """Return a config that MergeKit merges to the same result without this package.
 
-    In float32 the sparsified methods give the same bytes, except for the random ones; the plain
-    method agrees to two rounding steps, since MergeKit adds up differences.
+    In float32 the sparsified methods give the same bytes, except for the random ones. The plain
+    method agrees to two rounding steps, because MergeKit adds up differences.
     """
     config = forecast.config.model_copy(deep=True)
     config.merge_method = forecast.method.stock.spec.name
@@ -29,7 +29,7 @@ def stock_config(forecast: Forecast) -> str:
         for name in own & parameters.keys():
             del parameters[name]
     if forecast.method.is_plain:
-        # They are no part of the plain method, while normalize rounds once more in the stock one.
+        # Normalizing changes nothing in the plain method, but the stock one would round once more.
         config.parameters = {**(config.parameters or {}), "normalize": False}
     _set_dtypes(config, forecast)
 
@@ -40,10 +40,10 @@ def stock_config(forecast: Forecast) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a part of a config as YAML has it, without defaults.
+    """Return a part of a config as plain YAML types, without defaults.
 
-    MergeKit's own serializer fails for a model whose path holds a space, and writes a path with
-    a + or @ in it so that it reads back as another model.
+    MergeKit's own serializer fails for a model path that contains a space. If the path contains
+    a + or @, the text that it writes is read back as a different model.
     """
     if isinstance(value, ModelReference) and _reads_back(value):
         return str(value)
@@ -64,7 +64,7 @@ def _reads_back(model: ModelReference) -> bool:
 
 
 def _set_weights(part: Part, forecast: Forecast) -> None:
-    """Give every expert of one list of models its weights; put the list in canonical order."""
+    """Set the weights of every expert in a part; sort its models into canonical order."""
     entries: dict[Any, Any] = {entry.model: entry for entry in part.inputs}
     tensors = [tensor for tensor in forecast.tensors if _is_of(tensor, part)]
     for expert in entries.keys() & set(forecast.experts):
@@ -85,7 +85,11 @@ def _set_weights(part: Part, forecast: Forecast) -> None:
 
 
 def _is_of(tensor: TensorForecast, part: Part) -> bool:
-    """Whether a tensor is merged by a part of a config, which MergeKit may have put in modules."""
+    """Return whether a part of a config merges a tensor.
+
+    MergeKit's planner puts tensors in modules even if the config has none. A part without a
+    module therefore matches every module.
+    """
     module, number = part.place
     if not module and not part.is_slice:
         return True
@@ -95,7 +99,7 @@ def _is_of(tensor: TensorForecast, part: Part) -> bool:
 def _setting(weights: dict[str, float], buffers: list[str]) -> Weight:
     """Write weights by tensor as briefly as MergeKit's filters allow.
 
-    A filter is a substring of the tensor's name, and the first that fits decides.
+    MergeKit uses the first filter that is a substring of the tensor's name.
     """
     if len(set(weights.values())) == 1:
         return next(iter(weights.values()))
@@ -107,7 +111,7 @@ def _setting(weights: dict[str, float], buffers: list[str]) -> Weight:
         layer = layer_of(name)
         brief[f"{layer}." if layer and len(by_layer[layer]) == 1 else name] = weight
     for filters in (brief, weights):
-        # Longest first: a name that is part of another one must not speak for it.
+        # Longest first: a filter must not match a longer name that contains it.
         ordered = sorted(filters, key=len, reverse=True)
         if all(
             filters[next(f for f in ordered if f in name)] == weight
@@ -117,13 +121,13 @@ def _setting(weights: dict[str, float], buffers: list[str]) -> Weight:
     shown = [f for f in filters if f in ordered]
     if any(a != b and a in b for a in shown for b in shown):
         shown = ordered
-    # MergeKit wants a weight for what it copies, too.
+    # MergeKit requires a weight even for tensors that it only copies.
     settings = {**{f: filters[f] for f in shown}, **dict.fromkeys(buffers, 0.0)}
     return [ConditionalParameter(filter=name, value=weight) for name, weight in settings.items()]
 
 
 def _set_dtypes(config: Any, forecast: Forecast) -> None:
-    """Let the stock method calculate in float32, as this package does, and round once."""
+    """Make the stock method calculate in float32 and round once, as this package does."""
     stored = set(forecast.survey.dtypes.values())
     if len(stored) != 1 or not stored <= {torch.bfloat16, torch.float16}:
         return
@@ -149,7 +153,7 @@ def _header(forecast: Forecast) -> str:
         )
     if forecast.method.is_random:
         lines.append(
-            "This method drops parameters at random: MergeKit draws other masks than "
-            "mergekit-metagpt does, so that the merged weights differ."
+            "This method drops parameters at random. MergeKit and mergekit-metagpt draw "
+            "different masks, so the merged weights differ."
         )
     return "".join(f"# {line}\n" for line in lines)

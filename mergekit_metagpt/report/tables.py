@@ -1,4 +1,4 @@
-"""What a merge will do or has done and why, for people and for programs."""
+"""Tables and JSON that show what a merge will do, or has done, and why."""
 
 import math
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ _WIDTH = 32
 def as_json(forecast: Forecast) -> dict[str, Any]:
     """Return the measurements and coefficients of a merge as JSON types.
 
-    All but cosines and bounds is what ``metagpt.json`` will say of the merge, in the same
-    words.
+    Everything except the cosines and bounds is also in the ``metagpt.json`` of the merge,
+    under the same keys.
     """
     return {
         "method": forecast.method.spec.name,
@@ -46,9 +46,9 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
 def bounds(forecast: Forecast) -> dict[str, float]:
     """Return the bound of Theorem 8 for this merge and for usual choices of λ.
 
-    All are relative to the least of one set for the whole model, that of Theorem 10. This
-    merge has none if it is no sum of the surveyed task vectors: with a sparsified method, or
-    where slices move layers.
+    All bounds are relative to the least one that a single set of λ for the whole model can
+    reach, that of Theorem 10. There is no bound for this merge if it is not a sum of the
+    surveyed task vectors: with a sparsified method, or if slices move layers.
     """
     products = forecast.survey.products or ()
     count = len(forecast.experts)
@@ -71,7 +71,10 @@ def bounds(forecast: Forecast) -> dict[str, float]:
 
 
 def _parts(forecast: Forecast) -> list[tuple[Sequence[Sequence[float]], list[float]]] | None:
-    """Return inner products and coefficients of each surveyed tensor, if all are merged as such."""
+    """Return inner products and coefficients of each surveyed tensor, if all are merged in place.
+
+    Otherwise, or with a sparsified method, return None.
+    """
     merged = {t.name: t for t in forecast.tensors if set(t.inputs.values()) == {t.name}}
     grams = forecast.survey.grams or {}
     if not forecast.method.is_plain or grams.keys() - merged.keys():
@@ -83,9 +86,9 @@ def _parts(forecast: Forecast) -> list[tuple[Sequence[Sequence[float]], list[flo
 
 
 def forecast_warnings(forecast: Forecast) -> list[str]:
-    """Return a sentence for each thing about the coefficients that should make one think."""
+    """Return the warnings about the coefficients, one sentence each."""
     return warnings(forecast.summary) + [
-        f"{tensor} does not count towards the coefficients, since its vocabularies differ."
+        f"{tensor} does not count towards the coefficients, because its vocabularies differ."
         for tensor in forecast.survey.left_out
     ]
 
@@ -132,7 +135,7 @@ def coefficients_table(summary: Summary) -> RenderableType:
 
 
 def matrix(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Table:
-    """Return a table of a square matrix whose rows and columns bear names."""
+    """Return a square matrix as a table; rows show their names, columns show numbers."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("")
     table.add_column("")
@@ -145,7 +148,7 @@ def matrix(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Table:
 
 
 def bar(shares: Sequence[float]) -> str:
-    """Return numbers from 0 to 1 as one character each, neighbours averaged when too many.
+    """Return numbers from 0 to 1 as one character each; if too many, average neighbours.
 
     >>> bar([0.0, 0.5, 1.0])
     '▁▅█'
