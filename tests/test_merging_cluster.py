@@ -12,6 +12,8 @@ import pytest
 import transformers
 from click.testing import CliRunner
 from conftest import llama_config, merge_config, put_nan, save_family, slices_config, write_yaml
+from mergekit.plan import MergePlanner
+from mergekit.tokenizer import BuildTokenizer
 from safetensors.torch import load_file, save_file
 from test_cli_check import save_tokenizer
 
@@ -172,6 +174,34 @@ def test_a_result_that_overflows_is_refused(tmp_path):
     assert not list(tmp_path.glob("merged*"))
 
 
+class Here:
+    """A mapper whose tasks run in this process."""
+
+    __call__ = staticmethod(workers.in_this_process)
+
+    def submit(self, function, items, cpus):
+        return [(function, item) for item in items]
+
+    def results(self, tasks):
+        return (function(item) for function, item in tasks)
+
+
+def test_the_merge_is_planned_once_and_the_tokenizer_built_once(tied, tmp_path, monkeypatch):
+    planned, built = [], []
+    plan, build = MergePlanner.plan_to_disk, BuildTokenizer.execute
+    monkeypatch.setattr(
+        MergePlanner, "plan_to_disk", lambda self, path: planned.append(path) or plan(self, path)
+    )
+    monkeypatch.setattr(
+        BuildTokenizer, "execute", lambda self, **_: built.append(self) or build(self)
+    )
+    monkeypatch.setattr(workers, "RayMapper", lambda *_, **__: Here())
+    config = merge_config(tied, parameters={"granularity": "model"}, tokenizer={"source": "base"})
+    merge(config, tmp_path / "merged", *SHARDS, "--ray")
+    assert len(planned) == 1
+    assert len(built) == 1
+
+
 def test_the_models_are_measured_once(tmp_path, monkeypatch):
     """Even where the config narrows them, and one of two tied tensors is not in the survey."""
     paths = save_family(tmp_path, llama_config())
@@ -185,17 +215,6 @@ def test_the_models_are_measured_once(tmp_path, monkeypatch):
     def counted(*args, **kwargs):
         taken.append(args)
         return survey(*args, **kwargs)
-
-    class Here:
-        """A mapper whose tasks run in this process."""
-
-        __call__ = staticmethod(workers.in_this_process)
-
-        def submit(self, function, items, cpus):
-            return [(function, item) for item in items]
-
-        def results(self, tasks):
-            return (function(item) for function, item in tasks)
 
     monkeypatch.setattr(Checkpoints, "survey", counted)
     monkeypatch.setattr(workers, "RayMapper", lambda *_, **__: Here())

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
     from mergekit_metagpt.planning.config import ConfigFile
-    from mergekit_metagpt.preflight import Costs
+    from mergekit_metagpt.preflight import Costs, Preflight
 
 
 @click.command(cls=MergeCommand)
@@ -34,21 +34,23 @@ def check(config: str, out: str | None, merge_options: "MergeOptions") -> None:
 
     logging.basicConfig(level=logging.INFO if merge_options.verbosity else logging.ERROR)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    costs = require_sound(config, out, merge_options)
-    if not merge_options.quiet:
-        _show(costs)
+    found = require_sound(config, out, merge_options)
+    if found.costs and not merge_options.quiet:
+        _show(found.costs)
 
 
-def require_sound(config: "ConfigFile | str", out: str | None, options: "MergeOptions") -> "Costs":
-    """Return what a merge will cost, or print all its problems and exit with 1."""
+def require_sound(
+    config: "ConfigFile | str", out: str | None, options: "MergeOptions"
+) -> "Preflight":
+    """Return what was found of a merge without problems; else print them and exit with 1."""
     from mergekit_metagpt.preflight import inspect
 
     found = inspect(config, out, options)
     for problem in found.problems:
         click.echo(problem, err=True)
-    if found.costs is None:
+    if found.problems:
         raise click.exceptions.Exit(1)
-    return found.costs
+    return found
 
 
 def _show(costs: "Costs") -> None:

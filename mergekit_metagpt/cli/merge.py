@@ -63,7 +63,7 @@ def merge(
         merge_options = merge_options.model_copy(update={"random_seed": seed})
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     written = read_config(config)
-    require_sound(written, str(out), merge_options)
+    found = require_sound(written, str(out), merge_options)
     quiet = merge_options.quiet
     parsed = written.parse()
     merge_options = with_fresh_lora_cache(merge_options, parsed)
@@ -73,7 +73,8 @@ def merge(
     if ray is not None:
         from mergekit_metagpt.merging.cluster import merge_on_cluster
 
-        merger = partial(merge_on_cluster, mapper=ray_mapper(ray, merge_options))
+        mapper = ray_mapper(ray, merge_options)
+        merger = partial(merge_on_cluster, mapper=mapper, outputs=found.outputs)
     with _stopped_once(), SESSION.journal() as entries:
         merge_whole(parsed, written.text, out, merge_options, merger)
     summary = Summary(entries)

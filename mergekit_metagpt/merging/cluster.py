@@ -51,6 +51,7 @@ def merge_on_cluster(
     options: MergeOptions,
     *,
     mapper: RayMapper,
+    outputs: Outputs | None = None,
 ) -> None:
     """Merge on a Ray cluster; the bytes are those of ``whole.merge_here``.
 
@@ -63,14 +64,17 @@ def merge_on_cluster(
         directory: the directory to make, on storage that all machines of the cluster share.
         options: MergeKit's options.
         mapper: the cluster.
+        outputs: the plan of the merge, if it has been made; it must hold for the models with
+            their adapters applied.
 
     Raises:
         ValueError: if the method is not this package's, or an input or the result is not finite.
         FileNotFoundError: if a machine does not see ``directory``.
     """
     _require_own_method(config)
-    outputs, shards = _plan(config, options)
-    tokenizer = {outputs.tokenizer: outputs.tokenizer.execute()} if outputs.tokenizer else {}
+    outputs = outputs or _plan(config, options)
+    shards = _shards(outputs, config, options)
+    info = outputs.tokenizer_info
     dtypes = {tensor.merged_dtype for tensor in outputs.tensors}
     writer = TensorWriter(str(directory), safe_serialization=options.safe_serialization)
     merge = ShardMerge(
@@ -80,7 +84,7 @@ def merge_on_cluster(
         seed=torch.initial_seed() if options.random_seed is None else options.random_seed,
         threads=torch.get_num_threads(),
         surveys=_take_surveys(outputs, options, mapper),
-        tokenizer=tokenizer,
+        tokenizer={outputs.tokenizer: info} if outputs.tokenizer and info else {},
     )
     tasks = mapper.submit(merge.write, shards, cpus=merge.threads)
     try:
@@ -96,7 +100,6 @@ def merge_on_cluster(
     for leftover in directory.glob(f"{UNFINISHED}*"):  # of workers that died
         shutil.rmtree(leftover)
     writer.finalize()  # type: ignore[no-untyped-call]
-    info = next(iter(tokenizer.values()), None)
     _write_model_files(config, directory, options, outputs.architecture, info)
 
 
@@ -110,22 +113,25 @@ def _require_own_method(config: MergeConfiguration) -> None:
         )
 
 
-def _plan(config: MergeConfiguration, options: MergeOptions) -> tuple[Outputs, list[Shard]]:
-    """Plan the merge, and return what MergeKit's writer would put into each file."""
+def _plan(config: MergeConfiguration, options: MergeOptions) -> Outputs:
+    """Plan the merge of the models with their adapters applied."""
     LoaderCache().setup(options)
     models = config.referenced_models()
     for model in models:
         LoaderCache().get(model)  # applies its adapter, or downloads it
     found = {model: find_model_files(model, options) for model in models}
-    outputs = plan_outputs(config, options, found, _FILE)
+    return plan_outputs(config, options, found, _FILE)
+
+
+def _shards(outputs: Outputs, config: MergeConfiguration, options: MergeOptions) -> list[Shard]:
+    """Return what MergeKit's writer would put into each file."""
     rows = output_rows(outputs, config.tokenizer, _FILE)
-    shards = [
+    return [
         Shard(number, tuple(tensor.merge.save for tensor in tensors))
         for number, tensors in enumerate(
             output_shards(outputs.tensors, rows, options.out_shard_size), start=1
         )
     ]
-    return outputs, shards
 
 
 def _take_surveys(

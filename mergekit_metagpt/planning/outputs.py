@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from io import StringIO
 
 import torch
@@ -15,7 +15,7 @@ from mergekit.config import MergeConfiguration, OutputModuleDefinition
 from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
-from mergekit.tokenizer import BuildTokenizer
+from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from mergekit.tokenizer.config import TokenizerConfig
 
 from mergekit_metagpt.mergekit_private import convert_checkpoint_tensors, open_loaders
@@ -97,6 +97,11 @@ class Outputs:
     architecture: ModelArchitecture
     tokenizer: BuildTokenizer | None
     modules: Mapping[str, OutputModuleDefinition]
+
+    @cached_property
+    def tokenizer_info(self) -> TokenizerInfo | None:
+        """The output's tokenizer, built once; None if the config asks for none."""
+        return self.tokenizer.execute() if self.tokenizer else None
 
     @property
     def architecture_is_guessed(self) -> bool:
@@ -245,16 +250,16 @@ def output_rows(outputs: Outputs, config: TokenizerConfig | None, file: str) -> 
     Raises:
         BadInputError: if MergeKit cannot build the tokenizer that the config asks for.
     """
-    if outputs.tokenizer is None:
-        return None
     try:
         with redirect_stderr(StringIO()):  # a progress bar that no option turns off
-            tokenizer = outputs.tokenizer.execute().tokenizer
+            info = outputs.tokenizer_info
     except Exception as error:  # tokenizers raise many kinds of errors
         raise BadInputError(
             f"MergeKit cannot build the tokenizer that {file} asks for ({reason(error)}); add the "
             "files of that tokenizer to the model, or leave the setting out."
         ) from error
-    rows = len(tokenizer.get_vocab())
+    if info is None:
+        return None
+    rows = len(info.tokenizer.get_vocab())
     multiple = (config.pad_to_multiple_of if config else None) or 1
     return -(-rows // multiple) * multiple

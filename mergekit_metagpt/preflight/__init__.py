@@ -34,10 +34,13 @@ class Preflight:
     Attributes:
         problems: what the merge would fail on, or silently do wrong; one sentence each.
         costs: what the merge will cost; None if there are problems.
+        outputs: what the merge will write; None if there are problems, or if MergeKit first has
+            to download a model or to apply an adapter.
     """
 
     problems: list[str]
     costs: Costs | None = None
+    outputs: Outputs | None = None
 
 
 def inspect(
@@ -60,11 +63,11 @@ def inspect(
         return Preflight(list(error.args))
     inspection = _Inspection(written, out, options or MergeOptions())
     try:
-        found = inspection.run()
+        inspection.run()
     except BadInputError as error:
         inspection.problems += error.args
     problems = list(dict.fromkeys(inspection.problems))
-    return Preflight(problems) if problems else Preflight([], found)
+    return Preflight(problems) if problems else inspection.findings()
 
 
 def ignored(config: ConfigFile) -> list[str]:
@@ -83,12 +86,14 @@ class _Inspection:
     options: MergeOptions
     problems: list[str] = field(default_factory=list)
     models: dict[ModelReference, ModelFiles] = field(default_factory=dict)
+    costs: Costs | None = None
+    outputs: Outputs | None = None
 
     @property
     def file(self) -> str:
         return self.written.name
 
-    def run(self) -> Costs | None:
+    def run(self) -> None:
         self.problems += configs.no_accelerator(self.options)
         config = self._look_at_config()
         self.options = with_fresh_lora_cache(self.options, config)
@@ -97,9 +102,15 @@ class _Inspection:
             self.problems += bad_output(self.out, self.models)
         if bad_layers := list(structure.bad_layers(config, self.file, self.models)):
             self.problems += bad_layers
-            return None
-        outputs = self._plan(config)
-        return self._look_at_tensors(outputs, config) if outputs else None
+            return
+        self.outputs = self._plan(config)
+        if self.outputs:
+            self.costs = self._look_at_tensors(self.outputs, config)
+
+    def findings(self) -> Preflight:
+        """Return what was found, if there are no problems."""
+        are_final = all(f.weights.directory and not f.to_apply for f in self.models.values())
+        return Preflight([], self.costs, self.outputs if are_final else None)
 
     def _look_at_config(self) -> MergeConfiguration:
         written = self.written
