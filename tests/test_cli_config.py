@@ -104,7 +104,7 @@ def test_threads_and_verbosity_are_honoured(name, config, monkeypatch):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_size_that_is_none_is_wrong_usage(name, size, config, tmp_path):
     done = invoke(*words_for(name, config, tmp_path), "--out-shard-size", size, status=2)
-    assert f"'{size}' is no size; write one such as 5B, 500M or 100K." in done.stderr
+    assert f"'{size}' is not a size; write one such as 5B, 500M or 100K." in done.stderr
 
 
 @pytest.mark.parametrize("words", [(), ("--quiet",)])
