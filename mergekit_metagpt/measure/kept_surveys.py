@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.wording import BadInputError
 from mergekit_metagpt.workers import Mapper, in_this_process
 
 if TYPE_CHECKING:
@@ -30,6 +31,20 @@ def file_stats(paths: Iterable[str]) -> FileStats:
 def changed_files(before: FileStats) -> list[str]:
     """Return the files whose stats are not the earlier ones."""
     return sorted(path for path, stat in before.items() if stat != _stat(path))
+
+
+def require_unchanged(before: FileStats) -> None:
+    """Refuse a merge if one of its weight files has changed.
+
+    Raises:
+        BadInputError: if so; names the first of them.
+    """
+    changed = changed_files(before)
+    if changed:
+        raise BadInputError(
+            f"Weight file {changed[0]} has changed since this merge began, which would mix two "
+            "models; merge again when no program writes to it."
+        )
 
 
 def _stat(path: str) -> tuple[int, int, int] | None:
@@ -140,9 +155,4 @@ class KeptSurveys:
         if not at_once and now - kept.looked < _SECONDS_BETWEEN_LOOKS:
             return
         kept.looked = now
-        changed = changed_files(kept.files)
-        if changed:
-            raise ValueError(
-                f"Weight file {changed[0]} has changed since this merge began, which would "
-                "mix two models; merge again when no program writes to it."
-            )
+        require_unchanged(kept.files)

@@ -10,10 +10,9 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.measure.kept_surveys import FileStats, changed_files, file_stats
+from mergekit_metagpt.measure.kept_surveys import FileStats, file_stats, require_unchanged
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.fingerprints import fingerprint
-from mergekit_metagpt.wording import BadInputError
 
 _SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 
@@ -45,12 +44,7 @@ class Inputs:
         Raises:
             BadInputError: names the first of them.
         """
-        changed = changed_files(self.stats)
-        if changed:
-            raise BadInputError(
-                f"Weight file {changed[0]} has changed since this merge began, which would mix two "
-                "models; merge again when no program writes to it."
-            )
+        require_unchanged(self.stats)
 
 
 def _paths(model: ModelReference) -> list[Path]:
