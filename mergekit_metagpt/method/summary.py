@@ -62,8 +62,8 @@ class Entry:
             priors=tuple(parameters["weight"][expert] for expert in experts),
             exponent=exponent_of(parameters),
             size=size,
-            means=directions and directions.means,
-            kept=directions and directions.kept,
+            means=directions.means if directions else None,
+            kept=directions.kept if directions else None,
         )
 
     @cached_property
