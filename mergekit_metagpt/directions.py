@@ -119,11 +119,9 @@ def merge_directions(
         stack = (1, len(tensors[0]), -1)
         merge = _merge_rows
     merged = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+    matrices = zip(*(tensor.reshape(stack) for tensor in (merged, *tensors)), strict=True)
     parts = [
-        merge(_TaskVectors(origin, others), rule, scale, out)
-        for out, origin, *others in zip(
-            *(t.reshape(stack) for t in (merged, *tensors)), strict=True
-        )
+        merge(_TaskVectors(origin, others), rule, scale, out) for out, origin, *others in matrices
     ]
     if base.dim():
         merged = merged.movedim(0, vocabulary_axis or 0)
