@@ -138,3 +138,22 @@ def operations(m: int, n: int, experts: int) -> tuple[float, float]:
     size = experts * n
     dual = (experts + 3) * experts * m * n**2 + size**3 + 2 * size**2 * n
     return primal, dual
+
+
+def costs_of_matrix(rows: int, columns: int, experts: int, side: str) -> tuple[float, int]:
+    """Return what a matrix costs: operations, and float64 numbers held besides the experts.
+
+    Args:
+        rows: the number of rows of the stored matrix.
+        columns: the number of its columns.
+        experts: T.
+        side: ``output``, ``input`` or ``both``.
+    """
+    m, n = (columns, rows) if side == "input" else (rows, columns)
+    if side == "both":
+        products = 6 * experts * m * n * (m + n) + 4 * m * n * (m + n)
+        return products + 25 * (m**3 + n**3), 3 * (m**2 + n**2) + 3 * m * n
+    primal, dual = operations(m, n, experts)
+    if primal <= dual:
+        return primal, 2 * m**2 + 2 * m * n
+    return dual, 2 * (experts * n) ** 2 + experts * n**2 + 3 * m * n

@@ -73,11 +73,13 @@ def bounds(forecast: Forecast) -> dict[str, float]:
 def _parts(forecast: Forecast) -> list[tuple[Sequence[Sequence[float]], list[float]]] | None:
     """Return inner products and coefficients of each surveyed tensor, if all are merged in place.
 
-    Otherwise, or with a sparsified method, return None.
+    Otherwise, with a sparsified method, or with matrices of coefficients, return None.
     """
     merged = {t.name: t for t in forecast.tensors if set(t.inputs.values()) == {t.name}}
     grams = forecast.survey.grams or {}
     if not forecast.method.is_plain or grams.keys() - merged.keys():
+        return None
+    if any(tensor.entry.means for tensor in forecast.tensors):
         return None
     return [
         (gram, [merged[name].scale * c for c in forecast.summary.row(merged[name].entry)])
@@ -123,15 +125,26 @@ def coefficients_table(summary: Summary) -> RenderableType:
     table.add_column("‖τ‖", justify="right")
     for column in ("mean λ", "least", "largest") if summary.varies else ("λ",):
         table.add_column(column, justify="right")
+    kept = [expert.kept for expert in summary.experts if expert.kept is not None]
+    if kept:
+        table.add_column("kept", justify="right")
     if summary.varies and summary.layers:
         table.add_column("λ by layer, first to last", no_wrap=True)
     for t, (name, expert) in enumerate(zip(short_names(summary.ids), summary.experts, strict=True)):
         cells = [name, f"{expert.norm:.4g}", share(expert.mean)]
-        if summary.varies:
-            cells += [share(expert.least), share(expert.largest)]
-            cells.append(bar([row[t] for row in summary.layers]))
+        cells += [share(expert.least), share(expert.largest)] if summary.varies else []
+        cells += [f"{kept[t]:.1%}"] if kept else []
+        cells += [bar([row[t] for row in summary.layers])]
         table.add_row(*map(Text, cells[: len(table.columns)]))
-    return Group(Text("Scaling coefficients", "bold"), table)
+    caption = [Text(_what_is_kept(kept))] if kept else []
+    return Group(Text("Scaling coefficients", "bold"), table, *caption)
+
+
+def _what_is_kept(kept: Sequence[float]) -> str:
+    return (
+        f"The merge keeps {sum(kept):.2f} of {len(kept)} task vectors. Coefficients that are "
+        "numbers and sum to 1 keep about 1 where experts are orthogonal.\n"
+    )
 
 
 def matrix(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Table:
