@@ -29,10 +29,11 @@ from mergekit_metagpt.demo.models import (
     make_tokenizer,
     train_family,
 )
+from mergekit_metagpt.granularities import GRANULARITIES
 
 SMALL = Scale(hidden_size=16, layers=1, batch=6, base_steps=3, expert_steps=3, held_out=20)
 MODELS = ["base", *TASKS]
-MERGES = ["metagpt-tensor", "metagpt-layer", "metagpt-model", "task-arithmetic", "average"]
+MERGES = [*(f"metagpt-{name}" for name in GRANULARITIES), "task-arithmetic", "average"]
 EXAMPLE = Path(__file__).parents[1] / "example_configs" / "demo.yml"
 
 
