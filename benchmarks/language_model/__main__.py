@@ -1,0 +1,113 @@
+"""The command `python -m benchmarks.language_model`."""
+
+import json
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+
+import click
+import torch
+import transformers
+
+from benchmarks.language_model.base import PACKAGED, make_base
+from benchmarks.language_model.bench import Bench, Items
+from benchmarks.language_model.experts import RECIPES
+from benchmarks.language_model.measure import FamilyBench, LanguageFamily
+from benchmarks.language_model.report import report, sweep_table
+from benchmarks.language_model.rows import (
+    DIRECTIONS,
+    METAGPT,
+    QUICK_ROWS,
+    ROWS,
+)
+from benchmarks.language_model.tasks import DEFINITIONS
+from benchmarks.language_model.whole import write_json
+from benchmarks.machine import described
+from benchmarks.results_file import write_measured, write_raw
+
+SEEDS = 2
+DIRECTIONS_CHOSEN_ON = ("even", 0)
+QUICK_TASKS = ("film", "category", "arithmetic")
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Three tasks, one family; prints, and writes nothing.")
+@click.option(
+    "--work",
+    default="language-model",
+    show_default=True,
+    metavar="DIR",
+    type=click.Path(file_okay=False, resolve_path=True, path_type=Path),
+    help="Where data, experts (16 GB) and scores go.",
+)
+@click.option(
+    "--base",
+    default=PACKAGED,
+    show_default=True,
+    metavar="MODEL",
+    help="Another causal language model: a name on the hub, or a directory.",
+)
+def main(quick: bool, work: Path, base: str) -> None:
+    """Train experts of a language model, merge them in every way, and score the merges.
+
+    All is fetched, trained and scored in DIR. After an interruption, the same command continues
+    where it stopped. A GPU is used if there is one. Writes benchmarks/results/language_model.md
+    and .json; the .json is updated after each family.
+    """
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    start = time.perf_counter()
+    _require_same_base(work, base)
+    make_base(base, work / "base")
+    tasks = QUICK_TASKS if quick else tuple(DEFINITIONS)
+    bench = Bench(work, {task: DEFINITIONS[task] for task in tasks}, Items())
+    recipes, seeds, rows = (["even"], 1, QUICK_ROWS) if quick else (list(RECIPES), SEEDS, ROWS)
+    families: list[LanguageFamily] = []
+    for seed, recipe in product(range(seeds), recipes):
+        families.append(FamilyBench(bench, recipe, seed).results(Path(base).name, rows))
+        minutes = (time.perf_counter() - start) / 60
+        click.echo(f"{minutes:5.1f} min  {recipe}, seed {seed}", err=True)
+        if not quick:
+            write_raw("language_model.json", [asdict(family) for family in families])
+    text = report(families, [row.name for row in METAGPT])
+    if not quick:
+        text += "\n\n" + _directions(FamilyBench(bench, *DIRECTIONS_CHOSEN_ON))
+    text += f"\n\n{_circumstances(bench.device, minutes)}"
+    if not quick:
+        write_measured("language_model.md", text)
+    click.echo(text)
+
+
+def _directions(family: FamilyBench) -> str:
+    """Return a table of what `direction` can be set to, measured on validation examples."""
+    sweep = [(row, family.validation_difference(row)) for row in DIRECTIONS]
+    return (
+        f"### The parameters of `granularity: direction`\n\n"
+        f"ALD on the validation examples of {family.recipe}, seed {family.seed}.\n\n"
+        f"{sweep_table(sweep, ('side', 'exponent', 'isotropy'))}"
+    )
+
+
+def _require_same_base(work: Path, base: str) -> None:
+    """Refuse to mix the experts and scores of two bases."""
+    path = work / "settings.json"
+    if path.exists():
+        kept = json.loads(path.read_text("utf-8"))["base"]
+        if kept != base:
+            raise click.UsageError(
+                f"{work} has experts of {kept}; give another --work for those of {base}."
+            )
+    write_json(path, {"base": base})
+
+
+def _circumstances(device: str, minutes: float) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "lm_eval"))
+    return (
+        f"The last run of `python -m benchmarks.language_model` took {minutes:.0f} minutes with\n"
+        f"{torch.get_num_threads()} threads on {described(device)}, {versions}."
+    )
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.language_model")
