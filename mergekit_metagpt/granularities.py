@@ -58,11 +58,15 @@ class Granularity(ABC):
         name: the value of ``granularity`` in a config.
         needs_survey: whether the whole models are measured before they are merged.
         keeps_layers: whether every layer must keep its place in the merge.
+        has_matrices: whether an expert has a matrix of coefficients per tensor, not a number.
+        default_exponent: k in λ_t ∝ w_t ‖τ_t‖^k, where a config sets none.
     """
 
     name: ClassVar[str]
     needs_survey: ClassVar[bool] = True
     keeps_layers: ClassVar[bool] = False
+    has_matrices: ClassVar[bool] = False
+    default_exponent: ClassVar[float] = 2.0
 
     @abstractmethod
     def scope(self, tensor: str) -> str:
@@ -95,6 +99,14 @@ class PerTensor(Granularity):
     def squared_norms(self, tensor: TaskVectors, survey: Callable[[], Surveyed]) -> Norms:
         """Return the tensor's own norms."""
         return tensor.squared_norms
+
+
+class PerDirection(PerTensor):
+    """Every direction of a tensor has its own; see :mod:`mergekit_metagpt.directions`."""
+
+    name = "direction"
+    has_matrices = True
+    default_exponent = 0.0
 
 
 class PerLayer(Granularity):
@@ -151,5 +163,6 @@ def _require_finite(tensor: TaskVectors, survey: Surveyed) -> None:
 
 
 GRANULARITIES: dict[str, Granularity] = {
-    granularity.name: granularity for granularity in (PerTensor(), PerLayer(), PerModel())
+    granularity.name: granularity
+    for granularity in (PerTensor(), PerLayer(), PerModel(), PerDirection())
 }

@@ -77,7 +77,7 @@ def inner_products(base: Tensor, experts: Sequence[Tensor]) -> list[list[float]]
     least, largest = _LEAST_MEAN_SQUARE * base.numel(), torch.finfo(torch.float32).max
     in_range = all(n == 0 or least <= n < largest for n in norms)
     dtype = working_dtype(promoted_dtype([base, *experts])) if in_range else torch.float64
-    base, *experts = _where_possible(dtype, base, *experts)
+    base, *experts = where_possible(dtype, base, *experts)
     sums: dict[tuple[int, int], _Sum] = {
         (i, j): _Sum() for i in range(len(experts)) for j in range(i)
     }
@@ -173,7 +173,7 @@ class _Sum:
 
 def _sums_of_squares(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype) -> list[float]:
     """Return ‖θ_t − θ_0‖² for every expert, differences and squares in ``dtype``."""
-    base, *experts = _where_possible(dtype, base, *experts)
+    base, *experts = where_possible(dtype, base, *experts)
     sums = [_Sum() for _ in experts]
     origin, squares = _buffers(base, dtype, 2)
     for base_chunk, *chunks in _chunks(base, *experts):
@@ -183,7 +183,7 @@ def _sums_of_squares(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype
     return [total.value for total in sums]
 
 
-def _where_possible(dtype: torch.dtype, *tensors: Tensor) -> Sequence[Tensor]:
+def where_possible(dtype: torch.dtype, *tensors: Tensor) -> Sequence[Tensor]:
     """Return the tensors on a device that supports the dtype: their own, or else the CPU."""
     if dtype != torch.float64 or _has_float64(tensors[0].device):
         return tensors

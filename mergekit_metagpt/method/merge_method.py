@@ -6,7 +6,7 @@ scaling coefficient λ_t of the MetaGPT paper. ``metagpt`` is plain task arithme
 """
 
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -25,9 +25,10 @@ from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskAr
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
+from mergekit_metagpt.directions import Directions, Rule, merge_directions
 from mergekit_metagpt.granularities import GRANULARITIES
 from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
-from mergekit_metagpt.method.parameters import with_priors
+from mergekit_metagpt.method.parameters import exponent_of, with_priors
 from mergekit_metagpt.method.random_streams import own_stream
 from mergekit_metagpt.method.session import SESSION, checkpoints_of
 from mergekit_metagpt.method.summary import Entry
@@ -71,7 +72,7 @@ class MetaGPTMerge(GroupMergeMethod):
             name="metagpt" if self.is_plain else f"metagpt_{stock.name}",
             pretty_name="MetaGPT" if self.is_plain else f"MetaGPT with {stock.pretty_name}",
             reference_url=_PAPER,
-            parameters=with_priors(stock.parameters),
+            parameters=with_priors(stock.parameters, self.is_plain),
         )
 
     def merge_group(
@@ -80,7 +81,7 @@ class MetaGPTMerge(GroupMergeMethod):
         /,
         *,
         granularity: str = "tensor",
-        exponent: float = 2.0,
+        exponent: float | None = None,
         survey: Survey | None = None,
         **parameters: Any,
     ) -> Tensor:
@@ -88,8 +89,9 @@ class MetaGPTMerge(GroupMergeMethod):
 
         Args:
             group: θ_0 and θ_t, of the same shape, dtype and device.
-            granularity: which tensors share coefficients: ``tensor``, ``layer`` or ``model``.
-            exponent: k in λ_t ∝ w_t ‖τ_t‖^k.
+            granularity: which tensors share coefficients: ``tensor``, ``layer`` or ``model``;
+                or ``direction``.
+            exponent: k in λ_t ∝ w_t ‖τ_t‖^k; that of the granularity, if None.
             survey: the squared norms of the whole models, if they are known already.
             parameters: those of the stock method, with the priors w_t as ``weight``.
 
@@ -105,12 +107,15 @@ class MetaGPTMerge(GroupMergeMethod):
         if not inputs.experts or not inputs.base.numel():
             return inputs.base.clone()
 
-        norms = GRANULARITIES[granularity].squared_norms(
-            inputs, lambda: survey or SESSION.survey_of(inputs)
-        )
-        priors = tuple(parameters["weight"][expert] for expert in inputs.ids)
+        parameters |= {"granularity": granularity, "exponent": exponent}
+        chosen = GRANULARITIES[granularity]
+        norms = chosen.squared_norms(inputs, lambda: survey or SESSION.survey_of(inputs))
         size = inputs.base.numel()
-        entry = Entry(inputs.name, granularity, inputs.ids, norms, priors, exponent, size)
+        if chosen.has_matrices and any(norms):
+            found = by_directions(inputs, group.metadata.vocabulary_axis, parameters)
+            SESSION.note([Entry.of(inputs.name, inputs.ids, norms, size, parameters, found)])
+            return _require_finite(found.merged, inputs.name)
+        entry = Entry.of(inputs.name, inputs.ids, norms, size, parameters)
         SESSION.note([entry])
         coefficients = entry.coefficients
 
@@ -193,6 +198,31 @@ class MetaGPTMerge(GroupMergeMethod):
             for group, tensor in zip(groups, merged, strict=True):
                 _require_finite(tensor, group.metadata.name)
         return merged
+
+
+def by_directions(
+    inputs: TensorInputs, vocabulary_axis: int | None, parameters: Mapping[str, Any]
+) -> Directions:
+    """Merge a tensor with a matrix of coefficients for each expert.
+
+    Args:
+        inputs: θ_0 and θ_t.
+        vocabulary_axis: the axis that has an entry for each token, if there is one.
+        parameters: those of the method, with the priors w_t as ``weight``.
+    """
+    rule = Rule(
+        priors=[parameters["weight"][expert] for expert in inputs.ids],
+        exponent=exponent_of(parameters),
+        isotropy=parameters["isotropy"],
+        side=parameters["side"],
+    )
+    return merge_directions(
+        inputs.base,
+        inputs.experts,
+        rule,
+        scale=parameters["lambda"],
+        vocabulary_axis=vocabulary_axis,
+    )
 
 
 def _needs_survey(parameters: dict[str, Any]) -> bool:

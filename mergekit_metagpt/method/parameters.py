@@ -1,7 +1,7 @@
 """The parameters that a merge config may set, and their valid values."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from typing import Any
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import ValidationError
 
+from mergekit_metagpt.directions import SIDES
 from mergekit_metagpt.granularities import GRANULARITIES
 from mergekit_metagpt.wording import one_of
 
@@ -19,16 +20,18 @@ class _Checked(ParameterSpec):
 
     wanted: str = ""
     accepts: Callable[[Any], bool] = bool
+    way_out: str = "correct it in the merge config"
 
     def validate(self, value: Any) -> Any:
+        if value is None and self.default is None:
+            return None
         try:
             parsed = super().validate(value)
         except ValidationError:
             parsed = None
         if parsed is None or not self.accepts(parsed):
             raise ValueError(
-                f"Parameter {self.name} must be {self.wanted}, not {value!r}; correct it in the "
-                "merge config."
+                f"Parameter {self.name} must be {self.wanted}, not {value!r}; {self.way_out}."
             )
         return parsed
 
@@ -46,31 +49,62 @@ RULES = {
 }
 _DEFAULTS = {"weight": 1.0}
 
-_OWN_PARAMETERS = (
+_EXPONENT = _Checked(
+    "exponent",
+    float,
+    ParameterScope.SHARED,
+    default=None,  # that of the granularity
+    description="k in λ ∝ ‖τ‖^k: 2 is MetaGPT, 0 the plain average",
+    wanted=_POSITIVE[0],
+    accepts=_POSITIVE[1],
+)
+_OF_DIRECTIONS = (
     _Checked(
+        "isotropy",
+        float,
+        ParameterScope.SHARED,
+        default=0.01,
+        description="ρ: 1 is granularity tensor, 0 leaves every direction to those who move in it",
+        wanted=_SHARE[0],
+        accepts=_SHARE[1],
+    ),
+    _Checked(
+        "side",
+        str,
+        ParameterScope.SHARED,
+        default="input",
+        description="Whose directions: those of a matrix's outputs, inputs, or both",
+        wanted=one_of(SIDES),
+        accepts=SIDES.__contains__,
+    ),
+)
+
+
+def exponent_of(parameters: Mapping[str, Any]) -> float:
+    """Return k in λ_t ∝ w_t ‖τ_t‖^k: the config's, or that of its granularity."""
+    exponent = parameters["exponent"]
+    if exponent is None:
+        return GRANULARITIES[parameters["granularity"]].default_exponent
+    return float(exponent)
+
+
+def with_priors(stock: Iterable[ParameterSpec], is_plain: bool) -> tuple[ParameterSpec, ...]:
+    """Return a stock method's parameters, with priors as weights, and this package's own.
+
+    Only the plain method has matrices of coefficients; the others weigh whole task vectors.
+    """
+    names = [name for name, g in GRANULARITIES.items() if is_plain or not g.has_matrices]
+    granularity = _Checked(
         "granularity",
         str,
         ParameterScope.SHARED,
         default="tensor",
         description="Which tensors share coefficients",
-        wanted=one_of(GRANULARITIES),
-        accepts=GRANULARITIES.__contains__,
-    ),
-    _Checked(
-        "exponent",
-        float,
-        ParameterScope.SHARED,
-        default=2.0,
-        description="k in λ ∝ ‖τ‖^k: 2 is MetaGPT, 0 the plain average",
-        wanted=_POSITIVE[0],
-        accepts=_POSITIVE[1],
-    ),
-)
-
-
-def with_priors(stock: Iterable[ParameterSpec]) -> tuple[ParameterSpec, ...]:
-    """Return a stock method's parameters, with priors as weights, and this package's own."""
-    return (*map(_checked, stock), *_OWN_PARAMETERS)
+        wanted=one_of(names),
+        accepts=names.__contains__,
+        way_out=_Checked.way_out + "; direction needs merge_method: metagpt" * (not is_plain),
+    )
+    return (*map(_checked, stock), granularity, _EXPONENT, *(_OF_DIRECTIONS if is_plain else ()))
 
 
 def _checked(parameter: ParameterSpec) -> ParameterSpec:

@@ -5,13 +5,15 @@ Tables, figures, ``--json``, records, cards and warnings are all made from it, s
 """
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from mergekit_metagpt.coefficients import Norms, scaling_coefficients
+from mergekit_metagpt.directions import Directions
 from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.method.parameters import exponent_of
 from mergekit_metagpt.names import canonical, layer_of
 
 
@@ -27,6 +29,8 @@ class Entry:
         priors: w_t, T floats.
         exponent: k in λ_t ∝ w_t ‖τ_t‖^k.
         size: how many elements the tensor has.
+        means: if an expert has a matrix of coefficients, their means tr Λ_t / m, T floats.
+        kept: then how much of each task vector is in the merge, T floats.
     """
 
     tensor: str | None
@@ -36,11 +40,38 @@ class Entry:
     priors: Norms
     exponent: float
     size: int
+    means: Norms | None = None
+    kept: Norms | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tensor: str | None,
+        experts: tuple[Hashable, ...],
+        squared_norms: Norms,
+        size: int,
+        parameters: Mapping[str, Any],
+        directions: Directions | None = None,
+    ) -> "Entry":
+        """Describe how a tensor is merged with the method's parameters."""
+        return cls(
+            tensor=tensor,
+            granularity=parameters["granularity"],
+            experts=experts,
+            squared_norms=squared_norms,
+            priors=tuple(parameters["weight"][expert] for expert in experts),
+            exponent=exponent_of(parameters),
+            size=size,
+            means=directions.means if directions else None,
+            kept=directions.kept if directions else None,
+        )
 
     @cached_property
     def coefficients(self) -> Norms:
-        """λ_t, T floats."""
-        return tuple(scaling_coefficients(self.squared_norms, self.priors, self.exponent))
+        """λ_t, T floats; the means of matrices."""
+        return self.means or tuple(
+            scaling_coefficients(self.squared_norms, self.priors, self.exponent)
+        )
 
     @property
     def scope(self) -> str:

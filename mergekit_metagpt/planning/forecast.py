@@ -143,21 +143,14 @@ def _only_base(merges: list[TensorMerge]) -> ModelReference:
 def _foretell(merge: TensorMerge, measurements: Measurements) -> TensorForecast:
     """Choose the coefficients of one tensor as the merge will."""
     measured = measurements.tensors[merge.name]
-    parameters, experts = merge.parameters, measured.experts
-    priors = tuple(merge.model_parameters[expert]["weight"] for expert in experts)
+    experts = measured.experts
+    weights = {expert: merge.model_parameters[expert]["weight"] for expert in experts}
+    parameters = {**merge.parameters, "weight": weights}
     norms = GRANULARITIES[parameters["granularity"]].squared_norms(
         measured, lambda: measurements.survey_of(experts)
     )
     return TensorForecast(
-        entry=Entry(
-            tensor=merge.name,
-            granularity=parameters["granularity"],
-            experts=experts,
-            squared_norms=norms,
-            priors=priors,
-            exponent=parameters["exponent"],
-            size=measured.size,
-        ),
+        entry=Entry.of(merge.name, experts, norms, measured.size, parameters, measured.directions),
         inputs=merge.inputs,
         place=merge.place,
         scale=parameters["lambda"],

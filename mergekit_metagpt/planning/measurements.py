@@ -13,8 +13,11 @@ from mergekit.merge_methods.base import TensorGroup
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.coefficients import Norms
+from mergekit_metagpt.directions import Directions
+from mergekit_metagpt.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.survey import Survey, TensorInputs
+from mergekit_metagpt.method.merge_method import by_directions
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.planner import TensorMerge
 from mergekit_metagpt.task_vectors import working_dtype
@@ -32,6 +35,7 @@ class Measured:
         size: how many elements it has.
         dtype: the dtype that it is merged in.
         in_place: whether every model contributes its own tensor of this name.
+        directions: what matrices of coefficients come to, if the merge uses them.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Measured:
     size: int
     dtype: torch.dtype
     in_place: bool = True
+    directions: Directions | None = None
 
     def is_surveyed_in(self, survey: Survey) -> bool:
         """Return whether a survey knows these tensors by this name."""
@@ -81,7 +86,10 @@ class Measurements:
         )
 
     def take(self, merges: Sequence[TensorMerge]) -> None:
-        """Take each tensor's norms from the survey, or else measure it as MergeKit loads it."""
+        """Take each tensor's norms from the survey, or else measure it as MergeKit loads it.
+
+        A matrix of coefficients follows from the tensors, so those are always loaded.
+        """
         others: dict[Task[Any], list[TensorMerge]] = {}
         for merge in merges:
             experts = tuple(canonical(set(merge.models) - {self.base}))
@@ -91,13 +99,15 @@ class Measurements:
                 and merge.reads_checkpoints_as_they_are
                 and experts == self.experts
                 and _calculates_alike(merge, stored)
+                and not _has_matrices(merge)
             ):
                 norms, size = self.survey.squared_norms[merge.name], self.survey.sizes[merge.name]
                 self.tensors[merge.name] = Measured(merge.name, experts, norms, size, stored)
             else:
                 others.setdefault(merge.task.gather_tensors, []).append(merge)
         executor = Executor(list(others), math_device=torch.device(self.options.device or "cpu"))
-        for task, tensors in executor.run(quiet=True):
+        quiet = not (self.progress and any(_has_matrices(merge) for merge in merges))
+        for task, tensors in executor.run(quiet=quiet):
             for merge in others[task]:
                 self._measure(merge, tensors)
 
@@ -113,10 +123,25 @@ class Measurements:
         )
         inputs = TensorInputs.of(group)
         experts: Any = inputs.ids
-        in_place = set(merge.inputs.values()) == {merge.name}
+        norms = inputs.squared_norms
+        directions = None
+        if _has_matrices(merge) and any(norms):
+            weights = {expert: merge.model_parameters[expert]["weight"] for expert in experts}
+            parameters = {**merge.parameters, "weight": weights}
+            directions = by_directions(inputs, merge.vocabulary_axis, parameters)
         self.tensors[merge.name] = Measured(
-            merge.name, experts, inputs.squared_norms, inputs.base.numel(), inputs.dtype, in_place
+            merge.name,
+            experts,
+            norms,
+            inputs.base.numel(),
+            inputs.dtype,
+            in_place=set(merge.inputs.values()) == {merge.name},
+            directions=directions,
         )
+
+
+def _has_matrices(merge: TensorMerge) -> bool:
+    return GRANULARITIES[merge.parameters["granularity"]].has_matrices
 
 
 def _calculates_alike(merge: TensorMerge, stored: torch.dtype) -> bool:

@@ -90,7 +90,7 @@ def _checked(method: MergeMethod) -> dict[str, ParameterSpec]:
     """Return a method's parameters by name; stock methods get the bounds of this package."""
     specs = {p.name: p for p in method.spec.parameters}
     if isinstance(method, GeneralizedTaskArithmeticMerge):
-        for spec in with_priors(method.spec.parameters):
+        for spec in with_priors(method.spec.parameters, is_plain=True):
             # Stock methods allow a negative weight.
             if spec.name in specs and spec.name != "weight":
                 specs[spec.name] = spec
