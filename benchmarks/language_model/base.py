@@ -45,9 +45,7 @@ def make_base(name: str, folder: Path) -> None:
 
 def load(source: Path | str, **options: str) -> transformers.PreTrainedModel:
     """Load a causal language model in float32."""
-    return transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
-        source, dtype=torch.float32, **options
-    )
+    return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
 
 
 def _as_new(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:

@@ -17,29 +17,12 @@ _RATINGS = "hutto_ICWSM_2014"
 _CLEAR = 0.8  # of ratings from -4 to 4: how far from 0 a review is clearly for or against
 _WORDNET = Path("usr/share/wordnet")
 
-_ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_ONES = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
+    "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen",
+    "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
 def reviews(folder: Path, file: str) -> Iterator[Record]:
@@ -112,7 +95,7 @@ def debian(folder: Path) -> Iterator[Record]:
             yield {
                 "description": fields["Description"],
                 "section": fields["Section"].rpartition("/")[2],
-                "source": fields.get("Source", fields["Package"]).partition(" ")[0],
+                "source": (fields.get("Source") or fields["Package"]).partition(" ")[0],
             }
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.averages import absolute_average, normalized_average
 from mergekit_metagpt import scaling_coefficients
@@ -98,7 +98,7 @@ class Average(NamedTuple):
     """
 
     name: str
-    of: Callable[[Family, str], float]
+    of: Callable[[Any, str], float]
     digits: int
     wins: str
     sign: int
