@@ -63,7 +63,7 @@ def train_expert(
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     drawn = stream(examples, seed)
     batches = (
-        _encoded(tokenizer, list(islice(drawn, _BATCH)), model.device) for _ in range(_STEPS)
+        encoded(tokenizer, list(islice(drawn, _BATCH)), model.device) for _ in range(_STEPS)
     )
     fit(model, batches, _STEPS, rate)
     with written_whole(out) as partial:
@@ -81,7 +81,7 @@ def _with_adapter(model: transformers.PreTrainedModel) -> transformers.PreTraine
     return peft.get_peft_model(model, config)  # type: ignore[return-value]
 
 
-def _encoded(
+def encoded(
     tokenizer: transformers.PreTrainedTokenizerBase, examples: list[Example], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return token ids, and labels for the answers only; both of shape [examples, tokens].

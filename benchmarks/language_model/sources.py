@@ -54,7 +54,7 @@ def wordnet(folder: Path, parts: Sequence[str]) -> Iterator[Record]:
         folder: where the Debian package wordnet-base is unpacked, unless it is installed.
         parts: parts of speech: noun, verb, adj, adv.
     """
-    root = next((root for root in (Path("/"), folder) if (root / _WORDNET).is_dir()), folder)
+    root = next((root for root in (folder, Path("/")) if (root / _WORDNET).is_dir()), folder)
     if not (root / _WORDNET).is_dir():
         _run(["apt-get", "download", "wordnet-base"], folder, "WordNet (wordnet-base)")
         (package,) = folder.glob("wordnet-base_*.deb")
