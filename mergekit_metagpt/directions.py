@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mergekit_metagpt.coefficients import Norms, scaling_coefficients
-from mergekit_metagpt.normal_equations import Equations
+from mergekit_metagpt.normal_equations import Equations, Solution
 from mergekit_metagpt.task_vectors import where_possible
 
 SIDES = ("output", "input", "both")
@@ -120,39 +120,59 @@ def merge_directions(
         merge = _merge_rows
     merged = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
     matrices = zip(*(tensor.reshape(stack) for tensor in (merged, *tensors)), strict=True)
+    buffers = _Buffers()
     parts = [
-        merge(_TaskVectors(origin, others), rule, scale, out) for out, origin, *others in matrices
+        merge(_TaskVectors(origin, others, buffers), rule, scale, out)
+        for out, origin, *others in matrices
     ]
     if base.dim():
         merged = merged.movedim(0, vocabulary_axis or 0)
     return Directions(merged.reshape(base.shape).to(base.device), *_summarized(parts, scale))
 
 
-class _TaskVectors:
-    """The task vectors of one matrix; each is made anew, in float64, when it is used."""
+class _Buffers:
+    """Two buffers for task vectors, since the pages of new memory cost more than filling them."""
 
-    def __init__(self, base: Tensor, experts: Sequence[Tensor]) -> None:
-        self._base, self._experts = base, experts
+    def __init__(self) -> None:
+        self._flat: dict[int, Tensor] = {}
+
+    def like(self, tensor: Tensor, number: int) -> Tensor:
+        """Return buffer ``number`` in a tensor's shape and in float64."""
+        flat = self._flat.get(number)
+        if flat is None or len(flat) < tensor.numel():
+            flat = self._flat[number] = tensor.new_empty(tensor.numel(), dtype=torch.float64)
+        return flat[: tensor.numel()].view(tensor.shape)
+
+
+class _TaskVectors:
+    """The task vectors of one matrix, computed whenever they are used, to save memory."""
+
+    def __init__(self, base: Tensor, experts: Sequence[Tensor], buffers: _Buffers) -> None:
+        self._base, self._experts, self._buffers = base, experts, buffers
+        self.shape = base.shape
 
     def __len__(self) -> int:
         return len(self._experts)
 
-    def __getitem__(self, t: int) -> Tensor:
-        """Return τ_t, a new tensor."""
-        return self._experts[t].to(torch.float64, copy=True).sub_(self._base)
+    def read(self, t: int, buffer: int = 0) -> Tensor:
+        """Return τ_t, which the next call for this buffer overwrites."""
+        return self._buffers.like(self._base, buffer).copy_(self._experts[t]).sub_(self._base)
 
     def blocks(self, rows: int) -> "list[_TaskVectors]":
         """Return the task vectors of every so many rows."""
         split = (torch.split(tensor, rows) for tensor in (self._base, *self._experts))
-        return [_TaskVectors(base, experts) for base, *experts in zip(*split, strict=True)]
+        return [
+            _TaskVectors(base, experts, self._buffers)
+            for base, *experts in zip(*split, strict=True)
+        ]
 
     def squared_norms(self) -> list[float]:
         """Return ‖τ_t‖², T floats."""
-        return [float(self[t].square_().sum()) for t in range(len(self))]
+        return [_dot(tau, tau) for tau in map(self.read, range(len(self)))]
 
     def products(self, merged: Tensor) -> list[float]:
-        """Return ⟨M, τ_t⟩, T floats."""
-        return [float(self[t].mul_(merged).sum()) for t in range(len(self))]
+        """Return ⟨M, τ_t⟩, T floats, of a contiguous M."""
+        return [_dot(merged, self.read(t)) for t in range(len(self))]
 
     def write(self, merged: Tensor, scale: float, out: Tensor) -> None:
         """Write θ_0 + s M; this overwrites M."""
@@ -180,10 +200,10 @@ def _summarized(parts: Sequence[_Part], scale: float) -> tuple[Norms, Norms]:
 def _merge_rows(task_vectors: _TaskVectors, rule: Rule, scale: float, out: Tensor) -> _Part:
     """Merge with a coefficient per row, since every S_t is diagonal; in blocks of rows."""
     m, n = out.shape
-    rows = max(1, _BLOCK // n)
+    rows, experts = max(1, _BLOCK // n), range(len(task_vectors))
     blocks = task_vectors.blocks(rows)
     squares = torch.cat(
-        [torch.stack([b[t].square_().sum(1) for t in range(len(b))]) for b in blocks], dim=1
+        [torch.stack([block.read(t).square_().sum(1) for t in experts]) for block in blocks], dim=1
     )
     norms = squares.sum(1)
     traces = norms.new_tensor(rule.traces(norms.tolist()))
@@ -195,8 +215,8 @@ def _merge_rows(task_vectors: _TaskVectors, rule: Rule, scale: float, out: Tenso
     split = zip(blocks, torch.split(shares, rows, dim=1), torch.split(out, rows), strict=True)
     for block, part, target in split:
         merged = torch.zeros_like(target, dtype=torch.float64)
-        for t, coefficients in enumerate(part):
-            merged.addcmul_(block[t], coefficients.unsqueeze(1))
+        for t in experts:
+            merged.addcmul_(block.read(t), part[t].unsqueeze(1))
         products += products.new_tensor(block.products(merged))
         block.write(merged, scale, target)
     return _Part(shares.mean(1).tolist(), products.tolist(), norms.tolist())
@@ -211,7 +231,7 @@ def _merge_matrix(task_vectors: _TaskVectors, rule: Rule, scale: float, out: Ten
     if rule.isotropy == 1 or len(movers) < 2:
         merged = torch.zeros_like(out, dtype=torch.float64)
         for t in movers:
-            merged.add_(task_vectors[t], alpha=traces[t])
+            merged.add_(task_vectors.read(t), alpha=traces[t])
     else:
         merged, found = _solve(task_vectors, movers, norms, traces, rule)
         for t, share in zip(movers, found, strict=True):
@@ -227,20 +247,29 @@ def _merge_matrix(task_vectors: _TaskVectors, rule: Rule, scale: float, out: Ten
 def _solve(
     task_vectors: _TaskVectors,
     movers: Sequence[int],
-    squared_norms: Sequence[float],
+    norms: Sequence[float],
     traces: Sequence[float],
     rule: Rule,
-) -> tuple[Tensor, list[float]]:
-    """Return M and the directed shares of the experts that move."""
-    lengths = [squared_norms[t] ** 0.5 for t in movers]
+) -> Solution:
+    """Return M, contiguous, and the directed shares of the experts that move."""
+    is_turned = rule.side == "input"
 
-    def unit(number: int) -> Tensor:
-        u = task_vectors[movers[number]].div_(lengths[number])
-        return u.T if rule.side == "input" else u
+    def read(number: int, buffer: int) -> Tensor:
+        tau = task_vectors.read(movers[number], buffer)
+        return tau.T if is_turned else tau
 
-    first = unit(0)
-    shape = (first.shape[0], first.shape[1])
-    del first
-    equations = Equations(unit, shape, lengths, [traces[t] for t in movers], rule.regular_isotropy)
+    rows, columns = task_vectors.shape
+    equations = Equations(
+        read,
+        (columns, rows) if is_turned else (rows, columns),
+        [norms[t] for t in movers],
+        [traces[t] for t in movers],
+        rule.regular_isotropy,
+    )
     merged, shares = equations.solve_both_sides() if rule.side == "both" else equations.solve()
-    return (merged.T if rule.side == "input" else merged), shares
+    return (merged.T if is_turned else merged).contiguous(), shares
+
+
+def _dot(first: Tensor, second: Tensor) -> float:
+    """Return ⟨first, second⟩ of two contiguous matrices."""
+    return float(torch.dot(first.view(-1), second.view(-1)))

@@ -71,7 +71,11 @@ def explained(config: "ConfigFile", options: "MergeOptions") -> Iterator[None]:
 
 
 def forecast_config(
-    config: str, options: "MergeOptions", ray: str | None, granularity: str | None = None
+    config: str,
+    options: "MergeOptions",
+    ray: str | None,
+    granularity: str | None = None,
+    numbers_only: bool = False,
 ) -> "Forecast":
     """Return the coefficients that the merge of a config will use, measured here or on Ray.
 
@@ -80,6 +84,7 @@ def forecast_config(
         options: MergeKit's options.
         ray: the value of ``--ray``.
         granularity: if given, replaces the config's.
+        numbers_only: refuse matrices of coefficients.
     """
     from mergekit_metagpt.planning.config import read_config
     from mergekit_metagpt.planning.fingerprints import with_fresh_lora_cache
@@ -95,6 +100,7 @@ def forecast_config(
             parsed,
             fresh,
             granularity=granularity,
+            numbers_only=numbers_only,
             progress=wants_progress(fresh),
             mapper=in_this_process if ray is None else ray_mapper(ray, fresh),
         )

@@ -71,6 +71,9 @@ def _show(costs: "Costs") -> None:
         ("Bytes written", decimal(costs.bytes_written)),
         ("Output shards", str(costs.shards)),
     ]
+    if costs.operations:
+        rows.append(("Float64 operations", f"{costs.operations:.2g}"))
+        rows.append(("Memory for a matrix", decimal(costs.working_memory)))
     if costs.bytes_applied:
         rows.append(("Bytes written to the LoRA cache", decimal(costs.bytes_applied)))
     table = Table(title="No problems found", show_header=False)

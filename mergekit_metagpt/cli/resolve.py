@@ -27,7 +27,7 @@ def resolve(config: str, output: str, ray: str | None, merge_options: "MergeOpti
 
     MergeKit merges it to the same result without this package. In float32 the bytes are the
     same, with two exceptions: plain metagpt differs by up to two rounding steps, and DARE and
-    DELLA draw different masks.
+    DELLA draw different masks. Granularity direction has no such config.
 
     \b
     Example:
@@ -36,7 +36,7 @@ def resolve(config: str, output: str, ray: str | None, merge_options: "MergeOpti
     """
     from mergekit_metagpt.report.stock_config import stock_config
 
-    text = stock_config(forecast_config(config, merge_options, ray))
+    text = stock_config(forecast_config(config, merge_options, ray, numbers_only=True))
     with click.open_file(output, "w", encoding="utf-8", atomic=_is_replaceable(output)) as file:
         file.write(text)
 

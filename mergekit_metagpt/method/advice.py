@@ -7,11 +7,16 @@ from mergekit_metagpt.method.summary import Summary
 
 # If one expert has more than this share, almost nothing of the others is left.
 DOMINANT = 0.9
+# An expert of whose task vector less than this is in the merge is hardly there.
+_HARDLY = 0.1
 
 
 def warnings(summary: Summary) -> list[str]:
     """Return a sentence for each warning; its figures follow from the norms, no model is read."""
-    found = list(_dominant_experts(summary)) or list(_dominated_tensors(summary))
+    if any(expert.kept is not None for expert in summary.experts):
+        found = list(_hardly_kept(summary))
+    else:
+        found = list(_dominant_experts(summary)) or list(_dominated_tensors(summary))
     for expert in summary.experts:
         if expert.squared_norm == 0:
             found.append(f"{expert.model} is equal to the base, and gets no share of the merge.")
@@ -57,6 +62,19 @@ def _dominated_tensors(summary: Summary) -> Iterator[str]:
         f"more than {DOMINANT:.0%}, so almost nothing of the others is left; "
         f"{', or '.join(ways) or 'give the experts different weights (their priors)'}."
     )
+
+
+def _hardly_kept(summary: Summary) -> Iterator[str]:
+    """Warn if hardly anything of a task vector is in the merge, whatever its coefficients are."""
+    for expert in summary.experts:
+        if expert.kept is not None and expert.squared_norm and expert.kept < _HARDLY:
+            ways = ["give it a larger weight (its prior)"]
+            if _exponent(summary):
+                ways.insert(0, "set exponent: 0")
+            yield (
+                f"The merge keeps only {expert.kept:.1%} of the task vector of {expert.model}; "
+                f"{', or '.join(ways)}."
+            )
 
 
 def _dominated_part(summary: Summary) -> float:

@@ -89,6 +89,7 @@ class Expert:
         mean: its coefficient, averaged over the parameters of the merge.
         least: its least coefficient in any tensor.
         largest: its largest one.
+        kept: how much of its task vector is in the merge; None if the merge did not measure it.
     """
 
     model: Hashable
@@ -96,6 +97,7 @@ class Expert:
     mean: float
     least: float
     largest: float
+    kept: float | None = None
 
     @property
     def norm(self) -> float:
@@ -134,9 +136,12 @@ class Summary:
         """All T experts."""
         columns = zip(*map(self.row, self.entries), strict=True)
         norms, means = self._squared_norms(), self._means(self.entries)
+        kept: Sequence[float | None] = self._kept(self.entries) or [None] * len(self.ids)
         return [
-            Expert(model, norm, mean, min(column), max(column))
-            for model, norm, mean, column in zip(self.ids, norms, means, columns, strict=True)
+            Expert(model, norm, mean, min(column), max(column), part)
+            for model, norm, mean, column, part in zip(
+                self.ids, norms, means, columns, kept, strict=True
+            )
         ]
 
     @property
@@ -147,11 +152,20 @@ class Summary:
     @cached_property
     def layers(self) -> list[list[float]]:
         """For each layer, first to last, T coefficients, averaged over its parameters."""
+        return [self._means(entries) for entries in self._by_layer]
+
+    @cached_property
+    def kept_by_layer(self) -> list[list[float]]:
+        """For each layer, how much of each task vector is in the merge; empty if not measured."""
+        return [kept for entries in self._by_layer if (kept := self._kept(entries))]
+
+    @cached_property
+    def _by_layer(self) -> list[list[Entry]]:
         members: dict[str, list[Entry]] = {}
         for entry in self.entries:
             if (layer := layer_of(entry.tensor)) is not None:
                 members.setdefault(layer, []).append(entry)
-        return [self._means(members[layer]) for layer in sorted(members, key=_in_order)]
+        return [members[layer] for layer in sorted(members, key=_in_order)]
 
     @cached_property
     def scopes(self) -> dict[str, list[Entry]]:
@@ -190,6 +204,7 @@ class Summary:
                     "coefficient": expert.mean,
                     "least": expert.least,
                     "largest": expert.largest,
+                    "kept": expert.kept,
                 }
                 for expert in self.experts
             ],
@@ -214,6 +229,20 @@ class Summary:
             for expert, norm in zip(entry.experts, entry.squared_norms, strict=True):
                 measured[expert].setdefault(entry.scope, norm)
         return [math.fsum(norms.values()) for norms in measured.values()]
+
+    def _kept(self, entries: Sequence[Entry]) -> list[float] | None:
+        """Return how much of each task vector is in the merge, T floats, if it was measured."""
+        moved = [entry for entry in entries if any(entry.squared_norms)]
+        if not moved or any(entry.kept is None for entry in moved):
+            return None
+        norms, inside = dict.fromkeys(self.ids, 0.0), dict.fromkeys(self.ids, 0.0)
+        for entry in moved:
+            for expert, norm, kept in zip(
+                entry.experts, entry.squared_norms, entry.kept or (), strict=True
+            ):
+                norms[expert] += norm
+                inside[expert] += norm * kept
+        return [inside[expert] / norms[expert] if norms[expert] else 0.0 for expert in self.ids]
 
     def _means(self, entries: Sequence[Entry]) -> list[float]:
         rows = {entry.tensor: self.row(entry) for entry in entries}

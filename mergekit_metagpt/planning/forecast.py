@@ -79,6 +79,7 @@ def forecast(
     options: MergeOptions,
     *,
     granularity: str | None = None,
+    numbers_only: bool = False,
     progress: bool = True,
     mapper: Mapper = in_this_process,
 ) -> Forecast:
@@ -88,6 +89,7 @@ def forecast(
         config: any config whose method is one of this package's; it is not changed.
         options: MergeKit's options.
         granularity: used in place of the config's.
+        numbers_only: refuse matrices of coefficients, before anything is measured.
         progress: whether a progress bar is shown.
         mapper: where the models are measured: in this process, or on a cluster.
 
@@ -101,6 +103,12 @@ def forecast(
             parameters.pop("granularity", None)
         config.parameters = {**(config.parameters or {}), "granularity": granularity}
     merges = Planner(config, options).tensor_merges()
+    if numbers_only and any(merge.has_matrices for merge in merges):
+        raise BadInputError(
+            "A stock config has one weight per expert and tensor, so it cannot express "
+            "granularity: direction; merge with mergekit-metagpt merge, or choose granularity: "
+            "tensor."
+        )
     base = _only_base(merges)
     experts = tuple(canonical({model for merge in merges for model in merge.models} - {base}))
     measurements = Measurements(base, experts, config, options, progress, mapper)

@@ -14,7 +14,6 @@ from mergekit.options import MergeOptions
 
 from mergekit_metagpt.coefficients import Norms
 from mergekit_metagpt.directions import Directions
-from mergekit_metagpt.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.survey import Survey, TensorInputs
 from mergekit_metagpt.method.merge_method import by_directions
@@ -99,14 +98,14 @@ class Measurements:
                 and merge.reads_checkpoints_as_they_are
                 and experts == self.experts
                 and _calculates_alike(merge, stored)
-                and not _has_matrices(merge)
+                and not merge.has_matrices
             ):
                 norms, size = self.survey.squared_norms[merge.name], self.survey.sizes[merge.name]
                 self.tensors[merge.name] = Measured(merge.name, experts, norms, size, stored)
             else:
                 others.setdefault(merge.task.gather_tensors, []).append(merge)
         executor = Executor(list(others), math_device=torch.device(self.options.device or "cpu"))
-        quiet = not (self.progress and any(_has_matrices(merge) for merge in merges))
+        quiet = not (self.progress and any(merge.has_matrices for merge in merges))
         for task, tensors in executor.run(quiet=quiet):
             for merge in others[task]:
                 self._measure(merge, tensors)
@@ -125,7 +124,7 @@ class Measurements:
         experts: Any = inputs.ids
         norms = inputs.squared_norms
         directions = None
-        if _has_matrices(merge) and any(norms):
+        if merge.has_matrices and any(norms):
             weights = {expert: merge.model_parameters[expert]["weight"] for expert in experts}
             parameters = {**merge.parameters, "weight": weights}
             directions = by_directions(inputs, merge.vocabulary_axis, parameters)
@@ -138,10 +137,6 @@ class Measurements:
             in_place=set(merge.inputs.values()) == {merge.name},
             directions=directions,
         )
-
-
-def _has_matrices(merge: TensorMerge) -> bool:
-    return GRANULARITIES[merge.parameters["granularity"]].has_matrices
 
 
 def _calculates_alike(merge: TensorMerge, stored: torch.dtype) -> bool:

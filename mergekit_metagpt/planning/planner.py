@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer
 
+from mergekit_metagpt.granularities import GRANULARITIES
 from mergekit_metagpt.mergekit_private import model_out_config
 from mergekit_metagpt.planning.config import Place, parts
 
@@ -60,6 +61,12 @@ class TensorMerge:
     def model_parameters(self) -> dict[ModelReference, dict[str, Any]]:
         """The parameters of each model, by name."""
         return {model: dict(values.items()) for model, values in self.task.input_parameters.items()}
+
+    @property
+    def has_matrices(self) -> bool:
+        """Whether each expert has a matrix of coefficients."""
+        granularity = GRANULARITIES.get(self.parameters.get("granularity", ""))
+        return granularity is not None and granularity.has_matrices
 
     @property
     def vocabulary_axis(self) -> int | None:

@@ -8,9 +8,14 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt.normal_equations import costs_of_matrix
 from mergekit_metagpt.planning.models import ModelFiles
-from mergekit_metagpt.planning.outputs import Outputs, output_shards
+from mergekit_metagpt.planning.outputs import Outputs, OutputTensor, output_shards
 from mergekit_metagpt.preflight.tensors import granularity_of
+
+# What a few cores multiply in a second, and what takes them a quarter of an hour.
+_RATE = 1e11
+_MANY = 900 * _RATE
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Costs:
         bytes_written: the bytes of tensors in the output.
         bytes_applied: the bytes of models that MergeKit first writes to the LoRA cache.
         shards: how many weight files there will be.
+        operations: the float64 operations of matrices of coefficients; 0 if there are none.
+        working_memory: the bytes that the largest of them needs besides its inputs.
         notes: what else is worth knowing, one sentence each.
     """
 
@@ -41,6 +48,8 @@ class Costs:
     bytes_written: int
     bytes_applied: int
     shards: int
+    operations: float
+    working_memory: int
     notes: tuple[str, ...]
 
 
@@ -61,6 +70,8 @@ def costs(
     once = sum(_bytes_used(outputs, files) for files in models.values())
     # A survey measures whole models, even if slices take only a few of their layers.
     whole = sum(_bytes_held(files) for files in models.values())
+    directions = [found for tensor in outputs.tensors if (found := _of_directions(tensor))]
+    operations = sum(found[0] for found in directions)
     return Costs(
         method=config.merge_method,
         base=str(config.base_model) if config.base_model else None,
@@ -72,8 +83,32 @@ def costs(
         bytes_written=sum(shards),
         bytes_applied=sum(_bytes_applied(c, options) for c in models.values()),
         shards=len(shards),
-        notes=tuple(_notes(outputs, models)),
+        operations=operations,
+        working_memory=max((memory for _, memory in directions), default=0),
+        notes=(*_notes(outputs, models), *_advice(operations, options)),
     )
+
+
+def _of_directions(tensor: OutputTensor) -> tuple[float, int] | None:
+    """Return the operations and the working memory, in bytes, of matrices of coefficients."""
+    shapes = [header.shape for header in tensor.stored.values()]
+    is_diagonal = tensor.merge.vocabulary_axis is not None
+    if not tensor.merge.has_matrices or not shapes or len(shapes[0]) < 2 or is_diagonal:
+        return None
+    *stack, rows, columns = shapes[0]
+    side = tensor.merge.parameters["side"]
+    operations, numbers = costs_of_matrix(rows, columns, len(shapes) - 1, side)
+    return math.prod(stack) * operations, 8 * numbers
+
+
+def _advice(operations: float, options: MergeOptions) -> Iterator[str]:
+    """Say when a GPU is advisable: a few cores need more than some minutes."""
+    if operations > _MANY and (options.device or "cpu") == "cpu":
+        yield (
+            f"Granularity direction takes {operations / 1e12:,.0f} trillion float64 operations, "
+            f"about {operations / _RATE / 60:,.0f} minutes at {_RATE / 1e9:.0f} billion a second, "
+            "which a few cores reach; a GPU with fast float64 (--device cuda) is advisable."
+        )
 
 
 def _passes(outputs: Outputs) -> int:

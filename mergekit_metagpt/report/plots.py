@@ -75,6 +75,8 @@ def draw_diagnosis(
 def draw_coefficients(path: Path, summary: Summary, cosines: Sequence[Sequence[float]]) -> None:
     """Draw each expert's coefficient, the coefficients by layer, and the cosines.
 
+    If the merge measured it, a panel shows by layer how much of each task vector it keeps.
+
     Args:
         path: where the figure is written; the suffix sets the format.
         summary: the coefficients. If they are the same everywhere, there is no panel for
@@ -82,12 +84,14 @@ def draw_coefficients(path: Path, summary: Summary, cosines: Sequence[Sequence[f
         cosines: T x T cosines of the task vectors, in the order of ``summary.ids``.
     """
     names = short_names(summary.ids, _LONGEST_NAME)
-    widths = (1, 1.6, 1.4) if summary.varies and summary.layers else (1, 1.4)
+    panels = [(_draw_layers, summary.layers)] if summary.varies and summary.layers else []
+    panels += [(_draw_kept, summary.kept_by_layer)] if summary.kept_by_layer else []
+    widths = (1, *(1.6 for _ in panels), 1.4)
     figure = _figure(4.2 * sum(widths) / 4, 1 + len(names) / 12)
     means, *by_layer, matrix = figure.subplots(1, len(widths), width_ratios=widths)
     _draw_means(means, names, summary)
-    for ax in by_layer:
-        _draw_layers(ax, summary.layers)
+    for ax, (draw, layers) in zip(by_layer, panels, strict=True):
+        draw(ax, layers)
     _draw_matrix(matrix, names, cosines)
     matrix.set_title("Cosines of the task vectors", fontsize=10)
     figure.savefig(path)
@@ -121,6 +125,16 @@ def _draw_layers(ax: "Axes", layers: Sequence[Sequence[float]]) -> None:
     ax.set_ylim(0, 1)
     ax.margins(x=0)
     ax.set_title("λ by layer", fontsize=10)
+
+
+def _draw_kept(ax: "Axes", layers: Sequence[Sequence[float]]) -> None:
+    """Draw for each layer how much of each task vector is in the merge."""
+    for t, colour in enumerate(_share_colours(len(layers[0]))):
+        ax.plot(range(len(layers)), [row[t] for row in layers], color=colour, marker=".")
+    ax.axhline(0, color="grey", linewidth=0.8)
+    ax.set_xlabel("layer")
+    ax.locator_params(axis="x", integer=True)
+    ax.set_title("Kept of each task vector", fontsize=10)
 
 
 def _share_colours(count: int) -> list[tuple[float, ...]]:

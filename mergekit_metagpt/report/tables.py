@@ -34,10 +34,13 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
     Everything except the cosines and bounds is also in the ``metagpt.json`` of the merge,
     under the same keys.
     """
+    summary = forecast.summary.as_json()
+    for expert, part in zip(summary["experts"], kept(forecast), strict=True):
+        expert["kept"] = part
     return {
         "method": forecast.method.spec.name,
         "base": str(forecast.base),
-        **forecast.summary.as_json(),
+        **summary,
         "cosines": forecast.survey.cosines,
         "bound": {k: v if math.isfinite(v) else None for k, v in bounds(forecast).items()},
     }
@@ -70,14 +73,34 @@ def bounds(forecast: Forecast) -> dict[str, float]:
     }
 
 
+def kept(forecast: Forecast) -> list[float | None]:
+    """Return how much of each task vector τ_t is in the merged one M: ⟨M, τ_t⟩ / ‖τ_t‖².
+
+    It is None where M is not a sum of the surveyed task vectors.
+    """
+    parts = _parts(forecast)
+    if parts is None:
+        return [expert.kept for expert in forecast.summary.experts]
+    inside = [
+        [math.fsum(c * gram[j][t] for j, c in enumerate(coefficients)) for t in range(len(gram))]
+        for gram, coefficients in parts
+    ]
+    norms = [math.fsum(gram[t][t] for gram, _ in parts) for t in range(len(forecast.experts))]
+    return [
+        math.fsum(row[t] for row in inside) / norm if norm else 0.0 for t, norm in enumerate(norms)
+    ]
+
+
 def _parts(forecast: Forecast) -> list[tuple[Sequence[Sequence[float]], list[float]]] | None:
     """Return inner products and coefficients of each surveyed tensor, if all are merged in place.
 
-    Otherwise, or with a sparsified method, return None.
+    Otherwise, with a sparsified method, or with matrices of coefficients, return None.
     """
     merged = {t.name: t for t in forecast.tensors if set(t.inputs.values()) == {t.name}}
     grams = forecast.survey.grams or {}
     if not forecast.method.is_plain or grams.keys() - merged.keys():
+        return None
+    if any(tensor.entry.means for tensor in forecast.tensors):
         return None
     return [
         (gram, [merged[name].scale * c for c in forecast.summary.row(merged[name].entry)])
@@ -104,7 +127,7 @@ def forecast_tables(forecast: Forecast) -> RenderableType:
             f"exponent {' and '.join(f'{exponent:g}' for exponent in exponents)}; "
             f"base {forecast.base}\n"
         ),
-        coefficients_table(summary),
+        coefficients_table(summary, kept(forecast)),
         Text("Cosines of the task vectors", "bold"),
         matrix(names, forecast.survey.cosines),
         Text(
@@ -116,22 +139,41 @@ def forecast_tables(forecast: Forecast) -> RenderableType:
     )
 
 
-def coefficients_table(summary: Summary) -> RenderableType:
-    """Return the coefficients that a merge uses, for each expert."""
+def coefficients_table(
+    summary: Summary, kept: Sequence[float | None] | None = None
+) -> RenderableType:
+    """Return the coefficients that a merge uses, for each expert.
+
+    Args:
+        summary: the coefficients.
+        kept: how much of each task vector is in the merge, if the merge does not measure it.
+    """
+    parts = kept or [expert.kept for expert in summary.experts]
+    known = [part for part in parts if part is not None]
     table = Table(box=box.SIMPLE)
     table.add_column("expert", overflow="fold")
     table.add_column("‖τ‖", justify="right")
     for column in ("mean λ", "least", "largest") if summary.varies else ("λ",):
         table.add_column(column, justify="right")
+    if known:
+        table.add_column("kept", justify="right")
     if summary.varies and summary.layers:
         table.add_column("λ by layer, first to last", no_wrap=True)
     for t, (name, expert) in enumerate(zip(short_names(summary.ids), summary.experts, strict=True)):
         cells = [name, f"{expert.norm:.4g}", share(expert.mean)]
-        if summary.varies:
-            cells += [share(expert.least), share(expert.largest)]
-            cells.append(bar([row[t] for row in summary.layers]))
+        cells += [share(expert.least), share(expert.largest)] if summary.varies else []
+        cells += [f"{known[t]:.1%}"] if known else []
+        cells += [bar([row[t] for row in summary.layers])]
         table.add_row(*map(Text, cells[: len(table.columns)]))
-    return Group(Text("Scaling coefficients", "bold"), table)
+    caption = [Text(_what_is_kept(known))] if known else []
+    return Group(Text("Scaling coefficients", "bold"), table, *caption)
+
+
+def _what_is_kept(kept: Sequence[float]) -> str:
+    return (
+        f"kept: how much of each task vector is in the merge; {sum(kept):.2f} of {len(kept)} in "
+        "all.\n"
+    )
 
 
 def matrix(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Table:
