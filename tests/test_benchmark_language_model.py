@@ -251,9 +251,7 @@ def test_a_base_that_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
 
 def test_only_answers_are_trained_on(work: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(work / "base")
-    ids, labels = encoded(
-        tokenizer, [Example("ab", "c"), Example("a", "bcd")], torch.device("cpu")
-    )
+    ids, labels = encoded(tokenizer, [Example("ab", "c"), Example("a", "bcd")], torch.device("cpu"))
     assert [tokenizer.decode(row) for row in ids] == ["ab c<unk>", "a bcd"]
     assert [tokenizer.decode(row[row >= 0]) for row in labels] == [" c", " bcd"]
 
@@ -347,8 +345,7 @@ def made_up_families() -> Iterator[LanguageFamily]:
         for seed in range(2):
             losses = {"base": 9.0, "good": 1.0, "bad": 2.0 + seed}
             scores = {
-                model: {task: Score(50.0, loss) for task in TASKS}
-                for model, loss in losses.items()
+                model: {task: Score(50.0, loss) for task in TASKS} for model, loss in losses.items()
             }
             for task in TASKS:
                 scores[expert_name(task)] = {task: Score(100.0, 0.5)}
@@ -397,7 +394,7 @@ def test_the_best_of_a_sweep_is_bold() -> None:
 
 def test_rows_have_names_of_their_own() -> None:
     names = [row.name for row in (*ROWS, *GRID, *DIRECTIONS)]
-    assert set(METAGPT) <= set(ROWS)
+    assert all(row in ROWS for row in METAGPT)
     assert len({*names, BEST_OF_GRID}) == len(names)  # 0.3 of the grid is a row, too
 
 
@@ -416,7 +413,7 @@ def invoke(
     monkeypatch.setattr(command, "Items", lambda: ITEMS)
     monkeypatch.setattr(command, "SEEDS", 1)
     monkeypatch.setattr(command, "RECIPES", ["even"])
-    monkeypatch.setattr(command, "DIRECTIONS", FEW_ROWS[2:])
+    monkeypatch.setattr(command, "DIRECTIONS", DIRECTIONS[:2])
     for name in ("ROWS", "QUICK_ROWS"):
         monkeypatch.setattr(command, name, FEW_ROWS)
     monkeypatch.setattr(command, "METAGPT", FEW_ROWS[1:])

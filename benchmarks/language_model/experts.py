@@ -62,9 +62,7 @@ def train_expert(
     model = _with_adapter(load(base)) if adapter else load(base)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     drawn = stream(examples, seed)
-    batches = (
-        encoded(tokenizer, list(islice(drawn, _BATCH)), model.device) for _ in range(_STEPS)
-    )
+    batches = (encoded(tokenizer, list(islice(drawn, _BATCH)), model.device) for _ in range(_STEPS))
     fit(model, batches, _STEPS, rate)
     with written_whole(out) as partial:
         model.save_pretrained(partial)

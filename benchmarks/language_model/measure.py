@@ -51,8 +51,8 @@ class FamilyBench:
             name: the name of the base.
             rows: the merges; the best of the grid is added.
         """
-        grid = {row: self.validation_loss(row) for row in GRID}
-        best = min(grid, key=lambda row: grid[row])._replace(name=BEST_OF_GRID)
+        losses = [self.validation_loss(row) for row in GRID]
+        best = GRID[losses.index(min(losses))]._replace(name=BEST_OF_GRID)
         metrics = {
             "base": self._base(),
             **{expert_name(task): self._expert(task, "test") for task in self.tasks},
@@ -64,7 +64,7 @@ class FamilyBench:
             seed=self.seed,
             parameters=_parameters(self.bench.base),
             norms=self._norms(),
-            grid={row.parameters["weight"]: loss for row, loss in grid.items()},
+            grid={row.parameters["weight"]: loss for row, loss in zip(GRID, losses, strict=True)},
             scores={model: _scores(it, self.tasks, "test") for model, it in metrics.items()},
             perplexity={
                 model: it[NEUTRAL]["word_perplexity,none"] for model, it in metrics.items()
