@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mergekit_metagpt.coefficients import Norms, scaling_coefficients
 from mergekit_metagpt.normal_equations import Equations, Solution
-from mergekit_metagpt.task_vectors import where_possible
+from mergekit_metagpt.task_vectors import where_possible, write_task_vector
 
 SIDES = ("output", "input", "both")
 
@@ -156,7 +156,9 @@ class _TaskVectors:
 
     def read(self, t: int, buffer: int = 0) -> Tensor:
         """Return τ_t, which the next call for this buffer overwrites."""
-        return self._buffers.like(self._base, buffer).copy_(self._experts[t]).sub_(self._base)
+        tau = self._buffers.like(self._base, buffer)
+        write_task_vector(self._base, self._experts[t], tau)
+        return tau
 
     def blocks(self, rows: int) -> "list[_TaskVectors]":
         """Return the task vectors of every so many rows."""
@@ -176,7 +178,8 @@ class _TaskVectors:
 
     def write(self, merged: Tensor, scale: float, out: Tensor) -> None:
         """Write θ_0 + s M; this overwrites M."""
-        out.copy_(merged.mul_(scale).add_(self._base))
+        merged = merged if scale == 1 else merged.mul_(scale)
+        out.copy_(merged.add_(self._base))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Tensor kernels: squared norms of task vectors, and the base plus their weighted sum.
+"""Tensor kernels: task vectors, their squared norms, and the base plus their weighted sum.
 
-Both process the tensors in chunks, in buffers that are reused from call to call. The obvious
+They process the tensors in chunks, in buffers that are reused from call to call. The obvious
 formulas spend half of their time on page faults of new temporaries. All arithmetic is float32
 (float64 for float64 inputs), sums across rows are float64, and a result is rounded to its
 dtype once.
@@ -150,6 +150,22 @@ def add_task_vectors(
         if mean is not merged:
             merged.copy_(mean)
     return out
+
+
+def write_task_vector(base: Tensor, expert: Tensor, out: Tensor) -> None:
+    """Write θ_t − θ_0 into a contiguous float64 tensor, without any rounding before it.
+
+    Args:
+        base: θ_0, of any shape, strides and floating-point dtype.
+        expert: θ_t, of the base's shape and device.
+        out: a tensor of that shape and device.
+    """
+    # On a CPU, 16 bits are widened several times as fast by way of float32.
+    narrow, (wide,) = _buffers(base, torch.float32, 1)[0], _buffers(base, torch.float64, 1)
+    for target, base_chunk, chunk in _chunks(out, base, expert):
+        for source, into in ((base_chunk, wide[: len(target)]), (chunk, target)):
+            into.copy_(_converted(source, narrow) if source.dtype.itemsize < 4 else source)
+        target.sub_(wide[: len(target)])
 
 
 class _Sum:
