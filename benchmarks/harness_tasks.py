@@ -47,7 +47,13 @@ def write_text(folder: Path, name: str, passages: Iterable[str]) -> None:
             "output_type": "loglikelihood_rolling",
             "doc_to_text": "",
             "doc_to_target": "{{passage}}",
-            "metric_list": [{"metric": "word_perplexity"}],
+            "metric_list": [
+                {
+                    "metric": "word_perplexity",
+                    "aggregation": "weighted_perplexity",
+                    "higher_is_better": False,
+                }
+            ],
         },
     )
 

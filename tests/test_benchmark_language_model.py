@@ -99,7 +99,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Sp
     def run(records: list[dict[str, str]], **definition: Any) -> Splits:
         monkeypatch.setitem(sources.SOURCES, "given", lambda folder: iter(records))
         task = {"source": {"given": {}}, "prompt": "{text}", "answer": "kind", **definition}
-        return splits("task", task, tmp_path, 2, 2)
+        return splits("task", task, tmp_path, 0, 0)
 
     return run
 
@@ -119,20 +119,25 @@ def test_all_answers_are_drawn_equally_often(tmp_path: Path) -> None:
 
 def test_records_without_an_answer_or_a_field_are_left_out(made_up: Callable[..., Splits]) -> None:
     records = [{"text": "1", "kind": "a"}, {"text": "2", "kind": "c"}, {"kind": "a"}]
-    assert made_up(records, answers={"a": "A"}).validation == [Example("1", "A")]
+    assert made_up(records, answers={"a": "A"}).training == [Example("1", "A")]
 
 
 def test_prompts_and_what_has_to_be_distinct_appear_once(made_up: Callable[..., Splits]) -> None:
     records = [{"text": text, "kind": "a", "from": text[0]} for text in ("a1", "a1", "a2", "b1")]
     prompts = sorted(it.prompt for split in made_up(records) for it in split)
     assert prompts == ["a1", "a2", "b1"]
-    distinct = made_up(records, distinct="from").validation
+    distinct = made_up(records, distinct="from").training
     assert sorted(it.prompt[0] for it in distinct) == ["a", "b"]
 
 
 def test_long_fields_are_cut(made_up: Callable[..., Splits]) -> None:
-    (example,) = made_up([{"text": "word " * 50, "kind": "a"}]).validation
+    (example,) = made_up([{"text": "word " * 50, "kind": "a"}]).training
     assert example.prompt == " ".join(["word"] * 20)
+
+
+def test_too_few_examples_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(click.ClickException, match=r"Task add needs more than 90 .* has 81\."):
+        splits("add", TASKS["add"], tmp_path, 40, 50)
 
 
 def test_training_sees_all_examples_in_an_order_of_the_seed() -> None:

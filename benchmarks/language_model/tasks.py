@@ -3,10 +3,11 @@
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import yaml
 
 from benchmarks.harness_tasks import Example
@@ -38,10 +39,21 @@ def splits(
         folder: where the source keeps what it downloads.
         validation: the number of validation examples.
         test: the number of test examples.
+
+    Raises:
+        ClickException: if the source has too few examples.
     """
     ((source, arguments),) = definition["source"].items()
-    examples = iter(_drawn(SOURCES[source](folder, **arguments), definition, random.Random(task)))
-    return Splits(list(islice(examples, validation)), list(islice(examples, test)), list(examples))
+    records = SOURCES[source](folder, **arguments)
+    examples = list(_drawn(records, definition, random.Random(task)))
+    kept = validation + test
+    if len(examples) <= kept:
+        raise click.ClickException(
+            f"Task {task} needs more than {kept} examples, and its source, {source}, has "
+            f"{len(examples)}. For debian, run `apt-get update` first; else correct the task in "
+            "benchmarks/language_model/tasks.yaml."
+        )
+    return Splits(examples[:validation], examples[validation:kept], examples[kept:])
 
 
 def stream(examples: list[Example], seed: int) -> Iterator[Example]:
