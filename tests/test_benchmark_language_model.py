@@ -423,7 +423,6 @@ def invoke(
     monkeypatch.setattr(command, "DIRECTIONS", DIRECTIONS[:2])
     for name in ("ROWS", "QUICK_ROWS"):
         monkeypatch.setattr(command, name, FEW_ROWS)
-    monkeypatch.setattr(command, "METAGPT", FEW_ROWS[1:])
 
     def run(*words: str) -> click.testing.Result:
         options = ["--work", str(work), "--base", str(work / "given"), *words]

@@ -1,7 +1,7 @@
 """Merge the experts of a family with every method, and score the merges."""
 
 import math
-import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,20 +103,18 @@ class FamilyBench:
         )
 
     def _score_merge(self, row: Row, split: str) -> Metrics:
-        out = self.bench.work / f"merged-{self._name}"
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
-        merge(
-            row.merge,
-            self.bench.base,
-            list(self.experts.values()),
-            out,
-            self.seed,
-            self.bench.device,
-            *("--lora-merge-cache", self._adapted),
-        )
-        metrics = self.bench.score(out, _split(self.tasks, split))
-        shutil.rmtree(out)
-        return metrics
+        with tempfile.TemporaryDirectory(dir=self.bench.work, prefix="merged-") as folder:
+            out = Path(folder) / "merged"
+            merge(
+                row.merge,
+                self.bench.base,
+                list(self.experts.values()),
+                out,
+                self.seed,
+                self.bench.device,
+                *("--lora-merge-cache", self._adapted),
+            )
+            return self.bench.score(out, _split(self.tasks, split))
 
     def _norms(self) -> dict[str, float]:
         """Return ‖τ_t‖ by task."""

@@ -51,7 +51,8 @@ METAGPT = [
     Row(f"MetaGPT, {granularity}", "metagpt", {"granularity": granularity})
     for granularity in ("tensor", "layer", "model", "direction")
 ]
-# What `direction` can be set to; measured on validation examples of one family.
+# What `direction` can be set to. The best on the validation examples of one family is a row.
+CHOSEN = "MetaGPT, direction, chosen"
 DIRECTIONS = [
     Row(
         f"MetaGPT, direction, {side}, exponent {exponent}, isotropy {isotropy}",
