@@ -53,6 +53,11 @@ METAGPT = [
 ]
 # What `direction` can be set to. The best on the validation examples of one family is a row.
 CHOSEN = "MetaGPT, direction, chosen"
+_SETTINGS = [  # side, exponent, isotropy
+    *((side, 0, rho) for side in ("input", "output") for rho in (0.003, 0.01, 0.03, 0.1, 0.3)),
+    *((side, 2, rho) for side in ("input", "output") for rho in (0.01, 0.1)),
+    *(("both", 0, rho) for rho in (0.01, 0.1)),
+]
 DIRECTIONS = [
     Row(
         f"MetaGPT, direction, {side}, exponent {exponent}, isotropy {isotropy}",
@@ -64,9 +69,7 @@ DIRECTIONS = [
             "isotropy": isotropy,
         },
     )
-    for side in ("output", "input", "both")
-    for exponent in (0, 2)
-    for isotropy in (0.003, 0.01, 0.03, 0.1, 0.3)
+    for side, exponent, isotropy in _SETTINGS
 ]
 ROWS = [*STOCK, *METAGPT]
 QUICK_ROWS = [AVERAGE, ARITHMETIC, TIES, *METAGPT]
