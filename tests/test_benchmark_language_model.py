@@ -29,7 +29,7 @@ from benchmarks.language_model.bench import Bench, Items
 from benchmarks.language_model.experts import RECIPES, encoded
 from benchmarks.language_model.measure import FamilyBench, LanguageFamily
 from benchmarks.language_model.report import report, sweep_table
-from benchmarks.language_model.rows import BEST_OF_GRID, DIRECTIONS, GRID, METAGPT, ROWS, Row
+from benchmarks.language_model.rows import DIRECTIONS, GRID, METAGPT, ROWS, TUNED, Row
 from benchmarks.language_model.tasks import DEFINITIONS, Splits, splits, stream
 from benchmarks.quality.families import Score, expert_name
 
@@ -46,6 +46,7 @@ TASKS: dict[str, dict[str, Any]] = {
 FEW_ROWS = [
     Row("average", "linear", {"weight": 1.0}),
     Row("MetaGPT, tensor", "metagpt", {}),
+    TUNED,
     Row("MetaGPT, direction", "metagpt", {"granularity": "direction"}),
 ]
 
@@ -295,7 +296,7 @@ def loss_and_accuracy(model: Path, examples: list[Example]) -> Score:
 
 
 def test_every_model_is_scored(family: LanguageFamily) -> None:
-    merges = [*(row.name for row in FEW_ROWS), BEST_OF_GRID]
+    merges = [row.name for row in FEW_ROWS]
     assert list(family.scores) == ["base", *map(expert_name, TASKS), *merges]
     assert family.perplexity.keys() == family.scores.keys()
     for model, scores in family.scores.items():
@@ -400,9 +401,18 @@ def test_the_best_of_a_sweep_is_bold() -> None:
 
 
 def test_rows_have_names_of_their_own() -> None:
-    names = [row.name for row in (*ROWS, *GRID, *DIRECTIONS)]
+    names = [row.name for row in (*ROWS, *DIRECTIONS)]
     assert all(row in ROWS for row in METAGPT)
-    assert len({*names, BEST_OF_GRID}) == len(names)  # 0.3 of the grid is a row, too
+    assert len(set(names)) == len(names)
+
+
+def test_tuned_rows_get_the_best_weight_of_the_grid(bench: Bench, family: LanguageFamily) -> None:
+    best = min(family.grid, key=lambda weight: family.grid[weight])
+    expected = Row(TUNED.name, "task_arithmetic", {"weight": best})
+    kept = bench.work / "scores/even-0-of-2/test" / f"{TUNED.name}.json"
+    assert json.loads(kept.read_text())["settings"][0] == list(expected[:3])
+    assert TUNED.with_weight(best) == expected
+    assert FEW_ROWS[0].with_weight(best) == FEW_ROWS[0]
 
 
 # The command

@@ -72,13 +72,13 @@ def main(quick: bool, work: Path, base: str) -> None:
     for seed, recipe in product(range(seeds), recipes):
         families.append(FamilyBench(bench, recipe, seed).results(Path(base).name, rows))
         minutes = (time.perf_counter() - start) / 60
-        click.echo(f"{minutes:5.1f} min  {recipe}, seed {seed}", err=True)
+        click.echo(f"{minutes:5.1f} min  {recipe}, seed {seed}: done", err=True)
         if not quick:
             write_raw("language_model.json", [asdict(family) for family in families])
     text = report(families, [row.name for row in rows if row.method == "metagpt"])
     if sweep:
         text += "\n\n" + _choice(sweep)
-    text += f"\n\n{_circumstances(bench.device, minutes)}"
+    text += f"\n\n{_circumstances(bench.device)}"
     if not quick:
         write_measured("language_model.md", text)
     click.echo(text)
@@ -111,11 +111,12 @@ def _require_same_base(work: Path, base: str) -> None:
     write_json(path, {"base": base})
 
 
-def _circumstances(device: str, minutes: float) -> str:
+def _circumstances(device: str) -> str:
+    threads = torch.get_num_threads()
     versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "lm_eval"))
     return (
-        f"The last run of `python -m benchmarks.language_model` took {minutes:.0f} minutes with\n"
-        f"{torch.get_num_threads()} threads on {described(device)}, {versions}."
+        f"Measured by `python -m benchmarks.language_model` with {threads} "
+        f"thread{'s' * (threads > 1)}\non {described(device)}, {versions}."
     )
 
 

@@ -12,7 +12,7 @@ import transformers
 from mergekit.common import ModelReference
 
 from benchmarks.language_model.bench import NEUTRAL, Bench, Metrics
-from benchmarks.language_model.rows import BEST_OF_GRID, GRID, Row
+from benchmarks.language_model.rows import GRID, Row
 from benchmarks.quality.families import Family, Score, expert_name
 from benchmarks.stock_merge import merge
 from mergekit_metagpt import survey_checkpoints
@@ -49,14 +49,14 @@ class FamilyBench:
 
         Args:
             name: the name of the base.
-            rows: the merges; the best of the grid is added.
+            rows: the merges.
         """
         losses = [self.validation_loss(row) for row in GRID]
-        best = GRID[losses.index(min(losses))]._replace(name=BEST_OF_GRID)
+        best = GRID[losses.index(min(losses))].parameters["weight"]
         metrics = {
             "base": self._base(),
             **{expert_name(task): self._expert(task, "test") for task in self.tasks},
-            **{row.name: self._merge(row, "test") for row in (*rows, best)},
+            **{row.name: self._merge(row.with_weight(best), "test") for row in rows},
         }
         return LanguageFamily(
             size=name,
@@ -99,14 +99,16 @@ class FamilyBench:
 
     def _merge(self, row: Row, split: str) -> Metrics:
         return self.bench.kept(
-            f"{self._name}/{split}/{row.name}", row, lambda: self._score_merge(row, split)
+            f"{self._name}/{split}/{row.name}",
+            [row.name, row.method, row.parameters],
+            lambda: self._score_merge(row, split),
         )
 
     def _score_merge(self, row: Row, split: str) -> Metrics:
         with tempfile.TemporaryDirectory(dir=self.bench.work, prefix="merged-") as folder:
             out = Path(folder) / "merged"
             merge(
-                row.merge,
+                (row.method, row.parameters),
                 self.bench.base,
                 list(self.experts.values()),
                 out,

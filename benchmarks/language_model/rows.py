@@ -2,11 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from benchmarks.stock_merge import Method
-
 _DENSE = {"density": 0.55}  # as in the paper
-# Divided by their sum, so that the weights are 1/T each.
-_EQUAL = {"weight": 1.0, "normalize": True}
 
 
 class Row(NamedTuple):
@@ -16,30 +12,42 @@ class Row(NamedTuple):
         name: the name of the row.
         method: MergeKit's merge method.
         parameters: its parameters; the others have MergeKit's defaults.
+        tuned: whether each expert gets, as its weight, the best coefficient of ``GRID``.
     """
 
     name: str
     method: str
     parameters: dict[str, Any]
+    tuned: bool = False
 
-    @property
-    def merge(self) -> Method:
-        """What to merge with."""
-        return self.method, self.parameters
+    def with_weight(self, weight: float) -> "Row":
+        """Return a tuned row with the weight that it is to have; any other as it is."""
+        parameters = {**self.parameters, "weight": weight} if self.tuned else self.parameters
+        return Row(self.name, self.method, parameters)
 
+
+# Task arithmetic by its coefficient. The best is chosen by the loss on validation examples.
+GRID = [
+    Row(f"task arithmetic, {weight}", "task_arithmetic", {"weight": weight})
+    for weight in (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+]
 
 AVERAGE = Row("weight average", "linear", {"weight": 1.0})
 ARITHMETIC = Row("task arithmetic, 0.3", "task_arithmetic", {"weight": 0.3})
-TIES = Row("TIES", "ties", {**_EQUAL, **_DENSE})
+TUNED = Row("task arithmetic, tuned", "task_arithmetic", {}, tuned=True)
+TIES = Row("TIES", "ties", {"weight": 1.0, **_DENSE})
 
-# What MergeKit 0.1.5 offers for any number of experts.
+# What MergeKit 0.1.5 offers for any number of experts. At weights that sum to 1, DARE, DELLA and
+# breadcrumbs would be weight averages with noise.
 STOCK = [
     AVERAGE,
     ARITHMETIC,
+    TUNED,
     TIES,
-    Row("DARE", "dare_linear", {**_EQUAL, **_DENSE}),
-    Row("DELLA", "della_linear", {**_EQUAL, **_DENSE}),
-    Row("breadcrumbs", "breadcrumbs", {**_EQUAL, **_DENSE}),
+    Row("TIES, a tuned sum", "ties", {"normalize": False, **_DENSE}, tuned=True),
+    Row("DARE, tuned", "dare_linear", _DENSE, tuned=True),
+    Row("DELLA, tuned", "della_linear", {"normalize": False, **_DENSE}, tuned=True),
+    Row("breadcrumbs, tuned", "breadcrumbs", _DENSE, tuned=True),
     Row("SCE", "sce", {}),
     Row("Model Stock", "model_stock", {}),
     Row("Karcher mean", "karcher", {}),
@@ -72,11 +80,4 @@ DIRECTIONS = [
     for side, exponent, isotropy in _SETTINGS
 ]
 ROWS = [*STOCK, *METAGPT]
-QUICK_ROWS = [AVERAGE, ARITHMETIC, TIES, *METAGPT]
-
-# Task arithmetic with one coefficient, chosen by the loss on validation examples.
-GRID = [
-    Row(f"task arithmetic, {weight}", "task_arithmetic", {"weight": weight})
-    for weight in (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
-]
-BEST_OF_GRID = "task arithmetic, best of grid"
+QUICK_ROWS = [AVERAGE, ARITHMETIC, TUNED, TIES, *METAGPT]
