@@ -392,11 +392,11 @@ def test_the_best_of_a_sweep_is_bold() -> None:
         for side, losses in {"input": (0.3, 0.1), "output": (0.2, 0.4)}.items()
         for isotropy, loss in zip((0.01, 0.1), losses, strict=True)
     ]
-    assert sweep_table(sweep, ["side", "isotropy"]).splitlines() == [
+    assert sweep_table(sweep[:3], ["side", "isotropy"]).splitlines() == [
         "| side | isotropy 0.01 | isotropy 0.1 |",
         "| --- | --- | --- |",
         "| input | 0.300 | **0.100** |",
-        "| output | 0.200 | 0.400 |",
+        "| output | 0.200 |  |",
     ]
 
 

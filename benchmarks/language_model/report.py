@@ -33,17 +33,18 @@ def sweep_table(sweep: Sequence[tuple[Row, float]], parameters: Sequence[str]) -
 
     Args:
         sweep: merges, and their ALD on validation examples.
-        parameters: the parameters that differ; the last one has a column for each value.
+        parameters: the parameters that differ; the last one, a number, has a column for each value.
     """
     *fixed, last = parameters
-    values = list(dict.fromkeys(row.parameters[last] for row, _ in sweep))
+    values = sorted({row.parameters[last] for row, _ in sweep})
     least = min(loss for _, loss in sweep)
-    lines: dict[tuple[object, ...], list[str]] = {}
+    lines: dict[tuple[str, ...], dict[float, str]] = {}
     for row, loss in sweep:
-        line = lines.setdefault(tuple(row.parameters[name] for name in fixed), [])
-        line.append(f"**{loss:.3f}**" if loss == least else f"{loss:.3f}")
+        cells = lines.setdefault(tuple(str(row.parameters[name]) for name in fixed), {})
+        cells[row.parameters[last]] = f"**{loss:.3f}**" if loss == least else f"{loss:.3f}"
     header = [*fixed, *(f"{last} {value:g}" for value in values)]
-    return table(header, ([*map(str, key), *cells] for key, cells in lines.items()))
+    rows = ([*line, *(cells.get(value, "") for value in values)] for line, cells in lines.items())
+    return table(header, rows)
 
 
 def _merges(family: LanguageFamily) -> list[str]:
