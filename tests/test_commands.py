@@ -20,6 +20,8 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+from mergekit_metagpt.directions import Rule, merge_directions
+
 
 def mergekit(name: str, *words: str | Path) -> str:
     done = run(command(name), *words)
@@ -88,6 +90,18 @@ def test_mergekit_yaml_merges_a_lora_expert(family, tmp_path):
     mergekit("mergekit-yaml", yml, tmp_path / "out", "--lora-merge-cache", cache)
     (applied,) = cache.iterdir()
     assert_merge_of(tmp_path / "out", {**paths, "lora": str(applied)}, "model")
+
+
+def test_mergekit_yaml_merges_by_direction(family, tmp_path):
+    settings = {"granularity": "direction", "isotropy": 0.05, "side": "output"}
+    yml = write_yaml(tmp_path / "metagpt.yml", merge_config(family, parameters=settings))
+    mergekit("mergekit-yaml", yml, tmp_path / "out")
+    base, *experts = map(read, family.values())
+    rule = Rule((1.0, 1.0), 0.0, 0.05, "output")
+    for name, tensor in read(tmp_path / "out").items():
+        axis = 0 if name in ("model.embed_tokens.weight", "lm_head.weight") else None
+        found = merge_directions(base[name], [e[name] for e in experts], rule, vocabulary_axis=axis)
+        torch.testing.assert_close(tensor, found.merged)
 
 
 def test_mergekit_multi_feeds_one_merge_into_another(tmp_path):

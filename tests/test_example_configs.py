@@ -24,6 +24,7 @@ from mergekit.scripts.multimerge import load_config
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from mergekit_metagpt.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import survey_checkpoints
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 
@@ -243,6 +244,7 @@ def test_the_annotated_example_spells_out_the_defaults(tmp_path: Path) -> None:
     defaults = {
         parameter.name: parameter.default for parameter in method_of(config).spec.parameters
     }
+    defaults["exponent"] = GRANULARITIES[defaults["granularity"]].default_exponent
     for parameters in (config.parameters, *(model.parameters for model in config.models)):
         assert parameters.items() <= defaults.items()
     assert config.parameters.keys() == {"granularity", "exponent", "lambda"}

@@ -95,6 +95,7 @@ def mapper(monkeypatch):
 
 METHODS = {
     "metagpt": {"granularity": "model"},
+    "metagpt by direction": {"granularity": "direction"},
     "metagpt_ties": {"granularity": "layer", "density": 0.5},
     "metagpt_dare_linear": {"density": 0.5},
 }
@@ -102,7 +103,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_file_is_that_of_a_local_merge(method, family, same_bytes):
-    config = merge_config(family, method, parameters=METHODS[method])
+    config = merge_config(family, method.split()[0], parameters=METHODS[method])
     found = same_bytes(config, *SHARDS)
     assert len([name for name in found if name.endswith(".safetensors")]) > 3
     assert "model.safetensors.index.json" in found

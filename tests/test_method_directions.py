@@ -8,6 +8,7 @@ import transformers
 from click.testing import CliRunner
 from conftest import llama_config, merge_config, put_nan, read, save_family, write_yaml
 from mergekit.merge_methods import merge_state_dicts
+from mergekit.scripts import merge_raw_pytorch
 
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.directions import Rule, merge_directions
@@ -69,6 +70,15 @@ def test_state_dicts_merge_in_memory():
     )
     merged = merge_state_dicts([base, *experts], "metagpt", base=0, parameters=SETTINGS)
     assert_merged(merged, base, experts, Rule((1.0, 1.0), 1.0, 0.05, "output"))
+
+
+def test_mergekit_pytorch_knows_no_vocabulary(family, tmp_path):
+    files = {name: f"{path}/model.safetensors" for name, path in family.items()}
+    yml = write_yaml(tmp_path / "metagpt.yml", merge_config(files, parameters=SETTINGS))
+    done = CliRunner().invoke(merge_raw_pytorch.main, [str(yml), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    base, *experts = map(read, family.values())
+    assert_merged(read(tmp_path / "out"), base, experts, Rule((1.0, 1.0), 1.0, 0.05, "output"))
 
 
 def test_the_defaults_are_those_of_the_granularity(family, merge):

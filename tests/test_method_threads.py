@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,8 +101,10 @@ def config_of(family, method, granularity):
     return merge_config(family, method, parameters={"granularity": granularity, **sparse})
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "granularity"),
+    [*product(METHODS, GRANULARITIES), ("metagpt", "direction")],
+)
 def test_workers_write_the_bytes_of_one_executor(
     method, granularity, family, executors, surveys, tmp_path
 ):
@@ -111,7 +114,7 @@ def test_workers_write_the_bytes_of_one_executor(
     surveys.clear()
     parallel = written(config, tmp_path / "parallel", random_seed=3, multi_gpu=True)
     assert parallel == serial
-    assert len(surveys) == (granularity != "tensor")
+    assert len(surveys) == (granularity in ("layer", "model"))
     (executor,) = executors
     assert len(executor.threads) == WORKERS
     assert set(surveys) <= executor.threads

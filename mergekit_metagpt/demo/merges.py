@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from mergekit_metagpt.demo.models import TASKS
+from mergekit_metagpt.granularities import GRANULARITIES
 
 _SHOWN_LINES = 20
 
@@ -24,7 +25,7 @@ def merge_configs(directory: Path) -> dict[str, dict[str, Any]]:
             **on_base,
             "parameters": {"granularity": granularity},
         }
-        for granularity in ("tensor", "layer", "model")
+        for granularity in GRANULARITIES
     }
     configs["task-arithmetic"] = {
         "merge_method": "task_arithmetic",
