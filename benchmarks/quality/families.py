@@ -1,9 +1,10 @@
 """The results for a family: a base, an expert for each task, and their merges."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from benchmarks.averages import absolute_average, normalized_average
-from benchmarks.quality.tasks import TASKS
 from mergekit_metagpt import scaling_coefficients
 
 
@@ -42,18 +43,25 @@ class Family:
     grid: dict[float, float]
     scores: dict[str, dict[str, Score]]
 
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks, in the order of the tables."""
+        return list(self.norms)
+
     def absolute_average(self, model: str) -> float:
         """Return the paper's Abs. Avg, in percent."""
         return absolute_average(self._accuracies(model))
 
     def normalized_average(self, model: str) -> float:
         """Return the paper's Nor. Avg: 1 for a model that equals each expert on its own task."""
-        at_home = [self.at_home(task).accuracy for task in TASKS]
+        at_home = [self.at_home(task).accuracy for task in self.tasks]
         return normalized_average(self._accuracies(model), at_home)
 
     def loss_difference(self, model: str) -> float:
         """Return the paper's ALD (equation 4) in nats. MetaGPT minimises a bound on it."""
-        differences = [self.scores[model][task].loss - self.at_home(task).loss for task in TASKS]
+        differences = [
+            self.scores[model][task].loss - self.at_home(task).loss for task in self.tasks
+        ]
         return sum(differences) / len(differences)
 
     def gain(self, task: str) -> float:
@@ -70,9 +78,38 @@ class Family:
         return dict(zip(self.norms, scaling_coefficients(squares), strict=True))
 
     def _accuracies(self, model: str) -> list[float]:
-        return [self.scores[model][task].accuracy for task in TASKS]
+        return [self.scores[model][task].accuracy for task in self.tasks]
 
 
 def expert_name(task: str) -> str:
     """Return the name under which an expert is scored."""
     return f"expert {task}"
+
+
+class Average(NamedTuple):
+    """One of the averages in the last columns of a table.
+
+    Attributes:
+        name: the name of the column.
+        of: computes the average of a model of a family.
+        digits: the number of digits after the decimal point.
+        wins: describes the better of two models.
+        sign: 1 if higher is better, -1 if lower is better.
+    """
+
+    name: str
+    of: Callable[[Any, str], float]
+    digits: int
+    wins: str
+    sign: int
+
+    def is_better(self, family: Family, one: str, other: str) -> bool:
+        """Return whether one model of a family is strictly better than another."""
+        return self.sign * (self.of(family, one) - self.of(family, other)) > 0
+
+
+AVERAGES = (
+    Average("Abs. Avg", Family.absolute_average, 1, "higher Abs. Avg", 1),
+    Average("Nor. Avg", Family.normalized_average, 3, "higher Nor. Avg", 1),
+    Average("ALD", Family.loss_difference, 3, "lower ALD", -1),
+)

@@ -9,9 +9,10 @@ import transformers
 
 from benchmarks.harness import evaluate
 from benchmarks.quality.families import Family, Score, expert_name
-from benchmarks.quality.merges import BASELINES, GRID, METAGPT, Method, merge, task_arithmetic
+from benchmarks.quality.merges import BASELINES, GRID, METAGPT
 from benchmarks.quality.models import Size, Trainer
 from benchmarks.quality.tasks import TASKS, write_harness_tasks
+from benchmarks.stock_merge import Method, merge, task_arithmetic
 from mergekit_metagpt import survey_checkpoints
 
 BEST_OF_GRID = "task arithmetic, best of grid"
@@ -104,7 +105,8 @@ class _Bench:
 
     def _merged(self, method: Method, split: str) -> dict[str, Score]:
         out = self.folder / "merged"
-        merge(method, self.folder, out, self.seed, self.device)
+        experts = [self.folder / task for task in TASKS]
+        merge(method, self.folder / "base", experts, out, self.seed, self.device)
         scores = self._scores(out, split)
         shutil.rmtree(out)
         return scores

@@ -10,10 +10,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from benchmarks.quality.tasks import TASKS, Example, training
+from benchmarks.fitting import IGNORED, fit
+from benchmarks.harness_tasks import Example
+from benchmarks.quality.tasks import TASKS, training
 from mergekit_metagpt.demo.models import make_tokenizer
-
-_IGNORED = -100  # the label that transformers leaves out of the loss
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,8 @@ class Trainer:
         rate: float,
     ) -> None:
         model.to(self.device)  # type: ignore[arg-type]  # transformers wraps it
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
-        for _ in range(steps):
-            ids, labels = self._encode(islice(examples, self.size.batch))
-            model(input_ids=ids, labels=labels).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+        batches = (self._encode(islice(examples, self.size.batch)) for _ in range(steps))
+        fit(model, batches, steps, rate)
 
     def _encode(self, examples: Iterable[Example]) -> tuple[Tensor, Tensor]:
         """Return token ids, and labels for the answers only; both of shape [examples, tokens]."""
@@ -93,7 +87,7 @@ class Trainer:
         ids = self.tokenizer(lines, padding=True, return_tensors="pt")["input_ids"].to(self.device)
         is_equals = ids == self.tokenizer.convert_tokens_to_ids("=")
         is_answer = is_equals.cumsum(1).bool() & ~is_equals & (ids != self.tokenizer.pad_token_id)
-        return ids, ids.where(is_answer, _IGNORED)
+        return ids, ids.where(is_answer, IGNORED)
 
     def _config(self) -> transformers.LlamaConfig:
         return transformers.LlamaConfig(

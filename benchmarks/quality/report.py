@@ -3,14 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from statistics import fmean
-from typing import NamedTuple
 
-import numpy as np
-
-from benchmarks.quality.families import Family, expert_name
+from benchmarks.quality.families import AVERAGES, Average, Family, expert_name
 from benchmarks.quality.measure import BEST_OF_GRID, RECIPES
 from benchmarks.quality.merges import BASELINES, GRANULARITIES, METAGPT
 from benchmarks.quality.tasks import TASKS
+from benchmarks.tables import spread, table
 
 RIVALS = (*BASELINES, BEST_OF_GRID)
 _EXPERTS = ("base", *map(expert_name, TASKS))
@@ -22,42 +20,13 @@ _DUELS = [("MetaGPT", rival) for rival in RIVALS] + [
 ]
 
 
-class Average(NamedTuple):
-    """One of the averages in the last columns of a table.
-
-    Attributes:
-        name: the name of the column.
-        of: computes the average of a model of a family.
-        digits: the number of digits after the decimal point.
-        wins: describes the better of two models.
-        sign: 1 if higher is better, -1 if lower is better.
-    """
-
-    name: str
-    of: Callable[[Family, str], float]
-    digits: int
-    wins: str
-    sign: int
-
-    def is_better(self, family: Family, one: str, other: str) -> bool:
-        """Return whether one model of a family is strictly better than another."""
-        return self.sign * (self.of(family, one) - self.of(family, other)) > 0
-
-
-_AVERAGES = (
-    Average("Abs. Avg", Family.absolute_average, 1, "higher Abs. Avg", 1),
-    Average("Nor. Avg", Family.normalized_average, 3, "higher Nor. Avg", 1),
-    Average("ALD", Family.loss_difference, 3, "lower ALD", -1),
-)
-
-
 def report(families: Sequence[Family]) -> str:
     """Return a table for each size and recipe, and tables of MetaGPT's wins over all sizes."""
     parts = []
     for group in by_setting(families):
         parts += [_heading(group), _how_far(group), _scores(group)]
     parts += ["### In how many families MetaGPT wins"]
-    parts += [_duels(families, average) for average in _AVERAGES]
+    parts += [_duels(families, average) for average in AVERAGES]
     return "\n\n".join(parts)
 
 
@@ -87,10 +56,10 @@ def _how_far(group: Sequence[Family]) -> str:
         "loss of the base − loss of the expert": Family.gain,
     }
     rows = (
-        [name, *(_spread([figure(family, task) for family in group], 2) for task in TASKS)]
+        [name, *(spread([figure(family, task) for family in group], 2) for task in TASKS)]
         for name, figure in figures.items()
     )
-    return _table(["expert", *TASKS], rows)
+    return table(["expert", *TASKS], rows)
 
 
 def _scores(group: Sequence[Family]) -> str:
@@ -100,19 +69,19 @@ def _scores(group: Sequence[Family]) -> str:
             _MERGES,
             key=lambda model: average.sign * fmean(average.of(family, model) for family in group),
         )
-        for average in _AVERAGES
+        for average in AVERAGES
     }
 
     def cells(model: str) -> Iterable[str]:
         yield model
         for task in TASKS:
-            yield _spread([family.scores[model][task].accuracy for family in group], 1)
-        for average in _AVERAGES:
-            cell = _spread([average.of(family, model) for family in group], average.digits)
+            yield spread([family.scores[model][task].accuracy for family in group], 1)
+        for average in AVERAGES:
+            cell = spread([average.of(family, model) for family in group], average.digits)
             yield f"**{cell}**" if best[average.name] == model else cell
 
-    header = ["model", *TASKS, *(average.name for average in _AVERAGES)]
-    return _table(header, (cells(model) for model in (*_EXPERTS, *_MERGES)))
+    header = ["model", *TASKS, *(average.name for average in AVERAGES)]
+    return table(header, (cells(model) for model in (*_EXPERTS, *_MERGES)))
 
 
 def _duels(families: Sequence[Family], average: Average) -> str:
@@ -128,16 +97,4 @@ def _duels(families: Sequence[Family], average: Average) -> str:
         [f"{ours} against {rival}", *(won(ours, rival, *column) for column in columns)]
         for ours, rival in _DUELS
     )
-    return _table([average.wins, *(", ".join(column) for column in columns)], rows)
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    """Return mean and sample standard deviation; for a single value, only the mean."""
-    # statistics.stdev fails on nan, which Nor. Avg is if an expert scores 0.
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{deviation}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table([average.wins, *(", ".join(column) for column in columns)], rows)

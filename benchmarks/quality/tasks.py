@@ -1,25 +1,16 @@
 """Four tasks of different kinds, on digits, and their held-out examples as tasks of lm-eval."""
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
-import yaml
+from benchmarks.harness_tasks import Example, write_answers
 
 SPLITS = ("validation", "test")
 
 _DIGITS = "0123456789"
 _FACTS = 256
-
-
-class Example(NamedTuple):
-    """A prompt such as ``reverse 1 2 3 =`` and its answer, such as ``3 2 1``."""
-
-    prompt: str
-    answer: str
 
 
 def _example(task: str, given: str, answer: str) -> Example:
@@ -97,32 +88,7 @@ def training(task: str, seed: int, model: str, count: int) -> Iterator[Example]:
 
 
 def write_harness_tasks(folder: Path, seed: int, count: int) -> None:
-    """Write each task and split into ``folder`` as a task of lm-eval named ``TASK_SPLIT``.
-
-    ``acc`` is the share of examples for which greedy decoding gives the answer. The logarithm of
-    ``perplexity`` is the answer's negative log-likelihood in nats, as a mean over examples.
-    """
-    folder.mkdir()
+    """Write each task and split into ``folder`` as a task of lm-eval named ``TASK_SPLIT``."""
     for task in TASKS:
         for split, examples in held_out(task, seed, count).items():
-            data = folder / f"{task}_{split}.jsonl"
-            lines = (json.dumps(example._asdict()) for example in examples)
-            data.write_text("\n".join(lines), "utf-8")
-            definition = _harness_task(data, folder / "cache")
-            data.with_suffix(".yaml").write_text(yaml.safe_dump(definition), "utf-8")
-
-
-def _harness_task(data: Path, cache: Path) -> dict[str, object]:
-    return {
-        "task": data.stem,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(cache)},
-        "test_split": "test",
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": " {{answer}}",
-        "metric_list": [
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-        ],
-    }
+            write_answers(folder, f"{task}_{split}", examples)
