@@ -27,7 +27,7 @@ def merge(
     """Run ``mergekit-yaml`` in this process, because its imports take longer than the merge.
 
     Args:
-        method: the merge method and its parameters.
+        method: the merge method and its parameters. A tuple of weights has one for each expert.
         base: the absolute directory of the base.
         experts: the experts, as MergeKit writes them.
         out: the directory to write; ``OUT.yml`` is written beside it.
@@ -35,11 +35,13 @@ def merge(
         device: a torch device.
         options: more options of ``mergekit-yaml``.
     """
-    name, parameters = method
+    name, parameters = method[0], dict(method[1])
+    weights = parameters.pop("weight") if isinstance(parameters.get("weight"), tuple) else ()
+    own = [{"parameters": {"weight": weight}} for weight in weights] or [{} for _ in experts]
     config: dict[str, Any] = {
         "merge_method": name,
-        "models": [{"model": str(expert)} for expert in experts],
-        "parameters": dict(parameters),
+        "models": [{"model": str(expert), **its} for expert, its in zip(experts, own, strict=True)],
+        "parameters": parameters,
         "dtype": "float32",
     }
     if name not in {"linear", "karcher"}:  # which would average the base in

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -26,12 +27,14 @@ from benchmarks.language_model import base as base_module
 from benchmarks.language_model import measure, sources
 from benchmarks.language_model.base import make_base
 from benchmarks.language_model.bench import Bench, Items
+from benchmarks.language_model.curvature import curved_coefficients
 from benchmarks.language_model.experts import RECIPES, encoded
 from benchmarks.language_model.measure import FamilyBench, LanguageFamily
 from benchmarks.language_model.report import report, sweep_table
 from benchmarks.language_model.rows import DIRECTIONS, GRID, METAGPT, ROWS, TUNED, Row
 from benchmarks.language_model.tasks import DEFINITIONS, Splits, splits, stream
 from benchmarks.quality.families import Score, expert_name
+from mergekit_metagpt import scaling_coefficients
 
 ITEMS = Items(validation=4, test=6, neutral=2)
 TASKS: dict[str, dict[str, Any]] = {
@@ -398,6 +401,26 @@ def test_the_best_of_a_sweep_is_bold() -> None:
         "| input | 0.300 | **0.100** |",
         "| output | 0.200 |  |",
     ]
+
+
+@pytest.mark.parametrize("exponent", [0, 2])
+def test_curved_coefficients_are_a_minimum(exponent: float) -> None:
+    rng = np.random.default_rng(0)
+    taus = rng.normal(size=(3, 20)) * [[1], [2], [0.5]]
+    gram = taus @ taus.T
+    found = np.array(curved_coefficients(gram.tolist(), exponent, 2.0))
+
+    def cost(coefficients: np.ndarray) -> float:
+        total = 0.0
+        for tau in taus:
+            away, square = coefficients @ taus - tau, tau @ tau
+            total += square ** (exponent / 2) * (away @ away + 2 * (tau @ away) ** 2 / square)
+        return total
+
+    for step in np.vstack([np.eye(3), -np.eye(3)]) * 1e-3:
+        assert cost(found + step) > cost(found)
+    flat = curved_coefficients(gram.tolist(), exponent, 0.0)
+    assert flat == pytest.approx(scaling_coefficients(gram.diagonal().tolist(), None, exponent))
 
 
 def test_rows_have_names_of_their_own() -> None:

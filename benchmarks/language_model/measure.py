@@ -4,6 +4,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
@@ -12,10 +13,11 @@ import transformers
 from mergekit.common import ModelReference
 
 from benchmarks.language_model.bench import NEUTRAL, Bench, Metrics
+from benchmarks.language_model.curvature import curved_coefficients
 from benchmarks.language_model.rows import GRID, Row
 from benchmarks.quality.families import Family, Score, expert_name
 from benchmarks.stock_merge import merge
-from mergekit_metagpt import survey_checkpoints
+from mergekit_metagpt import Survey, survey_checkpoints
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,14 @@ class FamilyBench:
         )
 
     def _score_merge(self, row: Row, split: str) -> Metrics:
+        parameters = row.parameters
+        if "curvature" in parameters:
+            assert self._survey.products is not None
+            parameters = {"weight": curved_coefficients(self._survey.products, **parameters)}
         with tempfile.TemporaryDirectory(dir=self.bench.work, prefix="merged-") as folder:
             out = Path(folder) / "merged"
             merge(
-                (row.method, row.parameters),
+                (row.method, parameters),
                 self.bench.base,
                 list(self.experts.values()),
                 out,
@@ -120,11 +126,13 @@ class FamilyBench:
 
     def _norms(self) -> dict[str, float]:
         """Return ‖τ_t‖ by task."""
+        squares = self._survey.model
+        return {task: math.sqrt(square) for task, square in zip(self.tasks, squares, strict=True)}
+
+    @cached_property
+    def _survey(self) -> Survey:
         experts = [str(expert.merged(self._adapted)) for expert in self.experts.values()]
-        survey = survey_checkpoints(str(self.bench.base), experts, progress=False)
-        return {
-            task: math.sqrt(square) for task, square in zip(self.tasks, survey.model, strict=True)
-        }
+        return survey_checkpoints(str(self.bench.base), experts, products=True, progress=False)
 
     def _checkpoint(self, expert: ModelReference) -> Path:
         """Return the directory of an expert; an adapter is merged into the base first."""

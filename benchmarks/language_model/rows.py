@@ -55,6 +55,17 @@ STOCK = [
     Row("RAM", "ram", {}),
     Row("RAM+", "ramplus_tl", {}),
 ]
+# Coefficients of whole models that need not sum to 1, see curvature.py: task arithmetic is told
+# their values.
+CURVED = [
+    Row(
+        f"scalars, exponent {exponent}, curvature {kappa}",
+        "task_arithmetic",
+        {"exponent": exponent, "curvature": kappa},
+    )
+    for exponent in (2, 0)
+    for kappa in (2.0, 10.0)
+]
 METAGPT = [
     Row(f"MetaGPT, {granularity}", "metagpt", {"granularity": granularity})
     for granularity in ("tensor", "layer", "model", "direction")
@@ -79,5 +90,5 @@ DIRECTIONS = [
     )
     for side, exponent, isotropy in _SETTINGS
 ]
-ROWS = [*STOCK, *METAGPT]
+ROWS = [*STOCK, *CURVED, *METAGPT]
 QUICK_ROWS = [AVERAGE, ARITHMETIC, TUNED, TIES, *METAGPT]
