@@ -60,8 +60,9 @@ class Equations:
             torch.mm(tau, tau.T, out=gram).diagonal().add_(even / m / factor)
             total.add_(gram, alpha=factor)
             right.addmm_(gram, tau, alpha=factor)
+        del gram
         root = torch.linalg.cholesky(total)
-        del total, gram
+        del total
         merged = torch.cholesky_solve(right, root)
         del right
         shares = []
