@@ -123,23 +123,24 @@ def _partition(pairs: Pairs, first: int, last: int, least: int, most: int) -> in
         most: the largest pair with the pivot's key.
     """
     while last - first > 2 * _BLOCK:
-        end, start = first + _BLOCK, last - _BLOCK
-        left = first + np.flatnonzero(pairs[first:end] >= least)
-        right = start + np.flatnonzero(pairs[start:last] <= most)[::-1]
-        count = min(len(left), len(right))
-        _swap(pairs, left[:count], right[:count])
-        first = int(left[count]) if count < len(left) else end
-        last = int(right[count]) + 1 if count < len(right) else start
-    left = first + np.flatnonzero(pairs[first:last] >= least)
-    right = first + np.flatnonzero(pairs[first:last] <= most)[::-1]
-    common = min(len(left), len(right))
-    count = int(np.count_nonzero(left[:common] < right[:common]))
-    _swap(pairs, left[:count], right[:count])
+        left, right = pairs[first : first + _BLOCK], pairs[last - _BLOCK : last]
+        lefts = np.flatnonzero(left >= least)
+        rights = np.flatnonzero(right <= most)[::-1]
+        count = min(len(lefts), len(rights))
+        _swap(left, lefts[:count], right, rights[:count])
+        first += int(lefts[count]) if count < len(lefts) else _BLOCK
+        last -= _BLOCK - 1 - int(rights[count]) if count < len(rights) else _BLOCK
+    rest = pairs[first:last]
+    lefts = np.flatnonzero(rest >= least)
+    rights = np.flatnonzero(rest <= most)[::-1]
+    common = min(len(lefts), len(rights))
+    count = int(np.count_nonzero(lefts[:common] < rights[:common]))
+    _swap(rest, lefts[:count], rest, rights[:count])
     # The next number from the left that is not below the pivot; the last one swapped is one, too.
-    return int(min([*left[count : count + 1], *right[:count][-1:], last]))
+    return first + int(min([*lefts[count : count + 1], *rights[:count][-1:], len(rest)]))
 
 
-def _swap(pairs: Pairs, left: Pairs, right: Pairs) -> None:
-    kept = pairs[left]
-    pairs[left] = pairs[right]
-    pairs[right] = kept
+def _swap(left: Pairs, lefts: Pairs, right: Pairs, rights: Pairs) -> None:
+    kept = left[lefts]
+    left[lefts] = right[rights]
+    right[rights] = kept

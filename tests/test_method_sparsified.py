@@ -178,6 +178,20 @@ def test_where_torch_sorts_otherwise_mergekit_sorts(method, monkeypatch):
     assert_same_bytes(method, base, experts)
 
 
+RANDOM = [m for m in OURS if m.is_random]
+
+
+def test_this_torch_draws_uniform_and_bernoulli_numbers_alike():
+    assert masks._uniform_below_is_bernoulli()
+
+
+@pytest.mark.parametrize("method", RANDOM, ids=name_of)
+def test_where_torch_draws_otherwise_bernoulli_draws(method, monkeypatch):
+    monkeypatch.setattr(masks, "_uniform_below_is_bernoulli", lambda: False)
+    base, experts = family((61, 83), torch.bfloat16)
+    assert_same_bytes(method, base, experts)
+
+
 @pytest.mark.parametrize("method", OURS, ids=name_of)
 def test_gradients_flow_through_a_sparsified_merge(method):
     base, experts = family((20, 30), torch.float32)
@@ -204,5 +218,5 @@ def test_a_method_that_sparsifies_in_another_way_is_mergekits():
 def test_a_large_tensor_merges_to_the_bytes_of_mergekit(monkeypatch):
     monkeypatch.undo()
     base, experts = family((1301, 1009), torch.bfloat16)
-    for name in ("metagpt_ties", "metagpt_breadcrumbs", "metagpt_dare_linear"):
+    for name in ("metagpt_ties", "metagpt_breadcrumbs", "metagpt_dare_linear", "metagpt_della"):
         assert_same_bytes(get(name), base, experts)
