@@ -17,7 +17,17 @@ import torch
 from benchmarks.families import make_family
 from benchmarks.machine import described
 from benchmarks.results_file import write_measured, write_raw
-from benchmarks.timing import Case, Run, interleaved, machine_limits, median, spread, weight_bytes
+from benchmarks.timing import (
+    READING,
+    WRITING,
+    Case,
+    Run,
+    interleaved,
+    machine_limits,
+    median,
+    spread,
+    weight_bytes,
+)
 
 
 def in_another_way(case: Case, way: str, **changes: Any) -> Case:
@@ -54,8 +64,13 @@ QUICK = [
     Case("model_stock", "model_stock"),
     *in_float32(TASK_ARITHMETIC, PLAIN[0]),
 ]
-# These sort, or draw a random number for each element: they take 5 to 50 times as long.
-SLOW = [Case("sce", "sce"), *sparsified("ties"), *DARE, *in_float32(*DARE)]
+# The stock methods sort, or draw a random number for each element: they take 5 to 50 times as long.
+SLOW = [
+    Case("sce", "sce"),
+    *(case for method in ("ties", "breadcrumbs", "della") for case in sparsified(method)),
+    *DARE,
+    *in_float32(*DARE),
+]
 # On a disk, noise hides most differences between methods. Four cases are enough to show this.
 ON_DISK = [TASK_ARITHMETIC, *PLAIN]
 WAYS_TO_USE_A_GPU: dict[str, dict[str, bool]] = {
@@ -67,11 +82,12 @@ WAYS_TO_USE_A_GPU: dict[str, dict[str, bool]] = {
 
 @dataclass(frozen=True)
 class Series:
-    """Cases that take turns, with files in one place."""
+    """Cases that take turns, with models of one size and files in one place."""
 
     title: str
     folder: str
     cases: Sequence[Case]
+    parameters: int
     rounds: int
     warm_up: int = 1
 
@@ -114,9 +130,22 @@ def limits_table(runs: dict[str, list[Run]], cases: Sequence[Case], moved: int) 
     best = min(cases, key=lambda case: median(runs[case.name], "seconds"))
     rate = moved / median(runs[best.name], "seconds") / 1e9
     lines = [f"| the machine | GB/s | `{best.name}`, {rate:.2f} GB/s, is |", "|---|---|---|"]
-    for name in ("reading the inputs", "copying in memory", "writing the output"):
+    for name in (READING, "copying in memory", WRITING):
         limit = median(runs[name], "rate")
         lines.append(f"| {name} | {limit:.1f} | {100 * rate / limit:.0f} % of it |")
+    return "\n".join(lines) + "\n"
+
+
+def shares_table(runs: dict[str, list[Run]], cases: Sequence[Case]) -> str:
+    """Return for each method how close it comes to reading the inputs and writing the output."""
+    limit = sum(median(runs[name], "milliseconds") for name in (READING, WRITING)) / 1e3
+    lines = [
+        f"| method | seconds | share of the machine's limit, {limit:.2f} s for the same bytes |",
+        "|---|---|---|",
+    ]
+    for case in cases:
+        seconds = median(runs[case.name], "seconds")
+        lines.append(f"| `{case.name}` | {seconds:.2f} | {100 * limit / seconds:.1f} % |")
     return "\n".join(lines) + "\n"
 
 
@@ -127,6 +156,9 @@ def limits_table(runs: dict[str, list[Run]], cases: Sequence[Case], moved: int) 
 @click.option("--device", default="cpu", show_default=True, help="of the arithmetic")
 @click.option("--rounds", default=11, show_default=True, help="after one that warms up")
 @click.option("--slow-rounds", default=2, show_default=True, help="of methods that take long")
+@click.option(
+    "--slow-parameters", type=int, help="of each model, for methods that take long  [default: all]"
+)
 @click.option("--memory", default="/dev/shm", show_default=True, help="memory-backed folder")
 @click.option("--disk", default=tempfile.gettempdir(), show_default=True, help="folder on a disk")
 def main(
@@ -136,35 +168,44 @@ def main(
     device: str,
     rounds: int,
     slow_rounds: int,
+    slow_parameters: int | None,
     memory: str,
     disk: str,
 ) -> None:
     """Time merges, print tables and write the results files."""
     all_series = [
-        Series("Files in memory", memory, QUICK, rounds),
-        Series("Sparsified, files in memory", memory, SLOW, slow_rounds, warm_up=0),
-        Series("Files on a disk", disk, ON_DISK, rounds),
+        Series("Files in memory", memory, QUICK, parameters, rounds),
+        Series(
+            "Sparsified, files in memory",
+            memory,
+            SLOW,
+            slow_parameters or parameters,
+            slow_rounds,
+            warm_up=0,
+        ),
+        Series("Files on a disk", disk, ON_DISK, parameters, rounds),
     ]
     if device != "cpu":
-        all_series = [Series("Files in memory", memory, on_gpu(device), rounds)]
+        all_series = [Series("Files in memory", memory, on_gpu(device), parameters, rounds)]
     text, raw = "", {}
     for series in all_series:
         with tempfile.TemporaryDirectory(dir=series.folder) as directory:
-            paths = make_family(Path(directory), parameters, experts, getattr(torch, dtype))
+            paths = make_family(Path(directory), series.parameters, experts, getattr(torch, dtype))
             moved = weight_bytes(paths) + weight_bytes(paths[:1])
             merges = {case.name: partial(case.run, paths, dtype) for case in series.cases}
             actions: dict[str, Callable[[], Run]] = {**machine_limits(paths), **merges}
             runs = interleaved(actions, series.rounds, series.title, series.warm_up)
         raw[series.title] = runs
         text += (
-            f"\n## {series.title}\n\n{series.rounds} rounds.\n\n"
-            f"{table(series.cases, runs, moved)}\n{limits_table(runs, series.cases, moved)}"
+            f"\n## {series.title}\n\n{series.parameters / 1e6:.0f} M parameters, "
+            f"{series.rounds} rounds; {moved / 1e9:.2f} GB are read once and written.\n\n"
+            f"{table(series.cases, runs, moved)}\n{limits_table(runs, series.cases, moved)}\n"
+            f"{shares_table(runs, series.cases)}"
         )
     heading = (
-        f"# The cost of a merge\n\n{parameters / 1e6:.0f} M parameters, a base and {experts} "
-        f"experts in {dtype}; interleaved rounds, medians; {described(device)}.\n"
-        f"Written by `python -m benchmarks.speed`. GB/s counts what is read once and what is "
-        f"written: {moved / 1e9:.2f} GB.\n"
+        f"# The cost of a merge\n\nA base and {experts} experts in {dtype}; interleaved rounds, "
+        f"medians; {described(device)}.\nWritten by `python -m benchmarks.speed`. GB/s counts "
+        "what is read once and what is written.\n"
     )
     print(heading + text)
     name = "speed" if device == "cpu" else "speed-gpu"

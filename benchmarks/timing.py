@@ -16,6 +16,8 @@ import tqdm
 
 Run = dict[str, float]
 _BLOCK = 1 << 24
+# The names of the actions that any merge has to do.
+READING, WRITING = "reading the inputs", "writing the output"
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,9 @@ def machine_limits(paths: Sequence[Path]) -> dict[str, Callable[[], Run]]:
         file.unlink()
 
     return {
-        "reading the inputs": timed(read, weight_bytes(paths)),
+        READING: timed(read, weight_bytes(paths)),
         "copying in memory": timed(lambda: target.copy_(source), 2 * source.nbytes),
-        "writing the output": timed(write, size),
+        WRITING: timed(write, size),
     }
 
 

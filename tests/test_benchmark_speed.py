@@ -9,7 +9,7 @@ from mergekit.merge_methods import get
 
 from benchmarks.families import make_family
 from benchmarks.scaling import CASES
-from benchmarks.speed import QUICK, SLOW, on_gpu, table
+from benchmarks.speed import QUICK, SLOW, on_gpu, shares_table, table
 from benchmarks.timing import Case, interleaved, machine_limits, weight_bytes
 
 ALL = [*QUICK, *SLOW, *CASES, *on_gpu("cuda")]
@@ -59,6 +59,19 @@ def test_ratios_are_those_of_medians():
     text = table([Case("stock", "x"), Case("ours", "y", "stock")], runs, moved=4_000_000_000)
     assert "| `stock` | 2.00 | 1.00 to 9.00 | 4.00 | 2.00 | 2.00 |  |" in text
     assert "**0.50** / **0.75** / **0.50**" in text
+
+
+def test_a_merge_that_only_reads_and_writes_reaches_the_whole_limit():
+    runs = {
+        "reading the inputs": [{"milliseconds": 300.0, "rate": 4.0}],
+        "writing the output": [{"milliseconds": 200.0, "rate": 2.0}],
+        "ideal": [{"seconds": 0.5}],
+        "real": [{"seconds": 4.0}],
+    }
+    text = shares_table(runs, [Case("ideal", "x"), Case("real", "x")])
+    assert "0.50 s for the same bytes" in text
+    assert "| `ideal` | 0.50 | 100.0 % |" in text
+    assert "| `real` | 4.00 | 12.5 % |" in text
 
 
 def test_the_machine_is_measured_on_the_same_files(tmp_path):

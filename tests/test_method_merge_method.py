@@ -17,6 +17,7 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 
 from mergekit_metagpt.method.merge_method import MetaGPTMerge, register
+from mergekit_metagpt.method.random_streams import own_stream
 from mergekit_metagpt.method.session import SESSION
 
 STOCK = [m for m in registered_methods() if isinstance(m, GeneralizedTaskArithmeticMerge)]
@@ -193,7 +194,7 @@ def test_sparsified_variants_are_the_stock_methods_with_the_coefficients_as_weig
 
     class Spy(GeneralizedTaskArithmeticMerge):
         def merge_group(self, group, /, **kwargs):
-            calls.append((torch.get_rng_state(), kwargs["weight"]))
+            calls.append(kwargs["weight"])
             return super().merge_group(group, **kwargs)
 
     spied = MetaGPTMerge(Spy(**{field.name: getattr(stock, field.name) for field in fields(stock)}))
@@ -201,10 +202,9 @@ def test_sparsified_variants_are_the_stock_methods_with_the_coefficients_as_weig
         inputs = [base[tensor], *(e[tensor] for e in experts.values())]
         options = {"base_index": 0, "name": tensor, "ids": ["base", *experts]}
         ours = merge_tensors(inputs, spied, parameters=parameters, **options)
-        state, weights = calls.pop()
+        weights = calls.pop()
         assert [weights[name] for name in experts] == pytest.approx(expected[tensor], rel=1e-6)
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(state)
+        with own_stream(base[tensor].device, f"{stock.spec.name}/{tensor}"):
             theirs = merge_tensors(
                 inputs, stock, parameters={**parameters, "weight": weights}, **options
             )

@@ -31,8 +31,9 @@ from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
 from mergekit_metagpt.method.parameters import exponent_of, with_priors
 from mergekit_metagpt.method.random_streams import own_stream
 from mergekit_metagpt.method.session import SESSION, checkpoints_of
+from mergekit_metagpt.method.sparsified import merge_sparsified
 from mergekit_metagpt.method.summary import Entry
-from mergekit_metagpt.task_vectors import add_task_vectors, working_dtype
+from mergekit_metagpt.task_vectors import add_task_vectors
 
 _PAPER = "https://arxiv.org/abs/2406.11385"
 
@@ -127,35 +128,21 @@ class MetaGPTMerge(GroupMergeMethod):
             if 0 <= scale <= 1 and max(norms) < _LARGEST_SAFE_NORM:
                 return merged  # finite, since it is between finite values
         else:
-            merged = self._merge_sparsified(inputs, group, coefficients, parameters)
+            merged = self._merge_sparsified(inputs, coefficients, parameters)
         return _require_finite(merged, inputs.name)
 
     def _merge_sparsified(
         self,
         inputs: TensorInputs,
-        group: TensorGroup,
         coefficients: Sequence[float],
         parameters: dict[str, Any],
     ) -> Tensor:
-        """Sparsify and add with the stock method, with the coefficients as its weights."""
-        base = inputs.base
+        """Sparsify and add as the stock method, with the coefficients as its weights."""
         if self.stock.sparsification_method == SparsificationMethod.della_magprune:
             _require_ranks(inputs, parameters["density"].values())
-        # The stock method computes in the base's dtype, and its result has that dtype.
-        exact = base.to(working_dtype(base.dtype))
-        canonical_group = TensorGroup.from_tensors(
-            [exact, *inputs.experts],
-            ids=[inputs.base_id, *inputs.ids],
-            base_index=0,
-            name=inputs.name,
-            vocabulary_axis=group.metadata.vocabulary_axis,
-        )
         weights = dict(zip(inputs.ids, coefficients, strict=True))
-        with own_stream(base.device, f"{self.stock.spec.name}/{inputs.name}"):
-            merged: Tensor = self.stock.merge_group(
-                canonical_group, **{**parameters, "weight": weights}
-            )
-        return merged.to(base.dtype)
+        with own_stream(inputs.base.device, f"{self.stock.spec.name}/{inputs.name}"):
+            return merge_sparsified(self.stock, inputs, {**parameters, "weight": weights})
 
     def validate_inputs(
         self,
