@@ -1,7 +1,7 @@
 """One merge in its own process: `python -m benchmarks.one_merge '{"config": …}'`.
 
 Prints a line of JSON: the seconds and CPU seconds of MergeKit's ``run_merge``, without imports,
-and the peak resident memory of the process in bytes.
+the peak resident memory of the process, and what it read from disks, in bytes.
 """
 
 import json
@@ -14,6 +14,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
+from benchmarks.cold import disk_bytes
+
 
 def main() -> None:
     """Merge as the argument says."""
@@ -25,12 +27,14 @@ def main() -> None:
     options.apply_global_options()  # type: ignore[no-untyped-call]
     if options.device != "cpu":
         torch.ones(1, device=options.device)  # create the context first: it is not part of a merge
+    read = disk_bytes()
     cpu, wall = time.process_time(), time.perf_counter()
     run_merge(config, task["out"], options)
     result = {
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
         "peak_bytes": _peak_bytes(),
+        "disk_bytes": disk_bytes() - read,
     }
     print("\n" + json.dumps(result))
 

@@ -6,6 +6,7 @@ Writes benchmarks/results/speed.md and speed.json.
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import click
 import torch
 
+from benchmarks.cold import from_disk, memory_limit
 from benchmarks.families import make_family
 from benchmarks.machine import described
 from benchmarks.results_file import write_measured, write_raw
@@ -67,6 +69,8 @@ QUICK = [
 # The stock methods sort, or draw a random number for each element: they take 5 to 50 times as long.
 SLOW = [
     Case("sce", "sce"),
+    replace(PLAIN[0], counterpart="ties"),
+    Case("metagpt, direction", "metagpt", "ties", parameters={"granularity": "direction"}),
     *(case for method in ("ties", "breadcrumbs", "della") for case in sparsified(method)),
     *DARE,
     *in_float32(*DARE),
@@ -82,7 +86,18 @@ WAYS_TO_USE_A_GPU: dict[str, dict[str, bool]] = {
 
 @dataclass(frozen=True)
 class Series:
-    """Cases that take turns, with models of one size and files in one place."""
+    """Cases that take turns, with models of one size and files in one place.
+
+    Attributes:
+        title: the heading.
+        folder: where the files are.
+        cases: what is timed.
+        parameters: of each model.
+        rounds: how often each case is timed.
+        warm_up: how many rounds before that do not count.
+        is_cold: whether files are dropped from memory before each run.
+        memory: what a merge may use, files included, as a share of the input files; None if all.
+    """
 
     title: str
     folder: str
@@ -90,6 +105,8 @@ class Series:
     parameters: int
     rounds: int
     warm_up: int = 1
+    is_cold: bool = False
+    memory: float | None = None
 
 
 def on_gpu(device: str) -> list[Case]:
@@ -101,16 +118,32 @@ def on_gpu(device: str) -> list[Case]:
     ]
 
 
+def timed_series(series: Series, paths: Sequence[Path], dtype: str) -> dict[str, list[Run]]:
+    """Time the cases of a series, and the machine's limits beside them."""
+    limit = memory_limit(int((series.memory or 1) * weight_bytes(paths)))
+    with limit if series.memory else nullcontext() as start:
+        if series.memory and start is None:
+            print(f"{series.title}: skipped, since this user may not limit memory.")
+            return {}
+        merges = {case.name: partial(case.run, paths, dtype, start) for case in series.cases}
+        actions: dict[str, Callable[[], Run]] = {**machine_limits(paths), **merges}
+        if series.is_cold:
+            actions = {name: from_disk(paths, action) for name, action in actions.items()}
+        return interleaved(actions, series.rounds, series.title, series.warm_up)
+
+
 def table(cases: Sequence[Case], runs: dict[str, list[Run]], moved: int) -> str:
     """Return a Markdown table; ``moved`` is the number of bytes that a merge reads and writes."""
     lines = [
-        "| method | seconds | spread | CPU seconds | peak memory, GB | GB/s "
+        "| method | seconds | spread | CPU seconds | peak memory, GB | from disk, GB | GB/s "
         "| seconds, CPU, memory to stock |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for case in cases:
         own = runs[case.name]
-        seconds, cpu, peak = (median(own, key) for key in ("seconds", "cpu_seconds", "peak_bytes"))
+        seconds, cpu, peak, disk = (
+            median(own, key) for key in ("seconds", "cpu_seconds", "peak_bytes", "disk_bytes")
+        )
         ratios = ""
         if case.counterpart:
             stock = runs[case.counterpart]
@@ -120,7 +153,7 @@ def table(cases: Sequence[Case], runs: dict[str, list[Run]], moved: int) -> str:
             )
         lines.append(
             f"| `{case.name}` | {seconds:.2f} | {spread(own, 'seconds')} | {cpu:.2f} "
-            f"| {peak / 1e9:.2f} | {moved / seconds / 1e9:.2f} | {ratios} |"
+            f"| {peak / 1e9:.2f} | {disk / 1e9:.2f} | {moved / seconds / 1e9:.2f} | {ratios} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -159,6 +192,7 @@ def shares_table(runs: dict[str, list[Run]], cases: Sequence[Case]) -> str:
 @click.option(
     "--slow-parameters", type=int, help="of each model, for methods that take long  [default: all]"
 )
+@click.option("--cold-rounds", default=3, show_default=True, help="of runs from a cold disk")
 @click.option("--memory", default="/dev/shm", show_default=True, help="memory-backed folder")
 @click.option("--disk", default=tempfile.gettempdir(), show_default=True, help="folder on a disk")
 def main(
@@ -169,6 +203,7 @@ def main(
     rounds: int,
     slow_rounds: int,
     slow_parameters: int | None,
+    cold_rounds: int,
     memory: str,
     disk: str,
 ) -> None:
@@ -184,6 +219,19 @@ def main(
             warm_up=0,
         ),
         Series("Files on a disk", disk, ON_DISK, parameters, rounds),
+        Series(
+            "Cold files on a disk", disk, ON_DISK, parameters, cold_rounds, warm_up=0, is_cold=True
+        ),
+        Series(
+            "Cold files, more than fit in memory",
+            disk,
+            ON_DISK,
+            parameters,
+            cold_rounds,
+            warm_up=0,
+            is_cold=True,
+            memory=0.6,
+        ),
     ]
     if device != "cpu":
         all_series = [Series("Files in memory", memory, on_gpu(device), parameters, rounds)]
@@ -192,9 +240,9 @@ def main(
         with tempfile.TemporaryDirectory(dir=series.folder) as directory:
             paths = make_family(Path(directory), series.parameters, experts, getattr(torch, dtype))
             moved = weight_bytes(paths) + weight_bytes(paths[:1])
-            merges = {case.name: partial(case.run, paths, dtype) for case in series.cases}
-            actions: dict[str, Callable[[], Run]] = {**machine_limits(paths), **merges}
-            runs = interleaved(actions, series.rounds, series.title, series.warm_up)
+            runs = timed_series(series, paths, dtype)
+        if not runs:
+            continue
         raw[series.title] = runs
         text += (
             f"\n## {series.title}\n\n{series.parameters / 1e6:.0f} M parameters, "

@@ -56,12 +56,17 @@ class Case:
             config["base_model"] = str(paths[0])
         return config
 
-    def run(self, paths: Sequence[Path], dtype: str) -> Run:
-        """Merge once, into a folder beside the family, and remove the result."""
+    def run(
+        self, paths: Sequence[Path], dtype: str, start: Callable[[], None] | None = None
+    ) -> Run:
+        """Merge once, into a folder beside the family, and remove the result.
+
+        ``start`` is called in the process of the merge, before anything else.
+        """
         out = paths[0].parent / "merged"
         task = {"config": self.config(paths, dtype), "out": str(out), "options": dict(self.options)}
         words = [sys.executable, "-m", "benchmarks.one_merge", json.dumps(task)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, preexec_fn=start)
         shutil.rmtree(out, ignore_errors=True)
         if done.returncode:
             raise RuntimeError(f"{self.name} failed:\n{done.stderr}")

@@ -7,9 +7,10 @@ from conftest import llama_config, save_family
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import get
 
+from benchmarks.cold import memory_limit
 from benchmarks.families import make_family
 from benchmarks.scaling import CASES
-from benchmarks.speed import QUICK, SLOW, on_gpu, shares_table, table
+from benchmarks.speed import QUICK, SLOW, Series, on_gpu, shares_table, table, timed_series
 from benchmarks.timing import Case, interleaved, machine_limits, weight_bytes
 
 ALL = [*QUICK, *SLOW, *CASES, *on_gpu("cuda")]
@@ -53,11 +54,17 @@ def test_runs_take_turns_and_the_first_round_is_left_out():
 
 def test_ratios_are_those_of_medians():
     runs = {
-        "stock": [{"seconds": s, "cpu_seconds": 4.0, "peak_bytes": 2e9} for s in (1.0, 2.0, 9.0)],
-        "ours": [{"seconds": s, "cpu_seconds": 3.0, "peak_bytes": 1e9} for s in (1.0, 1.0, 5.0)],
+        name: [
+            {"seconds": s, "cpu_seconds": cpu, "peak_bytes": peak, "disk_bytes": 3e9}
+            for s in seconds
+        ]
+        for name, cpu, peak, seconds in [
+            ("stock", 4.0, 2e9, (1.0, 2.0, 9.0)),
+            ("ours", 3.0, 1e9, (1.0, 1.0, 5.0)),
+        ]
     }
     text = table([Case("stock", "x"), Case("ours", "y", "stock")], runs, moved=4_000_000_000)
-    assert "| `stock` | 2.00 | 1.00 to 9.00 | 4.00 | 2.00 | 2.00 |  |" in text
+    assert "| `stock` | 2.00 | 1.00 to 9.00 | 4.00 | 2.00 | 3.00 | 2.00 |  |" in text
     assert "**0.50** / **0.75** / **0.50**" in text
 
 
@@ -72,6 +79,22 @@ def test_a_merge_that_only_reads_and_writes_reaches_the_whole_limit():
     assert "0.50 s for the same bytes" in text
     assert "| `ideal` | 0.50 | 100.0 % |" in text
     assert "| `real` | 4.00 | 12.5 % |" in text
+
+
+def test_files_are_dropped_from_memory_before_each_run(tmp_path):
+    paths = make_family(tmp_path, parameters=1_000_000, experts=1)
+    case = Case("metagpt", "metagpt")
+    series = Series("cold", str(tmp_path), [case], 1_000_000, rounds=1, warm_up=0, is_cold=True)
+    runs = timed_series(series, paths, "float32")
+    assert runs.keys() == {case.name, *machine_limits(paths)}
+    read = [run["disk_bytes"] for run in runs[case.name]]
+    assert read == [pytest.approx(weight_bytes(paths), rel=0.2)] or read == [0]  # a disk in memory
+
+
+def test_a_limit_of_memory_is_lifted_again():
+    for _ in range(2):
+        with memory_limit(1 << 30) as start:
+            assert start is None or callable(start)
 
 
 def test_the_machine_is_measured_on_the_same_files(tmp_path):
