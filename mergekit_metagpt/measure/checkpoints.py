@@ -16,6 +16,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_metagpt import mergekit_private
+from mergekit_metagpt.measure.read_ahead import AHEAD
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.tensors import Device, Measured, TensorMeasurer
 from mergekit_metagpt.measure.unread import warn_of_unread
@@ -79,8 +80,14 @@ class Checkpoints:
             mergekit_private.open_loaders.pop(model, None)
             mergekit_private.SimpleLoaderCache().loaders.pop(model.model.path, None)
 
+    def read_ahead(self, model: ModelReference, tensor: str | None) -> None:
+        """Let the disk read a tensor of a model, and what follows it in its file."""
+        index = self.loader(model).index
+        if tensor in index.tensor_paths:
+            AHEAD.begin(os.path.join(index.base_path, index.tensor_paths[tensor]), tensor)
+
     def weights(self) -> list[WeightInfo]:
-        """Return the parameters to compare, ordered so that each shard is opened once."""
+        """Return the parameters to compare, in the order in which their files hold them."""
         index = self.loader(self.base).index
         if self.are_files:
             # If a file lacks a tensor, mergekit-pytorch has stopped, unless it was told to go on.
@@ -90,9 +97,12 @@ class Checkpoints:
             weights = [WeightInfo(name=name) for name in index.tensor_paths if name in common]
         else:
             weights = self._architecture_weights()
-        return sorted(
-            weights, key=lambda w: index.tensor_paths.get(self.stored_name(self.base, w) or "", "")
-        )
+
+        def place(weight: WeightInfo) -> tuple[str, str]:
+            name = self.stored_name(self.base, weight) or ""
+            return index.tensor_paths.get(name, ""), name
+
+        return sorted(weights, key=place)
 
     def _architecture_weights(self) -> list[WeightInfo]:
         cache = LoaderCache()
@@ -125,6 +135,7 @@ class Checkpoints:
 
     def load(self, model: ModelReference, weight: WeightInfo, device: Device) -> Tensor | None:
         """Return a weight as it is stored, or None if the model lacks it."""
+        self.read_ahead(model, self.stored_name(model, weight))
         if self.are_files:
             return self.loader(model).get_tensor(
                 weight.name, device=str(device), raise_on_missing=False

@@ -108,6 +108,7 @@ class MetaGPTMerge(GroupMergeMethod):
         if not inputs.experts or not inputs.base.numel():
             return inputs.base.clone()
 
+        SESSION.read_ahead(inputs)
         parameters |= {"granularity": granularity, "exponent": exponent}
         chosen = GRANULARITIES[granularity]
         norms = chosen.squared_norms(inputs, lambda: survey or SESSION.survey_of(inputs))

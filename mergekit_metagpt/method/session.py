@@ -64,6 +64,14 @@ class Session:
         if checkpoints is not None:
             self.surveys.require_unchanged(checkpoints)
 
+    def read_ahead(self, inputs: TensorInputs) -> None:
+        """Let the disk read the tensors of a merge, and what follows them in their files."""
+        checkpoints = checkpoints_of(inputs.ids, inputs.base_id)
+        if checkpoints is not None:
+            self._set_up_loaders()
+            for model in checkpoints.models:
+                checkpoints.read_ahead(model, inputs.name)
+
     def survey_of(self, inputs: TensorInputs) -> Survey:
         """Return the survey of the models that a tensor comes from; it is taken only once.
 

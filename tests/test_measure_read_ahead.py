@@ -1,0 +1,91 @@
+"""Reading ahead: what the operating system is asked for, and when."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import merge_config
+from safetensors.torch import load_file, save_file
+
+from mergekit_metagpt.measure import read_ahead
+from mergekit_metagpt.measure.checkpoints import survey_checkpoints
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Collect the byte ranges that are asked for; the window is 1000 bytes."""
+    if not hasattr(os, "posix_fadvise"):
+        pytest.skip("this system cannot be asked")
+    ranges = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda number, start, size, advice: ranges.append((start, size))
+    )
+    monkeypatch.setattr(read_ahead, "_WINDOW", 1000)
+    monkeypatch.setattr(read_ahead, "AHEAD", read_ahead._ReadAhead())
+    return ranges
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file of ten tensors of 400 bytes."""
+    path = tmp_path / "model.safetensors"
+    save_file({f"w{n}": torch.full((100,), float(n)) for n in range(10)}, path)
+    return str(path)
+
+
+def starts(file):
+    found = read_ahead._starts_of(file, 0)
+    data = Path(file).read_bytes()
+    for name, tensor in load_file(file).items():
+        assert data[found[name] :][:400] == tensor.numpy().tobytes()
+    return [found[f"w{n}"] for n in range(10)]
+
+
+def test_a_window_moves_along_the_file_and_is_asked_for_once(file, asked):
+    places = starts(file)
+    for number in range(5):
+        read_ahead.AHEAD.begin(file, f"w{number}")
+    # Each time half of the window is used up, the rest of the next one is asked for.
+    assert asked == [(places[0], 1000), (places[0] + 1000, 800), (places[2] + 1000, 800)]
+
+
+def test_a_jump_starts_anew(file, asked):
+    places = starts(file)
+    for number in (8, 0, 8):
+        read_ahead.AHEAD.begin(file, f"w{number}")
+    assert asked == [(places[8], 1000), (places[0], 1000), (places[8], 1000)]
+
+
+def test_a_changed_file_is_looked_at_again(file, asked):
+    read_ahead.AHEAD.begin(file, "w0")
+    save_file({"new": torch.zeros(3)}, file)
+    os.utime(file, (1, 1))
+    read_ahead.AHEAD.begin(file, "w0")  # no longer there
+    read_ahead.AHEAD.begin(file, "new")
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.pth"])
+def test_other_files_are_left_alone(name, tmp_path, asked):
+    read_ahead.AHEAD.begin(str(tmp_path / name), "w")
+    read_ahead.AHEAD.begin(str(tmp_path / name), "unknown")
+    assert asked == []
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "model"])
+def test_merges_read_ahead(granularity, family, merge, monkeypatch):
+    begun = []
+    monkeypatch.setattr(read_ahead._ReadAhead, "begin", lambda self, *place: begun.append(place))
+    merge(merge_config(family, parameters={"granularity": granularity}))
+    files = {f"{path}/model.safetensors" for path in family.values()}
+    tensors = set(load_file(f"{family['base']}/model.safetensors"))
+    assert set(begun) == {(file, tensor) for file in files for tensor in tensors}
+
+
+def test_surveys_go_along_the_files(family, monkeypatch):
+    begun = []
+    monkeypatch.setattr(read_ahead._ReadAhead, "begin", lambda self, *place: begun.append(place))
+    survey_checkpoints(family["base"], [family["a"]], progress=False)
+    base = [name for file, name in begun if file.startswith(family["base"])]
+    assert base == sorted(base)
