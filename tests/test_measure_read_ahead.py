@@ -9,7 +9,6 @@ from conftest import merge_config
 from safetensors.torch import load_file, save_file
 
 from mergekit_metagpt.measure import read_ahead
-from mergekit_metagpt.measure.checkpoints import survey_checkpoints
 
 
 @pytest.fixture
@@ -52,18 +51,24 @@ def test_a_window_moves_along_the_file_and_is_asked_for_once(file, asked):
 
 def test_a_jump_starts_anew(file, asked):
     places = starts(file)
-    for number in (8, 0, 8):
+    for number in (9, 0, 9):
         read_ahead.AHEAD.begin(file, f"w{number}")
-    assert asked == [(places[8], 1000), (places[0], 1000), (places[8], 1000)]
+    assert asked == [(places[9], 1000), (places[0], 1000), (places[9], 1000)]
+
+
+def test_small_steps_back_ask_for_nothing(file, asked):
+    for number in (4, 2, 3):
+        read_ahead.AHEAD.begin(file, f"w{number}")
+    assert len(asked) == 1
 
 
 def test_a_changed_file_is_looked_at_again(file, asked):
     read_ahead.AHEAD.begin(file, "w0")
-    save_file({"new": torch.zeros(3)}, file)
+    save_file({"new": torch.zeros(3000), "w1": torch.zeros(3)}, file)
     os.utime(file, (1, 1))
     read_ahead.AHEAD.begin(file, "w0")  # no longer there
-    read_ahead.AHEAD.begin(file, "new")
-    assert len(asked) == 2
+    read_ahead.AHEAD.begin(file, "w1")  # now far from the start
+    assert [start for start, _ in asked][1:] == [read_ahead._starts_of(file, 2)["w1"]]
 
 
 @pytest.mark.parametrize("name", ["model.bin", "model.pth"])
@@ -81,11 +86,3 @@ def test_merges_read_ahead(granularity, family, merge, monkeypatch):
     files = {f"{path}/model.safetensors" for path in family.values()}
     tensors = set(load_file(f"{family['base']}/model.safetensors"))
     assert set(begun) == {(file, tensor) for file in files for tensor in tensors}
-
-
-def test_surveys_go_along_the_files(family, monkeypatch):
-    begun = []
-    monkeypatch.setattr(read_ahead._ReadAhead, "begin", lambda self, *place: begun.append(place))
-    survey_checkpoints(family["base"], [family["a"]], progress=False)
-    base = [name for file, name in begun if file.startswith(family["base"])]
-    assert base == sorted(base)

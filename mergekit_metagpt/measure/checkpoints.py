@@ -87,7 +87,7 @@ class Checkpoints:
             AHEAD.begin(os.path.join(index.base_path, index.tensor_paths[tensor]), tensor)
 
     def weights(self) -> list[WeightInfo]:
-        """Return the parameters to compare, in the order in which their files hold them."""
+        """Return the parameters to compare, ordered so that each shard is opened once."""
         index = self.loader(self.base).index
         if self.are_files:
             # If a file lacks a tensor, mergekit-pytorch has stopped, unless it was told to go on.
@@ -97,12 +97,9 @@ class Checkpoints:
             weights = [WeightInfo(name=name) for name in index.tensor_paths if name in common]
         else:
             weights = self._architecture_weights()
-
-        def place(weight: WeightInfo) -> tuple[str, str]:
-            name = self.stored_name(self.base, weight) or ""
-            return index.tensor_paths.get(name, ""), name
-
-        return sorted(weights, key=place)
+        return sorted(
+            weights, key=lambda w: index.tensor_paths.get(self.stored_name(self.base, w) or "", "")
+        )
 
     def _architecture_weights(self) -> list[WeightInfo]:
         cache = LoaderCache()

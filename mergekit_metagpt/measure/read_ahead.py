@@ -8,6 +8,8 @@ from functools import lru_cache
 
 # How far to read ahead in each file, in bytes: more than a disk reads while a tensor is used.
 _WINDOW = 1 << 27
+# So many windows back is no jump: a layer's tensors are not used in the order of the file.
+_BACK = 4
 
 
 class _ReadAhead:
@@ -35,7 +37,7 @@ class _ReadAhead:
             return
         with self._lock:
             asked = self._asked.get(file, 0)
-            if not start <= asked <= start + _WINDOW:  # the first tensor, or a jump
+            if not start <= asked <= start + _BACK * _WINDOW:  # the first tensor, or a jump
                 asked = start
             if asked > start + _WINDOW // 2:
                 return
