@@ -149,6 +149,7 @@ def test_the_command_shows_what_the_merge_records(family, tmp_path):
     assert sum(expert["coefficient"] for expert in shown["experts"]) == pytest.approx(1)
     # Random task vectors are nearly orthogonal: numbers that sum to 1 would keep 1 of them.
     assert 1.2 < sum(expert["kept"] for expert in shown["experts"]) < 2
+    assert "--num-threads" in record["options"]  # the last bits of matrix products depend on it
     assert "granularity `direction`" in (tmp_path / "merged" / "README.md").read_text()
 
 

@@ -56,7 +56,7 @@ def main(quick: bool, work: Path, base: str) -> None:
 
     All is fetched, trained and scored in DIR. After an interruption, the same command continues
     where it stopped. A GPU is used if there is one. Writes benchmarks/results/language_model.md
-    and .json; the .json is updated after each family.
+    and .json, and updates both after each family.
     """
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     start = time.perf_counter()
@@ -69,18 +69,20 @@ def main(quick: bool, work: Path, base: str) -> None:
     if sweep:
         rows = [*rows, min(sweep, key=lambda pair: pair[1])[0]._replace(name=CHOSEN)]
     families: list[LanguageFamily] = []
-    for seed, recipe in product(range(seeds), recipes):
+    planned = list(product(range(seeds), recipes))
+    for seed, recipe in planned:
         families.append(FamilyBench(bench, recipe, seed).results(Path(base).name, rows))
         minutes = (time.perf_counter() - start) / 60
         click.echo(f"{minutes:5.1f} min  {recipe}, seed {seed}: done", err=True)
+        text = report(families, [row.name for row in rows if row.method == "metagpt"])
+        if len(families) < len(planned):
+            text = f"**{len(families)} of {len(planned)} families so far.**\n\n{text}"
+        if sweep:
+            text += "\n\n" + _choice(sweep)
+        text += f"\n\n{_circumstances(bench.device)}"
         if not quick:
             write_raw("language_model.json", [asdict(family) for family in families])
-    text = report(families, [row.name for row in rows if row.method == "metagpt"])
-    if sweep:
-        text += "\n\n" + _choice(sweep)
-    text += f"\n\n{_circumstances(bench.device)}"
-    if not quick:
-        write_measured("language_model.md", text)
+            write_measured("language_model.md", text)
     click.echo(text)
 
 

@@ -57,7 +57,7 @@ def merge_record(
         **Summary(entries).as_json(),
         "inputs": inputs.models,
         "seed": options.random_seed,
-        "options": _deciding_options(config, options),
+        "options": _deciding_options(config, options, entries),
         "versions": {
             name: version(name)
             for name in ("mergekit-metagpt", "mergekit", "torch", "transformers", "safetensors")
@@ -65,7 +65,9 @@ def merge_record(
     }
 
 
-def _deciding_options(config: MergeConfiguration, options: MergeOptions) -> list[str]:
+def _deciding_options(
+    config: MergeConfiguration, options: MergeOptions, entries: Sequence[Entry]
+) -> list[str]:
     """Return the command's options, besides the seed, that the bytes of the output depend on."""
     defaults = MergeOptions()
     words: list[str] = []
@@ -79,7 +81,8 @@ def _deciding_options(config: MergeConfiguration, options: MergeOptions) -> list
             words += [f"--{option}", str(value)]
     if any(model.lora for model in config.referenced_models()):
         words += ["--lora-merge-cache", "lora-cache"]
-    if config.merge_method != "metagpt":  # the last bits of MergeKit's sums depend on it
+    # The last bits of MergeKit's sums, and of matrix products, depend on it.
+    if config.merge_method != "metagpt" or any(entry.means for entry in entries):
         words += ["--num-threads", str(torch.get_num_threads())]
     return words
 
