@@ -80,7 +80,10 @@ def test_a_demo_scores_every_model_and_leaves_merges_that_load(tmp_path, monkeyp
         assert not torch.equal(
             model.state_dict()["lm_head.weight"], read(tmp_path / "base")["lm_head.weight"]
         )
-    assert f"mergekit-yaml {tmp_path}/metagpt-model.yml {tmp_path}/merged/metagpt-model" in text
+    assert (
+        f"mergekit-yaml {tmp_path}/metagpt-direction.yml {tmp_path}/merged/metagpt-direction"
+        in text
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["merged", *MODELS, *(f"{name}.yml" for name in MERGES)]
     )
@@ -146,7 +149,7 @@ def test_the_configs_are_stock_configs_with_the_experts_by_absolute_path(tmp_pat
 
 def test_the_example_config_is_what_the_demo_merges():
     example = yaml.safe_load(EXAMPLE.read_text().replace("./metagpt-demo", "metagpt-demo"))
-    assert example == merge_configs(Path("metagpt-demo"))["metagpt-model"]
+    assert example == merge_configs(Path("metagpt-demo"))["metagpt-direction"]
 
 
 def test_a_directory_that_is_not_empty_is_refused_and_kept(tmp_path):

@@ -93,7 +93,7 @@ def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
     }
     console.print(_scores_table(results, scale))
     console.print(_coefficients_table(directory, list(TASKS)))
-    shown = "metagpt-model"
+    shown = "metagpt-direction"
     words = [command, str(files[shown]), str(merges[shown])]
     for text in (
         f"The config of {shown}: {files[shown]}",
