@@ -154,6 +154,7 @@ def merge():
 
 shutil.rmtree = again
 real, whole.SESSION.note = whole.SESSION.note, stop
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started with nohup
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     before = signal.getsignal(number)
     merge()
