@@ -45,7 +45,7 @@ RECIPES = {
 def train_expert(
     base: Path, examples: list[Example], adapter: bool, rate: float, seed: int, out: Path
 ) -> None:
-    """Train an expert and write it in float32, unless it is there.
+    """Train an expert and write it in float32.
 
     Args:
         base: the directory of the base.
@@ -55,8 +55,6 @@ def train_expert(
         seed: decides which examples are seen in which order, and how an adapter starts.
         out: the directory of the expert.
     """
-    if out.exists():
-        return
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     torch.manual_seed(seed)
     model = _with_adapter(load(base)) if adapter else load(base)

@@ -13,7 +13,7 @@ import torch
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_metagpt.selection import Pairs, fill_pairs, follows_torch, indices_between
+from mergekit_metagpt.method.selection import Pairs, fill_pairs, follows_torch, indices_between
 
 # torch wakes other threads for operations on 2^15 numbers or more. Chunks are smaller: they stay in
 # a core's own cache, and waking a thread takes longer than an operation on one.

@@ -152,8 +152,7 @@ def _foretell(merge: TensorMerge, measurements: Measurements) -> TensorForecast:
     """Choose the coefficients of one tensor as the merge will."""
     measured = measurements.tensors[merge.name]
     experts = measured.experts
-    weights = {expert: merge.model_parameters[expert]["weight"] for expert in experts}
-    parameters = {**merge.parameters, "weight": weights}
+    parameters = merge.method_parameters(experts)
     norms = GRANULARITIES[parameters["granularity"]].squared_norms(
         measured, lambda: measurements.survey_of(experts)
     )

@@ -125,8 +125,7 @@ class Measurements:
         norms = inputs.squared_norms
         directions = None
         if merge.has_matrices and any(norms):
-            weights = {expert: merge.model_parameters[expert]["weight"] for expert in experts}
-            parameters = {**merge.parameters, "weight": weights}
+            parameters = merge.method_parameters(experts)
             directions = by_directions(inputs, merge.vocabulary_axis, parameters)
         self.tensors[merge.name] = Measured(
             merge.name,

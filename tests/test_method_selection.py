@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_metagpt import selection
-from mergekit_metagpt.selection import fill_pairs, follows_torch, indices_between
+from mergekit_metagpt.method import selection
+from mergekit_metagpt.method.selection import fill_pairs, follows_torch, indices_between
 
 # Elsewhere MergeKit's own code sorts. This torch is known to be followed; an older one may not be.
 following = pytest.mark.skipif(
