@@ -10,7 +10,7 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 )
 
 from mergekit_metagpt.measure.survey import TensorInputs
-from mergekit_metagpt.method import masks
+from mergekit_metagpt.method import kept, masks, sparsified
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.random_streams import own_stream
 from mergekit_metagpt.method.session import SESSION
@@ -80,8 +80,8 @@ def bits(tensor):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Let small tensors have several chunks."""
-    for size in ("_CHUNK", "_SORTED"):
-        monkeypatch.setattr(masks, size, 1 << 10)
+    monkeypatch.setattr(kept, "_CHUNK", 1 << 10)
+    monkeypatch.setattr(masks, "_SORTED", 1 << 10)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -113,6 +113,17 @@ def test_the_bytes_are_those_of_mergekit(method, shape, dtype):
 def test_every_setting_has_the_effect_it_has_in_mergekit(method, changes):
     base, experts = family((61, 83), torch.bfloat16)
     assert_same_bytes(method, base, experts, **changes)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rescale": True, "density": [0.3, 1.0, 0.7]}], ids=str)
+@pytest.mark.parametrize("method", OURS, ids=name_of)
+def test_threads_merge_to_the_bytes_of_mergekit(method, settings, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(sparsified, "_RUN", 1)
+    base, experts = family((61, 83), torch.bfloat16)
+    assert_same_bytes(method, base, experts, **settings)
+    with torch.inference_mode():
+        assert_same_bytes(method, base.clone(), [expert.clone() for expert in experts], **settings)
 
 
 @pytest.mark.parametrize("density", [1 / 5063, 0.01, 0.999, 1 - 1 / 5063])

@@ -4,17 +4,32 @@ What is kept of each task vector is found first. The rest of MergeKit's method w
 by itself, so it runs on chunks, with density 1.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from mergekit.merge_methods.base import TensorGroup
-from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+from mergekit.merge_methods.generalized_task_arithmetic import (
+    ConsensusMethod,
+    GeneralizedTaskArithmeticMerge,
+)
+from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_metagpt.measure.survey import TensorInputs
-from mergekit_metagpt.method.masks import Kept, Masks, OnlyMergeKitKnowsError, deltas
+from mergekit_metagpt.method.kept import Kept, chunks_of, deltas
+from mergekit_metagpt.method.masks import Masks, OnlyMergeKitKnowsError
+from mergekit_metagpt.pages import empty_like
 from mergekit_metagpt.task_vectors import working_dtype
+
+_Result = TypeVar("_Result")
+
+# Each thread needs room for a task vector; so many take no more than MergeKit does.
+_THREADS = 4
+_LEAST = 2.0**-149  # the least positive float32
+# Chunks that a thread takes at a time.
+_RUN = 16
 
 
 def merge_sparsified(
@@ -30,7 +45,8 @@ def merge_sparsified(
     Returns:
         A tensor of the base's shape, dtype and device.
     """
-    if _is_simple(inputs):
+    # A subclass may merge in another way.
+    if type(stock) is GeneralizedTaskArithmeticMerge and _is_simple(inputs):
         try:
             return _merge_chunks(stock, inputs, _kept(stock, inputs, parameters), parameters)
         except OnlyMergeKitKnowsError:
@@ -38,7 +54,11 @@ def merge_sparsified(
     base = inputs.base
     # The stock method computes in the base's dtype, and its result has that dtype.
     exact = base.to(working_dtype(base.dtype))
-    merged: Tensor = stock.merge_group(_group(inputs, exact, inputs.experts), **parameters)
+    ids = [inputs.base_id, *inputs.ids]
+    group = TensorGroup.from_tensors(
+        [exact, *inputs.experts], ids=ids, base_index=0, name=inputs.name
+    )
+    merged: Tensor = stock.merge_group(group, **parameters)
     return merged.to(base.dtype)
 
 
@@ -58,16 +78,16 @@ def _kept(
 ) -> list[Kept]:
     """Return what is kept of each task vector, drawn in the order of the experts."""
     masks = Masks(inputs.base)
+    method = stock.sparsification_method
     names = [name for name in ("density", "gamma", "epsilon") if name in parameters]
-    return [
-        masks.kept(
-            stock.sparsification_method,
-            expert,
-            rescale=parameters["rescale"],
-            **{name: parameters[name][id_] for name in names},
-        )
-        for id_, expert in zip(inputs.ids, inputs.experts, strict=True)
-    ]
+
+    def found(id_: Any, expert: Tensor) -> Kept:
+        return masks.kept(method, expert, **{name: parameters[name][id_] for name in names})
+
+    is_random = method in (SparsificationMethod.random, SparsificationMethod.della_magprune)
+    each = map if is_random else _in_threads
+    kept = list(each(found, inputs.ids, inputs.experts))
+    return _in_threads(masks.rescaled, kept, inputs.experts) if parameters["rescale"] else kept
 
 
 def _merge_chunks(
@@ -76,21 +96,61 @@ def _merge_chunks(
     kept: Sequence[Kept],
     parameters: Mapping[str, Any],
 ) -> Tensor:
-    """Add sparsified task vectors to the base, each chunk with MergeKit's own method."""
-    merged = torch.empty_like(inputs.base, requires_grad=False)
+    """Add sparsified task vectors to the base, chunk by chunk."""
+    merged = empty_like(inputs.base)
     flat = merged.view(-1)
-    # `lambda` is applied here, last as in MergeKit. Its zero base hides the sign of a product of 0.
-    scale = parameters["lambda"]
-    dense = {**parameters, "density": dict.fromkeys(inputs.ids, 1.0), "lambda": 1.0}
-    for start, base, chunks in deltas(inputs.base, *inputs.experts):
-        sparse = [own.of(chunk, start) for own, chunk in zip(kept, chunks, strict=True)]
-        mixed: Tensor = stock.merge_group(_group(inputs, torch.zeros_like(base), sparse), **dense)
-        if scale != 1:
-            mixed *= scale
-        flat[start : start + len(base)] = mixed.add_(base)
+    weights = torch.tensor([[parameters["weight"][id_]] for id_ in inputs.ids], device="cpu")
+
+    def merge(chunks: Sequence[slice]) -> None:
+        for chunk, base, vectors in deltas(chunks, inputs.base, *inputs.experts):
+            for own, delta in zip(kept, vectors, strict=True):
+                own.apply(delta, chunk.start)
+            mixed = _mixed(vectors, weights, stock.consensus_method, parameters)
+            flat[chunk] = mixed.add_(base)
+
+    chunks = chunks_of(inputs.base, len(inputs.experts))
+    _in_threads(merge, [chunks[i : i + _RUN] for i in range(0, len(chunks), _RUN)])
     return merged
 
 
-def _group(inputs: TensorInputs, base: Tensor, experts: Sequence[Tensor]) -> TensorGroup:
-    ids = [inputs.base_id, *inputs.ids]
-    return TensorGroup.from_tensors([base, *experts], ids=ids, base_index=0, name=inputs.name)
+def _mixed(
+    deltas: Tensor,
+    weights: Tensor,
+    consensus: ConsensusMethod | None,
+    parameters: Mapping[str, Any],
+) -> Tensor:
+    """Return what MergeKit makes of T sparsified task vectors, (T, n), which are overwritten.
+
+    With a consensus method, only the numbers count that have the sign of the majority.
+    """
+    deltas.mul_(weights)
+    if consensus is None:
+        mixed, divisor = deltas.sum(dim=0), weights.sum(dim=0)
+        divisor[divisor.abs() < 1e-8] = 1
+    else:
+        votes = deltas if consensus == ConsensusMethod.sum else deltas.sign()
+        majority = votes.sum(dim=0).sign_().add_(0.5).sign_()  # 0 is positive
+        agreeing = deltas.mul_(majority).relu_()
+        mixed = agreeing.sum(dim=0).mul_(majority)
+        # Where no number counts, 0 is divided by anything but 0.
+        divisor = agreeing.sign_().mul_(weights).sum(dim=0).clamp_(min=_LEAST)
+    if parameters["normalize"]:
+        mixed /= divisor
+    if parameters["lambda"] != 1:
+        mixed *= parameters["lambda"]
+    return mixed
+
+
+def _in_threads(function: Callable[..., _Result], *items: Sequence[Any]) -> list[_Result]:
+    """Return ``function(*item)`` for each item, computed in as many threads as torch may use."""
+    threads = min(torch.get_num_threads(), len(items[0]), _THREADS)
+    if threads <= 1:
+        return list(map(function, *items))
+    inference = torch.is_inference_mode_enabled()
+
+    def run(*item: Any) -> _Result:
+        with torch.inference_mode(inference):  # a new thread is not in the mode of this one
+            return function(*item)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(run, *items))
