@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mergekit_metagpt.coefficients import Norms, scaling_coefficients
 from mergekit_metagpt.normal_equations import Equations, Solution
+from mergekit_metagpt.pages import empty_like
 from mergekit_metagpt.task_vectors import where_possible, write_task_vector
 
 SIDES = ("output", "input", "both")
@@ -74,11 +75,14 @@ class Directions:
             They sum to 1.
         kept: s ⟨M, τ_t⟩ / ‖τ_t‖², T floats: how much of each task vector is in the merge. With
             s = 1 they sum to T if the experts move in different directions.
+        squared_norm: ‖s M‖². With s = 1 it is Σ_t ‖τ_t‖² if the experts move in different
+            directions, and more if small differences between experts are amplified.
     """
 
     merged: Tensor
     means: Norms
     kept: Norms
+    squared_norm: float
 
 
 def merge_directions(
@@ -118,7 +122,7 @@ def merge_directions(
         tensors = [t.movedim(vocabulary_axis or 0, 0) if t.dim() else t.view(1) for t in tensors]
         stack = (1, len(tensors[0]), -1)
         merge = _merge_rows
-    merged = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+    merged = empty_like(tensors[0])
     matrices = zip(*(tensor.reshape(stack) for tensor in (merged, *tensors)), strict=True)
     buffers = _Buffers()
     parts = [
@@ -184,20 +188,22 @@ class _TaskVectors:
 
 @dataclass(frozen=True)
 class _Part:
-    """What is known of a merged matrix: tr Λ_t / m, ⟨M, τ_t⟩ and ‖τ_t‖², T floats each."""
+    """What is known of a merged matrix: tr Λ_t / m, ⟨M, τ_t⟩ and ‖τ_t‖², T floats each; ‖M‖²."""
 
     means: Sequence[float]
     products: Sequence[float]
     squared_norms: Sequence[float]
+    squared_norm: float
 
 
-def _summarized(parts: Sequence[_Part], scale: float) -> tuple[Norms, Norms]:
-    """Return the means, and the kept parts, of a stack of matrices of the same shape."""
+def _summarized(parts: Sequence[_Part], scale: float) -> tuple[Norms, Norms, float]:
+    """Return the figures of :class:`Directions` for a stack of matrices of the same shape."""
     means = (sum(column) / len(parts) for column in zip(*(p.means for p in parts), strict=True))
     products = map(sum, zip(*(part.products for part in parts), strict=True))
     norms = map(sum, zip(*(part.squared_norms for part in parts), strict=True))
     kept = (scale * p / n if n else 0.0 for p, n in zip(products, norms, strict=True))
-    return tuple(means), tuple(kept)
+    length = scale**2 * sum(part.squared_norm for part in parts)
+    return tuple(means), tuple(kept), length
 
 
 def _merge_rows(task_vectors: _TaskVectors, rule: Rule, scale: float, out: Tensor) -> _Part:
@@ -214,15 +220,16 @@ def _merge_rows(task_vectors: _TaskVectors, rule: Rule, scale: float, out: Tenso
     shares = directed.lerp_(torch.full_like(directed, 1 / m), rule.regular_isotropy)
     shares.mul_(traces.unsqueeze(1))
     shares.div_(shares.sum(0).clamp_min(_TINY))
-    products = torch.zeros_like(norms)
+    products, length = torch.zeros_like(norms), 0.0
     split = zip(blocks, torch.split(shares, rows, dim=1), torch.split(out, rows), strict=True)
     for block, part, target in split:
         merged = torch.zeros_like(target, dtype=torch.float64)
         for t in experts:
             merged.addcmul_(block.read(t), part[t].unsqueeze(1))
         products += products.new_tensor(block.products(merged))
+        length += _dot(merged, merged)
         block.write(merged, scale, target)
-    return _Part(shares.mean(1).tolist(), products.tolist(), norms.tolist())
+    return _Part(shares.mean(1).tolist(), products.tolist(), norms.tolist(), length)
 
 
 def _merge_matrix(task_vectors: _TaskVectors, rule: Rule, scale: float, out: Tensor) -> _Part:
@@ -242,7 +249,7 @@ def _merge_matrix(task_vectors: _TaskVectors, rule: Rule, scale: float, out: Ten
     # Σ_t tr Λ_t / m = 1. What the directed parts leave of it is even, and shared by λ_t.
     even = 1 - sum(directed)
     means = [share + even * trace for share, trace in zip(directed, traces, strict=True)]
-    part = _Part(means, task_vectors.products(merged), norms)
+    part = _Part(means, task_vectors.products(merged), norms, _dot(merged, merged))
     task_vectors.write(merged, scale, out)
     return part
 

@@ -65,6 +65,7 @@ def test_the_merge_is_the_minimum_of_the_bound(shape, side, isotropy, exponent):
     assert found.means == pytest.approx(means, abs=1e-9)
     kept = [float((wanted * (e - base).numpy()).sum() / ((e - base) ** 2).sum()) for e in experts]
     assert found.kept == pytest.approx(kept)
+    assert found.squared_norm == pytest.approx(float(np.square(wanted).sum()))
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -1,7 +1,9 @@
 """``granularity: direction`` in MergeKit's executor and in the commands."""
 
 import json
+from dataclasses import replace
 
+import peft
 import pytest
 import torch
 import transformers
@@ -11,7 +13,7 @@ from mergekit.merge_methods import merge_state_dicts
 from mergekit.scripts import merge_raw_pytorch
 
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.directions import Rule, merge_directions
+from mergekit_metagpt.directions import SIDES, Rule, merge_directions
 from mergekit_metagpt.method.advice import warnings
 from mergekit_metagpt.method.session import SESSION
 from mergekit_metagpt.method.summary import Entry, Summary
@@ -196,6 +198,67 @@ def test_an_expert_that_is_hardly_kept_is_named():
     )
     (sentence,) = warnings(Summary([entry]))
     assert sentence.startswith("The merge keeps only 4.0% of the task vector of a; set exponent: 0")
+
+
+def save_adapters(base, folder):
+    """Save two adapters that read nearly the same inputs, as those from one seed do."""
+    targets = ["q_proj", "up_proj"]
+    for number, name in enumerate(("a", "b"), 1):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
+        torch.manual_seed(number)
+        for key, weights in adapted.state_dict().items():
+            if "lora_A" in key:
+                weights += 0.01 * torch.randn(weights.shape)
+            if "lora_B" in key:
+                weights.normal_()
+        adapted.save_pretrained(folder / name)
+    return [f"{base}+{folder / name}" for name in ("a", "b")]
+
+
+def test_adapters_are_compared_on_both_sides(family, merge, tmp_path):
+    models = [{"model": name} for name in save_adapters(family["base"], tmp_path)]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    found = {}
+    for side in (None, *SIDES):
+        config = {**config_of(family, **({"side": side} if side else {})), "models": models}
+        with SESSION.journal() as entries:
+            tensor = merge(config, lora_merge_cache=str(tmp_path / "cache"))[name]
+        found[side] = tensor, Summary(entries).stretch, warnings(Summary(entries))
+    assert torch.equal(found[None][0], found["both"][0])
+    assert not found[None][2]
+    assert found[None][1] < 2 < found["input"][1]
+    (sentence,) = found["input"][2]
+    assert "times as far as unrelated experts would together" in sentence
+    assert "set side: both" in sentence
+
+
+def test_check_knows_that_adapters_are_compared_on_both_sides(family, tmp_path):
+    models = [{"model": name} for name in save_adapters(family["base"], tmp_path)]
+    cache = tmp_path / "cache"
+    cache.mkdir()
+
+    def operations(**side):
+        config = {**config_of(family, **side), "models": models}
+        yml = write_yaml(tmp_path / "metagpt.yml", config)
+        text = invoke("check", yml, "--lora-merge-cache", cache).stdout
+        (line,) = (line for line in text.splitlines() if "Float64 operations" in line)
+        return line
+
+    assert operations() == operations(side="both") != operations(side="input")
+
+
+def test_a_sum_of_experts_at_right_angles_has_stretch_1():
+    entries = [
+        Entry(
+            "w", "direction", ("a", "b"), (1.0, 3.0), (1.0, 1.0), 0.0, 4, (0.5, 0.5), (1, 1), 4.0
+        ),
+        Entry("v", "direction", ("a", "b"), (0.0, 0.0), (1.0, 1.0), 0.0, 4),
+    ]
+    assert Summary(entries).stretch == 1.0
+    assert Summary([*entries, replace(entries[0], tensor="u", merged_norm=None)]).stretch is None
+    assert Summary(entries[1:]).stretch is None
 
 
 def test_what_is_kept_is_weighted_by_what_was_moved():

@@ -7,6 +7,8 @@ from mergekit_metagpt.method.summary import Summary
 
 # If one expert has more than this share, almost nothing of the others is left.
 DOMINANT = 0.9
+# A merge that moves so many times as far as a sum of experts at right angles has amplified noise.
+_STRETCHED = 2.5
 # An expert of whose task vector less than this is in the merge is hardly there.
 _HARDLY = 0.1
 
@@ -14,7 +16,7 @@ _HARDLY = 0.1
 def warnings(summary: Summary) -> list[str]:
     """Return a sentence for each warning; its figures follow from the norms, no model is read."""
     if any(expert.kept is not None for expert in summary.experts):
-        found = list(_hardly_kept(summary))
+        found = [*_hardly_kept(summary), *_stretched(summary)]
     else:
         found = list(_dominant_experts(summary)) or list(_dominated_tensors(summary))
     for expert in summary.experts:
@@ -47,7 +49,7 @@ def _dominant_experts(summary: Summary) -> Iterator[str]:
 
 def _dominated_tensors(summary: Summary) -> Iterator[str]:
     """Warn if different experts dominate different tensors, so that no mean is large."""
-    part = _dominated_part(summary)
+    part = dominated_part(summary)
     if part <= 0.5:
         return
     ways = []
@@ -55,7 +57,7 @@ def _dominated_tensors(summary: Summary) -> Iterator[str]:
         ways.append(f"set granularity: model, which gives {_shares(shared)}")
     if milder := _milder(summary):
         ways.append(
-            f"set exponent: {_exponent(milder):g}, which leaves {_dominated_part(milder):.0%}"
+            f"set exponent: {_exponent(milder):g}, which leaves {dominated_part(milder):.0%}"
         )
     yield (
         f"In tensors with {part:.0%} of the parameters, one expert has "
@@ -77,7 +79,17 @@ def _hardly_kept(summary: Summary) -> Iterator[str]:
             )
 
 
-def _dominated_part(summary: Summary) -> float:
+def _stretched(summary: Summary) -> Iterator[str]:
+    """Warn if the merge amplifies small differences between experts that overlap on a side."""
+    if summary.stretch is not None and summary.stretch > _STRETCHED:
+        yield (
+            f"The merge moves {summary.stretch:.1f} times as far as unrelated experts would "
+            "together: it amplifies the little in which these experts differ, and may be broken; "
+            "set side: both, or a larger isotropy."
+        )
+
+
+def dominated_part(summary: Summary) -> float:
     """Return the part of the parameters in tensors that one of several experts dominates."""
     sizes = [
         e.size for e in summary.entries if len(e.experts) > 1 and max(e.coefficients) > DOMINANT

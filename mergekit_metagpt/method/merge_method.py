@@ -28,7 +28,7 @@ from torch import Tensor
 from mergekit_metagpt.directions import Directions, Rule, merge_directions
 from mergekit_metagpt.granularities import GRANULARITIES
 from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
-from mergekit_metagpt.method.parameters import exponent_of, with_priors
+from mergekit_metagpt.method.parameters import exponent_of, side_of, with_priors
 from mergekit_metagpt.method.random_streams import own_stream
 from mergekit_metagpt.method.session import SESSION, checkpoints_of
 from mergekit_metagpt.method.sparsified import merge_sparsified
@@ -202,7 +202,7 @@ def by_directions(
         priors=[parameters["weight"][expert] for expert in inputs.ids],
         exponent=exponent_of(parameters),
         isotropy=parameters["isotropy"],
-        side=parameters["side"],
+        side=side_of(parameters, inputs.ids),
     )
     return merge_directions(
         inputs.base,

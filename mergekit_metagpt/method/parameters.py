@@ -72,7 +72,7 @@ _OF_DIRECTIONS = (
         "side",
         str,
         ParameterScope.SHARED,
-        default="input",
+        default=None,  # see side_of
         description="Whose directions: those of a matrix's outputs, inputs, or both",
         wanted=one_of(SIDES),
         accepts=SIDES.__contains__,
@@ -86,6 +86,17 @@ def exponent_of(parameters: Mapping[str, Any]) -> float:
     if exponent is None:
         return GRANULARITIES[parameters["granularity"]].default_exponent
     return float(exponent)
+
+
+def side_of(parameters: Mapping[str, Any], experts: Iterable[Any]) -> str:
+    """Return the config's side, or else ``both`` if an expert is a LoRA adapter, or ``input``.
+
+    Adapters that started from the same random numbers read nearly the same few inputs. To keep
+    them apart by these, a merge would amplify the little in which they differ.
+    """
+    if parameters["side"] is not None:
+        return str(parameters["side"])
+    return "both" if any(getattr(expert, "lora", None) for expert in experts) else "input"
 
 
 def with_priors(stock: Iterable[ParameterSpec], is_plain: bool) -> tuple[ParameterSpec, ...]:

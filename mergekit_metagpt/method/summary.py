@@ -31,6 +31,7 @@ class Entry:
         size: how many elements the tensor has.
         means: if an expert has a matrix of coefficients, their means tr Λ_t / m, T floats.
         kept: then how much of each task vector is in the merge, T floats.
+        merged_norm: then the squared norm of the merged task vector.
     """
 
     tensor: str | None
@@ -42,6 +43,7 @@ class Entry:
     size: int
     means: Norms | None = None
     kept: Norms | None = None
+    merged_norm: float | None = None
 
     @classmethod
     def of(
@@ -64,6 +66,16 @@ class Entry:
             size=size,
             means=directions.means if directions else None,
             kept=directions.kept if directions else None,
+            merged_norm=directions.squared_norm if directions else None,
+        )
+
+    def changed(self, exponent: float | None, priors: Mapping[Any, float]) -> "Entry":
+        """Return the entry for another exponent, unless it is None, and priors of some experts."""
+        old = zip(self.experts, self.priors, strict=True)
+        return replace(
+            self,
+            exponent=self.exponent if exponent is None else exponent,
+            priors=tuple(priors.get(expert, prior) for expert, prior in old),
         )
 
     @cached_property
@@ -119,7 +131,7 @@ class Summary:
 
     def with_exponent(self, exponent: float) -> "Summary":
         """Return the summary for a different exponent; nothing is measured again."""
-        return Summary(replace(entry, exponent=exponent) for entry in self.entries)
+        return Summary(entry.changed(exponent, {}) for entry in self.entries)
 
     @property
     def parameters(self) -> int:
@@ -160,6 +172,18 @@ class Summary:
         return [kept for entries in self._by_layer if (kept := self._kept(entries))]
 
     @cached_property
+    def stretch(self) -> float | None:
+        """How long the merged task vector is, relative to a sum of experts at right angles.
+
+        None if the merge did not measure it.
+        """
+        moved = [entry for entry in self.entries if any(entry.squared_norms)]
+        lengths = [entry.merged_norm for entry in moved if entry.merged_norm is not None]
+        if not moved or len(lengths) < len(moved):
+            return None
+        return math.sqrt(math.fsum(lengths) / sum(math.fsum(e.squared_norms) for e in moved))
+
+    @cached_property
     def _by_layer(self) -> list[list[Entry]]:
         members: dict[str, list[Entry]] = {}
         for entry in self.entries:
@@ -196,6 +220,7 @@ class Summary:
             "granularity": self.granularities,
             "tensors": len(self.entries),
             "parameters": self.parameters,
+            "stretch": self.stretch,
             "experts": [
                 {
                     "model": str(expert.model),
