@@ -24,11 +24,11 @@ from mergekit.merge_methods.base import TensorGroup
 from safetensors.torch import load_file, save_file
 
 from benchmarks.timing import Case
-from mergekit_metagpt import scaling_coefficients, survey_checkpoints, survey_groups
+from mergekit_metagpt import scaling_coefficients
 from mergekit_metagpt.granularities import GRANULARITIES
 from mergekit_metagpt.measure import kept_surveys
-from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.measure.checkpoints import Checkpoints, survey_checkpoints
+from mergekit_metagpt.measure.survey import Survey, survey_groups
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.session import SESSION
 from mergekit_metagpt.names import canonical, layer_of

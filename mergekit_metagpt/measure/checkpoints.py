@@ -16,6 +16,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_metagpt import mergekit_private
+from mergekit_metagpt.measure.hub import HubLoader, HubModel, open_on_hub
 from mergekit_metagpt.measure.read_ahead import AHEAD
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.tensors import Device, Measured, TensorMeasurer
@@ -82,8 +83,9 @@ class Checkpoints:
 
     def read_ahead(self, model: ModelReference, tensor: str | None) -> None:
         """Let the disk read a tensor of a model, and what follows it in its file."""
-        index = self.loader(model).index
-        if tensor in index.tensor_paths:
+        loader = self.loader(model)
+        index = loader.index
+        if tensor in index.tensor_paths and not isinstance(loader, HubLoader):
             AHEAD.begin(os.path.join(index.base_path, index.tensor_paths[tensor]), tensor)
 
     def weights(self) -> list[WeightInfo]:
@@ -250,9 +252,15 @@ def forget_files() -> None:
     tokenizers_agree.cache_clear()
 
 
-def set_up_worker(options: MergeOptions) -> None:
-    """Give a worker process the loader options of the main one, and let it read files again."""
+def set_up_worker(options: MergeOptions, on_hub: Sequence[HubModel] = ()) -> None:
+    """Give a worker process the loader options of the main one, and let it read files again.
+
+    Args:
+        options: the loader options.
+        on_hub: the models that are read from the hub.
+    """
     forget_files()
+    open_on_hub(on_hub)
     LoaderCache().setup(options)
 
 

@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mergekit_metagpt.measure.survey import Survey
@@ -102,6 +102,7 @@ class KeptSurveys:
         device: "Device",
         progress: bool,
         mapper: Mapper = in_this_process,
+        products: bool = False,
     ) -> Survey:
         """Return the survey of the models; take it if the cache has none.
 
@@ -112,6 +113,7 @@ class KeptSurveys:
             device: the torch device that computes.
             progress: whether to show a progress bar.
             mapper: runs the measurements, in this process or on a cluster.
+            products: whether it must have inner products.
 
         Raises:
             ValueError: if a weight file has changed since the merge began, or the models
@@ -120,12 +122,14 @@ class KeptSurveys:
         with self._lock:
             kept = self._keep(checkpoints)
             if kept.survey is None:
+                kept.survey = self._of_more_experts(checkpoints)
+            if kept.survey is None or (products and kept.survey.grams is None):
                 self._require_unchanged(checkpoints, at_once=True)
                 # Open files are mapped into memory. While the merge holds a tensor of a file,
                 # all pages that are read through the same mapping stay in memory. So the survey
                 # opens the files again: its own mappings are freed one by one.
                 checkpoints.close_files()
-                survey = checkpoints.survey(device, progress, mapper=mapper)
+                survey = checkpoints.survey(device, progress, products=products, mapper=mapper)
                 self._require_unchanged(checkpoints, at_once=True)
                 kept.survey = survey
             return kept.survey
@@ -142,6 +146,14 @@ class KeptSurveys:
             for checkpoints, survey in shared.items():
                 self._kept.pop(checkpoints, None)
                 self._keep(checkpoints).survey = survey
+
+    def _of_more_experts(self, checkpoints: "Checkpoints") -> Survey | None:
+        """Return what a cached survey of more experts says of these models."""
+        for known, kept in self._kept.items():
+            survey = kept.survey if known.base == checkpoints.base else None
+            if survey and (some := survey.of_some(checkpoints.experts)):
+                return replace(some, source=checkpoints)
+        return None
 
     def _keep(self, checkpoints: "Checkpoints") -> _Kept:
         kept = self._kept.get(checkpoints)

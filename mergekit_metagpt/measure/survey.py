@@ -171,6 +171,21 @@ class Survey:
         }
         return replace(self, experts=tuple(experts), squared_norms=norms, grams=grams)
 
+    def of_some(self, experts: Sequence[Hashable]) -> "Survey | None":
+        """Return the survey of some of the experts, or None if they have to be measured anew.
+
+        Without the others, vocabularies may agree, and tensors may be tied, that do not now.
+        """
+        if not set(experts) <= set(self.experts):
+            return None
+        some = self.in_order_of(experts)
+        if set(experts) == set(self.experts):
+            return some
+        if self.left_out:
+            return None
+        moved = [(some.sizes[name], row) for name, row in some.squared_norms.items() if any(row)]
+        return some if len(set(moved)) == len(moved) else None
+
     @cached_property
     def model(self) -> Norms:
         """T floats: the squared norms over the whole model, as in Theorem 10."""

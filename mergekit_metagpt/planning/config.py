@@ -18,6 +18,7 @@ from mergekit.config import (
 from mergekit.tokenizer.config import TokenizerConfig
 from pydantic import BaseModel, ValidationError
 
+from mergekit_metagpt.names import canonical
 from mergekit_metagpt.wording import BadInputError, reason
 
 # The keys of a config under which MergeKit reads mappings into classes of its own.
@@ -253,6 +254,26 @@ def parts(config: MergeConfiguration) -> Iterator[Part]:
         for number, piece in enumerate(slices):
             base = piece.base_model or config.base_model
             yield Part(f"{prefix}slices[{number}]", (module, number), piece, base)
+
+
+def base_and_experts(config: MergeConfiguration) -> tuple[ModelReference, list[ModelReference]]:
+    """Return the base and the experts of a config, in canonical order.
+
+    Raises:
+        BadInputError: if there is not one base, or no expert.
+    """
+    named = {config.base_model, *(part.base for part in parts(config))}
+    bases = {base for base in named if base is not None}
+    if len(bases) != 1:
+        raise BadInputError(
+            "Task vectors start at one base, but the merge config names "
+            f"{'several' if bases else 'none'}; set base_model."
+        )
+    base = next(iter(bases))
+    experts = canonical(set(config.referenced_models()) - {base})
+    if not experts:
+        raise BadInputError("The merge config names no model beside the base; add the experts.")
+    return base, experts
 
 
 def parameter_sets(config: MergeConfiguration) -> Iterator[dict[str, Any]]:

@@ -1,10 +1,14 @@
 """Where a merge is written: its output, and the directory that holds it until it is complete."""
 
+import json
+import os
 import re
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _PARTIAL = re.compile(r"\.metagpt-partial-[0-9a-f]{16}")
 _UNFINISHED, _REMOVED = ".unfinished", ".removed"
@@ -22,13 +26,50 @@ class Partial:
 
     @property
     def mark(self) -> Path:
-        """A file that exists as long as a later merge may remove the directory."""
+        """A file that exists as long as a later merge may remove the directory.
+
+        Its first line is the host; a line of JSON follows for each note.
+        """
         return self.path.with_name(f"{self.path.name}{_UNFINISHED}")
 
     @property
     def removed(self) -> Path:
         """The path of the directory while it is being removed."""
         return self.path.with_name(f"{self.path.name}{_REMOVED}")
+
+    @property
+    def host(self) -> str:
+        """The host that the merge runs on."""
+        return self._lines[0]
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What has been noted about the merge, by name."""
+        notes: dict[str, Any] = {}
+        for line in self._lines[1:]:
+            with suppress(ValueError):  # of the last one, if the merge was killed meanwhile
+                notes |= json.loads(line)
+        return notes
+
+    def note(self, name: str, value: Any) -> None:
+        """Note something of JSON types, which is on the disk when this returns."""
+        with self.mark.open("a", encoding="utf-8") as mark:
+            # Before, not after the line: an earlier one may have been cut off.
+            mark.write("\n" + json.dumps({name: value}))
+            mark.flush()
+            os.fsync(mark.fileno())
+
+    @property
+    def moved(self) -> list[str]:
+        """The files that may be in the output already, moved there by a merge that was killed."""
+        return list(self.notes.get("moved", []))
+
+    @property
+    def _lines(self) -> list[str]:
+        try:
+            return self.mark.read_text(encoding="utf-8").split("\n")
+        except FileNotFoundError:  # the merge has just ended
+            return [""]
 
 
 @dataclass(frozen=True)
@@ -85,4 +126,5 @@ class Destination:
         own = {self.lock}
         for partial in self.unfinished():
             own |= {partial.path, partial.mark, partial.removed}
+            own |= {self.path / name for name in partial.moved}
         return set(self.path.iterdir()) - own

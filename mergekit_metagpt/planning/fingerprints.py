@@ -2,17 +2,22 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from mergekit.common import ModelPath
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt.measure.hub import HubLoader
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.config import parts
 
 _SAMPLES, _SAMPLE = 64, 1 << 16
+_SNAPSHOT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]|$)")
 # The files that decide what a model with its adapter applied looks like.
 _FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "adapter_config.json")
 
@@ -30,6 +35,41 @@ def fingerprint(file: Path) -> str:
             stream.seek(max(0, size - _SAMPLE) * number // (_SAMPLES - 1))
             digest.update(stream.read(_SAMPLE))
     return f"sha256-sampled:{digest.hexdigest()}"
+
+
+def described(model: ModelReference) -> dict[str, Any]:
+    """Return a model's name, revision and weight files with their fingerprints, as JSON types.
+
+    MergeKit's loaders find the files, and apply an adapter first. A model that is read from the
+    hub has no files here; its revision is the commit.
+    """
+    loader = LoaderCache().get(model)
+    stored = _SNAPSHOT.search(str(loader.index.base_path))
+    commit = loader.commit if isinstance(loader, HubLoader) else stored and stored.group(1)
+    adapter = sorted(Path(model.lora.path).glob("adapter_model.*")) if model.lora else []
+    return {
+        "model": str(model),
+        "revision": commit or model.model.revision,
+        "files": _fingerprints(weight_files(model)),  # with the adapter applied
+        **({"adapter": _fingerprints(adapter)} if model.lora else {}),
+    }
+
+
+def fingerprints_of(files: Iterable[Path]) -> list[str]:
+    """Return what tells the weights in some files from others, wherever they are."""
+    return sorted(map(fingerprint, files))
+
+
+def weight_files(model: ModelReference) -> list[Path]:
+    """Return the weight files that MergeKit reads a model from."""
+    index = LoaderCache().get(model).index
+    return [Path(index.base_path, shard.filename) for shard in index.shards]
+
+
+def _fingerprints(files: list[Path]) -> list[dict[str, Any]]:
+    return [
+        {"name": f.name, "bytes": f.stat().st_size, "fingerprint": fingerprint(f)} for f in files
+    ]
 
 
 def with_fresh_lora_cache(options: MergeOptions, config: MergeConfiguration) -> MergeOptions:

@@ -4,7 +4,8 @@ MergeKit reads the config: its planner applies filters, gradients, slices and mo
 module then computes the coefficients of the plan with the same functions as the merge.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mergekit import merge_methods
@@ -73,6 +74,25 @@ class Forecast:
         """The coefficients, summarized."""
         return Summary(tensor.entry for tensor in self.tensors)
 
+    def changed(
+        self, exponent: float | None = None, priors: Mapping[ModelReference, float] | None = None
+    ) -> "Forecast":
+        """Return the forecast for another exponent, or other priors; nothing is measured again.
+
+        Args:
+            exponent: k in λ_t ∝ w_t ‖τ_t‖^k; if None, as it is.
+            priors: w_t for some experts, in every tensor.
+
+        Raises:
+            ValueError: if experts have matrices of coefficients, which would change too.
+        """
+        if exponent is None and priors is None:
+            return self
+        if any(tensor.entry.means for tensor in self.tensors):
+            raise ValueError("Matrices of coefficients have to be measured again.")
+        changed = [replace(t, entry=t.entry.changed(exponent, priors or {})) for t in self.tensors]
+        return replace(self, tensors=changed)
+
 
 def forecast(
     config: MergeConfiguration,
@@ -96,7 +116,7 @@ def forecast(
     Raises:
         ValueError: if the method is not this package's, or the merge would refuse its inputs.
     """
-    method = _method(config)
+    method = own_method(config)
     config = config.model_copy(deep=True)
     if granularity is not None:
         for parameters in parameter_sets(config):
@@ -124,7 +144,12 @@ def forecast(
     )
 
 
-def _method(config: MergeConfiguration) -> MetaGPTMerge:
+def own_method(config: MergeConfiguration) -> MetaGPTMerge:
+    """Return the method that a config names.
+
+    Raises:
+        BadInputError: if it is not this package's.
+    """
     methods = {m.spec.name: m for m in merge_methods.registered_methods()}
     method = methods.get(config.merge_method)
     if not isinstance(method, MetaGPTMerge):

@@ -178,7 +178,7 @@ def _read_shards(weights: Weights, index: str, model: Any) -> None:
 def _leads_out(shard: str) -> bool:
     """Whether the path of a shard leads out of the model's directory."""
     path = Path(os.path.normpath(shard))
-    return path.is_absolute() or ".." in path.parts
+    return bool(path.anchor) or ".." in path.parts  # on Windows /a is not absolute
 
 
 def _differences(

@@ -17,6 +17,7 @@ from mergekit_metagpt.directions import Directions
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.survey import Survey, TensorInputs
 from mergekit_metagpt.method.merge_method import by_directions
+from mergekit_metagpt.method.session import SESSION
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.planner import TensorMerge
 from mergekit_metagpt.task_vectors import working_dtype
@@ -77,11 +78,12 @@ class Measurements:
         return self.surveys[experts]
 
     def _take_survey(self, experts: Sequence[ModelReference], products: bool) -> Survey:
-        return Checkpoints(self.base, tuple(experts)).survey(
+        return SESSION.surveys.survey_of(
+            Checkpoints(self.base, tuple(experts)),
             self.options.device or "cpu",
             self.progress,
-            products,
             self.mapper,
+            products,
         )
 
     def take(self, merges: Sequence[TensorMerge]) -> None:

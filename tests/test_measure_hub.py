@@ -1,0 +1,286 @@
+"""Models on the hub are measured tensor by tensor, and none of their weights are stored."""
+
+import json
+import pickle
+import shutil
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from conftest import command, llama_config, merge_config, read, run, save_family, write_yaml
+from hub_server import serving
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
+
+from mergekit_metagpt.cli import main
+from mergekit_metagpt.measure.checkpoints import forget_files, set_up_worker
+from mergekit_metagpt.measure.hub import find_on_hub, reading_from_hub
+from mergekit_metagpt.method.session import SESSION
+from mergekit_metagpt.wording import BadInputError
+
+SHARD = "model-00002-of-00003.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """A family in shards, of which one expert's end elsewhere."""
+    directory = tmp_path_factory.mktemp("sharded")
+    settings = {"config": llama_config(num_hidden_layers=1), "dtype": torch.float16}
+    paths = save_family(directory, **settings, max_shard_size="10KB")
+    larger = save_family(directory / "larger", **settings, max_shard_size="14KB")
+    return {**paths, "b": larger["b"]}
+
+
+@pytest.fixture
+def family(on_disk):
+    """The same models by their names on the hub."""
+    return {name: f"org/{name}" for name in on_disk}
+
+
+@pytest.fixture
+def hub(on_disk, tmp_path, monkeypatch):
+    """The hub, as this process sees it: with these models, and an empty cache."""
+    with serving() as hub:
+        for name, path in on_disk.items():
+            hub.put(f"org/{name}", path)
+        constants = huggingface_hub.constants
+        files = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.address)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
+        yield hub
+    forget_files()
+
+
+@pytest.fixture
+def call(tmp_path):
+    """Run a command on a merge of some models."""
+
+    def call(paths, *words, of="coefficients", status=0, **changes):
+        yml = write_yaml(tmp_path / "merge.yml", merge_config(paths, **changes))
+        done = CliRunner().invoke(main, [of, str(yml), *words])
+        assert done.exit_code == status, done.output
+        return done
+
+    return call
+
+
+@pytest.fixture
+def measured(call):
+    """Return what is measured of some models, under their short names."""
+
+    def measured(paths, *words, **changes):
+        SESSION.surveys.clear()
+        said = call(paths, "--json", *words, **changes).stdout
+        for name, path in paths.items():
+            said = said.replace(json.dumps(path), json.dumps(name))
+        return json.loads(said)
+
+    return measured
+
+
+def weights_in(directory):
+    """Return the weight files in a directory, also those of which only a part is there yet."""
+    files = [path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [file for file in files if file.stat().st_size > 4_000]
+
+
+def find(*names, **options):
+    return find_on_hub(map(ModelReference.model_validate, names), MergeOptions(**options))
+
+
+def refused(*names):
+    with pytest.raises(BadInputError) as failure:
+        find(*names)
+    (sentence,) = failure.value.args
+    return sentence
+
+
+@pytest.mark.parametrize("granularity", ["model", "direction"])
+def test_the_figures_are_those_of_the_same_models_on_this_disk(
+    granularity, measured, hub, family, on_disk, tmp_path
+):
+    stored = []
+    hub.before = lambda file: stored.extend(weights_in(tmp_path))
+    parameters = {"granularity": granularity}
+    there = measured(family, parameters=parameters)
+    assert there == measured(on_disk, parameters=parameters)
+    assert any(file.endswith(".safetensors") for _, file, _ in hub.asked)
+    assert not stored
+    assert not weights_in(tmp_path)
+
+
+def test_a_command_of_its_own_process_stores_nothing_either(hub, family, on_disk, tmp_path):
+    yml = write_yaml(tmp_path / "merge.yml", merge_config(family))
+    there = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    done = run(command("mergekit-metagpt"), "resolve", yml, **there)
+    assert done.returncode == 0, done.stderr
+    assert "weight:" in done.stdout
+    assert not weights_in(tmp_path)
+
+
+def test_a_connection_that_ends_early_is_opened_again(measured, hub, family, on_disk):
+    ends = iter([100] * 3)
+    hub.before = lambda file: next(ends, None) if file == SHARD else None
+    assert measured(family) == measured(on_disk)
+    assert next(ends, None) is None
+
+
+def test_all_tensors_are_of_the_commit_that_the_revision_had_at_first(
+    measured, hub, family, on_disk
+):
+    def publish(file):
+        if file == SHARD:
+            hub.put("org/alive", on_disk["base"])
+
+    hub.put("org/alive", on_disk["a"])
+    hub.before = publish
+    assert measured({**family, "a": "org/alive"}) == measured(on_disk)
+
+
+def test_a_revision_is_that_of_the_config(measured, hub, family, on_disk):
+    hub.put("org/again", on_disk["base"])
+    hub.put("org/again", on_disk["a"], "tuned")
+    assert measured({**family, "a": "org/again@tuned"}) == measured(on_disk)
+
+
+def test_a_model_in_one_file_is_read_too(hub, tmp_path):
+    paths = save_family(tmp_path / "small", llama_config())
+    hub.put("org/whole", paths["a"])
+    (found,) = find("org/whole")
+    assert found.places.keys() == read(paths["a"]).keys()
+    for name, tensor in read(paths["a"]).items():
+        assert torch.equal(found.load(name), tensor)
+
+
+def test_models_on_this_disk_and_on_the_hub_may_be_mixed(measured, hub, family, on_disk):
+    assert measured({**family, "base": on_disk["base"]}) == measured(on_disk)
+
+
+def test_a_file_that_is_gone_is_one_sentence(call, hub, family):
+    def vanish(file):
+        if file == "tokenizer_config.json":  # when the first tensor is measured
+            hub.models.pop("org/a", None)
+
+    hub.before = vanish
+    said = call(family, status=1).stderr
+    assert "Error: File model-0000" in said
+    assert "of model org/a cannot be read from the hub (404" in said
+    assert "run the command again, or with --keep to download the model." in said
+
+
+def test_a_server_that_sends_another_part_is_one_sentence(hub, monkeypatch):
+    (found,) = find("org/a")
+    name, place = next(iter(found.places.items()))
+    hub.models["org/a"][found.commit] = Path(hub.models["org/a"]["main"]).parent / "empty"
+    hub.models["org/a"][found.commit].mkdir()
+    Path(hub.models["org/a"][found.commit], place.file).write_bytes(bytes(place.start + 3))
+    with pytest.raises(BadInputError, match=rf"\(3 bytes came instead of {place.size}\)"):
+        found.load(name)
+
+
+def test_offline_the_hub_is_not_asked(call, hub, family, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    said = call(family, status=1).stderr
+    assert "Model org/a is no directory here, and the hub cannot be asked for it offline" in said
+    assert not hub.asked
+
+
+def test_an_unknown_name_is_one_sentence(call, hub, family):
+    said = call({**family, "a": "org/none"}, status=1).stderr
+    assert "Error: Model org/none is no directory here, and cannot be found on the hub (404" in said
+
+
+def test_models_that_are_kept_are_not_read_from_the_hub_again(
+    measured, hub, family, on_disk, tmp_path
+):
+    assert measured(family, "--keep") == measured(on_disk)
+    assert len(weights_in(tmp_path / "cache")) == 8
+    forget_files()
+    hub.asked.clear()
+    assert find(*family.values()) == []
+    assert measured(family) == measured(on_disk)
+    assert not [file for kind, file, _ in hub.asked if kind == "GET" and "safetensors" in file]
+
+
+@pytest.mark.parametrize("kind", ["pickled weights", "an adapter"])
+def test_what_cannot_be_read_in_parts_is_downloaded(kind, hub, on_disk, tmp_path, caplog):
+    directory = tmp_path / "model"
+    shutil.copytree(on_disk["a"], directory)
+    hub.put("org/other", directory)
+    if kind == "pickled weights":
+        for file in directory.glob("model*"):
+            file.unlink()
+        torch.save(read(on_disk["a"]), directory / "pytorch_model.bin")
+        assert find("org/other") == []
+        assert "Model org/other has no safetensors files, so MergeKit downloads it." in caplog.text
+    else:
+        assert find("org/other+org/adapter") == []
+        assert "Model org/other+org/adapter has an adapter, which is applied" in caplog.text
+
+
+def test_models_of_an_architecture_that_mergekit_infers_are_downloaded(hub, on_disk, caplog):
+    config = transformers.AutoConfig.from_pretrained(on_disk["a"])
+    directory = Path(on_disk["a"]).parent / "unknown"
+    shutil.copytree(on_disk["a"], directory)
+    config.architectures = ["UnheardOfForCausalLM"]
+    config.save_pretrained(directory)
+    hub.put("org/unknown", directory)
+    assert find("org/base", "org/unknown") == []
+    assert "does not know the architecture of model org/unknown. It infers it" in caplog.text
+
+
+def test_an_index_that_names_what_is_not_there_is_refused(hub, on_disk, tmp_path):
+    directory = tmp_path / "stale"
+    shutil.copytree(on_disk["a"], directory)
+    hub.put("org/stale", directory)
+    tensors = load_file(directory / SHARD)
+    name = next(iter(tensors))
+    save_file({n: t for n, t in tensors.items() if n != name}, directory / SHARD)
+    expected = f"The index of model org/stale on the hub puts tensor {name} in {SHARD}, which does"
+    assert refused("org/stale").startswith(expected)
+    (directory / SHARD).unlink()
+    assert f"in {SHARD}, which does not hold it" in refused("org/stale")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b"version https://x"]
+)
+def test_a_file_that_is_not_whole_is_refused(change, hub, on_disk, tmp_path):
+    directory = tmp_path / "cut"
+    shutil.copytree(on_disk["a"], directory)
+    (directory / SHARD).write_bytes(change((directory / SHARD).read_bytes()))
+    hub.put("org/cut", directory)
+    assert refused("org/cut") == (
+        f"File {SHARD} of model org/cut on the hub is truncated, or no safetensors file; choose "
+        "another revision."
+    )
+
+
+def test_a_worker_reads_the_models_that_the_main_process_has_found(hub, on_disk):
+    found = pickle.loads(pickle.dumps(find("org/a")))
+    set_up_worker(MergeOptions(), found)
+    loader = LoaderCache().get(ModelReference.model_validate("org/a"))
+    name, tensor = next(iter(read(on_disk["a"]).items()))
+    assert torch.equal(loader.get_tensor(name), tensor)
+    assert torch.equal(loader.get_tensor("none", aliases=["neither", name]), tensor)
+    assert loader.get_tensor("none", raise_on_missing=False) is None
+    with pytest.raises(KeyError, match="none"):
+        loader.get_tensor("none")
+
+
+def test_models_are_forgotten_when_they_have_been_measured(hub):
+    found = find("org/a")
+    with reading_from_hub(found):
+        assert found[0].model in LoaderCache().loaders
+    assert found[0].model not in LoaderCache().loaders
