@@ -1,7 +1,6 @@
 """Merges on a Ray cluster: the bytes of a local merge, whatever becomes of the workers."""
 
 import dataclasses
-import json
 import os
 import socket
 import sys
@@ -16,6 +15,7 @@ from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer
 from safetensors.torch import load_file, save_file
 from test_cli_check import save_tokenizer
+from test_merging_whole import files
 
 from mergekit_metagpt import workers
 from mergekit_metagpt.cli import main
@@ -50,14 +50,6 @@ def merge(config: dict, out: Path, *words, status: int = 0):
     return done
 
 
-def files(out: Path) -> dict[str, bytes]:
-    """Return the contents of all files, but for the times in the record."""
-    found = {path.name: path.read_bytes() for path in out.iterdir()}
-    record = json.loads(found["metagpt.json"])
-    assert record.pop("times").keys() == {"started", "finished"}
-    return {**found, "metagpt.json": json.dumps(record).encode()}
-
-
 @pytest.fixture
 def same_bytes(tmp_path):
     """Merge here and on the cluster, compare all files, and return their names."""
@@ -82,13 +74,13 @@ def same_bytes(tmp_path):
 def mapper(monkeypatch):
     """Let ``--ray`` hand out tasks in another way: ``change(function)`` in place of a function."""
 
-    def use(change):
+    def use(change, patch=monkeypatch):
         class Changed(workers.RayMapper):
             def submit(self, function, items, cpus=None):
                 # Two shards at a time.
                 return super().submit(change(function), items, cpus and cpus / 2)
 
-        monkeypatch.setattr(workers, "RayMapper", Changed)
+        patch.setattr(workers, "RayMapper", Changed)
 
     return use
 
@@ -222,6 +214,31 @@ def test_the_models_are_measured_once(tmp_path, monkeypatch):
     config = merge_config(paths, parameters={"granularity": "model"}, dtype="bfloat16")
     merge(config, tmp_path / "merged", *SHARDS, "--ray")
     assert len(taken) == 1
+
+
+def test_a_merge_that_has_stopped_goes_on_here_or_there(family, mapper, tmp_path):
+    def full(write):
+        def written(shard):
+            if shard.number == 3:
+                raise OSError("No space left")
+            return write(shard)
+
+        return written
+
+    config = merge_config(family, parameters={"granularity": "model"})
+    outs = [tmp_path / where / "merged" for where in ("whole", "here", "there")]
+    with pytest.MonkeyPatch.context() as patch:
+        mapper(full, patch)
+        for out in outs[1:]:
+            out.parent.mkdir()
+            said = merge(config, out, *SHARDS, "--random-seed", 5, "--ray", status=1).stderr
+            assert "2 of its files are complete" in said
+    outs[0].parent.mkdir()
+    merge(config, outs[0], *SHARDS, "--random-seed", 5)
+    merge(config, outs[1], *SHARDS, "--resume")
+    merge(config, outs[2], *SHARDS, "--resume", "--ray")
+    whole, here, there = map(files, outs)
+    assert whole == here == there
 
 
 def test_a_machine_that_does_not_share_the_output_directory_is_named(family, mapper, tmp_path):

@@ -1,14 +1,13 @@
 """The lock of a merge's output, and what is left of a merge that fails or is stopped."""
 
 import errno
-import fcntl
 import os
 import sys
 from pathlib import Path
 from socket import gethostname
 
 import pytest
-from conftest import merge_config, run, write_yaml
+from conftest import merge_config, on_posix, run, write_yaml
 from filelock import FileLock
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -53,6 +52,7 @@ class TestTheLock:
             )
         assert names(out) == {"notes.txt"}
 
+    @on_posix
     def test_without_locks_it_merges_warns_and_removes_nothing(
         self, config, out, monkeypatch, caplog
     ):
@@ -64,7 +64,7 @@ class TestTheLock:
         def flock(*_):
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-        monkeypatch.setattr(fcntl, "flock", flock)
+        monkeypatch.setattr("fcntl.flock", flock)
         merge(config, out)
         assert f"{out} cannot be locked" in caplog.text
         assert names(out) == WHOLE
@@ -154,7 +154,9 @@ def merge():
 
 shutil.rmtree = again
 real, whole.SESSION.note = whole.SESSION.note, stop
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started with nohup
+# The tests may have been started with nohup, or in the background.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     before = signal.getsignal(number)
     merge()
@@ -168,14 +170,14 @@ merge()
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@on_posix
 def test_a_signal_ends_it_in_one_sentence_and_a_second_one_leaves_nothing_either(config, out):
     out.parent.mkdir()
     done = run(sys.executable, "-c", STOPPED, config, out)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "1 Error: Merging was stopped by SIGINT. 0",
-        "1 Error: Merging was stopped by SIGTERM. 0",
-        "1 Error: Merging was stopped by SIGHUP. 0",
+        "1 Error: This command was stopped by SIGINT. 0",
+        "1 Error: This command was stopped by SIGTERM. 0",
+        "1 Error: This command was stopped by SIGHUP. 0",
         "0  1",  # one that was started with nohup
     ]

@@ -17,7 +17,8 @@ from conftest import llama_config, merge_config, put_nan, read, save_family, wri
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.merging import whole
 
-WHOLE = {"model.safetensors", "config.json", "mergekit_config.yml", "metagpt.json", "README.md"}
+WEIGHTS = {"model.safetensors", "config.json", "mergekit_config.yml", "metagpt.json"}
+WHOLE = WEIGHTS | {"README.md", "coefficients.png"}
 TOKEN = "0123456789abcdef"
 
 
@@ -30,6 +31,14 @@ def merge(*words, status: int = 0):
 
 def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Return the contents of all files, but for the times in the record."""
+    found = {path.name: path.read_bytes() for path in out.iterdir()}
+    record = json.loads(found["metagpt.json"])
+    assert record.pop("times").keys() == {"started", "finished"}
+    return {**found, "metagpt.json": json.dumps(record).encode()}
 
 
 def assert_merge_of(out: Path, family: dict[str, str]) -> None:
@@ -189,27 +198,38 @@ class TestTheCard:
         monkeypatch.chdir(tmp_path)
         return write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
 
-    def test_a_hub_that_cannot_be_reached_costs_a_warning(
-        self, here, family, out, monkeypatch, caplog
-    ):
-        def fail(*_, **__):
-            raise ConnectionError("the hub hiccups")
-
-        monkeypatch.setattr(huggingface_hub, "repo_exists", fail)
+    def test_the_hub_is_not_asked_for_it(self, here, family, out, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         merge(here, out)
-        assert "model card could not be written (the hub hiccups)" in caplog.text
+        assert names(out) == WHOLE
+        assert_merge_of(out, family)
+        card = huggingface_hub.ModelCard.load(out / "README.md")
+        assert card.data.base_model is None
+        assert "\n* models/a\n" in card.text
+
+    def test_one_that_cannot_be_made_costs_a_warning(self, here, family, out, monkeypatch, caplog):
+        def fail(*_, **__):
+            raise OSError("the disk hiccups")
+
+        monkeypatch.setattr(whole, "write_card", fail)
+        merge(here, out)
+        assert "model card could not be written (the disk hiccups)" in caplog.text
         assert names(out) == WHOLE - {"README.md"}
         assert_merge_of(out, family)
 
-    def test_so_does_a_machine_without_network(self, here, out, monkeypatch, caplog):
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        merge(here, out)
-        assert "model card could not be written" in caplog.text
-        assert names(out) == WHOLE - {"README.md"}
+    def test_so_does_a_picture(self, config, out, monkeypatch, caplog):
+        def fail(*_, **__):
+            raise RuntimeError("no font is here")
+
+        monkeypatch.setattr("mergekit_metagpt.api.running.comparison_figure", fail)
+        merge(config, out)
+        assert "coefficients.png could not be drawn (no font is here)" in caplog.text
+        assert names(out) == WHOLE - {"coefficients.png"}
+        assert "coefficients.png" not in (out / "README.md").read_text()
 
     def test_without_one_there_is_no_config_either(self, config, out):
         merge(config, out, "--no-write-model-card")
-        assert names(out) == WHOLE - {"README.md", "mergekit_config.yml"}
+        assert names(out) == WEIGHTS - {"mergekit_config.yml"}
 
 
 def test_a_seed_is_drawn_that_repeats_the_merge(family, out, tmp_path, monkeypatch):

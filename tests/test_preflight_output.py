@@ -70,6 +70,17 @@ def test_its_disk_is_what_has_to_have_room(problems, place, monkeypatch):
     assert f"The disk of {place}/out has 1 byte left" in said
 
 
+def test_what_an_unfinished_merge_has_left_there_makes_room(problems, place, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    (said,) = problems(place / "out")
+    partial = Destination.of(place / "out").new_partial()
+    partial.mark.touch()
+    partial.path.mkdir()
+    (partial.path / "model-1.safetensors").write_bytes(bytes(1 << 20))
+    assert "has 1 byte left" in said
+    assert problems(place / "out") == []
+
+
 @pytest.mark.parametrize("cache", ["out", "out/cache"])
 def test_it_does_not_hold_the_lora_cache(cache, problems, family, place):
     model = transformers.AutoModelForCausalLM.from_pretrained(family["base"])

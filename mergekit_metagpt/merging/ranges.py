@@ -47,16 +47,25 @@ def require_in_range(merged: Path, out_dtype: str | None) -> None:
     """
     if out_dtype is None:
         return
+    overflowing = _overflowing(merged)  # by now its files are closed: Windows removes no open ones
+    if overflowing:
+        name, dtype = overflowing
+        raise BadInputError(
+            f"Merging tensor {name} overflows {dtype}; set a wider one (out_dtype: "
+            f"{_wider(dtype)})."
+        )
+
+
+def _overflowing(merged: Path) -> tuple[str, torch.dtype] | None:
+    """Return the name and the dtype of a tensor that is not finite, or None."""
     # Not parsed from a string: the path may contain + and @, which references use.
     reference = ModelReference(model=ModelPath(path=str(merged)))
     loader = reference.lazy_loader(lazy_unpickle=False)
     for name, _ in sorted(loader.index.tensor_paths.items(), key=itemgetter(1)):  # by shard
         tensor = loader.get_tensor(name)
         if tensor is not None and not tensor.isfinite().all():
-            raise BadInputError(
-                f"Merging tensor {name} overflows {tensor.dtype}; set a wider one (out_dtype: "
-                f"{_wider(tensor.dtype)})."
-            )
+            return name, tensor.dtype
+    return None
 
 
 def _wider(dtype: torch.dtype) -> str:

@@ -10,6 +10,7 @@ from socket import gethostname
 
 from filelock import FileLock, Timeout
 
+from mergekit_metagpt.merging.journal import resumable
 from mergekit_metagpt.planning.destination import Destination, Partial
 from mergekit_metagpt.wording import BadInputError, reason
 
@@ -17,10 +18,11 @@ LOG = logging.getLogger(__name__)
 
 
 @contextmanager
-def reserved(destination: Destination) -> Iterator[Partial]:
+def reserved(destination: Destination, resume: bool = False) -> Iterator[Partial]:
     """Keep an output for one merge, and make a directory to write it to.
 
-    First removes what killed merges into this output have left behind.
+    First removes what earlier merges into this output have left behind; with ``resume``, all but
+    the directory of the last one that can go on, which is used again.
 
     Raises:
         BadInputError: if another merge is writing the output, or it is not empty.
@@ -29,9 +31,14 @@ def reserved(destination: Destination) -> Iterator[Partial]:
     with _locked(destination) as is_locked:
         if destination.contents():
             raise BadInputError(f"Output directory {destination.path} is not empty.")
+        resumed = resumable(destination) if resume else None
         if is_locked:  # so the merges on this host that made these are dead
-            for leftover in list(destination.unfinished()):
-                _discard_own(leftover)
+            for leftover in set(destination.unfinished()) - {resumed}:
+                _discard_own(leftover, destination)
+        if resumed:
+            _take_back(resumed, destination)
+            yield resumed
+            return
         partial = destination.new_partial()
         with partial.mark.open("x", encoding="utf-8") as mark:
             mark.write(gethostname())
@@ -66,32 +73,42 @@ def _locked(destination: Destination) -> Iterator[bool]:
         lock.release()
 
 
-def _discard_own(leftover: Partial) -> None:
+def _discard_own(leftover: Partial, destination: Destination) -> None:
     """Remove a leftover of this host; some network file systems lock within one host only."""
-    host = leftover.mark.read_text(encoding="utf-8")
-    if host == gethostname():
+    if leftover.host == gethostname():
+        _take_back(leftover, destination)
         discard(leftover)
     else:
         LOG.warning(
-            "%s belongs to a merge on host %s; remove it if that has ended.", leftover.path, host
+            "%s belongs to a merge on host %s; remove it if that has ended.",
+            leftover.path,
+            leftover.host,
         )
+
+
+def _take_back(partial: Partial, destination: Destination) -> None:
+    """Undo what a merge had moved to its output when it was killed."""
+    for name in partial.moved:
+        with suppress(FileNotFoundError):  # not moved yet
+            os.rename(destination.path / name, partial.path / name)
 
 
 def publish(partial: Partial, destination: Destination) -> None:
     """Move a complete merge to the output; if that fails, it stays in its partial directory."""
     if destination.exists:
-        _move_files(partial.path, destination)
+        _move_files(partial, destination)
         partial.path.rmdir()
     else:
         os.rename(partial.path, destination.path)
     keep(partial)
 
 
-def _move_files(source: Path, destination: Destination) -> None:
+def _move_files(partial: Partial, destination: Destination) -> None:
     """Move a model's files into the output, last those without which it cannot be loaded."""
     if destination.contents():
         raise FileExistsError(f"{destination.path} is no longer empty")
-    files = sorted(source.iterdir(), key=lambda file: (_rank(file.name), file.name))
+    files = sorted(partial.path.iterdir(), key=lambda file: (_rank(file.name), file.name))
+    partial.note("moved", [file.name for file in files])
     moved: list[Path] = []
     try:
         for file in files:

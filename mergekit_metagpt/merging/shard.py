@@ -35,8 +35,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Written:
-    """What a task has done: its file, the tensors in it, their bytes, and the journal."""
+    """What a task has done: its file, the tensors in it, their bytes, and an entry for each."""
 
+    number: int
     file: str
     tensors: tuple[str, ...]
     size: int
@@ -55,6 +56,7 @@ class ShardMerge:
         threads: how many threads PyTorch uses.
         surveys: the squared norms that coefficients come from.
         tokenizer: the task that builds the output's tokenizer, if there is one, and its result.
+        quiet: whether MergeKit's progress bar is off.
     """
 
     directory: Path
@@ -64,6 +66,7 @@ class ShardMerge:
     threads: int
     surveys: dict[Checkpoints, Survey]
     tokenizer: Mapping[BuildTokenizer, TokenizerInfo]
+    quiet: bool
 
     def write(self, shard: Shard) -> Written:
         """Merge the tensors of one file, which appears when it is complete."""
@@ -80,21 +83,21 @@ class ShardMerge:
             TemporaryDirectory(prefix=UNFINISHED, dir=self.directory) as unfinished,
             SESSION.journal() as entries,
         ):
-            writer = self._execute(shard.saves, unfinished)
+            writer = self._execute(shard, unfinished)
             require_in_range(Path(unfinished), self.out_dtype)
             (path,) = Path(unfinished).iterdir()
             file = shard_name(path.name, shard.number)
             os.replace(path, self.directory / file)
-        return Written(file, tuple(writer.weight_map), writer.total_size, entries)
+        return Written(shard.number, file, tuple(writer.weight_map), writer.total_size, entries)
 
-    def _execute(self, saves: Sequence[SaveTensor], directory: str) -> TensorWriter:
+    def _execute(self, shard: Shard, directory: str) -> TensorWriter:
         """Run MergeKit's executor and writer; return the writer, which knows what it wrote."""
         writer_task = TensorWriterTask(
             out_path=directory,
             max_shard_size=0,
             safe_serialization=self.options.safe_serialization,
         )
-        saves = tuple(save.model_copy(update={"writer_task": writer_task}) for save in saves)
+        saves = tuple(save.model_copy(update={"writer_task": writer_task}) for save in shard.saves)
         finalize = FinalizeModel(tensor_save_tasks=saves, writer_task=writer_task)
         universe = TaskUniverse()
         device = torch.device(self.options.device or "cpu")
@@ -104,5 +107,6 @@ class ShardMerge:
             storage_device=device if self.options.low_cpu_memory else torch.device("cpu"),
             cached_values={universe.add_task(task): info for task, info in self.tokenizer.items()},
         )
-        writer: TensorWriter = dict(executor.run(quiet=True))[writer_task]
+        results = executor.run(quiet=self.quiet, desc=f"Merging file {shard.number}")
+        writer: TensorWriter = dict(results)[writer_task]
         return writer

@@ -8,6 +8,7 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt.method.parameters import side_of
 from mergekit_metagpt.normal_equations import costs_of_matrix
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import Outputs, OutputTensor, output_shards
@@ -96,7 +97,7 @@ def _of_directions(tensor: OutputTensor) -> tuple[float, int] | None:
     if not tensor.merge.has_matrices or not shapes or len(shapes[0]) < 2 or is_diagonal:
         return None
     *stack, rows, columns = shapes[0]
-    side = tensor.merge.parameters["side"]
+    side = side_of(tensor.merge.parameters, tensor.stored.keys() - {tensor.merge.base})
     operations, numbers = costs_of_matrix(rows, columns, len(shapes) - 1, side)
     return math.prod(stack) * operations, 8 * numbers
 

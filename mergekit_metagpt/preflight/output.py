@@ -25,8 +25,7 @@ def bad_output(out: str, models: Mapping[ModelReference, ModelFiles]) -> Iterato
     path = link.resolve()
     for files in models.values():
         places = [files.weights.directory, os.path.dirname(files.adapter or "")]
-        inputs = {Path(place).resolve() for place in places if place}
-        if any(path == place or place in path.parents for place in inputs):
+        if any(_is_in(path, place) for place in places if place):
             yield (
                 f"Output {out} is the input model {files.model}, or is inside it; choose "
                 "another directory."
@@ -61,11 +60,13 @@ def no_room(
 ) -> Iterator[str]:
     """Find disks that are too full for what will be written there.
 
-    A merge is written inside its output if that exists, otherwise beside it.
+    A merge is written inside its output if that exists, otherwise beside it. What earlier merges
+    into it have left makes room, since it is removed or used again.
     """
+    written = cost.bytes_written - (_left(out) if out else 0)
     needs: dict[int, tuple[Path, int]] = {}
     caches = [files.to_apply for files in models.values() if files.to_apply]
-    for place, size in ((out, cost.bytes_written), (min(caches, default=None), cost.bytes_applied)):
+    for place, size in ((out, written), (min(caches, default=None), cost.bytes_applied)):
         if place is not None:
             disk = _existing(Path(place).resolve())
             _, before = needs.get(disk.stat().st_dev, (disk, 0))
@@ -77,6 +78,18 @@ def no_room(
                 f"The disk of {disk} has {decimal(free)} left, but {decimal(size)} will be "
                 "written; make room, or write elsewhere."
             )
+
+
+def _is_in(path: Path, directory: str) -> bool:
+    """Return whether a path is a directory or inside it, also where case does not count."""
+    return any(parent.exists() and parent.samefile(directory) for parent in (path, *path.parents))
+
+
+def _left(out: str) -> int:
+    """Return how many bytes unfinished merges into an output hold."""
+    partials = [partial.path for partial in Destination.of(out).unfinished()]
+    files = [file for partial in partials for file in partial.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def _existing(path: Path) -> Path:
