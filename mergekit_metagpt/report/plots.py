@@ -1,13 +1,13 @@
-"""Figures, written to files; matplotlib is imported when the first one is drawn.
+"""Figures; matplotlib is imported when the first one is drawn.
 
-To add a figure: a public function that takes numbers and a path, draws on the axes of
-``_figure`` and ends with ``figure.savefig(path)``. The command that offers it calls
-``require_plotting`` before it starts any work.
+To add a figure: a public function that takes numbers, draws on the axes of ``_figure`` and
+returns the figure. The command that offers it calls ``require_plotting`` before it starts any
+work.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.names import short_names
@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 
     from mergekit_metagpt.diagnosis.linearity import Linearity
 
-# Colour-blind readers can tell these colours apart (Okabe and Ito); the markers help in grey.
-_SERIES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"))
+# Colour-blind readers can tell these colours apart (Okabe and Ito). Neighbours differ in grey, too.
+_COLOURS = (
+    "#0072B2", "#E69F00", "#009E73", "#F0E442", "#D55E00", "#56B4E9", "#000000", "#CC79A7",
+)  # fmt: skip
+_SERIES = ((_COLOURS[0], "o"), (_COLOURS[4], "s"), (_COLOURS[2], "^"))
 
 _PANEL = (3.6, 3.1)  # inches
 _MOST_COLUMNS = 3
 _LONGEST_NAME = 24
+_LONGEST_BASE = 60
+_FEW_LAYERS = 24  # up to which each has a marker
 _MOST_NUMBERS = 12  # the cells of a matrix with more rows show no numbers
 
 
@@ -42,19 +47,15 @@ def require_plotting(path: Path) -> None:
         raise ValueError(f"The directory of {path} does not exist; create it first.")
 
 
-def draw_diagnosis(
-    names: Sequence[str],
-    linearities: Sequence["Linearity"],
-    cosines: Sequence[Sequence[float]],
-    path: Path,
-) -> None:
+def diagnosis_figure(
+    names: Sequence[str], linearities: Sequence["Linearity"], cosines: Sequence[Sequence[float]]
+) -> "Figure":
     """Draw figure 4 of the paper: outputs along each task vector, and the cosines.
 
     Args:
         names: T experts.
         linearities: their outputs, in that order.
         cosines: T x T cosines of their task vectors, in that order.
-        path: where the figure is written; the suffix sets the format.
     """
     names = short_names(names, _LONGEST_NAME)
     columns = min(len(names), _MOST_COLUMNS)
@@ -69,16 +70,19 @@ def draw_diagnosis(
     left.axes[0].legend(*_legend(), fontsize=8)
     _draw_matrix(right.add_subplot(), names, cosines)
     right.axes[0].set_title("Cosines of the task vectors", fontsize=10)
-    figure.savefig(path)
+    return figure
 
 
-def draw_coefficients(path: Path, summary: Summary, cosines: Sequence[Sequence[float]]) -> None:
+def coefficients_figure(
+    method: str, base: object, summary: Summary, cosines: Sequence[Sequence[float]]
+) -> "Figure":
     """Draw each expert's coefficient, the coefficients by layer, and the cosines.
 
     If the merge measured it, a panel shows by layer how much of each task vector it keeps.
 
     Args:
-        path: where the figure is written; the suffix sets the format.
+        method: the merge method, for the title.
+        base: θ_0, for the title.
         summary: the coefficients. If they are the same everywhere, there is no panel for
             the layers.
         cosines: T x T cosines of the task vectors, in the order of ``summary.ids``.
@@ -87,68 +91,102 @@ def draw_coefficients(path: Path, summary: Summary, cosines: Sequence[Sequence[f
     panels = [(_draw_layers, summary.layers)] if summary.varies and summary.layers else []
     panels += [(_draw_kept, summary.kept_by_layer)] if summary.kept_by_layer else []
     widths = (1, *(1.6 for _ in panels), 1.4)
-    figure = _figure(4.2 * sum(widths) / 4, 1 + len(names) / 12)
+    figure = _figure(4.2 * sum(widths) / 4, 1.1 + len(names) / 12)
+    granularity = " and ".join(summary.granularities)
+    figure.suptitle(titled(f"{method}, granularity {granularity}", base), fontsize=11)
     means, *by_layer, matrix = figure.subplots(1, len(widths), width_ratios=widths)
     _draw_means(means, names, summary)
     for ax, (draw, layers) in zip(by_layer, panels, strict=True):
         draw(ax, layers)
     _draw_matrix(matrix, names, cosines)
     matrix.set_title("Cosines of the task vectors", fontsize=10)
-    figure.savefig(path)
+    return figure
+
+
+def comparison_figure(choices: Sequence[tuple[str, Summary]], title: str = "") -> "Figure":
+    """Draw the coefficients by layer of several choices, one panel each.
+
+    Args:
+        choices: the title of each panel, and the coefficients; all have the same experts.
+        title: of the figure.
+    """
+    names = short_names(choices[0][1].ids, _LONGEST_NAME)
+    columns = min(len(choices), _MOST_COLUMNS)
+    rows = -(-len(choices) // columns)
+    figure = _figure(columns, rows)
+    for number, (choice, summary) in enumerate(choices, 1):
+        ax = figure.add_subplot(rows, columns, number)
+        _draw_layers(ax, summary.layers or [[expert.mean for expert in summary.experts]])
+        ax.set_title(choice, fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    handles: Any = figure.axes[0].containers
+    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=columns)
+    return figure
+
+
+def titled(choice: str, base: object) -> str:
+    """Return the title of a figure: what was chosen, and the short name of the base."""
+    (base,) = short_names([base], _LONGEST_BASE)
+    return f"{choice}; base {base}"
 
 
 def _draw_means(ax: "Axes", names: Sequence[str], summary: Summary) -> None:
     """Draw a bar for each expert, and a line from its least to its largest coefficient."""
     places = range(len(names))
     means = [expert.mean for expert in summary.experts]
+    most = max(expert.largest for expert in summary.experts)
     ax.barh(places, means, color=_share_colours(len(names)))
     for t, expert in enumerate(summary.experts):
         if summary.varies:
             ax.plot((expert.least, expert.largest), (t, t), color="grey", linewidth=2)
-        ax.text(expert.largest + 0.02, t, f"{expert.mean:.3g}", va="center", fontsize=8)
+        ax.text(expert.largest + 0.02 * most, t, f"{expert.mean:.3g}", va="center", fontsize=8)
     ax.set_yticks(places, names, fontsize=8)
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.25)  # room for the numbers
-    ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    ax.set_xlim(0, 1.25 * most or 1)  # with room for the numbers
     ax.set_title("Mean coefficient λ" if summary.varies else "Coefficients λ", fontsize=10)
 
 
 def _draw_layers(ax: "Axes", layers: Sequence[Sequence[float]]) -> None:
-    """Draw the coefficients of each layer, which sum to 1, on top of each other."""
-    under = [0.0] * len(layers)
+    """Draw the coefficients of each layer, which sum to 1, the first expert on top."""
+    upper = list(map(sum, layers))
+    ax.set_ylim(0, max(upper) or 1)
     for t, colour in enumerate(_share_colours(len(layers[0]))):
         own = [row[t] for row in layers]
-        ax.bar(range(len(layers)), own, 1.0, under, color=colour)
-        under = [a + b for a, b in zip(under, own, strict=True)]
+        upper = [a - b for a, b in zip(upper, own, strict=True)]
+        edges: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.3}  # for printing in grey
+        ax.bar(range(len(layers)), own, 1.0, upper, color=colour, **edges)
     ax.set_xlabel("layer")
     ax.locator_params(axis="x", integer=True)
-    ax.set_ylim(0, 1)
     ax.margins(x=0)
     ax.set_title("λ by layer", fontsize=10)
 
 
 def _draw_kept(ax: "Axes", layers: Sequence[Sequence[float]]) -> None:
     """Draw for each layer how much of each task vector is in the merge."""
+    marker = "." if len(layers) <= _FEW_LAYERS else ""
     for t, colour in enumerate(_share_colours(len(layers[0]))):
-        ax.plot(range(len(layers)), [row[t] for row in layers], color=colour, marker=".")
+        ax.plot(range(len(layers)), [row[t] for row in layers], color=colour, marker=marker)
     ax.axhline(0, color="grey", linewidth=0.8)
     ax.set_xlabel("layer")
     ax.locator_params(axis="x", integer=True)
     ax.set_title("Kept of each task vector", fontsize=10)
 
 
-def _share_colours(count: int) -> list[tuple[float, ...]]:
-    """Return a colour for each expert; colour-blind readers can tell them apart."""
+def _share_colours(count: int) -> Sequence[str | tuple[float, ...]]:
+    """Return a colour for each expert."""
     from matplotlib import colormaps
 
-    return [colormaps["viridis"](t / max(1, count - 1) * 0.95) for t in range(count)]
+    if count <= len(_COLOURS):
+        return _COLOURS[:count]
+    return [colormaps["viridis"](t / (count - 1)) for t in range(count)]
 
 
 def _figure(columns: float, rows: float) -> "Figure":
     """Return an empty figure of the given size in panels, without a window or pyplot state."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+
+        from mergekit_metagpt.report.figure import Figure
     except ModuleNotFoundError:
         raise ImportError(
             "Plots need matplotlib; run: pip install 'mergekit-metagpt[plot]'"

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mergekit_metagpt.coefficients import bound, bound_of_parts, scaling_coefficients
+from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.method.advice import share, warnings
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.names import short_names
@@ -24,8 +25,11 @@ _BOUNDS = {
     "1.0": "1.0 each",
 }
 
+_MUCH = 0.8  # of all task vectors, on average
+
 _BARS = "▁▂▃▄▅▆▇█"
-_WIDTH = 32
+_WIDTH = 16
+_LONGEST_NAME = 24
 
 
 def as_json(forecast: Forecast) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def forecast_warnings(forecast: Forecast) -> list[str]:
 
 def forecast_tables(forecast: Forecast) -> RenderableType:
     """Return everything that ``mergekit-metagpt coefficients`` shows."""
-    names = short_names(forecast.experts)
+    names = short_names(forecast.experts, _LONGEST_NAME)
     summary = forecast.summary
     exponents = sorted({entry.exponent for entry in summary.entries})
     return Group(
@@ -139,6 +143,16 @@ def forecast_tables(forecast: Forecast) -> RenderableType:
     )
 
 
+def survey_tables(survey: Survey) -> RenderableType:
+    """Return what a survey with inner products says of whole models."""
+    names = short_names(survey.experts, _LONGEST_NAME)
+    table = _of_experts("‖τ‖", "λ, whole model")
+    shares = scaling_coefficients(survey.model)
+    for name, norm, coefficient in zip(names, survey.model, shares, strict=True):
+        table.add_row(Text(name), f"{math.sqrt(norm):.6g}", share(coefficient))
+    return Group(table, Text("Cosines of the task vectors", "bold"), matrix(names, survey.cosines))
+
+
 def coefficients_table(
     summary: Summary, kept: Sequence[float | None] | None = None
 ) -> RenderableType:
@@ -150,39 +164,48 @@ def coefficients_table(
     """
     parts = kept or [expert.kept for expert in summary.experts]
     known = [part for part in parts if part is not None]
-    table = Table(box=box.SIMPLE)
-    table.add_column("expert", overflow="fold")
-    table.add_column("‖τ‖", justify="right")
-    for column in ("mean λ", "least", "largest") if summary.varies else ("λ",):
-        table.add_column(column, justify="right")
-    if known:
-        table.add_column("kept", justify="right")
+    columns = ["‖τ‖", *(["mean λ", "least", "largest"] if summary.varies else ["λ"])]
+    table = _of_experts(*columns, *(["kept"] if known else []))
     if summary.varies and summary.layers:
-        table.add_column("λ by layer, first to last", no_wrap=True)
-    for t, (name, expert) in enumerate(zip(short_names(summary.ids), summary.experts, strict=True)):
+        table.add_column("λ by layer", no_wrap=True)
+    for t, (name, expert) in enumerate(
+        zip(short_names(summary.ids, _LONGEST_NAME), summary.experts, strict=True)
+    ):
         cells = [name, f"{expert.norm:.4g}", share(expert.mean)]
         cells += [share(expert.least), share(expert.largest)] if summary.varies else []
         cells += [f"{known[t]:.1%}"] if known else []
         cells += [bar([row[t] for row in summary.layers])]
         table.add_row(*map(Text, cells[: len(table.columns)]))
-    caption = [Text(_what_is_kept(known))] if known else []
+    has_matrices = any(entry.means for entry in summary.entries)
+    caption = [Text(_what_is_kept(known, has_matrices))] if known else []
     return Group(Text("Scaling coefficients", "bold"), table, *caption)
 
 
-def _what_is_kept(kept: Sequence[float]) -> str:
+def _of_experts(*columns: str) -> Table:
+    """Return an empty table whose rows fold long names, so that they cut no number."""
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("expert", overflow="fold", min_width=8)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _what_is_kept(kept: Sequence[float], has_matrices: bool) -> str:
+    """Say it in words, and that matrices of coefficients may keep more, if it is little."""
+    is_little = sum(kept) < _MUCH * len(kept) and not has_matrices
     return (
         f"kept: how much of each task vector is in the merge; {sum(kept):.2f} of {len(kept)} in "
-        "all.\n"
+        f"all.{' Granularity direction may keep more.' * is_little}\n"
     )
 
 
 def matrix(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Table:
     """Return a square matrix as a table; rows show their names, columns show numbers."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold", min_width=8)
     for number in range(len(names)):
-        table.add_column(str(number + 1), justify="right")
+        table.add_column(str(number + 1), justify="right", overflow="fold")
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
         cells = (f"{round(value, 2) + 0.0:.2f}" for value in row)
         table.add_row(str(number + 1), Text(name), *cells)

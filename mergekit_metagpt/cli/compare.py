@@ -1,0 +1,125 @@
+"""``mergekit-metagpt compare``: what other parameters would give, from one survey."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mergekit_metagpt.cli._config import (
+    config_argument,
+    forecast_config,
+    keep_option,
+    ray_option,
+    survey_options,
+)
+from mergekit_metagpt.cli._options import MergeCommand
+from mergekit_metagpt.granularities import GRANULARITIES
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+    from mergekit.options import MergeOptions
+
+_NUMBERS = [name for name, granularity in GRANULARITIES.items() if not granularity.has_matrices]
+# In quotes, since the class of older versions of click is not generic.
+_WEIGHT: "click.ParamType[float]" = click.FloatRange(min=0)
+
+
+@click.command(cls=MergeCommand)
+@config_argument
+@click.option(
+    "--granularity",
+    "granularities",
+    multiple=True,
+    type=click.Choice(list(GRANULARITIES)),
+    help=f"Compare these; may be repeated. Without it: {', '.join(_NUMBERS)}. For direction, "
+    "matrices are multiplied.",
+)
+@click.option(
+    "--exponent",
+    "exponents",
+    multiple=True,
+    type=click.FloatRange(min=0),
+    default=(2.0, 1.0, 0.0),
+    show_default=True,
+    help="Compare these; may be repeated.",
+)
+@click.option(
+    "--weights",
+    multiple=True,
+    metavar="EXPERT=W[,...]",
+    help="Compare these priors with the config's; may be repeated.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw the coefficients by layer of every choice to this file, such as FILE.png.",
+)
+@survey_options
+@keep_option
+@ray_option
+def compare(
+    config: str,
+    granularities: tuple[str, ...],
+    exponents: tuple[float, ...],
+    weights: tuple[str, ...],
+    as_json: bool,
+    plot: Path | None,
+    survey: str | None,
+    save_survey: str | None,
+    keep: bool,
+    ray: str | None,
+    merge_options: "MergeOptions",
+) -> None:
+    """Compare the coefficients that CONFIG would get from other parameters.
+
+    The models are measured once, or not at all with --survey. Nothing is merged.
+
+    \b
+    Example:
+      mergekit-metagpt compare metagpt.yml --weights math=2,code=1 --plot compare.png
+    """
+    import json
+
+    from mergekit_metagpt.cli._output import console, save_figure
+    from mergekit_metagpt.report import comparison, plots
+
+    if plot is not None:
+        plots.require_plotting(plot)
+    forecasts = []
+    for granularity in granularities or _NUMBERS:
+        forecasts.append(
+            forecast_config(config, merge_options, ray, survey, save_survey, granularity, keep=keep)
+        )
+        survey = save_survey = None  # this process now has the survey
+    priors = [_priors(given, forecasts[0].experts) for given in weights]
+    compared = comparison.choices(forecasts, exponents, priors)
+    if as_json:
+        rows = [choice.as_json() for choice in compared]
+        click.echo(json.dumps({"choices": rows, "advice": comparison.advice(compared)}))
+    else:
+        console().print(comparison.comparison_tables(compared))
+    if plot is not None:
+        panels = [(choice.title, choice.forecast.summary) for choice in compared]
+        title = plots.titled(forecasts[0].method.spec.name, forecasts[0].base)
+        save_figure(plots.comparison_figure(panels, title), plot)
+
+
+def _priors(given: str, experts: "Sequence[ModelReference]") -> "Mapping[ModelReference, float]":
+    """Return w_t by expert from ``EXPERT=W,EXPERT=W``; an expert may have its short name."""
+    from mergekit_metagpt.names import short_names
+    from mergekit_metagpt.wording import one_of
+
+    short = short_names(experts)
+    known = {**dict(zip(short, experts, strict=True)), **{str(e): e for e in experts}}
+    priors = {}
+    for pair in given.split(","):
+        name, _, number = pair.rpartition("=")
+        if name not in known:
+            raise click.BadParameter(
+                f"{pair!r} names no expert; write EXPERT=W, where EXPERT is {one_of(short)}.",
+                param_hint="--weights",
+            )
+        priors[known[name]] = _WEIGHT.convert(number, None, None)
+    return priors

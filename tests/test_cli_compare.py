@@ -1,0 +1,127 @@
+"""``mergekit-metagpt compare``: other parameters of a config, from one survey."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from conftest import llama_config, merge_config, save_family, write_yaml
+
+from mergekit_metagpt.cli import main
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.method.session import SESSION
+
+
+def invoke(*words, status: int = 0):
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exit_code == status, done.output
+    return done
+
+
+def compared(config, *words):
+    return json.loads(invoke("compare", config, "--json", *words).stdout)
+
+
+@pytest.fixture
+def config(family, tmp_path):
+    return write_yaml(tmp_path / "metagpt.yml", merge_config(family))
+
+
+def test_every_row_says_what_coefficients_says_of_that_choice(family, config, tmp_path):
+    found = compared(config)["choices"]
+    assert [(c["granularity"], c["exponent"]) for c in found] == [
+        (granularity, exponent)
+        for granularity in ("tensor", "layer", "model")
+        for exponent in ("2", "1", "0")
+    ]
+    for choice in found:
+        parameters = {
+            "granularity": choice["granularity"],
+            "exponent": float(choice["exponent"]),
+        }
+        yml = write_yaml(tmp_path / "one.yml", merge_config(family, parameters=parameters))
+        alone = json.loads(invoke("coefficients", yml, "--json").stdout)
+        assert choice["bound"] == alone["bound"]["merge"]
+        for expert, expected in zip(choice["experts"], alone["experts"], strict=True):
+            assert expert == {key: expected[key] for key in expert}
+
+
+def test_priors_are_given_by_short_names_or_paths(family, config, tmp_path):
+    words = ["--granularity", "model", "--exponent", "2"]
+    own, first, second = compared(
+        config, *words, "--weights", "a=4", "--weights", f"{family['b']}=0,a=1"
+    )["choices"]
+    assert own["weights"] is None
+    assert first["weights"] == {family["a"]: 4}
+    assert second["weights"] == {family["a"]: 1, family["b"]: 0}
+    assert [expert["coefficient"] for expert in second["experts"]] == [1, 0]
+    yml = merge_config(family, parameters={"granularity": "model"})
+    yml["models"][0]["parameters"] = {"weight": 4}
+    alone = json.loads(
+        invoke("coefficients", write_yaml(tmp_path / "one.yml", yml), "--json").stdout
+    )
+    for expert, expected in zip(first["experts"], alone["experts"], strict=True):
+        assert expert["coefficient"] == expected["coefficient"]
+
+
+def test_direction_has_a_row_of_its_own_when_it_is_asked_for(family, config, tmp_path):
+    found = compared(config, "--granularity", "direction", "--granularity", "model")
+    *_, last = found["choices"]
+    first = found["choices"][0]
+    assert (first["granularity"], first["exponent"], first["bound"]) == ("direction", "0", None)
+    assert last["granularity"] == "model"
+    assert found["advice"].startswith("Granularity direction keeps ")
+
+
+def test_the_models_are_measured_once(config, monkeypatch):
+    SESSION.surveys.clear()
+    taken = []
+    original = Checkpoints.survey
+
+    def counted(self, *args, **kwargs):
+        taken.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "survey", counted)
+    compared(config)
+    assert len(taken) == 1
+
+
+def test_the_advice_follows_from_the_figures(family, config, tmp_path):
+    assert compared(config)["advice"].startswith("No expert dominates in these choices")
+    paths = save_family(tmp_path, llama_config(), scales=(0.001, 0.01))
+    far = write_yaml(tmp_path / "far.yml", merge_config(paths))
+    assert compared(far)["advice"] == (
+        "One expert dominates in 6 of these 9 choices; of the others, tensor, exponent 0 has "
+        "the least bound."
+    )
+    assert compared(far, "--exponent", "2")["advice"] == (
+        "One expert dominates in each of these choices; give it a smaller weight."
+    )
+    ties = write_yaml(tmp_path / "ties.yml", merge_config(family, "metagpt_ties"))
+    assert compared(ties)["advice"] == "No expert dominates in these choices."
+
+
+def test_the_table_and_the_figure_show_every_choice(config, tmp_path):
+    words = ["--weights", "a=4", "--plot", tmp_path / "compare.svg"]
+    shown = invoke("compare", config, *words).stdout
+    for text in ("tensor ", "layer ", "model ", "a 4", "1  a", "2  b", "bound", "dom."):
+        assert text in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    drawn = (tmp_path / "compare.svg").read_text()
+    for text in ("metagpt; base base", "layer, exponent 1, a 4", "model, exponent 0"):
+        assert drawn.count(f"<!-- {text} -->") == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [
+        ("c=1", "'c=1' names no expert; write EXPERT=W, where EXPERT is a or b."),
+        ("a", "'a' names no expert"),
+        ("a=much", "'much' is not a valid float"),
+        ("a=-1", "-1.0 is not in the range x>=0"),
+    ],
+)
+def test_bad_weights_are_refused(weights, problem, config):
+    assert problem in " ".join(
+        invoke("compare", config, "--weights", weights, status=2).stderr.split()
+    )

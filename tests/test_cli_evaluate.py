@@ -1,0 +1,244 @@
+"""``mergekit-metagpt evaluate``, on tiny models and tasks."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import lm_eval
+import pytest
+from click.testing import CliRunner
+from conftest import llama_config, merge_config, put_nan, write_yaml
+from huggingface_hub import ModelCard
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+from paper_stand_ins import save_choice_tasks, save_model
+
+from benchmarks.harness_tasks import Example, write_answers, write_text
+from mergekit_metagpt.cli import main
+from mergekit_metagpt.evaluation import bench, harness
+
+MODELS = ("base", "expert a", "expert b", "merge")
+TASKS = "agieval,one,text"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a config, its models, their merge, tasks, and the scores of all models."""
+    folder = tmp_path_factory.mktemp("made")
+    paths = {name: str(folder / name) for name in ("base", "a", "b")}
+    for path in paths.values():
+        save_model(Path(path), tokens=llama_config().vocab_size)
+    write_yaml(folder / "metagpt.yml", merge_config(paths))
+    write_answers(folder / "tasks", "one", [Example(f"w{n}", f"w{n + 1}") for n in range(3, 15)])
+    questions = [{"q": f"w{n}", "c": [f"w{n + 9}", f"w{n + 2}"]} for n in range(40)]
+    save_choice_tasks(folder / "tasks", questions)
+    write_text(folder / "tasks", "text", [f"w{n} w{n + 1} w{n + 2}" for n in range(3, 12)])
+    done = CliRunner().invoke(
+        main, ["merge", str(folder / "metagpt.yml"), str(folder / "merged"), "--random-seed", "0"]
+    )
+    assert done.exit_code == 0, done.output
+    evaluate(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """A copy of it that a test may change."""
+    copy = shutil.copytree(made, tmp_path / "made")
+    config = copy / "metagpt.yml"
+    config.write_text(config.read_text().replace(str(made), str(copy)))
+    return copy
+
+
+def evaluate(folder, *words, tasks=TASKS, status=0):
+    done = CliRunner().invoke(
+        main,
+        [
+            "evaluate", str(folder / "metagpt.yml"), str(folder / "merged"),
+            "--tasks", tasks, "--include-path", str(folder / "tasks"), *map(str, words),
+        ],
+    )  # fmt: skip
+    assert done.exit_code == status, done.output
+    return done
+
+
+def as_json(folder, *words, **changes):
+    return json.loads(evaluate(folder, "--json", *words, **changes).stdout)
+
+
+def scored(done):
+    """Return the models that a run had to score."""
+    return tuple(
+        line.removeprefix("Scoring ")
+        for line in done.stderr.splitlines()
+        if line.startswith("Scoring ")
+    )
+
+
+def files(folder, model):
+    """Return the results files of a model."""
+    own = [p for p in (folder / "merged.scores").iterdir() if p.name.endswith(f"__{model}")]
+    return sorted(file for directory in own for file in directory.glob("results_*.json"))
+
+
+class TestTheTable:
+    def test_it_has_a_row_for_each_model_and_a_column_for_each_task(self, made):
+        lines = evaluate(made).stdout.splitlines()
+        heads = " ".join(" ".join(lines[:5]).split())
+        for head in (*TASKS.split(","), "acc", "↓", "Abs. Avg", "Nor. Avg", "ALD"):
+            assert head in heads
+        rows = [line.strip() for line in lines if line.strip().startswith(MODELS)]
+        assert len(rows) == len(MODELS)
+        assert sum(row.count("*") for row in rows) == 3
+        assert all("*" not in rows[number] for number in (0, 3))
+        assert [row.split()[-2] for row in rows] == ["n/a"] * 4  # no expert has a right answer
+
+    def test_its_figures_are_lm_evals(self, made, tmp_path):
+        tasks = TaskManager(include_path=str(made / "tasks"), include_defaults=False)
+        report = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(made / "merged")},
+            tasks=TASKS.split(","),
+            task_manager=tasks,
+            device="cpu",
+            bootstrap_iters=0,
+        )["results"]
+        found = as_json(made)["models"][-1]
+        expected = [
+            report["agieval"]["acc,none"],
+            report["one"]["acc,none"],
+            report["text"]["word_perplexity,none"],
+        ]
+        assert found["model"] == "merge"
+        assert found["scores"] == pytest.approx(expected)
+
+    def test_the_averages_are_over_the_tasks(self, made):
+        found = as_json(made)
+        experts = [MODELS.index(task["expert"]) for task in found["tasks"]]
+        best = [found["models"][at]["losses"][t] for t, at in enumerate(experts)]
+        for model in found["models"]:
+            assert model["absolute_average"] == pytest.approx(sum(model["scores"][:2]) / 2)
+            ald = sum(a - b for a, b in zip(model["losses"][1:], best[1:], strict=True)) / 2
+            assert model["average_loss_difference"] == pytest.approx(ald)
+            assert model["losses"][0] is None
+
+
+class TestTheResults:
+    def test_they_lie_beside_the_merge_as_lm_eval_writes_them(self, made, tmp_path):
+        tracker = EvaluationTracker(output_path=str(tmp_path))
+        model_args = {"pretrained": str(made / "merged")}
+        tracker.general_config_tracker.log_experiment_args("hf", model_args, None, None, False)
+        tracker.save_results_aggregated({})
+        (expected,) = tmp_path.glob("*/results_*.json")
+        (file,) = files(made, "merged")
+        assert file.parent.name == expected.parent.name
+        results = json.loads(file.read_text())
+        assert json.loads(expected.read_text()).keys() <= results.keys()
+        assert results["config"]["model_args"] == model_args
+        assert make_table(results).count("word_perplexity") == 1
+
+    def test_they_become_the_scores_of_the_same_merge(self, folder):
+        shutil.rmtree(folder / "merged")
+        (file,) = files(folder, "merged")
+        words = [folder / "metagpt.yml", folder / "merged", "--model-index", file]
+        done = CliRunner().invoke(main, ["merge", *map(str, words), "--random-seed", "0"])
+        assert done.exit_code == 0, done.output
+        index = ModelCard.load(folder / "merged" / "README.md").data.eval_results
+        assert {(it.dataset_name, it.metric_type) for it in index} == {
+            ("agieval", "acc"), ("one", "acc"), ("one", "perplexity"), ("text", "word_perplexity"),
+        }  # fmt: skip
+
+    def test_they_are_not_made_twice(self, made):
+        assert scored(evaluate(made)) == ()
+        assert scored(evaluate(made, tasks="one")) == ()
+
+    def test_a_model_is_scored_again_if_its_weights_change(self, folder):
+        shutil.copy(folder / "b" / "model.safetensors", folder / "a")
+        assert scored(evaluate(folder)) == ()  # b's weights are known, wherever they are
+        put_nan(str(folder / "a"), "lm_head.weight")
+        assert scored(evaluate(folder)) == ("expert a",)
+
+    def test_every_model_is_if_the_settings_change(self, folder):
+        assert scored(evaluate(folder, "--limit", 4, tasks="one")) == MODELS
+        assert scored(evaluate(folder, "--limit", 4, tasks="one")) == ()
+        assert scored(evaluate(folder, "--limit", 4, "--shots", 1, tasks="one")) == MODELS
+
+    def test_every_model_is_if_the_tasks_change(self, folder):
+        data = folder / "tasks" / "one.jsonl"
+        data.write_text(data.read_text().replace("w7", "w8"))
+        assert scored(evaluate(folder, tasks="one")) == MODELS
+
+    def test_a_file_that_was_not_written_to_its_end_is_as_none(self, folder):
+        (file,) = files(folder, "merged")
+        file.write_text(file.read_text()[:99])
+        assert scored(evaluate(folder)) == ("merge",)
+
+    def test_only_tasks_that_are_missing_are_run(self, folder, monkeypatch):
+        run = []
+
+        def noted(checkpoint, tasks, **settings):
+            run.append(tasks)
+            return evaluate_here(checkpoint, tasks, **settings)
+
+        evaluate_here = bench.evaluate
+        monkeypatch.setattr(bench, "evaluate", noted)
+        evaluate(folder, "--limit", 3, tasks="one")
+        evaluate(folder, "--limit", 3, tasks="one,text")
+        assert run == [["one"]] * 4 + [["text"]] * 4
+
+
+class TestRefusals:
+    def test_a_task_that_does_not_exist_has_a_suggestion(self, made, monkeypatch):
+        def without_its_own(folder, _with_own):
+            return TaskManager(include_path=folder, include_defaults=False)
+
+        monkeypatch.setattr(harness, "_task_manager", without_its_own)  # indexing takes seconds
+        done = evaluate(made, tasks="agi_eval", status=1)
+        assert done.stderr == "Error: lm-eval has no task agi_eval; write agieval instead.\n"
+
+    def test_a_task_whose_data_is_missing_is_named(self, folder):
+        write_answers(folder / "tasks", "two", [])
+        (folder / "tasks" / "two.jsonl").unlink()
+        done = evaluate(folder, tasks="two", status=1)
+        assert "Error: lm-eval cannot load two (" in done.stderr
+
+    def test_a_task_that_runs_code_is_left_to_lm_eval(self, folder):
+        file = folder / "tasks" / "one.yaml"
+        file.write_text(f"{file.read_text()}unsafe_code: true\n")
+        done = evaluate(folder, tasks="one", status=1)
+        assert "Error: Task one executes code that the model writes; leave it out" in done.stderr
+        assert scored(done) == ()
+
+    def test_without_a_merge_the_command_for_it_is_named(self, folder):
+        shutil.rmtree(folder / "merged")
+        done = evaluate(folder, status=1)
+        assert (
+            f"There is no merge in {folder / 'merged'}; run mergekit-metagpt merge" in done.stderr
+        )
+
+    def test_without_lm_eval_the_extra_is_named(self, made, monkeypatch):
+        monkeypatch.setitem(sys.modules, "lm_eval", None)
+        done = evaluate(made, status=1)
+        assert done.stderr == (
+            "Error: Scoring needs lm-eval; run: pip install 'mergekit-metagpt[evaluate]'\n"
+        )
+
+    def test_a_batch_size_is_a_number(self, made):
+        done = evaluate(made, "--batch-size", "many", status=2)
+        assert "'many' is no number" in done.stderr
+
+    def test_a_model_that_cannot_be_scored_is_named(self, folder):
+        for file in (folder / "b").glob("tokenizer*"):
+            file.unlink()
+        shutil.rmtree(folder / "merged.scores")
+        done = evaluate(folder, tasks="one", status=1)
+        assert f"Error: lm-eval could not score {folder / 'b'} on one (" in done.stderr
+        assert files(folder, "a")
+
+    def test_results_that_cannot_be_written_are_an_error(self, folder):
+        shutil.rmtree(folder / "merged.scores")
+        (folder / "merged.scores").touch()
+        done = evaluate(folder, status=1)
+        assert "could not be written to" in done.stderr
