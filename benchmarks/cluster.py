@@ -28,8 +28,7 @@ from benchmarks.machine import described
 from benchmarks.results_file import write_measured
 from benchmarks.timing import weight_bytes
 from mergekit_metagpt.measure.checkpoints import Checkpoints, set_up_worker
-from mergekit_metagpt.merging.cluster import merge_on_cluster
-from mergekit_metagpt.merging.whole import Merger, merge_here, merge_whole
+from mergekit_metagpt.merging.whole import merge_whole
 from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
 
 EXPERTS = 3
@@ -66,7 +65,7 @@ class Family:
         checkpoints = Checkpoints.of(str(self.models[0]), [str(path) for path in self.models[1:]])
         checkpoints.survey("cpu", False, mapper=mapper)
 
-    def merge(self, merger: Merger) -> None:
+    def merge(self, mapper: RayMapper | None = None) -> None:
         """Merge at granularity tensor, which needs no survey."""
         config = MergeConfiguration.model_validate(
             {
@@ -77,7 +76,8 @@ class Family:
             }
         )
         with tempfile.TemporaryDirectory(dir=self.models[0].parent) as out:
-            merge_whole(config, config.to_yaml(), Path(out, "merged"), self.options, merger)
+            merged = Path(out, "merged")
+            merge_whole(config, config.to_yaml(), merged, self.options, mapper=mapper)
 
     @property
     def options(self) -> MergeOptions:
@@ -100,16 +100,13 @@ def seconds(action: Callable[[], None]) -> float:
 
 def here(family: Family) -> Times:
     """Time this process, with as many threads as PyTorch chooses."""
-    return Times(
-        seconds(lambda: family.survey(in_this_process)), seconds(lambda: family.merge(merge_here))
-    )
+    return Times(seconds(lambda: family.survey(in_this_process)), seconds(family.merge))
 
 
 def on_ray(family: Family) -> Times:
     """Time the cluster that this process is connected to."""
     mapper = RayMapper(None, partial(set_up_worker, family.options))
-    merger = partial(merge_on_cluster, mapper=mapper)
-    return Times(seconds(lambda: family.survey(mapper)), seconds(lambda: family.merge(merger)))
+    return Times(seconds(lambda: family.survey(mapper)), seconds(lambda: family.merge(mapper)))
 
 
 @contextmanager

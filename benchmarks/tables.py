@@ -7,7 +7,9 @@ import numpy as np
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Return mean and sample standard deviation; for a single value, only the mean."""
+    """Return mean and sample standard deviation; for one value the mean, for none ``-``."""
+    if not values:
+        return "-"
     # statistics.stdev fails on nan, which Nor. Avg is if an expert scores 0.
     deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{fmean(values):.{digits}f}{deviation}"

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from conftest import llama_config
+from conftest import llama_config, on_posix
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks import results_file
@@ -209,6 +209,7 @@ def test_a_meaning_of_wordnet_has_an_example_with_its_word(tmp_path: Path) -> No
     assert spoon == {"definition": "a utensil", "lexicographer_file": "06", "part": "noun"}
 
 
+@on_posix
 def test_descriptions_of_debian_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "apt-cache"
     script.write_text(
@@ -326,6 +327,15 @@ def test_adapters_are_merged_by_mergekit(bench: Bench) -> None:
     assert math.isfinite(family.loss_difference("MetaGPT, tensor"))
 
 
+def test_a_merge_that_mergekit_refuses_has_no_scores(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = Row("refused", "metagpt", {"exponent": -1.0})
+    family = FamilyBench(bench, "even", 0).results("tiny", [FEW_ROWS[0], refused])
+    assert refused.name not in family.scores
+    assert "even-0-of-2, refused: " in capsys.readouterr().err
+
+
 def test_a_run_continues_where_it_stopped(
     bench: Bench, family: LanguageFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,6 +390,19 @@ def test_the_report_says_what_wins_by_how_much_and_how_often() -> None:
     ) in text
     assert "| good | **0.500 ± 0.000** | **0.500 ± 0.000** | 4 |" in text
     assert "| bad | 4 of 4, -1.500 |" in text
+
+
+def test_the_report_says_where_a_merge_was_refused() -> None:
+    families = list(made_up_families())
+    for family in families:
+        family.scores["other"] = dict.fromkeys(TASKS, Score(100.0, 4.5))
+        family.perplexity["other"] = 30.0
+    for family in families[2:]:
+        del family.scores["bad"]
+    text = report(families, ["good"])
+    assert "against 4.000 of other" in text
+    assert "| bad | 2.000 ± 0.707 | - | 0 |" in text
+    assert "| bad | 2 of 2, -1.500 |" in text
 
 
 def test_the_report_has_a_table_for_each_recipe() -> None:

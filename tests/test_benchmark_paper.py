@@ -21,11 +21,12 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from paper_stand_ins import save_models, save_tasks
 
-from benchmarks.averages import absolute_average, normalized_average
-from benchmarks.harness import evaluate
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.merges import merge, with_local_models
 from benchmarks.paper.tables import Row, read_table, table_numbers
+from mergekit_metagpt.evaluation.averages import absolute_average, normalized_average
+from mergekit_metagpt.evaluation.harness import evaluate
+from mergekit_metagpt.evaluation.results import metrics
 from mergekit_metagpt.preflight import inspect
 
 ROWS = [
@@ -188,14 +189,15 @@ def test_a_row_is_measured_on_its_own_merge_and_printed_beside_the_papers_figure
     checkpoint = row.source if name == "Math" else merged_here(row, tmp_path / "merged")
     measured, published = printed(first.stdout, name)
     for number, column in enumerate(SAFE_COLUMNS):
-        (metrics,) = evaluate(
+        report = evaluate(
             checkpoint,
             column.tasks,
             task_folder=tasks,
             shots=column.shots,
             shot_answer=column.shot_answer,
-        ).values()
-        score = 100 * metrics[column.metric]
+        )
+        (task,) = column.tasks
+        score = 100 * metrics(report)[task][column.metric]
         assert results(out)[f"{name.lower()}/{column.name}"]["score"] == pytest.approx(score)
         assert measured[number] == f"{score:.2f}"
         assert published[number] == f"{row.scores[number]:.2f}"

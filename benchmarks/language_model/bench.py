@@ -1,7 +1,7 @@
 """The work directory: the base, the experts and all scores, of which none is made twice."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,18 @@ import click
 import torch
 from mergekit.common import ModelReference
 
-from benchmarks.harness import evaluate
 from benchmarks.harness_tasks import write_answers, write_text
+from benchmarks.language_model.base import ATTENTION, fast_products
 from benchmarks.language_model.experts import RECIPES, train_expert
 from benchmarks.language_model.neutral import passages
 from benchmarks.language_model.tasks import Splits, splits
 from benchmarks.language_model.whole import write_json
+from mergekit_metagpt.evaluation.harness import evaluate
+from mergekit_metagpt.evaluation.results import Metrics, metrics
 
 NEUTRAL = "neutral"  # the harness task of neutral text
 
 _BATCH = 16
-
-Metrics = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,15 @@ class Bench:
         write_json(path, {"settings": settings, "metrics": metrics})
         return metrics
 
-    def score(self, checkpoint: Path, tasks: Iterable[str]) -> Metrics:
+    def score(self, checkpoint: Path, tasks: Sequence[str]) -> Metrics:
         """Score a checkpoint with lm-eval on tasks named TASK_validation, TASK_test, NEUTRAL."""
-        return evaluate(
-            checkpoint,
-            list(tasks),
-            task_folder=self._harness,
-            device=self.device,
-            batch_size=_BATCH,
-        )
+        with fast_products():
+            report = evaluate(
+                checkpoint,
+                tasks,
+                task_folder=self._harness,
+                device=self.device,
+                batch_size=_BATCH,
+                attn_implementation=ATTENTION,
+            )
+        return metrics(report)

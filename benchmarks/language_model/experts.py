@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.fitting import IGNORED, fit
 from benchmarks.harness_tasks import Example
-from benchmarks.language_model.base import load
+from benchmarks.language_model.base import fast_products, load
 from benchmarks.language_model.tasks import stream
 from benchmarks.language_model.whole import written_whole
 
@@ -61,7 +61,8 @@ def train_expert(
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     drawn = stream(examples, seed)
     batches = (encoded(tokenizer, list(islice(drawn, _BATCH)), model.device) for _ in range(_STEPS))
-    fit(model, batches, _STEPS, rate)
+    with fast_products():
+        fit(model, batches, _STEPS, rate)
     with written_whole(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

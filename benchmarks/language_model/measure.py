@@ -8,16 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
+import click
 import torch
 import transformers
 from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
 
-from benchmarks.language_model.bench import NEUTRAL, Bench, Metrics
+from benchmarks.language_model.bench import NEUTRAL, Bench
 from benchmarks.language_model.curvature import curved_coefficients
 from benchmarks.language_model.rows import GRID, Row
 from benchmarks.quality.families import Family, Score, expert_name
 from benchmarks.stock_merge import merge
-from mergekit_metagpt import Survey, survey_checkpoints
+from mergekit_metagpt import Survey, survey
+from mergekit_metagpt.evaluation.results import Metrics
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class FamilyBench:
             **{expert_name(task): self._expert(task, "test") for task in self.tasks},
             **{row.name: self._merge(row.with_weight(best), "test") for row in rows},
         }
+        scored = {model: it for model, it in metrics.items() if it}
         return LanguageFamily(
             size=name,
             recipe=self.recipe,
@@ -67,10 +71,8 @@ class FamilyBench:
             parameters=_parameters(self.bench.base),
             norms=self._norms(),
             grid={row.parameters["weight"]: loss for row, loss in zip(GRID, losses, strict=True)},
-            scores={model: _scores(it, self.tasks, "test") for model, it in metrics.items()},
-            perplexity={
-                model: it[NEUTRAL]["word_perplexity,none"] for model, it in metrics.items()
-            },
+            scores={model: _scores(it, self.tasks, "test") for model, it in scored.items()},
+            perplexity={model: it[NEUTRAL]["word_perplexity,none"] for model, it in scored.items()},
         )
 
     def validation_loss(self, row: Row) -> float:
@@ -107,32 +109,38 @@ class FamilyBench:
         )
 
     def _score_merge(self, row: Row, split: str) -> Metrics:
+        """Return no metrics if MergeKit refuses the merge."""
         parameters = row.parameters
         if "curvature" in parameters:
-            assert self._survey.products is not None
-            parameters = {"weight": curved_coefficients(self._survey.products, **parameters)}
+            products = self._survey.figures.products
+            assert products is not None
+            parameters = {"weight": curved_coefficients(products, **parameters)}
         with tempfile.TemporaryDirectory(dir=self.bench.work, prefix="merged-") as folder:
             out = Path(folder) / "merged"
-            merge(
-                (row.method, parameters),
-                self.bench.base,
-                list(self.experts.values()),
-                out,
-                self.seed,
-                self.bench.device,
-                *("--lora-merge-cache", self._adapted),
-            )
+            try:
+                merge(
+                    (row.method, parameters),
+                    self.bench.base,
+                    list(self.experts.values()),
+                    out,
+                    self.seed,
+                    self.bench.device,
+                    *("--lora-merge-cache", self._adapted),
+                )
+            except ValueError as error:
+                click.echo(f"{self._name}, {row.name}: {error}", err=True)
+                return {}
             return self.bench.score(out, _split(self.tasks, split))
 
     def _norms(self) -> dict[str, float]:
         """Return ‖τ_t‖ by task."""
-        squares = self._survey.model
+        squares = self._survey.squared_norms
         return {task: math.sqrt(square) for task, square in zip(self.tasks, squares, strict=True)}
 
     @cached_property
     def _survey(self) -> Survey:
         experts = [str(expert.merged(self._adapted)) for expert in self.experts.values()]
-        return survey_checkpoints(str(self.bench.base), experts, products=True, progress=False)
+        return survey(str(self.bench.base), experts, options=MergeOptions(quiet=True))
 
     def _checkpoint(self, expert: ModelReference) -> Path:
         """Return the directory of an expert; an adapter is merged into the base first."""

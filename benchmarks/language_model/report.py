@@ -17,7 +17,7 @@ def report(families: Sequence[LanguageFamily], ours: Iterable[str]) -> str:
     """Return what wins, a table of all families, and tables for each recipe.
 
     Args:
-        families: the results; all have the same rows.
+        families: the results. A merge is missing where MergeKit refuses it.
         ours: the names of the rows of MetaGPT, to compare with each of the others.
     """
     ours = list(ours)
@@ -47,9 +47,21 @@ def sweep_table(sweep: Sequence[tuple[Row, float]], parameters: Sequence[str]) -
     return table(header, rows)
 
 
-def _merges(family: LanguageFamily) -> list[str]:
-    alone = {"base", *map(expert_name, family.tasks)}
-    return [model for model in family.scores if model not in alone]
+def _merges(families: Sequence[LanguageFamily]) -> list[str]:
+    """Return the merges that all families have."""
+    alone = {"base", *map(expert_name, families[0].tasks)}
+    everywhere = set.intersection(*(set(family.scores) for family in families)) - alone
+    return [model for model in families[0].scores if model in everywhere]
+
+
+def _all_merges(families: Sequence[LanguageFamily]) -> list[str]:
+    """Return the merges that any family has."""
+    return list(dict.fromkeys(model for family in families for model in _merges([family])))
+
+
+def _having(families: Iterable[LanguageFamily], *models: str) -> list[LanguageFamily]:
+    """Return the families that have scores of all these models."""
+    return [family for family in families if set(models) <= family.scores.keys()]
 
 
 def _by_recipe(families: Iterable[LanguageFamily]) -> list[list[LanguageFamily]]:
@@ -71,7 +83,7 @@ def _winners(families: Sequence[LanguageFamily]) -> str:
 
 
 def _winner(families: Sequence[LanguageFamily], average: Average) -> str:
-    merges = _merges(families[0])
+    merges = _merges(families)
     means = {model: _mean(families, model, average) for model in merges}
     first, second = sorted(merges, key=lambda model: -average.sign * means[model])[:2]
     gaps = [average.sign * (average.of(it, first) - average.of(it, second)) for it in families]
@@ -87,28 +99,28 @@ def _winner(families: Sequence[LanguageFamily], average: Average) -> str:
 def _summary(families: Sequence[LanguageFamily]) -> str:
     """Return the ALD of each merge by recipe, and in how many families it is the lowest."""
     groups = _by_recipe(families)
-    merges = _merges(families[0])
-    best = [min(merges, key=lambda model: _mean(group, model, _ALD)) for group in groups]
+    best = [min(_merges(group), key=lambda model: _mean(group, model, _ALD)) for group in groups]
 
     def cells(model: str) -> Iterable[str]:
         yield model
         for group, lowest in zip(groups, best, strict=True):
-            cell = spread([_ALD.of(family, model) for family in group], _ALD.digits)
+            cell = spread([_ALD.of(it, model) for it in _having(group, model)], _ALD.digits)
             yield f"**{cell}**" if model == lowest else cell
-        yield str(sum(model == min(merges, key=it.loss_difference) for it in families))
+        yield str(sum(model == min(_merges([it]), key=it.loss_difference) for it in families))
 
     header = ["ALD", *(group[0].recipe for group in groups), f"lowest, of {len(families)}"]
-    return table(header, (cells(model) for model in merges))
+    return table(header, (cells(model) for model in _all_merges(families)))
 
 
 def _duels(families: Sequence[LanguageFamily], ours: Sequence[str]) -> str:
     """Return in how many families each of our rows has a lower ALD, and by how much on average."""
 
     def cell(our: str, rival: str) -> str:
-        gaps = [_ALD.of(family, our) - _ALD.of(family, rival) for family in families]
-        return f"{sum(gap < 0 for gap in gaps)} of {len(gaps)}, {fmean(gaps):+.3f}"
+        both = _having(families, our, rival)
+        gaps = [_ALD.of(family, our) - _ALD.of(family, rival) for family in both]
+        return f"{sum(gap < 0 for gap in gaps)} of {len(gaps)}, {fmean(gaps):+.3f}" if gaps else "-"
 
-    rivals = [model for model in _merges(families[0]) if model not in ours]
+    rivals = [model for model in _all_merges(families) if model not in ours]
     rows = ([rival, *(cell(our, rival) for our in ours)] for rival in rivals)
     return table(["lower ALD, and its difference", *ours], rows)
 
@@ -137,22 +149,24 @@ def _how_far(group: Sequence[LanguageFamily]) -> str:
 
 def _scores(group: Sequence[LanguageFamily]) -> str:
     """Return a table like the paper's, with the best merges in bold."""
-    merges = _merges(group[0])
     best = {
-        average.name: max(merges, key=lambda model: average.sign * _mean(group, model, average))
+        average.name: max(
+            _merges(group), key=lambda model: average.sign * _mean(group, model, average)
+        )
         for average in _COLUMNS
     }
 
     def cells(model: str) -> Iterable[str]:
         yield model
+        having = _having(group, model)
         for task in group[0].tasks:
-            yield spread([family.scores[model][task].accuracy for family in group], 1)
+            yield spread([family.scores[model][task].accuracy for family in having], 1)
         for average in _COLUMNS:
-            cell = spread([average.of(family, model) for family in group], average.digits)
+            cell = spread([average.of(family, model) for family in having], average.digits)
             yield f"**{cell}**" if best[average.name] == model else cell
 
     header = ["model", *group[0].tasks, *(average.name for average in _COLUMNS)]
-    return table(header, (cells(model) for model in ("base", *merges)))
+    return table(header, (cells(model) for model in ("base", *_all_merges(group))))
 
 
 def _mean(families: Iterable[LanguageFamily], model: str, average: Average) -> float:

@@ -37,8 +37,8 @@ ARITHMETIC = Row("task arithmetic, 0.3", "task_arithmetic", {"weight": 0.3})
 TUNED = Row("task arithmetic, tuned", "task_arithmetic", {}, tuned=True)
 TIES = Row("TIES", "ties", {"weight": 1.0, **_DENSE})
 
-# What MergeKit 0.1.5 offers for any number of experts. At weights that sum to 1, DARE, DELLA and
-# breadcrumbs would be weight averages with noise.
+# What MergeKit 0.1.5 offers for any number of experts. At weights that sum to 1, DARE and DELLA
+# would be weight averages with noise.
 STOCK = [
     AVERAGE,
     ARITHMETIC,
@@ -47,13 +47,11 @@ STOCK = [
     Row("TIES, a tuned sum", "ties", {"normalize": False, **_DENSE}, tuned=True),
     Row("DARE, tuned", "dare_linear", _DENSE, tuned=True),
     Row("DELLA, tuned", "della_linear", {"normalize": False, **_DENSE}, tuned=True),
-    Row("breadcrumbs, tuned", "breadcrumbs", _DENSE, tuned=True),
     Row("SCE", "sce", {}),
     Row("Model Stock", "model_stock", {}),
     Row("Karcher mean", "karcher", {}),
     Row("multi-SLERP", "multislerp", {"weight": 1.0}),
     Row("RAM", "ram", {}),
-    Row("RAM+", "ramplus_tl", {}),
 ]
 # Coefficients of whole models that need not sum to 1, see curvature.py: task arithmetic is told
 # their values.
@@ -69,6 +67,11 @@ CURVED = [
 METAGPT = [
     Row(f"MetaGPT, {granularity}", "metagpt", {"granularity": granularity})
     for granularity in ("tensor", "layer", "model", "direction")
+]
+# The default is one of them: both for adapters, otherwise the input.
+BY_SIDE = [
+    Row(f"MetaGPT, direction, {name}", "metagpt", {"granularity": "direction", "side": side})
+    for name, side in (("input side", "input"), ("both sides", "both"))
 ]
 # What `direction` can be set to. The best on the validation examples of one family is a row.
 CHOSEN = "MetaGPT, direction, chosen"
@@ -90,5 +93,5 @@ DIRECTIONS = [
     )
     for side, exponent, isotropy in _SETTINGS
 ]
-ROWS = [*STOCK, *CURVED, *METAGPT]
+ROWS = [*STOCK, *CURVED, *METAGPT, *BY_SIDE]
 QUICK_ROWS = [AVERAGE, ARITHMETIC, TUNED, TIES, *METAGPT]

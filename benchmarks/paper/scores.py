@@ -48,7 +48,7 @@ class Scores:
 
     def load_tasks(self, column: Column) -> None:
         """Load a column's tasks and data, so that errors appear before any merge."""
-        from benchmarks.harness import load_tasks
+        from mergekit_metagpt.evaluation.harness import load_tasks
 
         load_tasks(column.tasks, self.task_folder, self.unsafe_code)
 
@@ -56,10 +56,11 @@ class Scores:
         """Measure a checkpoint with lm-eval, and store and return the score in %."""
         import torch
 
-        from benchmarks.harness import evaluate
+        from mergekit_metagpt.evaluation.harness import evaluate
+        from mergekit_metagpt.evaluation.results import metrics
 
         on_gpu = torch.cuda.is_available()
-        metrics = evaluate(
+        report = evaluate(
             checkpoint,
             column.tasks,
             task_folder=self.task_folder,
@@ -71,8 +72,9 @@ class Scores:
             unsafe_code=self.unsafe_code,
             progress=True,
         )
-        score = 100 * fmean(result[column.metric] for result in metrics.values())
-        result = {"score": score, "settings": self._settings(row, column), "metrics": metrics}
+        found = metrics(report)
+        score = 100 * fmean(found[task][column.metric] for task in column.tasks)
+        result = {"score": score, "settings": self._settings(row, column), "metrics": found}
         self._write(self._path(row, column), result)
         return score
 

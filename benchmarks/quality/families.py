@@ -4,8 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from benchmarks.averages import absolute_average, normalized_average
 from mergekit_metagpt import scaling_coefficients
+from mergekit_metagpt.evaluation.averages import (
+    absolute_average,
+    average_loss_difference,
+    normalized_average,
+)
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,9 @@ class Family:
         return normalized_average(self._accuracies(model), at_home)
 
     def loss_difference(self, model: str) -> float:
-        """Return the paper's ALD (equation 4) in nats. MetaGPT minimises a bound on it."""
-        differences = [
-            self.scores[model][task].loss - self.at_home(task).loss for task in self.tasks
-        ]
-        return sum(differences) / len(differences)
+        """Return the paper's ALD in nats."""
+        losses = [self.scores[model][task].loss for task in self.tasks]
+        return average_loss_difference(losses, [self.at_home(task).loss for task in self.tasks])
 
     def gain(self, task: str) -> float:
         """Return how much lower an expert's loss on its own task is than the base's, in nats."""

@@ -6,14 +6,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import transformers
+from mergekit.options import MergeOptions
 
-from benchmarks.harness import evaluate
 from benchmarks.quality.families import Family, Score, expert_name
 from benchmarks.quality.merges import BASELINES, GRID, METAGPT
 from benchmarks.quality.models import Size, Trainer
 from benchmarks.quality.tasks import TASKS, write_harness_tasks
 from benchmarks.stock_merge import Method, merge, task_arithmetic
-from mergekit_metagpt import survey_checkpoints
+from mergekit_metagpt import survey
+from mergekit_metagpt.evaluation.harness import evaluate
+from mergekit_metagpt.evaluation.results import metrics
 
 BEST_OF_GRID = "task arithmetic, best of grid"
 
@@ -76,10 +78,9 @@ class _Bench:
     def norms(self) -> dict[str, float]:
         """Return ‖τ_t‖ by task."""
         experts = [self.folder / task for task in TASKS]
-        survey = survey_checkpoints(
-            str(self.folder / "base"), [str(expert) for expert in experts], progress=False
-        )
-        squares = dict(zip(map(str, survey.experts), survey.model, strict=True))
+        quiet = MergeOptions(quiet=True)
+        found = survey(str(self.folder / "base"), list(map(str, experts)), options=quiet)
+        squares = dict(zip(found.experts, found.squared_norms, strict=True))
         return {expert.name: math.sqrt(squares[str(expert)]) for expert in experts}
 
     def grid(self) -> dict[float, float]:
@@ -112,17 +113,15 @@ class _Bench:
         return scores
 
     def _scores(self, model: Path, split: str) -> dict[str, Score]:
-        metrics = evaluate(
-            model,
-            [f"{task}_{split}" for task in TASKS],
-            task_folder=self.folder / "tasks",
-            device=self.device,
-            batch_size=128,
+        names = [f"{task}_{split}" for task in TASKS]
+        report = evaluate(
+            model, names, task_folder=self.folder / "tasks", device=self.device, batch_size=128
         )
+        found = metrics(report)
         return {
             task: Score(
-                accuracy=100 * metrics[f"{task}_{split}"]["acc,none"],
-                loss=math.log(metrics[f"{task}_{split}"]["perplexity,none"]),
+                accuracy=100 * found[f"{task}_{split}"]["acc,none"],
+                loss=math.log(found[f"{task}_{split}"]["perplexity,none"]),
             )
             for task in TASKS
         }

@@ -4,6 +4,7 @@ from benchmarks.quality.tasks import TASKS
 from benchmarks.stock_merge import Method
 
 GRANULARITIES = ("tensor", "layer", "model")
+PLAIN = (*GRANULARITIES, "direction")  # those of the plain method
 GRID = tuple(number / 10 for number in range(1, 11))
 
 _DENSITY = {"density": 0.55}  # the paper's
@@ -28,7 +29,7 @@ METAGPT: dict[str, Method] = {
     },
     **{
         f"MetaGPT, {granularity}": ("metagpt", {"granularity": granularity})
-        for granularity in GRANULARITIES
+        for granularity in PLAIN
     },
     **{
         f"{name} + MetaGPT, {granularity}": (method, {"granularity": granularity, **_DENSITY})

@@ -10,10 +10,10 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from benchmarks.quality.families import Family
 from benchmarks.quality.measure import RECIPES
-from benchmarks.quality.merges import GRANULARITIES
+from benchmarks.quality.merges import PLAIN
 from benchmarks.quality.report import RIVALS, by_setting, size_of
 
-_MODELS = (*RIVALS, *(f"MetaGPT, {granularity}" for granularity in GRANULARITIES))
+_MODELS = (*RIVALS, *(f"MetaGPT, {granularity}" for granularity in PLAIN))
 # Colour-blind people can tell these colours apart (Okabe and Ito); in print, markers differ.
 _SERIES = (("#0072B2", "o", -0.15), ("#D55E00", "s", 0.15))
 

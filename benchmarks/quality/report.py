@@ -6,7 +6,7 @@ from statistics import fmean
 
 from benchmarks.quality.families import AVERAGES, Average, Family, expert_name
 from benchmarks.quality.measure import BEST_OF_GRID, RECIPES
-from benchmarks.quality.merges import BASELINES, GRANULARITIES, METAGPT
+from benchmarks.quality.merges import BASELINES, METAGPT, PLAIN
 from benchmarks.quality.tasks import TASKS
 from benchmarks.tables import spread, table
 
@@ -88,11 +88,14 @@ def _duels(families: Sequence[Family], average: Average) -> str:
     """Return in how many families our method beats a rival, by recipe and granularity."""
 
     def won(ours: str, rival: str, recipe: str, granularity: str) -> str:
+        row = f"{ours}, {granularity}"
+        if row not in METAGPT:
+            return ""
         met = [family for family in families if family.recipe == recipe]
-        victories = (average.is_better(f, f"{ours}, {granularity}", rival) for f in met)
+        victories = (average.is_better(family, row, rival) for family in met)
         return f"{sum(victories)} of {len(met)}"
 
-    columns = list(product(RECIPES, GRANULARITIES))
+    columns = list(product(RECIPES, PLAIN))
     rows = (
         [f"{ours} against {rival}", *(won(ours, rival, *column) for column in columns)]
         for ours, rival in _DUELS
