@@ -10,34 +10,45 @@ From Python:
 Importing this package does not import torch or MergeKit, so that interpreters start fast.
 """
 
+from mergekit_metagpt import startup
+
 # Every interpreter of the environment runs this file. It does not import `typing`, which takes
 # 5 ms.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from mergekit_metagpt.api.functions import merge, plan, survey
+    from mergekit_metagpt.api.results import Merged, Plan, Survey
     from mergekit_metagpt.coefficients import scaling_coefficients
-    from mergekit_metagpt.measure.checkpoints import survey_checkpoints
-    from mergekit_metagpt.measure.survey import Survey, survey_groups
     from mergekit_metagpt.method.merge_method import register
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Merged",
+    "Plan",
     "Survey",
+    "merge",
+    "plan",
     "register",
     "scaling_coefficients",
-    "survey_checkpoints",
-    "survey_groups",
+    "survey",
 ]
 
 _HOMES = {
-    "Survey": "measure.survey",
+    "Merged": "api.results",
+    "Plan": "api.results",
+    "Survey": "api.results",
+    "merge": "api.functions",
+    "plan": "api.functions",
     "register": "method.merge_method",
     "scaling_coefficients": "coefficients",
-    "survey_checkpoints": "measure.checkpoints",
-    "survey_groups": "measure.survey",
+    "survey": "api.functions",
 }
+
+# For an interpreter that started before this package was installed, such as a notebook's.
+startup.install()
 
 
 def __getattr__(name: str) -> "Any":

@@ -1,8 +1,8 @@
 """How stock MergeKit finds the methods of this package.
 
 MergeKit 0.1.5 has no plugin entry point. A start-up file beside this package (read by
-``site`` when an interpreter starts) calls :func:`install`, which puts a finder on
-``sys.meta_path``. The finder does nothing until MergeKit is imported, and then lets the
+``site`` when an interpreter starts) imports the package, which calls :func:`install`. That puts
+a finder on ``sys.meta_path``. The finder does nothing until MergeKit is imported, and then lets the
 package register itself as soon as MergeKit's method registry has been executed.
 
 This module runs in *every* interpreter of the environment: it imports nothing that the
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _SWITCH = "MERGEKIT_METAGPT_AUTOLOAD"
+_REGISTRY = "mergekit.merge_methods.registry"
 _STOCK_CLASS = "GeneralizedTaskArithmeticMerge"
 
 
@@ -36,6 +37,9 @@ def install() -> None:
     if any(type(finder).__name__ == _Finder.__name__ for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Finder())
+    registry = sys.modules.get(_REGISTRY)
+    if registry is not None and not getattr(registry.__spec__, "_initializing", False):
+        _run(_register, registry)  # MergeKit came before this package
 
 
 class _Finder:
@@ -100,10 +104,14 @@ class _Loader:
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        try:
-            self._hook(module)
-        except Exception as error:
-            _warn(f"{type(error).__name__}: {error}")
+        _run(self._hook, module)
+
+
+def _run(hook: "Callable[[ModuleType], None]", module: "ModuleType") -> None:
+    try:
+        hook(module)
+    except Exception as error:
+        _warn(f"{type(error).__name__}: {error}")
 
 
 def _register(registry: "ModuleType") -> None:
@@ -122,7 +130,7 @@ def _register(registry: "ModuleType") -> None:
 
 def _check(merge_methods: "ModuleType") -> None:
     """Warn if MergeKit keeps its registry elsewhere, so that ``_register`` has not run."""
-    if "mergekit.merge_methods.registry" not in sys.modules:
+    if _REGISTRY not in sys.modules:
         _warn("its method registry is not where this package looks for it")
 
 
@@ -134,7 +142,7 @@ def _teach_evolve(genome: "ModuleType") -> None:
 
 
 _HOOKS = {
-    "mergekit.merge_methods.registry": _register,
+    _REGISTRY: _register,
     "mergekit.merge_methods": _check,
     "mergekit.evo.genome": _teach_evolve,
 }

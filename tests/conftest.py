@@ -3,11 +3,12 @@
 import filecmp
 import os
 import subprocess
-import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -23,6 +24,8 @@ import mergekit_metagpt
 
 # Each xdist worker uses one thread, so that workers do not compete for cores.
 torch.set_num_threads(1)
+# Nor does a test wait for the hub; those of its routes have a server of their own.
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,6 +64,9 @@ settings.register_profile("deterministic", derandomize=True, deadline=None, data
 settings.load_profile("deterministic")
 
 VOCABULARY = 64
+
+# For tests of what POSIX has and Windows has not: fork, signals, named pipes, devices.
+on_posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 
 
 def llama_config(**changes: Any) -> transformers.LlamaConfig:
@@ -182,7 +188,7 @@ def read(model: Path | str) -> dict[str, torch.Tensor]:
 
 def command(name: str) -> str:
     """Return the path of a console script in the environment of the tests."""
-    return str(Path(sys.executable).with_name(name))
+    return str(Path(sysconfig.get_path("scripts"), name))
 
 
 def run(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

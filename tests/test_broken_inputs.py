@@ -17,7 +17,7 @@ import reference
 import torch
 import transformers
 from click.testing import CliRunner, Result
-from conftest import llama_config, merge_config, read, run, save_family, write_yaml
+from conftest import llama_config, merge_config, on_posix, read, run, save_family, write_yaml
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.scripts import merge_raw_pytorch, run_yaml
 from safetensors.torch import load_file
@@ -549,6 +549,7 @@ def test_the_stock_command_writes_over_an_input_which_only_stock_mergekit_could_
     assert all(torch.equal(written[name], expected[name]) for name in expected)
 
 
+@on_posix
 class TestFullDisk:
     """A limit of bytes per file stands for a full disk where none can be mounted."""
 

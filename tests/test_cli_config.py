@@ -10,6 +10,7 @@ from conftest import (
     command,
     llama_config,
     merge_config,
+    on_posix,
     put_nan,
     run,
     save_family,
@@ -45,6 +46,7 @@ def test_standard_input_is_a_config(name, config, tmp_path):
         assert (tmp_path / "out" / "mergekit_config.yml").read_text() == text
 
 
+@on_posix
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_pipe_is_a_config(name, config, tmp_path):
     """It can be read once."""

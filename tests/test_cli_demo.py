@@ -1,6 +1,8 @@
 """``mergekit-metagpt demo``, small."""
 
 import io
+import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,11 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner
-from conftest import command, read, run
+from conftest import read, run
 from mergekit.config import MergeConfiguration
 from rich.console import Console
 
-from mergekit_metagpt import scaling_coefficients, survey_checkpoints
+from mergekit_metagpt import scaling_coefficients
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.cli.demo import run_demo
 from mergekit_metagpt.demo.merges import (
@@ -30,6 +32,7 @@ from mergekit_metagpt.demo.models import (
     train_family,
 )
 from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.measure.checkpoints import survey_checkpoints
 
 SMALL = Scale(hidden_size=16, layers=1, batch=6, base_steps=3, expert_steps=3, held_out=20)
 MODELS = ["base", *TASKS]
@@ -180,16 +183,15 @@ def test_a_directory_that_cannot_be_made_is_refused_in_one_sentence(tmp_path):
 def test_a_merge_that_fails_shows_the_end_of_what_it_said(tmp_path):
     config = tmp_path / "wrong.yml"
     config.write_text("raise SystemExit('\\n'.join(f'line {n}' for n in range(100)))")
-    stand_in = command("python")
     with pytest.raises(
         RuntimeError, match=r"could not merge .*wrong\.yml \(exit status 1"
     ) as failure:
-        merge_with_mergekit(stand_in, config, tmp_path / "out")
+        merge_with_mergekit(sys.executable, config, tmp_path / "out")
     assert str(failure.value).split("\n")[1:] == [f"line {n}" for n in range(80, 100)]
 
 
 def test_an_interpreter_without_mergekit_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
     with pytest.raises(FileNotFoundError, match="no mergekit-yaml"):
         run_demo(tmp_path / "demo", SMALL, output())
     assert not any(tmp_path.iterdir())
@@ -211,7 +213,7 @@ def test_help_and_wrong_usage_import_neither_torch_nor_mergekit(words, status, s
         f"try: main({words!r})\n"
         "finally: print({'torch', 'mergekit', 'transformers'} & {*sys.modules})\n"
     )
-    done = run(command("python"), "-c", script)
+    done = run(sys.executable, "-c", script)
     assert done.returncode == status
     assert said in done.stdout + done.stderr
     assert done.stdout.endswith("set()\n")

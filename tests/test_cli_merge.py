@@ -12,6 +12,7 @@ from conftest import (
     command,
     llama_config,
     merge_config,
+    on_posix,
     put_nan,
     read,
     run,
@@ -104,7 +105,7 @@ def test_the_card_keeps_mergekits_text_and_gains_the_coefficients(config, family
     assert "### Scaling coefficients" in card.text
     assert f"| {family['a']} | " in card.text
     assert "mergekit-yaml mergekit_config.yml merged --random-seed 5" in card.text
-    assert {"mergekit", "merge", "metagpt"} <= set(card.data.tags)
+    assert {"mergekit", "merge", "metagpt-merge"} == set(card.data.tags)
     assert card.data.base_model_relation == "merge"
 
 
@@ -186,6 +187,7 @@ for moment in range(30):
 """
 
 
+@on_posix
 def test_killed_at_any_moment_the_output_is_whole_or_not_there(config, family, tmp_path):
     out = tmp_path / "merged"
     done = run(sys.executable, "-c", KILLED, config, out)

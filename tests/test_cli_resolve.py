@@ -2,11 +2,10 @@
 
 import os
 import stat
-import sys
 
 import pytest
 from click.testing import CliRunner
-from conftest import merge_config, write_yaml
+from conftest import merge_config, on_posix, write_yaml
 
 from mergekit_metagpt.cli import main
 
@@ -35,7 +34,7 @@ def test_a_file_is_replaced_as_a_whole(resolve, tmp_path):
     assert file.stat().st_ino != before
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files")
+@on_posix
 class TestWhatIsNoFile:
     """A device such as /dev/null would be replaced too, where root runs the command."""
 

@@ -17,7 +17,6 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt import survey_checkpoints
 from mergekit_metagpt.diagnosis import linearity, running
 from mergekit_metagpt.diagnosis.linearity import (
     ALPHAS,
@@ -27,6 +26,7 @@ from mergekit_metagpt.diagnosis.linearity import (
     sample_tokens,
 )
 from mergekit_metagpt.diagnosis.running import incomparable, interpolate, load
+from mergekit_metagpt.measure.checkpoints import survey_checkpoints
 
 Models = tuple[transformers.PreTrainedModel, ...]
 

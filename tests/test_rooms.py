@@ -12,7 +12,8 @@ PACKAGE = ROOT / "mergekit_metagpt"
 # From the top. A module may import from its own room and from the floors below.
 FLOORS = [
     {"cli"},
-    {"merging", "preflight", "report", "demo"},
+    {"api"},
+    {"merging", "preflight", "report", "demo", "evaluation"},
     {"planning", "diagnosis"},
     {"method"},
     {"measure"},

@@ -1,5 +1,6 @@
 """What is published, installed for real, and how stock MergeKit then finds it: start-up files."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -50,8 +51,10 @@ class Environment:
 
     def __init__(self, directory: Path):
         venv.create(directory, with_pip=False)
-        self.interpreter = directory / "bin" / "python"
-        (self.site,) = directory.glob("lib/python*/site-packages")
+        scheme = "nt" if os.name == "nt" else "posix_prefix"
+        paths = sysconfig.get_paths(scheme, {"base": directory, "platbase": directory})
+        self.interpreter = Path(paths["scripts"], Path(sys.executable).name)
+        self.site = Path(paths["purelib"])
         self.borrow(sysconfig.get_path("purelib"))
 
     def borrow(self, *paths: str | Path) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import on_posix
+
+pytestmark = on_posix  # programs run in forks
 
 PACKAGE = Path(__file__).parents[1] / "mergekit_metagpt"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from functools import partial
@@ -13,6 +14,7 @@ from conftest import (
     command,
     llama_config,
     merge_config,
+    on_posix,
     put_nan,
     read,
     run,
@@ -159,6 +161,7 @@ import click
 from mergekit_metagpt.workers import RayMapper
 
 address, number, failed = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 
 @click.command()
 def stopped():
@@ -181,11 +184,16 @@ stopped([])
 """
 
 
+@on_posix
 @pytest.mark.parametrize(
     ("number", "said"), [(signal.SIGINT, "\nAborted!\n"), (signal.SIGTERM, "")]
 )
 def test_a_command_that_is_stopped_ends_in_order(number, said, cluster, tmp_path):
     words = [cluster, str(int(number)), tmp_path / "failed"]
     done = run(sys.executable, "-c", STOPPED, *words)
+    # Sometimes a line of Ray's own core comes too late to be sent anywhere else.
+    printed = re.sub(
+        r"^\[.* task_manager.cc:.* Failed to push error .*\n", "", done.stderr, flags=re.M
+    )
     # Ray makes every code of an exit one, if it comes while a result is waited for.
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+    assert (done.returncode, done.stdout, printed) == (1, "", said)

@@ -1,16 +1,29 @@
 """The command ``mergekit-metagpt``: one file per subcommand, imported when it is used."""
 
 from importlib import import_module
+from typing import Any
 
 import click
 
 from mergekit_metagpt import __version__
 from mergekit_metagpt.cli._output import replace_unprintable
+from mergekit_metagpt.cli._signals import stopped_once
+from mergekit_metagpt.wording import nearest
 
 # To add a subcommand, add its name here, and the file `NAME.py` with the function `NAME` to
 # this folder. Import torch and MergeKit only inside functions of that file: `--help` imports
 # it, and must be fast.
-_COMMANDS = ("check", "coefficients", "diagnose", "resolve", "merge", "demo")
+_COMMANDS = (
+    "survey",
+    "coefficients",
+    "compare",
+    "check",
+    "diagnose",
+    "resolve",
+    "merge",
+    "evaluate",
+    "demo",
+)
 
 
 class _LazyGroup(click.Group):
@@ -24,6 +37,19 @@ class _LazyGroup(click.Group):
             return None
         command: click.Command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in _COMMANDS and not args[0].startswith("-"):
+            close = nearest(args[0], _COMMANDS)
+            hint = f" Did you mean {close!r}?" if close else ""
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with stopped_once():
+            return super().invoke(ctx)
 
 
 @click.group(cls=_LazyGroup, epilog="Example: mergekit-metagpt demo")

@@ -1,11 +1,13 @@
 """MergeKit's own options, for every command that touches models."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from typing import Any
 
 import click
 
+from mergekit_metagpt.cli._mergekit_options import SHOWN
 from mergekit_metagpt.mergekit_private import DTYPE_LOGGER, MERGE_LOGGER, is_about_dtype
 
 _KNOWN = f"{__name__}.known"
@@ -16,7 +18,7 @@ class MergeCommand(click.Command):
 
     Its function gets them as ``merge_options``, of MergeKit's own class. Loading these options
     imports torch, which is slow. They are therefore loaded only when one of them is given or
-    when the command runs, not for ``--help`` or a missing argument.
+    when the command runs, not for ``--help``, a missing argument or a misspelt option.
 
     If the command raises an exception, the user sees one sentence, or with ``--verbose`` the
     traceback.
@@ -30,29 +32,41 @@ class MergeCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the command's own parameters, and MergeKit's once they are loaded."""
-        own = super().get_params(ctx)
-        names = {parameter.name for parameter in own}
-        return own + [option for option in ctx.meta.get(_KNOWN, []) if option.name not in names]
+        # For completion, names are enough.
+        known = ctx.meta.get(_KNOWN, SHOWN if ctx.resilient_parsing else [])
+        return self._own(ctx) + self._besides(ctx, known)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; load MergeKit's options only if one is not the command's own."""
         try:
             return super().parse_args(ctx, list(args))
-        except click.NoSuchOption:
-            if _KNOWN in ctx.meta:
-                raise
-            _, ctx.meta[_KNOWN] = _merge_options()
-            return self.parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            theirs = _flags(SHOWN)
+            if error.option_name in theirs and _KNOWN not in ctx.meta:
+                _, ctx.meta[_KNOWN] = _merge_options()
+                return self.parse_args(ctx, args)
+            known = [*_flags(self._own(ctx)), *theirs]
+            close = get_close_matches(error.option_name, known, cutoff=0.75)
+            raise click.NoSuchOption(error.option_name, possibilities=close, ctx=ctx) from None
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Say that there are more options than are shown."""
-        super().format_epilog(ctx, formatter)
-        if _KNOWN not in ctx.meta:
-            formatter.write_paragraph()
-            formatter.write_text(
-                "MergeKit's own options work here too, such as --device, --trust-remote-code or "
-                "--lora-merge-cache; see mergekit-yaml --help."
-            )
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Show the command's own options, and MergeKit's below them."""
+        own, theirs = self._own(ctx), self._besides(ctx, SHOWN)
+        for title, options in (("Options", own), ("MergeKit's options", theirs)):
+            shown = [option for option in options if isinstance(option, click.Option)]
+            records = [option.get_help_record(ctx) for option in shown]
+            with formatter.section(title):
+                formatter.write_dl([record for record in records if record])
+
+    def _own(self, ctx: click.Context) -> list[click.Parameter]:
+        return super().get_params(ctx)
+
+    def _besides(
+        self, ctx: click.Context, options: Iterable[click.Parameter]
+    ) -> list[click.Parameter]:
+        """Return those options that the command does not have itself."""
+        names = {parameter.name for parameter in self._own(ctx)}
+        return [option for option in options if option.name not in names]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command with ``merge_options``."""
@@ -72,6 +86,10 @@ class MergeCommand(click.Command):
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise click.ClickException(reason) from error
+
+
+def _flags(options: Iterable[click.Parameter]) -> list[str]:
+    return [flag for option in options for flag in (*option.opts, *option.secondary_opts)]
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

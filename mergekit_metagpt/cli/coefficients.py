@@ -8,7 +8,9 @@ import click
 from mergekit_metagpt.cli._config import (
     config_argument,
     forecast_config,
+    keep_option,
     ray_option,
+    survey_options,
     warn,
 )
 from mergekit_metagpt.cli._options import MergeCommand
@@ -31,12 +33,17 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Draw coefficients, coefficients by layer and cosines to this file, such as FILE.png.",
 )
+@survey_options
+@keep_option
 @ray_option
 def coefficients(
     config: str,
     granularity: str | None,
     as_json: bool,
     plot: Path | None,
+    survey: str | None,
+    save_survey: str | None,
+    keep: bool,
     ray: str | None,
     merge_options: "MergeOptions",
 ) -> None:
@@ -50,16 +57,21 @@ def coefficients(
     """
     import json
 
-    from mergekit_metagpt.cli._output import console
+    from mergekit_metagpt.cli._output import console, save_figure
     from mergekit_metagpt.report import plots, tables
 
     if plot is not None:
         plots.require_plotting(plot)
-    forecast = forecast_config(config, merge_options, ray, granularity)
+    forecast = forecast_config(
+        config, merge_options, ray, survey, save_survey, granularity, keep=keep
+    )
     if as_json:
         click.echo(json.dumps(tables.as_json(forecast)))
     else:
         console().print(tables.forecast_tables(forecast))
     warn(tables.forecast_warnings(forecast))
     if plot is not None:
-        plots.draw_coefficients(plot, forecast.summary, forecast.survey.cosines)
+        figure = plots.coefficients_figure(
+            forecast.method.spec.name, forecast.base, forecast.summary, forecast.survey.cosines
+        )
+        save_figure(figure, plot)

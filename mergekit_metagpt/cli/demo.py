@@ -3,6 +3,7 @@
 import math
 import os
 import shlex
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ def demo(directory: Path) -> None:
     the stock mergekit-yaml command. Writes the models, the merge configs and the merges to DIR,
     which must be new or empty. The default is metagpt-demo.
     """
+    is_new = not directory.exists()
     _require_usable(directory)
     # All models are on this disk, so transformers and MergeKit need not ask the hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -52,8 +54,11 @@ def demo(directory: Path) -> None:
     torch.set_num_threads(1)
     try:
         run_demo(directory, Scale(), console())
-    except (OSError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from error
+    except BaseException as error:
+        _clear(directory, is_new)
+        if isinstance(error, OSError | RuntimeError):
+            raise click.ClickException(str(error)) from error
+        raise
 
 
 def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
@@ -123,6 +128,17 @@ def _require_usable(directory: Path) -> None:
         )
 
 
+def _clear(directory: Path, remove: bool) -> None:
+    """Remove what a demo that failed or was stopped has written, so that it can be run again."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if remove:
+        directory.rmdir()
+
+
 def _scores_table(results: Mapping[str, Mapping[str, float]], scale: "Scale") -> Table:
     table = Table(
         title=f"Right answers to {scale.held_out} held-out prompts per task, in %",
@@ -141,7 +157,8 @@ def _scores_table(results: Mapping[str, Mapping[str, float]], scale: "Scale") ->
 
 
 def _coefficients_table(directory: Path, experts: list[str]) -> Table:
-    from mergekit_metagpt import scaling_coefficients, survey_checkpoints
+    from mergekit_metagpt.coefficients import scaling_coefficients
+    from mergekit_metagpt.measure.checkpoints import survey_checkpoints
 
     survey = survey_checkpoints(
         str(directory / "base"), [str(directory / name) for name in experts], progress=False

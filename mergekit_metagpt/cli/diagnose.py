@@ -9,16 +9,20 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mergekit_metagpt.cli._config import config_argument, wants_progress
+from mergekit_metagpt.cli._config import (
+    config_argument,
+    survey_options,
+    wants_progress,
+)
 from mergekit_metagpt.cli._options import MergeCommand
-from mergekit_metagpt.cli._output import console
+from mergekit_metagpt.cli._output import console, save_figure, write_text
 
 if TYPE_CHECKING:
-    from mergekit.common import ModelReference
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
     from mergekit_metagpt.diagnosis.linearity import Linearity
+    from mergekit_metagpt.measure.survey import Survey
 
 # Outputs count as linear in α from this R² on, and task vectors as orthogonal below this |cosine|.
 _LINEAR, _ORTHOGONAL = 0.95, 0.1
@@ -38,8 +42,14 @@ _LINEAR, _ORTHOGONAL = 0.95, 0.1
     metavar="FILE.png",
     help="Draw the outputs and the cosines.",
 )
+@survey_options
 def diagnose(
-    config: str, prompts: Path | None, plot: Path | None, merge_options: "MergeOptions"
+    config: str,
+    prompts: Path | None,
+    plot: Path | None,
+    survey: str | None,
+    save_survey: str | None,
+    merge_options: "MergeOptions",
 ) -> None:
     """Test the assumptions of MetaGPT on the models of CONFIG, any MergeKit config.
 
@@ -60,6 +70,7 @@ def diagnose(
         from mergekit_metagpt.report.plots import require_plotting
 
         require_plotting(plot)
+    from mergekit_metagpt.api.running import adopt_survey
     from mergekit_metagpt.names import short_names
     from mergekit_metagpt.planning.config import read_config
     from mergekit_metagpt.planning.fingerprints import with_fresh_lora_cache
@@ -68,67 +79,49 @@ def diagnose(
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     parsed = read_config(config).parse()
     merge_options = with_fresh_lora_cache(merge_options, parsed)
-    linearities, cosines = _measure(parsed, prompts, merge_options)
+    adopt_survey(survey, parsed, merge_options)
+    linearities, found, text = _measure(parsed, prompts, merge_options)
+    if save_survey is not None:
+        write_text(save_survey, text)
+    cosines = found.cosines
     names = short_names(linearity.expert for linearity in linearities)
     _show_linearity(names, linearities)
     console().print(Text("Orthogonality (Property 6): cosines of the task vectors", "bold"))
     console().print(matrix(names, cosines))
     click.echo(_cosines_verdict(names, cosines))
     if plot is not None:
-        from mergekit_metagpt.report.plots import draw_diagnosis
+        from mergekit_metagpt.report.plots import diagnosis_figure
 
-        draw_diagnosis(names, linearities, cosines, plot)
+        save_figure(diagnosis_figure(names, linearities, cosines), plot)
         click.echo(f"The figure is in {plot}.")
 
 
 def _measure(
     config: "MergeConfiguration", prompts: Path | None, options: "MergeOptions"
-) -> tuple[list["Linearity"], list[list[float]]]:
-    """Return the outputs of T experts and their T x T cosines, in the same order."""
+) -> tuple[list["Linearity"], "Survey", str]:
+    """Return the outputs of T experts, their survey in the same order, and as a file."""
     from mergekit.io.tasks import LoaderCache
 
+    from mergekit_metagpt.api.running import measured
     from mergekit_metagpt.diagnosis.linearity import measure_linearity
     from mergekit_metagpt.diagnosis.prompts import token_ids
     from mergekit_metagpt.diagnosis.running import language_model_config
-    from mergekit_metagpt.measure.checkpoints import survey_checkpoints
+    from mergekit_metagpt.planning.config import base_and_experts
     from mergekit_metagpt.planning.models import require_models
 
     LoaderCache().setup(options)
-    base, experts = _models(config)
+    base, experts = base_and_experts(config)
     require_models((base, *experts), options)
     for model in (*experts, base):
         known = language_model_config(model, options.trust_remote_code)
     ids, source = token_ids(prompts, base, known.get_text_config().vocab_size, options)
     click.echo(f"Prompts: {source}.")
-    progress = wants_progress(options)
-    survey = survey_checkpoints(
-        base,
-        experts,
-        device=options.device or "cpu",
-        progress=progress,
-        products=True,
+    # To run the models, they have to be downloaded anyway.
+    survey, base, text = measured(config, options, keep=True, progress=wants_progress(options))
+    results = measure_linearity(
+        base, survey, ids, options=options, progress=wants_progress(options)
     )
-    results = measure_linearity(base, survey, ids, options=options, progress=progress)
-    return results, survey.cosines
-
-
-def _models(config: "MergeConfiguration") -> tuple["ModelReference", list["ModelReference"]]:
-    """Return the base and the experts of a config."""
-    from mergekit_metagpt.names import canonical
-    from mergekit_metagpt.planning.config import parts
-
-    named = {config.base_model, *(part.base for part in parts(config))}
-    bases = {base for base in named if base is not None}
-    if len(bases) != 1:
-        raise ValueError(
-            "Task vectors start at one base, but the merge config names "
-            f"{'several' if bases else 'none'}; set base_model."
-        )
-    base = next(iter(bases))
-    experts = canonical(set(config.referenced_models()) - {base})
-    if not experts:
-        raise ValueError("The merge config names no model beside the base; add the experts.")
-    return base, experts
+    return results, survey, text
 
 
 def _show_linearity(names: Sequence[str], linearities: Sequence["Linearity"]) -> None:
@@ -136,10 +129,11 @@ def _show_linearity(names: Sequence[str], linearities: Sequence["Linearity"]) ->
         title="Linearity (Property 5)",
         box=box.SIMPLE,
         title_justify="left",
+        padding=(0, 1, 0, 0),
     )
     table.add_column("expert", overflow="fold")
     for column in ("R²", "largest deviation", "movement, logits"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, result in zip(names, linearities, strict=True):
         fit = [f"{result.r_squared:.4f}", f"{result.largest_deviation:.1%}"]
         table.add_row(name, *(fit if result.moves else ["", ""]), f"{result.movement:.2g}")

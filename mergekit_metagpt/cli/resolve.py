@@ -1,12 +1,18 @@
 """``mergekit-metagpt resolve``: the same merge for a machine without this package."""
 
-import os
 from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_metagpt.cli._config import config_argument, forecast_config, ray_option
+from mergekit_metagpt.cli._config import (
+    config_argument,
+    forecast_config,
+    keep_option,
+    ray_option,
+    survey_options,
+)
 from mergekit_metagpt.cli._options import MergeCommand
+from mergekit_metagpt.cli._output import write_text
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -21,8 +27,18 @@ if TYPE_CHECKING:
     default="-",
     help="Write to this file instead of standard output.",
 )
+@survey_options
+@keep_option
 @ray_option
-def resolve(config: str, output: str, ray: str | None, merge_options: "MergeOptions") -> None:
+def resolve(
+    config: str,
+    output: str,
+    survey: str | None,
+    save_survey: str | None,
+    keep: bool,
+    ray: str | None,
+    merge_options: "MergeOptions",
+) -> None:
     """Write CONFIG as stock MergeKit YAML with explicit weights.
 
     MergeKit merges it to the same result without this package. In float32 the bytes are the
@@ -36,13 +52,7 @@ def resolve(config: str, output: str, ray: str | None, merge_options: "MergeOpti
     """
     from mergekit_metagpt.report.stock_config import stock_config
 
-    text = stock_config(forecast_config(config, merge_options, ray, numbers_only=True))
-    with click.open_file(output, "w", encoding="utf-8", atomic=_is_replaceable(output)) as file:
-        file.write(text)
-
-
-def _is_replaceable(output: str) -> bool:
-    """Return whether a renamed file may replace the output: not a device, a pipe or a link."""
-    if output == "-" or os.path.islink(output):
-        return False
-    return os.path.isfile(output) or not os.path.exists(output)
+    forecast = forecast_config(
+        config, merge_options, ray, survey, save_survey, numbers_only=True, keep=keep
+    )
+    write_text(output, stock_config(forecast))

@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-import sys
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,8 @@ def stock_command() -> str:
     Raises:
         FileNotFoundError: if there is none.
     """
-    scripts = Path(sys.executable).parent
-    found = shutil.which("mergekit-yaml", path=str(scripts))
+    scripts = sysconfig.get_path("scripts")
+    found = shutil.which("mergekit-yaml", path=scripts)
     if found is None:
         raise FileNotFoundError(
             f"There is no mergekit-yaml in {scripts}; install MergeKit for this interpreter."

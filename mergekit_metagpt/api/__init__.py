@@ -1,0 +1,1 @@
+"""The Python interface, whose functions are also names of the package: see ``functions.py``."""

@@ -1,0 +1,173 @@
+"""The Python interface: what the commands do, as functions."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from conftest import command, merge_config, put_nan, read, run, save_family, write_yaml
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+import mergekit_metagpt
+from mergekit_metagpt.cli import main
+from mergekit_metagpt.method.session import SESSION
+from mergekit_metagpt.wording import BadInputError
+
+QUIET = MergeOptions(copy_tokenizer=False, quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def unmeasured():
+    SESSION.surveys.clear()
+
+
+def survey(family: dict[str, str]) -> mergekit_metagpt.Survey:
+    base, *experts = family.values()
+    return mergekit_metagpt.survey(base, experts, options=QUIET)
+
+
+def test_a_survey_gives_theorem_10(family):
+    found = survey({"base": family["base"], "b": family["b"], "a": family["a"]})
+    assert str(found.base) == family["base"]
+    assert found.experts == [family["b"], family["a"]]
+    shares = mergekit_metagpt.scaling_coefficients(found.squared_norms)
+    assert [expert.mean for expert in found.summary.experts] == shares[::-1]  # canonical order
+    assert found.cosines[0][0] == pytest.approx(1)
+
+
+def test_a_saved_survey_is_the_file_of_the_command(family, tmp_path):
+    survey(family).save(tmp_path / "saved.json")
+    words = ["survey", *family.values(), "-o", str(tmp_path / "written.json")]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert (tmp_path / "saved.json").read_bytes() == (tmp_path / "written.json").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["path", "mapping", "configuration"])
+@pytest.mark.parametrize("granularity", ["model", "direction"])
+def test_a_plan_has_the_figures_of_the_command(form, granularity, family, tmp_path):
+    raw = merge_config(family)
+    yml = write_yaml(tmp_path / "metagpt.yml", raw)
+    forms = {"path": yml, "mapping": raw, "configuration": MergeConfiguration.model_validate(raw)}
+    found = mergekit_metagpt.plan(forms[form], granularity=granularity, options=QUIET)
+    words = ["coefficients", str(yml), "--granularity", granularity, "--json"]
+    shown = json.loads(CliRunner().invoke(main, words).stdout)
+    assert found.as_json() == shown
+    assert found.coefficients == {e["model"]: e["coefficient"] for e in shown["experts"]}
+    assert raw == merge_config(family)
+
+
+def test_a_plan_takes_a_survey(family, tmp_path):
+    survey(family).save(tmp_path / "survey.json")
+    raw = merge_config(family, parameters={"granularity": "model"})
+    expected = mergekit_metagpt.plan(raw, options=QUIET)
+    SESSION.surveys.clear()
+    found = mergekit_metagpt.plan(raw, survey=tmp_path / "survey.json", options=QUIET)
+    assert found.as_json() == expected.as_json()
+
+
+def test_a_merge_is_that_of_the_command(family, tmp_path):
+    raw = merge_config(family, "metagpt_dare_linear", parameters={"density": 0.5})
+    options = MergeOptions(random_seed=3, copy_tokenizer=False, quiet=True)
+    merged = mergekit_metagpt.merge(raw, tmp_path / "function", options=options)
+    yml = write_yaml(tmp_path / "metagpt.yml", raw)
+    words = ["merge", yml, tmp_path / "command", "--random-seed", "3", "--no-copy-tokenizer"]
+    assert CliRunner().invoke(main, list(map(str, words))).exit_code == 0
+    first, second = (tmp_path / name / "model.safetensors" for name in ("function", "command"))
+    assert first.read_bytes() == second.read_bytes()
+    assert merged.path == tmp_path / "function"
+    assert merged.record == json.loads((tmp_path / "function" / "metagpt.json").read_text())
+    assert yaml.safe_load(merged.record["config"]) == raw
+    assert merged.warnings == []
+
+
+def test_a_merge_draws_a_seed(family, tmp_path):
+    merged = mergekit_metagpt.merge(merge_config(family), tmp_path / "out", options=QUIET)
+    assert isinstance(merged.record["seed"], int)
+    assert read(tmp_path / "out").keys() == read(family["base"]).keys()
+
+
+def test_bad_input_is_one_error_with_a_sentence(family, tmp_path):
+    raw = merge_config(family, parameters={"granularity": "tensr"})
+    with pytest.raises(BadInputError, match="granularity"):
+        mergekit_metagpt.merge(raw, tmp_path / "out")
+    with pytest.raises(ValueError, match="granularity"):
+        mergekit_metagpt.plan(raw, options=QUIET)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(BadInputError, match="does not exist"):
+        mergekit_metagpt.plan(tmp_path / "none.yml")
+    with pytest.raises(BadInputError, match=str(tmp_path / "none")):
+        mergekit_metagpt.survey(family["base"], [str(tmp_path / "none")])
+
+
+def test_nan_is_named(tmp_path):
+    from conftest import llama_config
+
+    paths = save_family(tmp_path, llama_config())
+    put_nan(paths["b"], "model.norm.weight")
+    with pytest.raises(ValueError, match=r"Tensor model\.norm\.weight of model .*/b holds NaN"):
+        survey(paths)
+
+
+def test_notebooks_show_tables_with_escaped_names(family, tmp_path):
+    found = survey(family)
+    planned = mergekit_metagpt.plan(merge_config(family), options=QUIET)
+    merged = mergekit_metagpt.merge(merge_config(family), tmp_path / "<b>&", options=QUIET)
+    for shown in (found, planned, merged):
+        page = shown._repr_html_()
+        assert page.count("<svg") == 2
+        assert "<td>a</td>" in page
+        assert ": a 0." in repr(shown)
+        assert "ModelReference" not in repr(shown)
+    assert "Cosines" in found._repr_html_()
+    assert "<b>Merged into" in merged._repr_html_()
+    assert "&lt;b&gt;&amp;" in merged._repr_html_()
+
+
+def test_plots_are_figures(family):
+    pytest.importorskip("matplotlib")
+    found, planned = survey(family), mergekit_metagpt.plan(merge_config(family), options=QUIET)
+    assert len(found.plot().axes) == 2
+    assert len(planned.plot().axes) == 3
+    assert planned.plot()._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
+
+
+def test_models_may_be_references(family):
+    references = [ModelReference.model_validate(family[name]) for name in ("base", "a")]
+    found = mergekit_metagpt.survey(references[0], references[1:], options=QUIET)
+    assert found.experts == [family["a"]]
+
+
+def test_the_module_is_the_command():
+    shown = run(sys.executable, "-m", "mergekit_metagpt", "--help").stdout
+    assert shown.startswith("Usage: python -m mergekit_metagpt [OPTIONS] COMMAND")
+    installed = run(command("mergekit-metagpt"), "--help").stdout
+    assert shown.splitlines()[1:] == installed.splitlines()[1:]
+
+
+NOTEBOOK = """
+import mergekit.merge_methods as methods
+assert "metagpt" not in {m.spec.name for m in methods.registered_methods()}
+import mergekit_metagpt
+assert "metagpt" in {m.spec.name for m in methods.registered_methods()}
+"""
+
+
+def test_a_process_that_imported_mergekit_before_the_installation_gets_the_methods():
+    # -S reads no start-up file, like a process that started before there was one.
+    paths = [path for path in sys.path if path]
+    script = f"import sys; sys.path += {paths!r}\n{NOTEBOOK}"
+    done = run(sys.executable, "-S", "-c", script)
+    assert done.returncode == 0, done.stderr
+    off = run(sys.executable, "-S", "-c", script, MERGEKIT_METAGPT_AUTOLOAD="0")
+    assert "AssertionError" in off.stderr
+
+
+def test_public_names_are_documented():
+    for name in mergekit_metagpt.__all__:
+        assert getattr(mergekit_metagpt, name).__doc__
+    text = (Path(__file__).parents[1] / "mergekit_metagpt" / "README.md").read_text("utf-8")
+    assert all(f"`{name}" in text for name in mergekit_metagpt.__all__)
