@@ -4,6 +4,7 @@ import dataclasses
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import peft
@@ -21,6 +22,7 @@ from mergekit_metagpt import workers
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.merging import shard as shard_module
+from mergekit_metagpt.merging.journal import Journal
 
 pytest.importorskip("ray")
 
@@ -225,10 +227,16 @@ def test_a_merge_that_has_stopped_goes_on_here_or_there(family, mapper, tmp_path
 
         return written
 
+    def note_late(journal, written):
+        time.sleep(0.2)
+        note(journal, written)
+
+    note = Journal.note
     config = merge_config(family, parameters={"granularity": "model"})
     outs = [tmp_path / where / "merged" for where in ("whole", "here", "there")]
     with pytest.MonkeyPatch.context() as patch:
         mapper(full, patch)
+        patch.setattr(Journal, "note", note_late)  # the other task has failed by then
         for out in outs[1:]:
             out.parent.mkdir()
             said = merge(config, out, *SHARDS, "--random-seed", 5, "--ray", status=1).stderr

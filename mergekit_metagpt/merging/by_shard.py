@@ -12,11 +12,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import tqdm
@@ -41,10 +43,11 @@ from mergekit_metagpt.mergekit_private import (
 )
 from mergekit_metagpt.merging.journal import Facts, Journal
 from mergekit_metagpt.merging.ranges import may_overflow
-from mergekit_metagpt.merging.shard import UNFINISHED, Shard, ShardMerge, Written
+from mergekit_metagpt.merging.shard import UNFINISHED, Shard, ShardMerge
 from mergekit_metagpt.method.merge_method import MetaGPTMerge, register
 from mergekit_metagpt.method.session import SESSION
 from mergekit_metagpt.names import canonical
+from mergekit_metagpt.planning.destination import Partial
 from mergekit_metagpt.planning.models import find_model_files
 from mergekit_metagpt.planning.outputs import (
     Outputs,
@@ -131,10 +134,12 @@ def merge_by_shard(
         quiet=options.quiet or mapper is not None,
     )
     shards = [Shard(n, tuple(tensor.merge.save for tensor in file)) for n, file in to_do.items()]
-    written = _on_cluster(mapper, merge, shards, journal) if mapper else map(merge.write, shards)
+    tasks = mapper.submit(merge.write, shards, cpus=merge.threads) if mapper else []
+    written = mapper.results(tasks) if mapper else map(merge.write, shards)
     writer = TensorWriter(str(directory), safe_serialization=options.safe_serialization)
     noted = []
-    with ThreadPoolExecutor(1) as disk:  # waits for it while the next file is merged
+    ending = _ending_with(mapper, tasks, journal.partial) if mapper else nullcontext()
+    with ending, ThreadPoolExecutor(1) as disk:  # waits for it while the next file is merged
         for number in tqdm.tqdm(files, "Merging", unit="file", disable=options.quiet or not mapper):
             if number in known:
                 shard = known[number]
@@ -166,16 +171,13 @@ def _facts(plan: Plan) -> Facts:
     return facts
 
 
-def _on_cluster(
-    mapper: RayMapper, merge: ShardMerge, shards: list[Shard], journal: Journal
-) -> Iterator[Written]:
-    """Yield what a cluster has written, in the order of the shards."""
-    tasks = mapper.submit(merge.write, shards, cpus=merge.threads)
+@contextmanager
+def _ending_with(mapper: RayMapper, tasks: Sequence[Any], partial: Partial) -> Iterator[None]:
+    """After an exception, end the tasks before it is raised: what has not begun finds no place."""
     try:
-        yield from mapper.results(tasks)
+        yield
     except Exception:
-        partial = journal.partial
-        os.rename(partial.path, partial.removed)  # so that no further task begins
+        os.rename(partial.path, partial.removed)
         mapper.wait(tasks)
         os.rename(partial.removed, partial.path)
         raise
