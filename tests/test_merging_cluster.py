@@ -221,7 +221,7 @@ def test_the_models_are_measured_once(tmp_path, monkeypatch):
 def test_a_merge_that_has_stopped_goes_on_here_or_there(family, mapper, tmp_path):
     def full(write):
         def written(shard):
-            if shard.number == 3:
+            if getattr(shard, "number", None) == 3:  # surveys are tasks, too
                 raise OSError("No space left")
             return write(shard)
 
