@@ -221,14 +221,19 @@ def test_the_models_are_measured_once(tmp_path, monkeypatch):
 def test_a_merge_that_has_stopped_goes_on_here_or_there(family, mapper, tmp_path):
     def full(write):
         def written(shard):
-            if getattr(shard, "number", None) == 3:  # surveys are tasks, too
+            number = getattr(shard, "number", None)  # surveys are tasks, too
+            if number == 3:
                 raise OSError("No space left")
+            if number == 4:
+                time.sleep(1)
             return write(shard)
 
         return written
 
     def note_late(journal, written):
-        time.sleep(0.2)
+        late = time.monotonic() + 1
+        while journal.partial.path.is_dir() and time.monotonic() < late:
+            time.sleep(0.01)
         note(journal, written)
 
     note = Journal.note
@@ -236,7 +241,7 @@ def test_a_merge_that_has_stopped_goes_on_here_or_there(family, mapper, tmp_path
     outs = [tmp_path / where / "merged" for where in ("whole", "here", "there")]
     with pytest.MonkeyPatch.context() as patch:
         mapper(full, patch)
-        patch.setattr(Journal, "note", note_late)  # the other task has failed by then
+        patch.setattr(Journal, "note", note_late)  # after the failure, while the next task runs on
         for out in outs[1:]:
             out.parent.mkdir()
             said = merge(config, out, *SHARDS, "--random-seed", 5, "--ray", status=1).stderr
