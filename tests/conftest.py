@@ -21,6 +21,8 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 import mergekit_metagpt
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.method.session import SESSION
 
 # Each xdist worker uses one thread, so that workers do not compete for cores.
 torch.set_num_threads(1)
@@ -227,3 +229,18 @@ def cluster() -> Iterator[str]:
         )  # fmt: skip
     yield context.address_info["address"]
     ray.shutdown()
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Count how often checkpoints are read for a survey."""
+    SESSION.surveys.clear()
+    taken = []
+    original = Checkpoints.survey
+
+    def counted(self, *args, **kwargs):
+        taken.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "survey", counted)
+    return taken

@@ -7,8 +7,6 @@ from click.testing import CliRunner
 from conftest import llama_config, merge_config, save_family, write_yaml
 
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.method.session import SESSION
 
 
 def invoke(*words, status: int = 0):
@@ -72,18 +70,9 @@ def test_direction_has_a_row_of_its_own_when_it_is_asked_for(family, config, tmp
     assert found["advice"].startswith("Granularity direction keeps ")
 
 
-def test_the_models_are_measured_once(config, monkeypatch):
-    SESSION.surveys.clear()
-    taken = []
-    original = Checkpoints.survey
-
-    def counted(self, *args, **kwargs):
-        taken.append(self)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(Checkpoints, "survey", counted)
+def test_the_models_are_measured_once(config, passes):
     compared(config)
-    assert len(taken) == 1
+    assert len(passes) == 1
 
 
 def test_the_advice_follows_from_the_figures(family, config, tmp_path):

@@ -39,21 +39,6 @@ def survey(paths, **options):
     return survey_checkpoints(paths["base"], experts, progress=False, **options)
 
 
-@pytest.fixture
-def passes(monkeypatch):
-    """Count how often checkpoints are read for a survey."""
-    SESSION.surveys.clear()
-    taken = []
-    original = Checkpoints.survey
-
-    def counted(self, *args, **kwargs):
-        taken.append(self)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(Checkpoints, "survey", counted)
-    return taken
-
-
 def edit(model: str | Path, change) -> None:
     """Change the tensors of a checkpoint that has one weight file."""
     file = Path(model) / "model.safetensors"

@@ -1,12 +1,10 @@
 """What the commands and the Python functions share: all but their arguments and reports."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-import huggingface_hub
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
@@ -14,7 +12,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_metagpt.evaluation.model_index import read_scores
 from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.measure.hub import HubModel, find_on_hub, reading_from_hub
+from mergekit_metagpt.measure.hub import HubModel, find_on_hub, is_looked_up, reading_from_hub
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.merging.card import Publication
 from mergekit_metagpt.merging.hub_names import hub_names
@@ -131,9 +129,7 @@ def measured(
         mapper: where the models are measured, if not in this process.
     """
     models = config.referenced_models()
-    if not (keep or huggingface_hub.constants.HF_HUB_OFFLINE):  # the others are looked up below
-        models = [model for model in models if os.path.exists(model.model.path)]
-    require_models(models, options)
+    require_models([it for it in models if keep or not is_looked_up(it)], options)
     LoaderCache().setup(options)
     base, experts = base_and_experts(config)
     checkpoints = Checkpoints(base, tuple(experts))

@@ -118,6 +118,11 @@ def reading_from_hub(models: Sequence[HubModel]) -> Iterator[None]:
             mergekit_private.open_loaders.pop(found.model, None)
 
 
+def is_looked_up(model: ModelReference) -> bool:
+    """Return whether the hub is asked about a model: one that is no path, unless offline."""
+    return not (huggingface_hub.constants.HF_HUB_OFFLINE or os.path.exists(model.model.path))
+
+
 def find_on_hub(models: Iterable[ModelReference], options: MergeOptions) -> list[HubModel]:
     """Return those models that are not on this machine and can be read from the hub.
 
@@ -131,10 +136,8 @@ def find_on_hub(models: Iterable[ModelReference], options: MergeOptions) -> list
         BadInputError: if the files of a model do not fit together, or are not sent.
         Exception: of the hub's client, if a model cannot be looked up.
     """
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return []
     models = sorted(models, key=str)
-    found = [_look_up(m, options) for m in models if not os.path.exists(m.model.path)]
+    found = [_look_up(model, options) for model in models if is_looked_up(model)]
     readable = [model for model in found if model is not None]
     for model in models if readable else []:
         if arch_info_for_config(model.config(options.trust_remote_code)) is None:

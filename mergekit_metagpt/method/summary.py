@@ -177,7 +177,7 @@ class Summary:
 
         None if the merge did not measure it.
         """
-        moved = [entry for entry in self.entries if any(entry.squared_norms)]
+        moved = _moved(self.entries)
         lengths = [entry.merged_norm for entry in moved if entry.merged_norm is not None]
         if not moved or len(lengths) < len(moved):
             return None
@@ -257,7 +257,7 @@ class Summary:
 
     def _kept(self, entries: Sequence[Entry]) -> list[float] | None:
         """Return how much of each task vector is in the merge, T floats, if it was measured."""
-        moved = [entry for entry in entries if any(entry.squared_norms)]
+        moved = _moved(entries)
         if not moved or any(entry.kept is None for entry in moved):
             return None
         norms, inside = dict.fromkeys(self.ids, 0.0), dict.fromkeys(self.ids, 0.0)
@@ -278,6 +278,11 @@ class Summary:
             math.fsum(entry.size * rows[entry.tensor][t] for entry in entries) / total
             for t in range(len(self.ids))
         ]
+
+
+def _moved(entries: Iterable[Entry]) -> list[Entry]:
+    """Return the tensors in which an expert differs from the base."""
+    return [entry for entry in entries if any(entry.squared_norms)]
 
 
 def _in_order(layer: str) -> tuple[str, int]:
