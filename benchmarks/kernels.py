@@ -14,7 +14,6 @@ from benchmarks.results_file import write_measured
 from benchmarks.timing import interleaved, median, spread, timed
 from mergekit_metagpt.directions import Rule, merge_directions
 from mergekit_metagpt.normal_equations import costs_of_matrix
-from mergekit_metagpt.pages import empty_like
 from mergekit_metagpt.task_vectors import add_task_vectors, squared_norms
 
 COEFFICIENTS = [0.5, 0.3, 0.2]
@@ -44,11 +43,6 @@ def main(elements: int, device: str, rounds: int) -> None:
         actions = {
             "copy": timed(lambda: target.copy_(base), 2 * size, device),  # noqa: B023
             "copy into a new tensor": timed(base.clone, 2 * size, device),
-            "copy into a new tensor in huge pages": timed(
-                lambda: empty_like(base).copy_(base),  # noqa: B023
-                2 * size,
-                device,
-            ),
             "squared norms": timed(
                 lambda: squared_norms(base, experts),  # noqa: B023
                 (1 + count) * size,

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from mergekit_metagpt.coefficients import Norms, scaling_coefficients
 from mergekit_metagpt.normal_equations import Equations, Solution
-from mergekit_metagpt.pages import empty_like
 from mergekit_metagpt.task_vectors import where_possible, write_task_vector
 
 SIDES = ("output", "input", "both")
@@ -122,7 +121,7 @@ def merge_directions(
         tensors = [t.movedim(vocabulary_axis or 0, 0) if t.dim() else t.view(1) for t in tensors]
         stack = (1, len(tensors[0]), -1)
         merge = _merge_rows
-    merged = empty_like(tensors[0])
+    merged = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
     matrices = zip(*(tensor.reshape(stack) for tensor in (merged, *tensors)), strict=True)
     buffers = _Buffers()
     parts = [

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mergekit_metagpt.mergekit_private import squared_difference
-from mergekit_metagpt.pages import empty_like
 
 # A chunk of 2^20 elements stays in the last-level cache. Smaller chunks spend more time on
 # waking the thread pool. An accelerator needs few large kernels.
@@ -139,7 +138,7 @@ def add_task_vectors(
     shares = [c / total for (_, c), total in zip(chosen, totals, strict=True)][1:]
     distance = scale * totals[-1]
     if out is None:
-        out = empty_like(base)
+        out = torch.empty_like(base, memory_format=torch.contiguous_format)
     buffers = _buffers(base, dtype, 2)
     for merged, origin, first, *others in _chunks(out, base, *(e for e, _ in chosen)):
         target = merged if merged.dtype == dtype else buffers[0][: len(merged)]

@@ -5,7 +5,6 @@ CPU, from the same random numbers.
 """
 
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, cached_property
@@ -23,7 +22,6 @@ from mergekit_metagpt.method.selection import (
     fill_pairs,
     follows_torch,
 )
-from mergekit_metagpt.pages import empty_like
 
 # Numbers in the rows that are sorted at a time.
 _SORTED = 1 << 20
@@ -39,24 +37,8 @@ _ALL = Kept()
 _NOTHING = Kept(least=Bound(math.inf, np.empty(0, np.int64)))
 
 
-class _Room(threading.local):
-    """Memory for one task vector after the other, of each thread its own."""
-
-    def __init__(self, base: Tensor) -> None:
-        self._base = base
-
-    @cached_property
-    def pairs(self) -> Pairs:
-        pairs: Pairs = empty_like(self._base, torch.int64).view(-1).numpy()
-        return pairs
-
-    @cached_property
-    def magnitudes(self) -> Tensor:
-        return empty_like(self._base, torch.float32)
-
-
 class Masks:
-    """What is kept of the task vectors of one base; several threads may ask.
+    """What is kept of the task vectors of one base, one after the other.
 
     Attributes:
         base: θ_0, contiguous and on the CPU, of a dtype that float32 holds.
@@ -64,7 +46,16 @@ class Masks:
 
     def __init__(self, base: Tensor) -> None:
         self.base = base
-        self._room = _Room(base)
+
+    @cached_property
+    def _pairs(self) -> Pairs:
+        """Memory for all pairs of a task vector, since that of new pages costs as much again."""
+        return np.empty(self.base.numel(), np.int64)
+
+    @cached_property
+    def _magnitudes(self) -> Tensor:
+        """Memory for all magnitudes of a task vector."""
+        return torch.empty(self.base.shape, dtype=torch.float32, device="cpu")
 
     def kept(
         self,
@@ -109,7 +100,7 @@ class Masks:
         if kept is _ALL:
             return kept
         chunks = chunks_of(self.base, 1)
-        magnitudes = self._room.magnitudes
+        magnitudes = self._magnitudes
         flat = magnitudes.view(-1)
         for chunk, _, [delta] in deltas(chunks, self.base, expert):
             flat[chunk] = delta.abs_()
@@ -145,7 +136,7 @@ class Masks:
             return [None] * len(places)
         if not follows_torch():
             raise OnlyMergeKitKnowsError
-        pairs = self._room.pairs
+        pairs = self._pairs
         for chunk, _, [delta] in deltas(chunks_of(self.base, 1), self.base, expert):
             fill_pairs(pairs[chunk], delta.abs_().numpy(), chunk.start, descending)
         found = cuts(pairs, inside)
@@ -156,7 +147,7 @@ class Masks:
 
     def _drawn(self, density: float) -> Kept:
         """Return what is drawn if all numbers have the same probability."""
-        mask = empty_like(self.base, torch.int8).view(-1)
+        mask = torch.empty(self.base.numel(), dtype=torch.int8, device="cpu")
         for chunk in chunks_of(self.base, 1):
             probabilities = torch.full_like(mask[chunk], density, dtype=torch.float32)
             _draw(mask[chunk], probabilities)
@@ -170,7 +161,7 @@ class Masks:
             raise OnlyMergeKitKnowsError  # it has a sentence for this
         shape = self.base.shape if self.base.dim() > 1 else (1, self.base.numel())
         base, expert = (tensor.detach().view(shape) for tensor in (self.base, expert))
-        mask = empty_like(base, torch.int8)
+        mask = torch.empty(base.shape, dtype=torch.int8, device="cpu")
         by_rank = _probabilities_by_rank(shape[1], density, epsilon)
         by_rank = by_rank.view(1, -1, *[1] * (len(shape) - 2))
         count = max(1, _SORTED // base[0].numel())

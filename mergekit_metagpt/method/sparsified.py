@@ -4,9 +4,8 @@ What is kept of each task vector is found first. The rest of MergeKit's method w
 by itself, so it runs on chunks, with density 1.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from mergekit.merge_methods.base import TensorGroup
@@ -14,22 +13,14 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
     ConsensusMethod,
     GeneralizedTaskArithmeticMerge,
 )
-from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_metagpt.measure.survey import TensorInputs
 from mergekit_metagpt.method.kept import Kept, chunks_of, deltas
 from mergekit_metagpt.method.masks import Masks, OnlyMergeKitKnowsError
-from mergekit_metagpt.pages import empty_like
 from mergekit_metagpt.task_vectors import working_dtype
 
-_Result = TypeVar("_Result")
-
-# Each thread needs room for a task vector; so many take no more than MergeKit does.
-_THREADS = 4
 _LEAST = 2.0**-149  # the least positive float32
-# Chunks that a thread takes at a time.
-_RUN = 16
 
 
 def merge_sparsified(
@@ -80,14 +71,13 @@ def _kept(
     masks = Masks(inputs.base)
     method = stock.sparsification_method
     names = [name for name in ("density", "gamma", "epsilon") if name in parameters]
-
-    def found(id_: Any, expert: Tensor) -> Kept:
-        return masks.kept(method, expert, **{name: parameters[name][id_] for name in names})
-
-    is_random = method in (SparsificationMethod.random, SparsificationMethod.della_magprune)
-    each = map if is_random else _in_threads
-    kept = list(each(found, inputs.ids, inputs.experts))
-    return _in_threads(masks.rescaled, kept, inputs.experts) if parameters["rescale"] else kept
+    kept = [
+        masks.kept(method, expert, **{name: parameters[name][id_] for name in names})
+        for id_, expert in zip(inputs.ids, inputs.experts, strict=True)
+    ]
+    if parameters["rescale"]:
+        return [masks.rescaled(*pair) for pair in zip(kept, inputs.experts, strict=True)]
+    return kept
 
 
 def _merge_chunks(
@@ -97,19 +87,15 @@ def _merge_chunks(
     parameters: Mapping[str, Any],
 ) -> Tensor:
     """Add sparsified task vectors to the base, chunk by chunk."""
-    merged = empty_like(inputs.base)
+    merged = torch.empty_like(inputs.base)
     flat = merged.view(-1)
     weights = torch.tensor([[parameters["weight"][id_]] for id_ in inputs.ids], device="cpu")
-
-    def merge(chunks: Sequence[slice]) -> None:
-        for chunk, base, vectors in deltas(chunks, inputs.base, *inputs.experts):
-            for own, delta in zip(kept, vectors, strict=True):
-                own.apply(delta, chunk.start)
-            mixed = _mixed(vectors, weights, stock.consensus_method, parameters)
-            flat[chunk] = mixed.add_(base)
-
     chunks = chunks_of(inputs.base, len(inputs.experts))
-    _in_threads(merge, [chunks[i : i + _RUN] for i in range(0, len(chunks), _RUN)])
+    for chunk, base, vectors in deltas(chunks, inputs.base, *inputs.experts):
+        for own, delta in zip(kept, vectors, strict=True):
+            own.apply(delta, chunk.start)
+        mixed = _mixed(vectors, weights, stock.consensus_method, parameters)
+        flat[chunk] = mixed.add_(base)
     return merged
 
 
@@ -139,18 +125,3 @@ def _mixed(
     if parameters["lambda"] != 1:
         mixed *= parameters["lambda"]
     return mixed
-
-
-def _in_threads(function: Callable[..., _Result], *items: Sequence[Any]) -> list[_Result]:
-    """Return ``function(*item)`` for each item, computed in as many threads as torch may use."""
-    threads = min(torch.get_num_threads(), len(items[0]), _THREADS)
-    if threads <= 1:
-        return list(map(function, *items))
-    inference = torch.is_inference_mode_enabled()
-
-    def run(*item: Any) -> _Result:
-        with torch.inference_mode(inference):  # a new thread is not in the mode of this one
-            return function(*item)
-
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(run, *items))
