@@ -115,18 +115,31 @@ def test_every_setting_has_the_effect_it_has_in_mergekit(method, changes):
     assert_same_bytes(method, base, experts, **changes)
 
 
+@pytest.fixture
+def set_threads():
+    """Set how many threads torch has, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("count", [3, 6])
 @pytest.mark.parametrize("method", OURS, ids=name_of)
-def test_threads_of_torch_merge_to_the_bytes_of_mergekit(method, count, threads, monkeypatch):
-    monkeypatch.undo()  # chunks so large that torch divides them
-    base, experts = family((701, 1023), torch.bfloat16, experts=count)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert_same_bytes(method, base, experts)
-    finally:
-        torch.set_num_threads(before)
+def test_large_chunks_are_merged_as_in_mergekit(method, count, threads, monkeypatch, set_threads):
+    monkeypatch.undo()  # torch divides chunks of the usual size
+    set_threads(threads)
+    assert_same_bytes(method, *family((701, 1023), torch.bfloat16, experts=count))
+
+
+@pytest.mark.parametrize("settings", [{}, {"rescale": True, "density": [0.3, 1.0, 0.7]}], ids=str)
+@pytest.mark.parametrize("method", OURS, ids=name_of)
+def test_threads_merge_to_the_bytes_of_mergekit(method, settings, set_threads):
+    set_threads(3)
+    base, experts = family((61, 83), torch.bfloat16)
+    assert_same_bytes(method, base, experts, **settings)
+    with torch.inference_mode():
+        assert_same_bytes(method, base.clone(), [expert.clone() for expert in experts], **settings)
 
 
 @pytest.mark.parametrize("density", [1 / 5063, 0.01, 0.999, 1 - 1 / 5063])

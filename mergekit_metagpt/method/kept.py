@@ -10,8 +10,8 @@ from torch.nn.functional import hardshrink
 
 from mergekit_metagpt.method.selection import Indices
 
-# So many stay in a core's own cache, and torch divides them among its threads. Python's own threads
-# would wait for each other after every operation: merges took 1.5 times as long with them.
+# So many numbers stay in a core's own cache, and torch divides them among its threads. Python's own
+# threads would wait for each other after every operation, and cost more than they gain.
 _CHUNK = 1 << 18
 # Five or more experts are summed in an order that differs for the numbers beyond the last block of
 # up to 128. So chunks hold a multiple of that, and the last one is not smaller.

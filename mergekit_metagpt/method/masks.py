@@ -49,12 +49,12 @@ class Masks:
 
     @cached_property
     def _pairs(self) -> Pairs:
-        """Memory for all pairs of a task vector, since that of new pages costs as much again."""
+        """Room for the pairs of one task vector after the other: new memory takes time."""
         return np.empty(self.base.numel(), np.int64)
 
     @cached_property
     def _magnitudes(self) -> Tensor:
-        """Memory for all magnitudes of a task vector."""
+        """Room for the magnitudes of one task vector after the other."""
         return torch.empty(self.base.shape, dtype=torch.float32, device="cpu")
 
     def kept(
