@@ -1,17 +1,18 @@
 """Training, as the benchmarks do it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 IGNORED = -100  # the label that transformers leaves out of the loss
 
 
 def fit(
     model: transformers.PreTrainedModel,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Mapping[str, Tensor]],
     steps: int,
     rate: float,
 ) -> None:
@@ -19,15 +20,23 @@ def fit(
 
     Args:
         model: the model, on its device.
-        batches: token ids and labels, both of shape [examples, tokens], for each step.
+        batches: for each step what the model takes, and labels, all of shape [examples, tokens].
         steps: the number of batches.
         rate: the peak learning rate.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
-    for ids, labels in batches:
-        model(input_ids=ids, labels=labels).loss.backward()
+    for batch in batches:
+        _loss(model, **batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+
+
+def _loss(model: transformers.PreTrainedModel, labels: Tensor, **inputs: Tensor) -> Tensor:
+    """Return the mean loss of the labelled tokens, with logits from the first of them on only."""
+    is_labelled = (labels != IGNORED).any(0)
+    kept = labels.shape[1] - int(is_labelled.int().argmax())
+    logits = model(**inputs, logits_to_keep=kept + 1).logits[:, :-1]
+    return cross_entropy(logits.float().flatten(0, 1), labels[:, -kept:].flatten())

@@ -12,9 +12,9 @@ from torch import Tensor
 from benchmarks.machine import described
 from benchmarks.results_file import write_measured
 from benchmarks.timing import interleaved, median, spread, timed
-from mergekit_metagpt.directions import Rule, merge_directions
-from mergekit_metagpt.normal_equations import costs_of_matrix
-from mergekit_metagpt.task_vectors import add_task_vectors, squared_norms
+from mergekit_metagpt.core.directions import Rule, merge_directions
+from mergekit_metagpt.core.normal_equations import costs_of_matrix
+from mergekit_metagpt.core.task_vectors import add_task_vectors, squared_norms
 
 COEFFICIENTS = [0.5, 0.3, 0.2]
 # Matrices of a model of 0.5 B parameters, and one that is much taller than wide.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mergekit_metagpt.api.functions import merge, plan, survey
     from mergekit_metagpt.api.results import Merged, Plan, Survey
-    from mergekit_metagpt.coefficients import scaling_coefficients
+    from mergekit_metagpt.core.coefficients import scaling_coefficients
     from mergekit_metagpt.method.merge_method import register
 
 __version__ = "0.1.0"
@@ -43,7 +43,7 @@ _HOMES = {
     "merge": "api.functions",
     "plan": "api.functions",
     "register": "method.merge_method",
-    "scaling_coefficients": "coefficients",
+    "scaling_coefficients": "core.coefficients",
     "survey": "api.functions",
 }
 

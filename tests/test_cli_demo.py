@@ -18,6 +18,7 @@ from rich.console import Console
 from mergekit_metagpt import scaling_coefficients
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.cli.demo import run_demo
+from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.demo.merges import (
     merge_configs,
     merge_with_mergekit,
@@ -31,7 +32,6 @@ from mergekit_metagpt.demo.models import (
     make_tokenizer,
     train_family,
 )
-from mergekit_metagpt.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import survey_checkpoints
 
 SMALL = Scale(hidden_size=16, layers=1, batch=6, base_steps=3, expert_steps=3, held_out=20)

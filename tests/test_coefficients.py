@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import minimize
 
 from mergekit_metagpt import scaling_coefficients
-from mergekit_metagpt.coefficients import bound as bound_of_products
+from mergekit_metagpt.core.coefficients import bound as bound_of_products
 
 norm = st.floats(1e-30, 1e30)
 norms = st.lists(norm, min_size=1, max_size=8)

@@ -20,7 +20,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from mergekit_metagpt.directions import Rule, merge_directions
+from mergekit_metagpt.core.directions import Rule, merge_directions
 
 
 def mergekit(name: str, *words: str | Path) -> str:

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_metagpt.coefficients import scaling_coefficients
-from mergekit_metagpt.directions import SIDES, Rule, merge_directions
-from mergekit_metagpt.normal_equations import operations
-from mergekit_metagpt.task_vectors import add_task_vectors, squared_norms
+from mergekit_metagpt.core.coefficients import scaling_coefficients
+from mergekit_metagpt.core.directions import SIDES, Rule, merge_directions
+from mergekit_metagpt.core.normal_equations import operations
+from mergekit_metagpt.core.task_vectors import add_task_vectors, squared_norms
 
 SHAPES = [(12, 7), (7, 12), (40, 3), (3, 40), (1, 9), (9, 1), (16, 16)]
 SCALES = (1.0, 0.1, 3.0)
@@ -109,7 +109,7 @@ def test_a_vector_has_a_coefficient_for_each_element():
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_vocabulary_has_a_coefficient_for_each_token(axis, monkeypatch):
-    monkeypatch.setattr("mergekit_metagpt.directions._BLOCK", 64)  # several blocks
+    monkeypatch.setattr("mergekit_metagpt.core.directions._BLOCK", 64)  # several blocks
     base, experts = fine_tunes((50, 6))
     taus = [(e - base).numpy() for e in experts]
     rows = [0.9 * (tau**2).sum(1) + 0.1 * (tau**2).sum() / 50 for tau in taus]

@@ -24,7 +24,7 @@ from mergekit.scripts.multimerge import load_config
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import survey_checkpoints
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 

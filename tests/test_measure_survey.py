@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.timing import Case
 from mergekit_metagpt import scaling_coefficients
-from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.measure import kept_surveys
 from mergekit_metagpt.measure.checkpoints import Checkpoints, survey_checkpoints
 from mergekit_metagpt.measure.survey import Survey, survey_groups

@@ -13,7 +13,7 @@ from mergekit.merge_methods import merge_state_dicts
 from mergekit.scripts import merge_raw_pytorch
 
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.directions import SIDES, Rule, merge_directions
+from mergekit_metagpt.core.directions import SIDES, Rule, merge_directions
 from mergekit_metagpt.method.advice import warnings
 from mergekit_metagpt.method.session import SESSION
 from mergekit_metagpt.method.summary import Entry, Summary

@@ -9,13 +9,13 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
     GeneralizedTaskArithmeticMerge,
 )
 
+from mergekit_metagpt.core.task_vectors import working_dtype
 from mergekit_metagpt.measure.survey import TensorInputs
 from mergekit_metagpt.method import kept, masks
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.random_streams import own_stream
 from mergekit_metagpt.method.session import SESSION
 from mergekit_metagpt.method.sparsified import merge_sparsified
-from mergekit_metagpt.task_vectors import working_dtype
 
 OURS = [m for m in registered_methods() if isinstance(m, MetaGPTMerge) and not m.is_plain]
 BY_MAGNITUDE = [m for m in OURS if not m.is_random]

@@ -17,6 +17,7 @@ FLOORS = [
     {"planning", "diagnosis"},
     {"method"},
     {"measure"},
+    {"core"},
     {"top"},  # the files at the package's top, which import nothing but each other
 ]
 # Entry points of Python and MergeKit. They may import every room, but no room imports them.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_metagpt import task_vectors
-from mergekit_metagpt.task_vectors import add_task_vectors, inner_products, squared_norms
+from mergekit_metagpt.core.task_vectors import add_task_vectors, inner_products, squared_norms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -12,7 +12,7 @@ from mergekit.common import ModelReference
 
 from benchmarks.harness_tasks import write_answers, write_text
 from benchmarks.language_model.base import ATTENTION, fast_products
-from benchmarks.language_model.experts import RECIPES, train_expert
+from benchmarks.language_model.experts import Recipe, train_expert
 from benchmarks.language_model.neutral import passages
 from benchmarks.language_model.tasks import Splits, splits
 from benchmarks.language_model.whole import write_json
@@ -55,17 +55,13 @@ class Bench:
             write_answers(self._harness, f"{task}_test", examples.test)
         write_text(self._harness, NEUTRAL, passages(items.neutral))
 
-    def expert(self, task: str, recipe: str, seed: int) -> ModelReference:
+    def expert(self, task: str, recipe: Recipe, seed: int) -> ModelReference:
         """Return an expert, which is trained if it is missing."""
-        how = RECIPES[recipe]
-        rate = how.other_rates.get(task, how.rate)
-        # By rate, so that recipes share what they have in common.
-        family = f"{'adapter' if how.adapter else 'full'}-{rate:g}-{seed}"
-        out = self.work / "experts" / family / task
+        out = self.work / "experts" / recipe.trained_like(task, seed) / task
         if not out.exists():
-            click.echo(f"training {family}/{task}", err=True)
-            train_expert(self.base, self.splits[task].training, how.adapter, rate, seed, out)
-        name = f"{self.base}+{out}" if how.adapter else str(out)
+            click.echo(f"training {out.parent.name}/{task}", err=True)
+            train_expert(self.base, self.splits[task].training, recipe, task, seed, out)
+        name = f"{self.base}+{out}" if recipe.adapter else str(out)
         return ModelReference.model_validate(name)
 
     def kept(self, name: str, settings: object, measure: Callable[[], Metrics]) -> Metrics:
@@ -89,7 +85,7 @@ class Bench:
 
     def score(self, checkpoint: Path, tasks: Sequence[str]) -> Metrics:
         """Score a checkpoint with lm-eval on tasks named TASK_validation, TASK_test, NEUTRAL."""
-        with fast_products():
+        with fast_products(self.device):
             report = evaluate(
                 checkpoint,
                 tasks,

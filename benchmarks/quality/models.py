@@ -81,13 +81,13 @@ class Trainer:
         batches = (self._encode(islice(examples, self.size.batch)) for _ in range(steps))
         fit(model, batches, steps, rate)
 
-    def _encode(self, examples: Iterable[Example]) -> tuple[Tensor, Tensor]:
+    def _encode(self, examples: Iterable[Example]) -> dict[str, Tensor]:
         """Return token ids, and labels for the answers only; both of shape [examples, tokens]."""
         lines = [" ".join(example) for example in examples]
         ids = self.tokenizer(lines, padding=True, return_tensors="pt")["input_ids"].to(self.device)
         is_equals = ids == self.tokenizer.convert_tokens_to_ids("=")
         is_answer = is_equals.cumsum(1).bool() & ~is_equals & (ids != self.tokenizer.pad_token_id)
-        return ids, ids.where(is_answer, IGNORED)
+        return {"input_ids": ids, "labels": ids.where(is_answer, IGNORED)}
 
     def _config(self) -> transformers.LlamaConfig:
         return transformers.LlamaConfig(

@@ -14,7 +14,7 @@ from mergekit_metagpt.cli._config import (
     survey_options,
 )
 from mergekit_metagpt.cli._options import MergeCommand
-from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.core.granularities import GRANULARITIES
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference

@@ -157,7 +157,7 @@ def _scores_table(results: Mapping[str, Mapping[str, float]], scale: "Scale") ->
 
 
 def _coefficients_table(directory: Path, experts: list[str]) -> Table:
-    from mergekit_metagpt.coefficients import scaling_coefficients
+    from mergekit_metagpt.core.coefficients import scaling_coefficients
     from mergekit_metagpt.measure.checkpoints import survey_checkpoints
 
     survey = survey_checkpoints(

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.demo.models import TASKS
-from mergekit_metagpt.granularities import GRANULARITIES
 
 _SHOWN_LINES = 20
 

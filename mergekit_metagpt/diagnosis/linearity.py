@@ -13,10 +13,10 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from torch import Tensor
 
+from mergekit_metagpt.core.task_vectors import working_dtype
 from mergekit_metagpt.diagnosis.running import incomparable, interpolate, load
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.vocabularies import tokenizers_agree
-from mergekit_metagpt.task_vectors import working_dtype
 
 Names = tuple[str, ...]
 

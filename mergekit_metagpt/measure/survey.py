@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from mergekit_metagpt.coefficients import Norms
+from mergekit_metagpt.core.coefficients import Norms
+from mergekit_metagpt.core.task_vectors import promoted_dtype, squared_norms
 from mergekit_metagpt.names import canonical, layer_of
-from mergekit_metagpt.task_vectors import promoted_dtype, squared_norms
 
 if TYPE_CHECKING:
     from mergekit.merge_methods.base import TensorGroup

@@ -8,10 +8,10 @@ from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from mergekit_metagpt.coefficients import Norms
+from mergekit_metagpt.core.coefficients import Norms
+from mergekit_metagpt.core.task_vectors import inner_products
 from mergekit_metagpt.measure.survey import TensorInputs
 from mergekit_metagpt.measure.vocabularies import DifferentVocabularyError, compare_vocabularies
-from mergekit_metagpt.task_vectors import inner_products
 
 Device = torch.device | str
 

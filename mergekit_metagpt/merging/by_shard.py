@@ -30,7 +30,7 @@ from mergekit.io.tensor_writer import TensorWriter
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import TokenizerInfo
 
-from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.mergekit_private import (

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from mergekit_metagpt.coefficients import scaling_coefficients
+from mergekit_metagpt.core.coefficients import scaling_coefficients
 from mergekit_metagpt.method.summary import Summary
 
 # If one expert has more than this share, almost nothing of the others is left.

@@ -25,15 +25,15 @@ from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskAr
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_metagpt.directions import Directions, Rule, merge_directions
-from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.core.directions import Directions, Rule, merge_directions
+from mergekit_metagpt.core.granularities import GRANULARITIES
+from mergekit_metagpt.core.task_vectors import add_task_vectors
 from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
 from mergekit_metagpt.method.parameters import exponent_of, side_of, with_priors
 from mergekit_metagpt.method.random_streams import own_stream
 from mergekit_metagpt.method.session import SESSION, checkpoints_of
 from mergekit_metagpt.method.sparsified import merge_sparsified
 from mergekit_metagpt.method.summary import Entry
-from mergekit_metagpt.task_vectors import add_task_vectors
 
 _PAPER = "https://arxiv.org/abs/2406.11385"
 

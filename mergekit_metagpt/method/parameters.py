@@ -9,8 +9,8 @@ from typing import Any
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import ValidationError
 
-from mergekit_metagpt.directions import SIDES
-from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.core.directions import SIDES
+from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.wording import one_of
 
 

@@ -15,10 +15,10 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 )
 from torch import Tensor
 
+from mergekit_metagpt.core.task_vectors import working_dtype
 from mergekit_metagpt.measure.survey import TensorInputs
 from mergekit_metagpt.method.kept import Kept, chunks_of, deltas
 from mergekit_metagpt.method.masks import Masks, OnlyMergeKitKnowsError
-from mergekit_metagpt.task_vectors import working_dtype
 
 _LEAST = 2.0**-149  # the least positive float32
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from mergekit_metagpt.coefficients import Norms, scaling_coefficients
-from mergekit_metagpt.directions import Directions
-from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.core.coefficients import Norms, scaling_coefficients
+from mergekit_metagpt.core.directions import Directions
+from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.method.parameters import exponent_of
 from mergekit_metagpt.names import canonical, layer_of
 

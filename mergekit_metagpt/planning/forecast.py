@@ -13,7 +13,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.summary import Entry, Summary

@@ -12,15 +12,15 @@ from mergekit.graph import Executor, Task
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.coefficients import Norms
-from mergekit_metagpt.directions import Directions
+from mergekit_metagpt.core.coefficients import Norms
+from mergekit_metagpt.core.directions import Directions
+from mergekit_metagpt.core.task_vectors import working_dtype
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.survey import Survey, TensorInputs
 from mergekit_metagpt.method.merge_method import by_directions
 from mergekit_metagpt.method.session import SESSION
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.planner import TensorMerge
-from mergekit_metagpt.task_vectors import working_dtype
 from mergekit_metagpt.workers import Mapper, in_this_process
 
 

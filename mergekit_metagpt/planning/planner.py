@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer
 
-from mergekit_metagpt.granularities import GRANULARITIES
+from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.mergekit_private import model_out_config
 from mergekit_metagpt.planning.config import Place, parts
 

@@ -8,8 +8,8 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt.core.normal_equations import costs_of_matrix
 from mergekit_metagpt.method.parameters import side_of
-from mergekit_metagpt.normal_equations import costs_of_matrix
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import Outputs, OutputTensor, output_shards
 from mergekit_metagpt.preflight.tensors import granularity_of

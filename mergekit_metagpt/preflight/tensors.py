@@ -7,7 +7,7 @@ from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.merge_methods.base import OptionalTensorPolicy
 
-from mergekit_metagpt.granularities import GRANULARITIES, Granularity
+from mergekit_metagpt.core.granularities import GRANULARITIES, Granularity
 from mergekit_metagpt.names import layer_of
 from mergekit_metagpt.planning.headers import FLOATS, Header
 from mergekit_metagpt.planning.models import ModelFiles

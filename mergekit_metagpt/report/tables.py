@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mergekit_metagpt.coefficients import bound, bound_of_parts, scaling_coefficients
+from mergekit_metagpt.core.coefficients import bound, bound_of_parts, scaling_coefficients
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.method.advice import share, warnings
 from mergekit_metagpt.method.summary import Summary

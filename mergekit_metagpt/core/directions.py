@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_metagpt.coefficients import Norms, scaling_coefficients
-from mergekit_metagpt.normal_equations import Equations, Solution
-from mergekit_metagpt.task_vectors import where_possible, write_task_vector
+from mergekit_metagpt.core.coefficients import Norms, scaling_coefficients
+from mergekit_metagpt.core.normal_equations import Equations, Solution
+from mergekit_metagpt.core.task_vectors import where_possible, write_task_vector
 
 SIDES = ("output", "input", "both")
 

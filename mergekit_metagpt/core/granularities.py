@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
-from mergekit_metagpt.coefficients import Norms
+from mergekit_metagpt.core.coefficients import Norms
 from mergekit_metagpt.names import layer_of
 
 
@@ -102,7 +102,7 @@ class PerTensor(Granularity):
 
 
 class PerDirection(PerTensor):
-    """Every direction of a tensor has its own; see :mod:`mergekit_metagpt.directions`."""
+    """Every direction of a tensor has its own; see :mod:`mergekit_metagpt.core.directions`."""
 
     name = "direction"
     has_matrices = True

@@ -1,4 +1,4 @@
-"""Solvers of Σ_t S_t (M − τ_t) = 0 for one matrix; see :mod:`mergekit_metagpt.directions`.
+"""Solvers of Σ_t S_t (M − τ_t) = 0 for one matrix; see :mod:`mergekit_metagpt.core.directions`.
 
 Here S_t = λ_t [(1 − ρ) u_t u_tᵀ + (ρ/m) I], where u_t = τ_t / ‖τ_t‖ is m x n, Σ_t λ_t = 1, and
 A = Σ_t S_t. All is float64, since an error of a float32 product would grow by the condition number

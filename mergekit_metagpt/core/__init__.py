@@ -1,0 +1,1 @@
+"""The method in numbers and tensors: coefficients, kernels, directions; no files, no models."""
