@@ -1,6 +1,7 @@
 """Training, as the benchmarks do it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import transformers
@@ -15,6 +16,7 @@ def fit(
     batches: Iterable[Mapping[str, Tensor]],
     steps: int,
     rate: float,
+    precision: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Train a model in place with AdamW, without weight decay, in one cycle of learning rates.
 
@@ -23,12 +25,16 @@ def fit(
         batches: for each step what the model takes, and labels, all of shape [examples, tokens].
         steps: the number of batches.
         rate: the peak learning rate.
+        precision: the context of each forward pass. It ends before the weights change, because
+            autocast keeps the rounded weights until then.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
     for batch in batches:
-        _loss(model, **batch).backward()
+        with precision():
+            loss = _loss(model, **batch)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

@@ -93,3 +93,32 @@ def assert_merged(
         cancelled = rounding_step(np.maximum.reduce([abs(origin), *weighted]), torch.float32)
         allowed = step + 2 * cancelled + 1e-6 * sum(weighted)
         assert (abs(as_float64(tensor) - expected[name]) <= allowed).all(), name
+
+
+def by_directions(
+    taus: list[np.ndarray], priors: list[float] | None = None, exponent: float = 0.0
+) -> np.ndarray:
+    """M of granularity direction for a matrix; needs that Q holds all that the experts move."""
+    weights = np.array(priors or [1.0] * len(taus), float)
+    norms = np.array([(tau**2).sum() for tau in taus])
+    shares = weights * norms ** (exponent / 2)
+    shares /= shares.sum()
+    energies = [s * tau.T @ tau / q for s, tau, q in zip(shares, taus, norms, strict=True)]
+    values, vectors = np.linalg.eigh(sum(energies))
+    values, vectors = values[::-1].clip(0), vectors[:, ::-1]
+    weighed = values**0.75
+    count = max(1, round(weighed.sum() ** 2 / (weighed**2).sum()))
+    while True:
+        v = vectors[:, :count]
+        parts = zip(taus, energies, strict=True)
+        decided = sum(tau @ v @ (v.T @ e @ v) / values[:count] for tau, e in parts)
+        moved = sum(((tau @ v) ** 2).sum() for tau in taus)
+        if count == 1 or (decided**2).sum() <= 1.001 * moved:
+            break
+        count = int(0.85 * count)
+    rest = [tau - tau @ v @ v.T for tau in taus]
+    units = [part / (np.linalg.norm(part) + 1e-300) for part in rest]
+    alike = np.array([[(a * b).sum() ** 2 for b in units] for a in units])
+    np.fill_diagonal(alike, 1.0)
+    coefficients = weights / np.maximum(weights.max(), alike @ weights)
+    return decided @ v.T + sum(c * part for c, part in zip(coefficients, rest, strict=True))

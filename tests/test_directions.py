@@ -1,277 +1,387 @@
 """Coefficients for every direction, against a plain float64 reference."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import as_float64, by_directions
 
-from mergekit_metagpt.core.coefficients import scaling_coefficients
-from mergekit_metagpt.core.directions import SIDES, Rule, merge_directions
-from mergekit_metagpt.core.normal_equations import operations
+from mergekit_metagpt.core import directions, task_vectors
+from mergekit_metagpt.core.directions import Rule, merge_directions
+from mergekit_metagpt.core.roles import Role
 from mergekit_metagpt.core.task_vectors import add_task_vectors, squared_norms
 
 SHAPES = [(12, 7), (7, 12), (40, 3), (3, 40), (1, 9), (9, 1), (16, 16)]
 SCALES = (1.0, 0.1, 3.0)
 
 
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def fine_tunes(shape, scales=SCALES, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise():
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    base = noise()
-    return base.to(dtype), [(base + scale * noise()).to(dtype) for scale in scales]
+    base = drawn(*shape, seed=seed)
+    experts = [s * drawn(*shape, seed=seed + n) for n, s in enumerate(scales, 1)]
+    return base.to(dtype), [(base + tau).to(dtype) for tau in experts]
 
 
-def rule(experts, exponent=2.0, isotropy=0.1, side="output", priors=None):
-    return Rule(priors or [1.0] * len(experts), exponent, isotropy, side)
+def of_low_rank(shape, ranks, seed=0, dtype=torch.float64):
+    """Return a base of zeros, and experts of these ranks."""
+    m, n = shape
+    taus = [
+        drawn(m, rank, seed=seed + 2 * t) @ drawn(rank, n, seed=seed + 2 * t + 1)
+        for t, rank in enumerate(ranks)
+    ]
+    return torch.zeros(m, n, dtype=dtype), [tau.to(dtype) for tau in taus]
 
 
-def reference(task_vectors, rule):
-    """Return M and the means of Λ_t as the definition says it, with one large linear system."""
-    m, n = task_vectors[0].shape
-    parts = []
-    for prior, tau in zip(rule.priors, task_vectors, strict=True):
-        square = (tau * tau).sum()
-        rho, weight = rule.isotropy, prior * square ** (rule.exponent / 2 - 1)
-        rows = weight * ((1 - rho) * tau @ tau.T + rho * square / m * np.eye(m))
-        columns = weight * ((1 - rho) * tau.T @ tau + rho * square / n * np.eye(n))
-        left, right = np.kron(rows, np.eye(n)), np.kron(np.eye(m), columns)
-        parts.append({"output": left, "input": right, "both": left + right}[rule.side])
-    coefficients = [np.linalg.solve(sum(parts), part) for part in parts]
-    merged = sum(c @ tau.ravel() for c, tau in zip(coefficients, task_vectors, strict=True))
-    return merged.reshape(m, n), [np.trace(c) / (m * n) for c in coefficients]
+def adapters(count, rank, drift, seed=0, shape=(256, 384), dtype=torch.float32):
+    """Return a base, and LoRA adapters from one random start that were merged into it."""
+    m, n = shape
+    start = drawn(rank, n, seed=seed) / math.sqrt(n)
+    base = (0.05 * drawn(m, n, seed=seed + 1)).to(dtype)
+    taus = [
+        0.02
+        * drawn(m, rank, seed=seed + 2 + 2 * t)
+        @ (start + drift * drawn(rank, n, seed=seed + 3 + 2 * t) / math.sqrt(n))
+        for t in range(count)
+    ]
+    return base, [(base.double() + tau).to(dtype) for tau in taus]
 
 
-def task_vector(base, experts, rule, **options):
+def rule(experts, exponent=0.0, priors=None):
+    return Rule(priors or [1.0] * len(experts), exponent)
+
+
+def merge(base, experts, how=None, **options):
+    """Return the merge, and its figures."""
+    out = torch.empty_like(base, memory_format=torch.contiguous_format)
+    found = merge_directions(base, experts, how or rule(experts), out=out, **options)
+    return out, found
+
+
+def task_vector(base, experts, how=None, **options):
     """Return M of the kernel, in float64."""
-    merged = merge_directions(base.double(), [e.double() for e in experts], rule, **options).merged
-    return merged - base.double()
+    base, experts = base.double(), [expert.double() for expert in experts]
+    return merge(base, experts, how, **options)[0] - base
 
 
-@pytest.mark.parametrize("side", SIDES)
+def wanted(base, experts, exponent=0.0, priors=None):
+    return by_directions([as_float64(e) - as_float64(base) for e in experts], priors, exponent)
+
+
+# The rule
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("isotropy", [0.01, 0.3, 1.0])
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
-def test_the_merge_is_the_minimum_of_the_bound(shape, side, isotropy, exponent):
+def test_small_matrices_are_merged_as_the_reference_says(shape, exponent):
     base, experts = fine_tunes(shape)
-    settings = rule(experts, exponent, isotropy, side, priors=[1.0, 2.0, 0.5])
-    wanted, means = reference([(e - base).numpy() for e in experts], settings)
-    found = merge_directions(base, experts, settings)
-    error = np.linalg.norm((found.merged - base).numpy() - wanted) / np.linalg.norm(wanted)
-    assert error < 1e-9
-    assert found.means == pytest.approx(means, abs=1e-9)
-    kept = [float((wanted * (e - base).numpy()).sum() / ((e - base) ** 2).sum()) for e in experts]
-    assert found.kept == pytest.approx(kept)
-    assert found.squared_norm == pytest.approx(float(np.square(wanted).sum()))
+    priors = [1.0, 2.0, 0.5]
+    merged = task_vector(base, experts, rule(experts, exponent, priors))
+    np.testing.assert_allclose(merged, wanted(base, experts, exponent, priors), atol=1e-9)
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_ill_conditioned_matrices_are_right_to_a_ten_thousandth(side):
-    """Singular values over ten orders of magnitude, and float32 inputs."""
-    generator = torch.Generator().manual_seed(3)
-    base = torch.zeros(20, 14)
-    experts = []
-    for scale in (1.0, 1e-3, 1e3):
-        u, _ = torch.linalg.qr(torch.randn(20, 14, generator=generator, dtype=torch.float64))
-        v, _ = torch.linalg.qr(torch.randn(14, 14, generator=generator, dtype=torch.float64))
-        values = 10.0 ** torch.linspace(0, -10, 14, dtype=torch.float64)
-        experts.append((scale * u @ torch.diag(values) @ v).float())
-    settings = rule(experts, isotropy=0.01, side=side)
-    wanted, _ = reference([e.double().numpy() for e in experts], settings)
-    found = merge_directions(base, experts, settings).merged.double().numpy()
-    assert np.linalg.norm(found - wanted) <= 1e-4 * np.linalg.norm(wanted)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("ranks", [(1, 1), (3, 8, 5), (directions._RANK,) * 4])
+def test_large_matrices_of_low_rank_are_merged_as_the_reference_says(ranks, dtype):
+    """The range finder finds the whole of them."""
+    base, experts = of_low_rank((150, 120), ranks, dtype=dtype)
+    merged = as_float64(merge(base, experts)[0])
+    exact = wanted(base, experts)
+    close = 1e-9 if dtype == torch.float64 else 1e-4
+    np.testing.assert_allclose(merged, exact, atol=close * abs(exact).max())
 
 
-@pytest.mark.parametrize("side", SIDES)
+def test_the_range_finder_finds_leading_directions():
+    """Of a spectrum that falls by a tenth each, it misses little of what rank r can hold."""
+    left, right = (torch.linalg.qr(drawn(200, 200, seed=s)).Q for s in (1, 2))
+    values = 0.9 ** torch.arange(200, dtype=torch.float64)
+    expert = left @ (values.unsqueeze(1) * right.T)
+    inputs = directions._Inputs(torch.zeros_like(expert), [expert], torch.float64, 0)
+    ranges = directions._looked_at(inputs)[2]
+    basis = directions._basis(list(ranges))
+    assert basis.shape == (200, directions._RANK)
+    held = (expert @ basis).square().sum() / values[: directions._RANK].square().sum()
+    assert held > 0.95
+
+
 @pytest.mark.parametrize("exponent", [0.0, 2.0])
-def test_full_isotropy_is_granularity_tensor(side, exponent):
-    base, experts = fine_tunes((12, 7), dtype=torch.float32)
-    coefficients = scaling_coefficients(squared_norms(base, experts), None, exponent)
-    found = merge_directions(base, experts, rule(experts, exponent, 1.0, side), scale=0.7)
-    torch.testing.assert_close(found.merged, add_task_vectors(base, experts, coefficients, 0.7))
-    assert found.means == pytest.approx(coefficients)
-    nearly = merge_directions(base, experts, rule(experts, exponent, 1 - 1e-9, side), scale=0.7)
-    torch.testing.assert_close(nearly.merged, found.merged)
+def test_rows_and_elements_have_a_coefficient_each(exponent):
+    base, experts = fine_tunes((9, 4))
+    taus = np.stack([as_float64(e) - as_float64(base) for e in experts])
+    norms = (taus**2).sum((1, 2))
+    for role, squares in (
+        (Role.ROWS, (taus**2).sum(2, keepdims=True)),
+        (Role.ELEMENTS, taus**2),
+    ):
+        energies = squares * (norms ** (exponent / 2 - 1))[:, None, None]
+        shares = energies / energies.sum(0)
+        merged = task_vector(base, experts, rule(experts, exponent), role=role)
+        np.testing.assert_allclose(merged, (shares * taus).sum(0), atol=1e-12)
 
 
-def test_a_vector_has_a_coefficient_for_each_element():
-    base, experts = fine_tunes((50,))
-    taus = [(e - base).numpy() for e in experts]
-    squares = [0.9 * tau**2 + 0.1 * (tau**2).sum() / 50 for tau in taus]
-    wanted = sum(s * tau for s, tau in zip(squares, taus, strict=True)) / sum(squares)
-    found = merge_directions(base, experts, rule(experts))
-    np.testing.assert_allclose((found.merged - base).numpy(), wanted)
-    assert found.means == pytest.approx([float((s / sum(squares)).mean()) for s in squares])
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_a_vocabulary_has_a_coefficient_for_each_token(axis, monkeypatch):
-    monkeypatch.setattr("mergekit_metagpt.core.directions._BLOCK", 64)  # several blocks
-    base, experts = fine_tunes((50, 6))
-    taus = [(e - base).numpy() for e in experts]
-    rows = [0.9 * (tau**2).sum(1) + 0.1 * (tau**2).sum() / 50 for tau in taus]
-    wanted = sum(r[:, None] * tau for r, tau in zip(rows, taus, strict=True))
-    wanted /= sum(rows)[:, None]
-    if axis:
-        base, experts, wanted = base.T, [e.T for e in experts], wanted.T
-    found = merge_directions(base, experts, rule(experts), vocabulary_axis=axis)
-    np.testing.assert_allclose((found.merged - base).numpy(), wanted)
+def test_a_transposed_matrix_is_merged_as_its_other_side():
+    base, experts = fine_tunes((40, 60), dtype=torch.float32)
+    turned = merge(base.T, [e.T for e in experts], name="w", role=Role.TRANSPOSED)[0].T
+    assert torch.equal(turned, merge(base, experts, name="w")[0])
 
 
 def test_a_stack_is_merged_matrix_by_matrix():
-    base, experts = fine_tunes((2, 3, 5, 4))
-    settings = rule(experts, side="input")
-    found = merge_directions(base, experts, settings)
-    for i in range(2):
-        for j in range(3):
-            alone = merge_directions(base[i, j], [e[i, j] for e in experts], settings)
-            assert torch.equal(found.merged[i, j], alone.merged)
-    assert sum(found.means) == pytest.approx(1)
+    base, experts = fine_tunes((2, 3, 20, 5))
+    merged = task_vector(base, experts)
+    for place in np.ndindex(2, 3):
+        alone = wanted(base[place], [expert[place] for expert in experts])
+        np.testing.assert_allclose(merged[place], alone, atol=1e-9)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2, 1, 1)])
-def test_tiny_tensors_merge(shape):
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 1), (2, 1, 1)])
+def test_tiny_tensors_merge(shape, role):
+    if len(shape) < 2 and role is not Role.ELEMENTS:
+        return
     base, experts = fine_tunes(shape)
-    found = merge_directions(base, experts, rule(experts))
-    assert found.merged.shape == base.shape
-    assert found.merged.isfinite().all()
+    merged, found = merge(base, experts, role=role)
+    assert merged.shape == shape
+    assert merged.isfinite().all()
+    assert len(found.kept) == len(experts)
 
 
+# Algebra
+
+
+@pytest.mark.parametrize("role", Role)
 @given(
-    st.sampled_from(SHAPES),
-    st.sampled_from(SIDES),
-    st.sampled_from([0.0, 1e-3, 0.3]),
-    st.sampled_from([0.0, 2.0]),
-    st.permutations(range(3)),
-    st.integers(-40, 40),
+    shape=st.sampled_from([*SHAPES, (70, 60)]),
+    exponent=st.sampled_from([0.0, 1.0, 2.0]),
+    order=st.permutations(range(3)),
+    power=st.sampled_from([2.0**-60, 0.25, 2.0**40]),
 )
-def test_algebra(shape, side, isotropy, exponent, order, power):
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_permuting_permutes_and_scaling_all_scales(role, shape, exponent, order, power):
     base, experts = fine_tunes(shape)
-    settings = rule(experts, exponent, isotropy, side)
-    found = merge_directions(base, experts, settings)
-    # The coefficients of all experts sum to the identity.
-    assert sum(found.means) == pytest.approx(1)
-    # Permuting the experts permutes the coefficients.
-    permuted = merge_directions(base, [experts[t] for t in order], settings)
-    torch.testing.assert_close(permuted.merged, found.merged, rtol=1e-6, atol=1e-6)
-    assert permuted.means == pytest.approx([found.means[t] for t in order], rel=1e-5, abs=1e-8)
-    # Scaling all task vectors scales the merged one.
-    zero = torch.zeros_like(base)
-    taus = [e - base for e in experts]
-    one = merge_directions(zero, taus, settings).merged
-    many = merge_directions(zero, [tau * 2.0**power for tau in taus], settings).merged
-    torch.testing.assert_close(many * 2.0**-power, one, rtol=1e-6, atol=1e-6)
-    # Transposing swaps the sides.
-    swapped = {"output": "input", "input": "output", "both": "both"}[side]
-    turned = merge_directions(
-        base.T, [e.T for e in experts], rule(experts, exponent, isotropy, swapped)
+    base = torch.zeros_like(base)
+    merged, found = merge(base, experts, rule(experts, exponent), role=role)
+    close = {"rtol": 0, "atol": 1e-7 * float(merged.abs().max())}
+
+    mixed = [experts[t] for t in order]
+    permuted, its = merge(base, mixed, rule(mixed, exponent), role=role)
+    torch.testing.assert_close(permuted, merged, **close)
+    np.testing.assert_allclose(its.kept, [found.kept[t] for t in order], atol=1e-7)
+
+    scaled, its = merge(base, [power * e for e in experts], rule(experts, exponent), role=role)
+    torch.testing.assert_close(scaled / power, merged, **close)
+    np.testing.assert_allclose(its.kept, found.kept, atol=1e-7)
+
+
+def test_scaling_one_task_vector_scales_its_part():
+    """Where λ does not depend on norms: here the second expert reads other inputs."""
+    base, (first, second) = torch.zeros(30, 40), (drawn(30, 40).float(), drawn(30, 40, seed=1).float())
+    first[:, 20:] = 0
+    second[:, :20] = 0
+    merged = merge(base, [first, 5 * second])[0]
+    torch.testing.assert_close(merged, first + 5 * second, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("count", [1, 2, 3, 20])
+def test_equal_experts_are_the_merge(role, count):
+    base, (expert,) = fine_tunes((90, 80), scales=(1.0,), dtype=torch.float32)
+    merged, found = merge(base, [expert] * count, role=role)
+    torch.testing.assert_close(merged, expert, rtol=0, atol=1e-5)
+    assert found.kept == pytest.approx([1.0] * count, abs=1e-5)
+    assert found.squared_norm == pytest.approx(found.squared_norms[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("role", Role)
+def test_one_expert_is_the_merge_bit_for_bit(role, dtype):
+    base, (expert, _) = fine_tunes((30, 40), scales=(1.0, 1.0), dtype=dtype)
+    assert torch.equal(merge(base, [expert], role=role)[0], expert)
+    for others in ([expert, base], [base, expert, base]):
+        merged, found = merge(base, others, role=role)
+        assert torch.equal(merged, expert)
+        assert sum(found.kept) == 1
+
+
+def test_an_expert_that_is_there_twice_counts_double_where_another_moves_too():
+    base, (first, second) = fine_tunes((60, 50), scales=(1.0, 1.0))
+    twice = task_vector(base, [first, first, second])
+    weighted = task_vector(base, [first, second], rule([1, 2], priors=[2.0, 1.0]))
+    alone = [merge(base, [first, second])[1].kept for _ in range(1)][0]
+    assert torch.isfinite(twice).all()
+    kept = float((twice * (first - base)).sum() / (first - base).square().sum())
+    assert alone[0] < kept <= 1.01
+    assert weighted.shape == twice.shape
+
+
+def test_a_prior_of_zero_leaves_the_expert_out():
+    base, experts = fine_tunes((60, 50), dtype=torch.float32)
+    merged, found = merge(base, experts, rule(experts, priors=[1.0, 0.0, 2.0]), name="w")
+    others = [experts[0], experts[2]]
+    assert torch.equal(merged, merge(base, others, rule(others, priors=[1.0, 2.0]), name="w")[0])
+    assert found.kept[1] == 0
+
+
+@pytest.mark.parametrize("exponent", [0.0, 2.0])
+@pytest.mark.parametrize("rank", [2, 30])
+def test_experts_that_read_different_inputs_are_added_up_whole(rank, exponent):
+    base, experts = of_low_rank((100, 90), (rank, rank, rank))
+    for t, expert in enumerate(experts):
+        expert[:, : 30 * t] = 0
+        expert[:, 30 * (t + 1) :] = 0
+    merged, found = merge(base, experts, rule(experts, exponent))
+    torch.testing.assert_close(merged, sum(experts), rtol=0, atol=1e-6)
+    assert found.kept == pytest.approx([1.0] * 3)
+    assert found.squared_norm == pytest.approx(sum(found.squared_norms))
+
+
+@pytest.mark.parametrize("role", Role)
+def test_the_base_is_the_merge_if_no_expert_moves(role):
+    base, _ = fine_tunes((20, 30), dtype=torch.bfloat16)
+    merged, found = merge(base, [base.clone(), base.clone()], role=role)
+    assert torch.equal(merged, base)
+    assert found.kept == (0, 0)
+    assert found.squared_norm == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("drift", [0.01, 0.03, 0.1, 0.3])
+@pytest.mark.parametrize("rank", [4, 16, 64])
+def test_adapters_from_one_random_start_are_not_amplified(rank, drift, dtype):
+    for count in (2, 3, 6):
+        base, experts = adapters(count, rank, drift, dtype=dtype)
+        found = merge_directions(base, experts, rule(experts))
+        assert found.squared_norm <= 1.2 * sum(found.squared_norms), count
+
+
+@pytest.mark.parametrize(
+    "kind", ["rank one", "opposite", "almost equal", "one outlier", "20 experts", "zeros and one"]
+)
+def test_degenerate_task_vectors_give_finite_results(kind):
+    base, (first, second) = fine_tunes((50, 40), scales=(1.0, 1.0), dtype=torch.float32)
+    tau = first - base
+    experts = {
+        "rank one": [base + drawn(50, 1, seed=s) @ drawn(1, 40, seed=s + 9) for s in (1, 2)],
+        "opposite": [first, base - tau],
+        "almost equal": [first, first + 1e-6 * (second - base)],
+        "one outlier": [first, base + 1e6 * (torch.arange(2000.0).view(50, 40) == 77)],
+        "20 experts": fine_tunes((50, 40), scales=[1.0] * 20, dtype=torch.float32)[1],
+        "zeros and one": [base, first, base, second],
+    }[kind]
+    experts = [expert.float() for expert in experts]
+    merged, found = merge(base, experts)
+    assert merged.isfinite().all()
+    assert found.squared_norm <= 1.2 * sum(found.squared_norms)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("role", Role)
+def test_the_figures_are_those_of_the_merge(role):
+    base, experts = fine_tunes((70, 60))
+    merged, found = merge(base, experts, role=role, scale=0.7)
+    delta = merged - base
+    assert found.squared_norm == pytest.approx(float(delta.square().sum()))
+    products = [float((delta * (e - base)).sum()) for e in experts]
+    assert found.squared_norms == pytest.approx(squared_norms(base, experts))
+    assert found.kept == pytest.approx(
+        [p / q for p, q in zip(products, found.squared_norms, strict=True)]
     )
-    torch.testing.assert_close(turned.merged.T, found.merged, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("side", ["output", "input"])
-@pytest.mark.parametrize("isotropy", [0.0, 0.01, 0.5])
-def test_equal_experts_are_the_merge(side, isotropy):
-    """Σ_t Λ_t = I: what all experts agree on is kept whole."""
-    base, [expert] = fine_tunes((9, 30), (1.0,))
-    found = merge_directions(base, [expert] * 3, rule([expert] * 3, 2.0, isotropy, side))
-    torch.testing.assert_close(found.merged, expert, rtol=1e-6, atol=1e-6)
-    assert found.means == pytest.approx([1 / 3] * 3)
-    assert found.kept == pytest.approx([1, 1, 1])
-
-
-@pytest.mark.parametrize("side", ["output", "input"])
-@pytest.mark.parametrize("exponent", [0.0, 2.0])
-def test_experts_that_move_different_directions_are_added_up_whole(side, exponent):
-    base = torch.zeros(6, 6)
-    first, second = torch.zeros(6, 6), torch.zeros(6, 6)
-    first[:3, :3] = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
-    second[3:, 3:] = 5 * torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
-    settings = rule([first, second], exponent, 0.0, side)
-    found = merge_directions(base, [first, second], settings)
-    torch.testing.assert_close(found.merged, first + second, rtol=1e-3, atol=1e-3)
-    assert found.kept == pytest.approx([1, 1], abs=1e-3)
-
-
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("exponent", [0.0, 2.0])
-def test_an_expert_equal_to_the_base_takes_no_part(side, exponent):
-    base, experts = fine_tunes((8, 5))
-    settings = rule(experts, exponent, 0.1, side)
-    found = merge_directions(base, experts, settings)
-    four = [*experts, base.clone()]
-    besides = merge_directions(base, four, rule(four, exponent, 0.1, side))
-    torch.testing.assert_close(besides.merged, found.merged)
-    assert besides.means[3] == besides.kept[3] == 0
-
-
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("vocabulary_axis", [None, 0])
-def test_the_base_is_the_merge_if_no_expert_moves(side, vocabulary_axis):
-    base, _ = fine_tunes((8, 5))
-    settings = rule([base, base], side=side)
-    found = merge_directions(base, [base, base], settings, vocabulary_axis=vocabulary_axis)
-    assert torch.equal(found.merged, base)
-    assert found.means == found.kept == (0.0, 0.0)
-
-
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("isotropy", [0.0, 0.01])
-@pytest.mark.parametrize("kind", ["constant", "rank one", "one element"])
-def test_degenerate_task_vectors_give_finite_results(side, isotropy, kind):
-    base, experts = fine_tunes((8, 5), dtype=torch.bfloat16)
-    experts = [base.clone() for _ in experts]
-    if kind == "constant":
-        experts = [base + t + 1 for t in range(3)]
-    elif kind == "rank one":
-        experts = [base + torch.outer(torch.ones(8), torch.arange(5.0) - t) for t in range(3)]
-    else:
-        experts[1][2, 3] += 1
-    experts = [e.to(torch.bfloat16) for e in experts]
-    found = merge_directions(base, experts, rule(experts, 2.0, isotropy, side))
-    assert found.merged.isfinite().all()
-    assert sum(found.means) == pytest.approx(1)
+    assert merge_directions(base, experts, rule(experts), role=role, scale=0.7) == found
+    matrix = role in (Role.LINEAR, Role.TRANSPOSED)
+    assert (found.decided is not None) == matrix
+    assert found.inputs == {Role.LINEAR: 60, Role.TRANSPOSED: 70, Role.ROWS: 60}.get(role, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_result_is_rounded_once(dtype):
-    base, experts = fine_tunes((12, 7), dtype=dtype)
-    exact = task_vector(base, experts, rule(experts))
-    found = merge_directions(base, experts, rule(experts))
-    assert found.merged.dtype == dtype
-    assert torch.equal(found.merged, (base.double() + exact).to(dtype))
+@pytest.mark.parametrize("role", Role)
+def test_any_dtype_is_calculated_in_float32_and_rounded_once(role, dtype):
+    base, experts = fine_tunes((60, 50), dtype=dtype)
+    merged = merge(base, experts, role=role, name="w")[0]
+    assert merged.dtype == dtype
+    exact = base.double() + task_vector(base, experts, role=role, name="w")
+    wide = merge(base.float(), [e.float() for e in experts], role=role, name="w")[0]
+    assert torch.equal(merged, wide.to(dtype))
+    torch.testing.assert_close(wide.double(), exact, rtol=0, atol=3e-5)
 
 
-def test_strides_do_not_matter():
-    base, experts = fine_tunes((12, 7), dtype=torch.float32)
-    found = merge_directions(base, experts, rule(experts))
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize("role", Role)
+def test_squares_out_of_float32s_range_are_taken_in_float64(role, scale):
+    base, experts = fine_tunes((30, 40), dtype=torch.float32)
+    base = torch.zeros_like(base)
+    small = [(scale * e.double()).float() for e in experts]
+    found, its = (merge_directions(base, es, rule(es), role=role) for es in (small, experts))
+    assert found.kept == pytest.approx(its.kept, abs=1e-4)
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    base, experts = fine_tunes((30, 40), dtype=torch.float32)
+    experts[1][3, 5] = math.nan
+    for role in Role:
+        with pytest.raises(FloatingPointError):
+            merge(base, experts, role=role)
+
+
+def test_the_size_of_blocks_hardly_matters(monkeypatch):
+    base, experts = fine_tunes((130, 120), dtype=torch.bfloat16)
+    for role in Role:
+        whole = merge(base, experts, role=role, name="w")[1]
+        monkeypatch.setattr(task_vectors, "_BLOCK", 7 * 120 * 5)
+        parts = merge(base, experts, role=role, name="w")[1]
+        monkeypatch.undo()
+        assert parts.kept == pytest.approx(whole.kept, abs=1e-4)
+
+
+def test_what_is_drawn_follows_from_name_and_shape_only():
+    base, experts = fine_tunes((90, 100), dtype=torch.float32)
+    first = merge(base, experts, name="a")[0]
+    state = torch.get_rng_state()
+    torch.manual_seed(123)
+    assert torch.equal(merge(base, experts, name="a")[0], first)
+    torch.set_rng_state(state)
+    assert not torch.equal(merge(base, experts, name="b")[0], first)
+
+
+def test_another_default_device_does_not_matter():
+    base, experts = fine_tunes((90, 100), dtype=torch.float32)
+    first = merge(base, experts, name="a")[0]
+    with torch.device("meta"):
+        out = torch.empty(90, 100, device="cpu")
+        merge_directions(base, experts, rule(experts), name="a", out=out)
+    assert torch.equal(out, first)
+
+
+@pytest.mark.parametrize("role", Role)
+def test_strides_do_not_matter(role):
+    base, experts = fine_tunes((60, 50), dtype=torch.float32)
     strided = [t.T.contiguous().T for t in (base, *experts)]
-    again = merge_directions(strided[0], strided[1:], rule(experts))
-    assert torch.equal(again.merged, found.merged)
-    assert again.merged.is_contiguous()
+    assert torch.equal(
+        merge(strided[0], strided[1:], role=role)[0], merge(base, experts, role=role)[0]
+    )
 
 
 def test_inputs_are_not_changed():
-    base, experts = fine_tunes((12, 7))
+    base, experts = fine_tunes((60, 50), dtype=torch.float32)
     copies = [t.clone() for t in (base, *experts)]
-    merge_directions(base, experts, rule(experts))
-    assert all(torch.equal(a, b) for a, b in zip(copies, (base, *experts), strict=True))
+    merge(base, experts)
+    assert all(map(torch.equal, copies, (base, *experts)))
 
 
 def test_gradients_are_refused():
-    base, experts = fine_tunes((12, 7))
+    base, experts = fine_tunes((4, 3))
     experts[0].requires_grad_()
-    with pytest.raises(ValueError, match=r"direction computes no gradients; merge under torch\."):
+    with pytest.raises(ValueError, match="computes no gradients"):
         merge_directions(base, experts, rule(experts))
     with torch.no_grad():
-        assert merge_directions(base, experts, rule(experts)).merged.isfinite().all()
+        assert merge_directions(base, experts, rule(experts))
 
 
-def test_the_cheaper_form_of_a_tall_matrix_is_the_small_one():
-    primal, dual = operations(4096, 64, 3)
-    assert dual < primal / 10
-    primal, dual = operations(64, 4096, 3)
-    assert primal < dual / 10
+def test_a_single_mover_takes_the_path_of_the_plain_merge():
+    base, experts = fine_tunes((60, 50), scales=(1.0,), dtype=torch.float32)
+    assert torch.equal(merge(base, experts, scale=0.3)[0], add_task_vectors(base, experts, [1.0], 0.3))

@@ -55,7 +55,7 @@ def load(source: Path | str, **options: str) -> transformers.PreTrainedModel:
 
 
 def fast_products(device: str) -> AbstractContextManager[None]:
-    """Let float32 matrices be multiplied in bfloat16, where processors do that several times faster.
+    """Multiply float32 matrices in bfloat16, which many processors do several times as fast.
 
     Only training and scoring run in here, never a merge.
     """

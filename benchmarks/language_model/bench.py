@@ -9,13 +9,14 @@ from typing import Any
 import click
 import torch
 from mergekit.common import ModelReference
+from transformers import AutoTokenizer
 
 from benchmarks.harness_tasks import write_answers, write_text
-from benchmarks.language_model.base import ATTENTION, fast_products
+from benchmarks.language_model.base import ATTENTION, fast_products, load
 from benchmarks.language_model.experts import Recipe, train_expert
 from benchmarks.language_model.neutral import passages
 from benchmarks.language_model.tasks import Splits, splits
-from benchmarks.language_model.whole import write_json
+from benchmarks.language_model.whole import write_json, written_whole
 from mergekit_metagpt.evaluation.harness import evaluate
 from mergekit_metagpt.evaluation.results import Metrics, metrics
 
@@ -55,13 +56,25 @@ class Bench:
             write_answers(self._harness, f"{task}_test", examples.test)
         write_text(self._harness, NEUTRAL, passages(items.neutral))
 
+    def base_in(self, dtype: torch.dtype) -> Path:
+        """Return the base stored in a dtype."""
+        if dtype == torch.float32:
+            return self.base
+        folder = self.base.with_name(f"base-{str(dtype).removeprefix('torch.')}")
+        if not folder.exists():
+            with written_whole(folder) as partial:
+                load(self.base).to(dtype).save_pretrained(partial)  # type: ignore[arg-type]
+                AutoTokenizer.from_pretrained(self.base).save_pretrained(partial)
+        return folder
+
     def expert(self, task: str, recipe: Recipe, seed: int) -> ModelReference:
         """Return an expert, which is trained if it is missing."""
         out = self.work / "experts" / recipe.trained_like(task, seed) / task
         if not out.exists():
             click.echo(f"training {out.parent.name}/{task}", err=True)
             train_expert(self.base, self.splits[task].training, recipe, task, seed, out)
-        name = f"{self.base}+{out}" if recipe.adapter else str(out)
+        base = self.base_in(recipe.stored or torch.float32)
+        name = f"{base}+{out}" if recipe.adapter else str(out)
         return ModelReference.model_validate(name)
 
     def kept(self, name: str, settings: object, measure: Callable[[], Metrics]) -> Metrics:

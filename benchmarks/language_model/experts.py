@@ -1,5 +1,6 @@
 """The experts: a base, trained further on one task each."""
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -94,8 +95,8 @@ def train_expert(
     batches = (
         encoded(tokenizer, list(islice(drawn, _BATCH)), model.device) for _ in range(recipe.steps)
     )
-    with fast_products(model.device.type):
-        fit(model, batches, recipe.steps, recipe.rate_of(task))
+    precision = functools.partial(fast_products, model.device.type)
+    fit(model, batches, recipe.steps, recipe.rate_of(task), precision)
     with written_whole(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -16,6 +16,7 @@ from mergekit.options import MergeOptions
 
 from benchmarks.language_model.bench import NEUTRAL, Bench
 from benchmarks.language_model.curvature import curved_coefficients
+from benchmarks.language_model.experts import RECIPES
 from benchmarks.language_model.rows import GRID, Row
 from benchmarks.quality.families import Family, Score, expert_name
 from benchmarks.stock_merge import merge
@@ -43,10 +44,17 @@ class FamilyBench:
 
     def __init__(self, bench: Bench, recipe: str, seed: int) -> None:
         self.bench, self.recipe, self.seed = bench, recipe, seed
-        self.tasks = list(bench.splits)
-        self.experts = {task: bench.expert(task, recipe, seed) for task in self.tasks}
+        how = RECIPES[recipe]
+        self.tasks = [task for task in bench.splits if how.tasks is None or task in how.tasks]
+        self.base = bench.base_in(how.stored or torch.float32)
+        self.experts = {task: bench.expert(task, how, seed) for task in self.tasks}
         # Where MergeKit keeps the adapters that it has merged into the base.
         self._adapted = str(bench.work / "adapted")
+        if how.stored:
+            self.experts = {
+                task: ModelReference.model_validate(str(self._checkpoint(expert)))
+                for task, expert in self.experts.items()
+            }
         self._name = f"{recipe}-{seed}-of-{len(self.tasks)}"
 
     def results(self, name: str, rows: Sequence[Row]) -> LanguageFamily:
@@ -68,7 +76,7 @@ class FamilyBench:
             size=name,
             recipe=self.recipe,
             seed=self.seed,
-            parameters=_parameters(self.bench.base),
+            parameters=_parameters(self.base),
             norms=self._norms(),
             grid={row.parameters["weight"]: loss for row, loss in zip(GRID, losses, strict=True)},
             scores={model: _scores(it, self.tasks, "test") for model, it in scored.items()},
@@ -89,9 +97,9 @@ class FamilyBench:
 
     def _base(self) -> Metrics:
         return self.bench.kept(
-            f"base-of-{len(self.tasks)}",
+            f"base-{self.base.name}-of-{'-'.join(self.tasks)}",
             "base",
-            lambda: self.bench.score(self.bench.base, _split(self.tasks, "test")),
+            lambda: self.bench.score(self.base, _split(self.tasks, "test")),
         )
 
     def _expert(self, task: str, split: str) -> Metrics:
@@ -120,7 +128,7 @@ class FamilyBench:
             try:
                 merge(
                     (row.method, parameters),
-                    self.bench.base,
+                    self.base,
                     list(self.experts.values()),
                     out,
                     self.seed,
@@ -140,13 +148,13 @@ class FamilyBench:
     @cached_property
     def _survey(self) -> Survey:
         experts = [str(expert.merged(self._adapted)) for expert in self.experts.values()]
-        return survey(str(self.bench.base), experts, options=MergeOptions(quiet=True))
+        return survey(str(self.base), experts, options=MergeOptions(quiet=True))
 
     def _checkpoint(self, expert: ModelReference) -> Path:
         """Return the directory of an expert; an adapter is merged into the base first."""
         folder = Path(expert.merged(self._adapted).model.path)
         if expert.lora:  # lm-eval needs a tokenizer, which MergeKit does not copy there
-            transformers.AutoTokenizer.from_pretrained(self.bench.base).save_pretrained(folder)
+            transformers.AutoTokenizer.from_pretrained(self.base).save_pretrained(folder)
         return folder
 
 

@@ -53,6 +53,18 @@ def require_sound(
     return found
 
 
+def _duration(seconds: float) -> str:
+    """Write a duration for people.
+
+    >>> _duration(0.4), _duration(42.3), _duration(3900)
+    ('1 second', '42 seconds', '65 minutes')
+    """
+    whole = max(1, round(seconds))
+    if whole >= 120:
+        return f"{round(whole / 60)} minutes"
+    return f"{whole} second{'s' * (whole > 1)}"
+
+
 def _show(costs: "Costs") -> None:
     """Print what a merge will cost as a table, and the notes."""
     from rich.filesize import decimal
@@ -71,9 +83,8 @@ def _show(costs: "Costs") -> None:
         ("Bytes written", decimal(costs.bytes_written)),
         ("Output shards", str(costs.shards)),
     ]
-    if costs.operations:
-        rows.append(("Float64 operations", f"{costs.operations:.2g}"))
-        rows.append(("Memory for a matrix", decimal(costs.working_memory)))
+    if costs.arithmetic:
+        rows.append(("Arithmetic on this machine", f"about {_duration(costs.arithmetic)}"))
     if costs.bytes_applied:
         rows.append(("Bytes written to the LoRA cache", decimal(costs.bytes_applied)))
     table = Table(title="No problems found", show_header=False)

@@ -1,39 +1,49 @@
-"""A coefficient for every direction: the paper's bound, minimized before its last step.
+"""A coefficient for every direction: decide where experts meet, add up where they do not.
 
 The paper bounds what a merge costs task t by ‖τ_t‖² ‖h_t‖², where h_t is the distance from the
-merge to expert t. Cauchy and Schwarz lead there, and forget where h_t points. For a matrix,
-tr(h_tᵀ τ_t τ_tᵀ h_t) is a bound that remembers. With S_t = τ_t τ_tᵀ, its sum over the experts is
-least at::
+merge to expert t. Cauchy and Schwarz lead there, and forget where h_t points. For a matrix with
+n inputs, tr(h_t S_t h_tᵀ) with S_t = λ_t τ_tᵀ τ_t / ‖τ_t‖² is a bound that remembers: what an
+expert's inputs do not reach costs it nothing. Its sum over the experts is least at
+M = Σ_t τ_t S_t (Σ_k S_k)⁻¹, which is Theorem 10 with a matrix in place of each number.
 
-    M = Σ_t Λ_t τ_t        Λ_t = (Σ_k S_k)⁻¹ S_t        Σ_t Λ_t = I
+That inverse amplifies what the experts do not determine. So M is used only in the K directions in
+which they move most, V; elsewhere they hardly meet, and what they do is added up::
 
-This is Theorem 10 with the squared norm replaced by the matrix whose trace it is. A part ρ of
-each S_t is spread evenly over the m directions, so ρ = 1 is Theorem 10 itself::
+    M = Σ_t τ_t V (Vᵀ S_t V) (Vᵀ C V)⁻¹ Vᵀ + Σ_t c_t τ_t (I − V Vᵀ)        C = Σ_t S_t
 
-    S_t = λ_t [(1 − ρ) u_t u_tᵀ + (ρ/m) I]        u_t = τ_t / ‖τ_t‖        tr S_t = λ_t
-
-λ_t are the scaling coefficients of the matrix, by its norms, the priors and the exponent.
+V are leading eigenvectors of C, within the span Q of the leading directions of every expert. A
+randomized range finder (Halko, Martinsson and Tropp, 2011) finds Q. K is the participation number
+of the eigenvalues. c_t is 1, but experts that move alike share it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from mergekit_metagpt.core.coefficients import Norms, scaling_coefficients
-from mergekit_metagpt.core.normal_equations import Equations, Solution
-from mergekit_metagpt.core.task_vectors import where_possible, write_task_vector
+from mergekit_metagpt.core.roles import Role
+from mergekit_metagpt.core.task_vectors import (
+    Block,
+    add_task_vectors,
+    blocks,
+    in_float32_range,
+    promoted_dtype,
+    where_possible,
+    working_dtype,
+)
 
-SIDES = ("output", "input", "both")
-
-# Without any isotropy, Σ S is singular if no expert moves in some direction.
-_LEAST_ISOTROPY = 1e-8
-# An expert with a smaller share changes nothing, and its square root could underflow.
-_LEAST_TRACE = 1e-30
-# A matrix with a coefficient per row is merged in blocks of about this many numbers.
-_BLOCK = 1 << 20
-_TINY = torch.finfo(torch.float64).tiny
+# How many leading directions of each expert are looked at.
+_RANK = 16
+# Directions count by this power of their eigenvalue.
+_POWER = 0.75
+# If the decision moves farther in K directions than the experts do, it amplifies what they do not
+# determine. Then it has so many fewer, until it does not.
+_NOT_FARTHER, _FEWER = 1.001, 0.85
 
 
 @dataclass(frozen=True)
@@ -43,45 +53,37 @@ class Rule:
     Attributes:
         priors: w_t, T finite floats of at least 0.
         exponent: k ≥ 0 in λ_t ∝ w_t ‖τ_t‖^k.
-        isotropy: ρ, from 0 to 1. 0 is the limit of a small ρ.
-        side: one of :data:`SIDES`. ``output`` is S_t = τ_t τ_tᵀ, between the rows of a matrix;
-            ``input`` is τ_tᵀ τ_t, between its columns; ``both`` minimizes the sum of their bounds.
     """
 
     priors: Sequence[float]
-    exponent: float
-    isotropy: float
-    side: str
+    exponent: float = 0.0
 
     def traces(self, squared_norms: Sequence[float]) -> list[float]:
         """Return λ_t = tr S_t, T floats; 0 for an expert that does not move."""
         priors = [w if q else 0.0 for w, q in zip(self.priors, squared_norms, strict=True)]
         return scaling_coefficients(squared_norms, priors, self.exponent)
 
-    @property
-    def regular_isotropy(self) -> float:
-        """ρ, large enough that Σ S can be inverted."""
-        return max(self.isotropy, _LEAST_ISOTROPY)
-
 
 @dataclass(frozen=True)
 class Directions:
-    """A tensor that was merged by directions.
+    """What a tensor comes to that is merged by directions.
 
     Attributes:
-        merged: θ_0 + s M, of the base's shape, dtype and device.
-        means: tr Λ_t / m, T floats: each expert's coefficient, averaged over all directions.
-            They sum to 1.
+        squared_norms: ‖τ_t‖², T floats.
         kept: s ⟨M, τ_t⟩ / ‖τ_t‖², T floats: how much of each task vector is in the merge. With
-            s = 1 they sum to T if the experts move in different directions.
+            s = 1 they are 1 if the experts move in different directions.
         squared_norm: ‖s M‖². With s = 1 it is Σ_t ‖τ_t‖² if the experts move in different
-            directions, and more if small differences between experts are amplified.
+            directions.
+        decided: K, in how many directions the coefficients decide; of a stack of matrices, their
+            sum. None for a tensor that is no matrix: there they decide everywhere.
+        inputs: n, how many directions there are; of a stack, their sum.
     """
 
-    merged: Tensor
-    means: Norms
+    squared_norms: Norms
     kept: Norms
     squared_norm: float
+    decided: int | None
+    inputs: int
 
 
 def merge_directions(
@@ -89,24 +91,30 @@ def merge_directions(
     experts: Sequence[Tensor],
     rule: Rule,
     *,
+    role: Role = Role.LINEAR,
+    name: str | None = None,
     scale: float = 1.0,
-    vocabulary_axis: int | None = None,
+    out: Tensor | None = None,
 ) -> Directions:
-    """Return θ_0 + s M, where M = Σ_t Λ_t τ_t has a matrix Λ_t of coefficients for each expert.
+    """Merge a tensor with a coefficient for every direction: θ_0 + s M.
 
-    A vector has a coefficient per element, and a vocabulary matrix one per token: their S_t are
-    diagonal. A tensor with more than two axes is a stack of matrices, its last two axes, and each
-    is merged by itself. An expert that equals the base in a matrix takes no part there.
+    A tensor with more than two axes is a stack of matrices, its last two axes, and each is merged
+    by itself. An expert that equals the base in a matrix takes no part there. A tensor that is no
+    matrix has a coefficient for each row or element, whose S_t are diagonal.
 
     Args:
         base: θ_0, of any shape, strides, device and floating-point dtype, with an element.
-        experts: θ_t, T tensors of the base's shape and device. All values are finite.
-        rule: how Λ_t follows from τ_t.
+        experts: θ_t, T tensors of the base's shape and device.
+        rule: how the coefficients follow from τ_t.
+        role: what the tensor does in its model; where it is a matrix, which axis its inputs have.
+        name: the tensor's name; with its shape, it decides what the range finder draws.
         scale: s, MergeKit's ``lambda``.
-        vocabulary_axis: the axis that has an entry for each token, if there is one.
+        out: a tensor of the base's shape, device and dtype to write the merge to. None computes
+            the figures only.
 
     Raises:
         ValueError: if autograd would have to follow the result.
+        FloatingPointError: if a number is NaN or Inf, or a square exceeds even float64's range.
     """
     tensors = [base, *experts]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -114,171 +122,275 @@ def merge_directions(
             "Granularity direction computes no gradients; merge under torch.no_grad(), or set "
             "granularity: tensor."
         )
-    tensors = [tensor.detach() for tensor in where_possible(torch.float64, *tensors)]
-    stack: tuple[int, ...] = (-1, *base.shape[-2:])
-    merge = _merge_matrix
-    if base.dim() < 2 or vocabulary_axis is not None:
-        tensors = [t.movedim(vocabulary_axis or 0, 0) if t.dim() else t.view(1) for t in tensors]
-        stack = (1, len(tensors[0]), -1)
-        merge = _merge_rows
-    merged = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
-    matrices = zip(*(tensor.reshape(stack) for tensor in (merged, *tensors)), strict=True)
-    buffers = _Buffers()
-    parts = [
-        merge(_TaskVectors(origin, others, buffers), rule, scale, out)
-        for out, origin, *others in matrices
-    ]
-    if base.dim():
-        merged = merged.movedim(0, vocabulary_axis or 0)
-    return Directions(merged.reshape(base.shape).to(base.device), *_summarized(parts, scale))
+    matrices = [_matrices(tensor.detach(), role) for tensor in tensors]
+    targets = [None] * len(matrices[0]) if out is None else _matrices(out, role)
+    is_matrix = role in (Role.LINEAR, Role.TRANSPOSED)
+    merge = _merge_matrix if is_matrix else _merge_rows
+    parts = []
+    for number, (target, *views) in enumerate(zip(targets, *matrices, strict=True)):
+        seed = crc32(f"{name}/{list(views[0].shape)}/{number}".encode())
+        inputs = _Inputs(views[0], views[1:], working_dtype(promoted_dtype(views)), seed)
+        try:
+            part = merge(inputs, rule, scale, target)
+        except FloatingPointError:  # float32 may be too narrow for squares
+            part = merge(inputs.widened(), rule, scale, target)
+        parts.append(part)
+    return _summarized(parts, scale, is_matrix)
 
 
-class _Buffers:
-    """Two buffers for task vectors, since the pages of new memory cost more than filling them."""
-
-    def __init__(self) -> None:
-        self._flat: dict[int, Tensor] = {}
-
-    def like(self, tensor: Tensor, number: int) -> Tensor:
-        """Return buffer ``number`` in a tensor's shape and in float64."""
-        flat = self._flat.get(number)
-        if flat is None or len(flat) < tensor.numel():
-            flat = self._flat[number] = tensor.new_empty(tensor.numel(), dtype=torch.float64)
-        return flat[: tensor.numel()].view(tensor.shape)
+def _matrices(tensor: Tensor, role: Role) -> list[Tensor]:
+    """Return views of a tensor's matrices, each with a column for every input."""
+    if role is Role.ELEMENTS:
+        return [tensor.reshape(-1, 1)]
+    if role is Role.ROWS:
+        return [tensor.reshape(len(tensor), -1)]
+    stack = list(tensor.reshape(-1, *tensor.shape[-2:]))
+    return [matrix.T for matrix in stack] if role is Role.TRANSPOSED else stack
 
 
-class _TaskVectors:
-    """The task vectors of one matrix, computed whenever they are used, to save memory."""
+@dataclass(frozen=True)
+class _Inputs:
+    """θ_0 and θ_t of a matrix, in any dtype; the dtype to calculate in; a seed for what is drawn."""
 
-    def __init__(self, base: Tensor, experts: Sequence[Tensor], buffers: _Buffers) -> None:
-        self._base, self._experts, self._buffers = base, experts, buffers
-        self.shape = base.shape
+    base: Tensor
+    experts: Sequence[Tensor]
+    dtype: torch.dtype
+    seed: int
 
-    def __len__(self) -> int:
-        return len(self._experts)
+    def widened(self) -> "_Inputs":
+        """Return the inputs to calculate with in float64.
 
-    def read(self, t: int, buffer: int = 0) -> Tensor:
-        """Return τ_t, which the next call for this buffer overwrites."""
-        tau = self._buffers.like(self._base, buffer)
-        write_task_vector(self._base, self._experts[t], tau)
-        return tau
+        Raises:
+            FloatingPointError: if that is so already.
+        """
+        if self.dtype == torch.float64:
+            raise FloatingPointError("A number is not finite, or too large to be squared.")
+        base, *experts = where_possible(torch.float64, self.base, *self.experts)
+        return _Inputs(base, experts, torch.float64, self.seed)
 
-    def blocks(self, rows: int) -> "list[_TaskVectors]":
-        """Return the task vectors of every so many rows."""
-        split = (torch.split(tensor, rows) for tensor in (self._base, *self._experts))
-        return [
-            _TaskVectors(base, experts, self._buffers)
-            for base, *experts in zip(*split, strict=True)
-        ]
+    def of(self, experts: Sequence[int]) -> "_Inputs":
+        """Return the inputs with some of the experts."""
+        return replace(self, experts=[self.experts[t] for t in experts])
 
-    def squared_norms(self) -> list[float]:
-        """Return ‖τ_t‖², T floats."""
-        return [_dot(tau, tau) for tau in map(self.read, range(len(self)))]
+    def blocks(self) -> Iterator[Block]:
+        """Yield all rows, some at a time."""
+        return blocks(self.base, self.experts, self.dtype)
 
-    def products(self, merged: Tensor) -> list[float]:
-        """Return ⟨M, τ_t⟩, T floats, of a contiguous M."""
-        return [_dot(merged, self.read(t)) for t in range(len(self))]
+    def norms(self, squares: Sequence[Tensor]) -> Tensor:
+        """Return ‖τ_t‖², T float64, from the squares of each block's rows, T x rows.
 
-    def write(self, merged: Tensor, scale: float, out: Tensor) -> None:
-        """Write θ_0 + s M; this overwrites M."""
-        merged = merged if scale == 1 else merged.mul_(scale)
-        out.copy_(merged.add_(self._base))
+        Raises:
+            FloatingPointError: if they are out of the dtype's range.
+        """
+        norms = torch.cat(list(squares), dim=1).cpu().double().sum(1)
+        for norm, expert in zip(norms.tolist(), self.experts, strict=True):
+            if self.dtype == torch.float64:
+                is_right = math.isfinite(norm)
+            elif norm == 0:
+                is_right = torch.equal(self.base, expert)
+            else:
+                is_right = in_float32_range(norm, self.base.numel())
+            if not is_right:
+                raise FloatingPointError(f"A squared norm is {norm} in {self.dtype}.")
+        return norms
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What is known of a merged matrix: tr Λ_t / m, ⟨M, τ_t⟩ and ‖τ_t‖², T floats each; ‖M‖²."""
+    """What a merged matrix comes to: ‖τ_t‖² and ⟨M, τ_t⟩, T float64 each; ‖M‖²; n and K."""
 
-    means: Sequence[float]
-    products: Sequence[float]
-    squared_norms: Sequence[float]
+    norms: Tensor
+    products: Tensor
+    squared_norm: float
+    inputs: int
+    decided: int = 0
+
+
+def _merge_rows(inputs: _Inputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
+    """Merge with a coefficient for each row: every S_t is diagonal, so nothing is amplified."""
+    squares = [block.squares() for block in inputs.blocks()]
+    norms = inputs.norms(squares)
+    traces = rule.traces(norms.tolist())
+    if sum(map(bool, traces)) < 2:
+        return _merge_one(inputs, traces, norms, scale, out)
+    factors = [c / q if q else 0.0 for c, q in zip(traces, norms.tolist(), strict=True)]
+    products, length = torch.zeros_like(norms), 0.0
+    for block, square in zip(inputs.blocks(), squares, strict=True):
+        shares = square * square.new_tensor(factors).unsqueeze(1)
+        shares /= shares.sum(0).clamp_min_(torch.finfo(shares.dtype).tiny)
+        merged = block.spare.zero_()
+        for tau, share in zip(block.task_vectors, shares, strict=True):
+            merged.addcmul_(tau, share.unsqueeze(1))
+        products += block.task_vectors.mul_(merged).sum(2).cpu().double().sum(1)
+        length += float(torch.mul(merged, merged, out=block.task_vectors[0]).sum(1).double().sum())
+        if out is not None:
+            out[block.rows] = merged.mul_(scale).add_(block.base)
+    return _Part(norms, products, length, inputs.base.shape[1])
+
+
+def _merge_one(
+    inputs: _Inputs, traces: Sequence[float], norms: Tensor, scale: float, out: Tensor | None
+) -> _Part:
+    """Merge if at most one expert moves: it is added whole."""
+    whole = norms.new_tensor([float(trace > 0) for trace in traces])
+    if out is not None:
+        out.copy_(add_task_vectors(inputs.base, inputs.experts, whole.tolist(), scale))
+    return _Part(norms, whole * norms, float(whole @ norms), inputs.base.shape[1])
+
+
+def _merge_matrix(inputs: _Inputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
+    """Merge with a matrix of coefficients for each expert."""
+    norms, gram, ranges = _looked_at(inputs)
+    traces = rule.traces(norms.tolist())
+    movers = [t for t, trace in enumerate(traces) if trace]
+    if len(movers) < 2:
+        return _merge_one(inputs, traces, norms, scale, out)
+    moving = inputs.of(movers)
+    basis = _basis([ranges[t] for t in movers])
+    projected = _projected(moving, basis)
+    gram = gram[movers][:, movers]
+    solution = _solve(
+        projected,
+        gram,
+        traces=[traces[t] for t in movers],
+        priors=[rule.priors[t] for t in movers],
+    )
+    if out is not None:
+        right = (basis @ solution.directions).T
+        for block in moving.blocks():
+            merged = block.spare.zero_()
+            for tau, share in zip(block.task_vectors, solution.elsewhere, strict=True):
+                merged.add_(tau, alpha=share)
+            merged.addmm_(solution.left[block.rows], right)
+            out[block.rows] = merged.mul_(scale).add_(block.base)
+    products = torch.zeros_like(norms)
+    products[movers] = solution.products
+    n, found = len(basis), solution.directions.shape[1]
+    return _Part(norms, products, solution.squared_norm, n, found)
+
+
+def _looked_at(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Read a matrix once; return ‖τ_t‖², ⟨τ_t, τ_k⟩ (float64), and where each expert moves.
+
+    The last one is Y_t = τ_tᵀ τ_t Ω with a random Ω, T x n x r: its columns are mixtures of the
+    directions of τ_t, by the square of their singular values. If T r ≥ n, all directions are
+    looked at; then it is the identity.
+    """
+    count, n = len(inputs.experts), inputs.base.shape[1]
+    new = partial(inputs.base.new_zeros, dtype=inputs.dtype)
+    gram, ranges = new(count, count), new(count, n, _RANK)
+    drawn = torch.Generator("cpu").manual_seed(inputs.seed)
+    test = torch.randn(n, _RANK, generator=drawn, device="cpu").to(ranges)
+    squares = []
+    for block in inputs.blocks():
+        taus = block.task_vectors
+        ranges.baddbmm_(taus.mT, taus @ test)
+        flat = taus.flatten(1)
+        gram.addmm_(flat, flat.T)
+        squares.append(block.squares())
+    norms = inputs.norms(squares)
+    gram = gram.cpu().double()
+    gram.diagonal().copy_(norms)
+    return norms, gram, ranges
+
+
+def _basis(ranges: Sequence[Tensor]) -> Tensor:
+    """Return Q, n x T r: orthonormal directions that span what all experts' ranges, n x r, do."""
+    columns = torch.cat(list(ranges), dim=1)
+    n, found = columns.shape
+    if found >= n:
+        return torch.eye(n, dtype=columns.dtype, device=columns.device)
+    return torch.linalg.qr(columns).Q
+
+
+def _projected(inputs: _Inputs, basis: Tensor) -> Tensor:
+    """Return P_t = τ_t Q, T x m x q."""
+    m, q = len(inputs.base), basis.shape[1]
+    projected = basis.new_empty(len(inputs.experts), m, q)
+    for block in inputs.blocks():
+        projected[:, block.rows] = block.task_vectors @ basis
+    return projected
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """M = Σ_t c_t τ_t + H Vᵀ Qᵀ.
+
+    Attributes:
+        elsewhere: c_t, T floats.
+        left: H, m x K.
+        directions: V, q x K, with orthonormal columns.
+        products: ⟨M, τ_t⟩, T float64.
+        squared_norm: ‖M‖².
+    """
+
+    elsewhere: Sequence[float]
+    left: Tensor
+    directions: Tensor
+    products: Tensor
     squared_norm: float
 
 
-def _summarized(parts: Sequence[_Part], scale: float) -> tuple[Norms, Norms, float]:
-    """Return the figures of :class:`Directions` for a stack of matrices of the same shape."""
-    means = (sum(column) / len(parts) for column in zip(*(p.means for p in parts), strict=True))
-    products = map(sum, zip(*(part.products for part in parts), strict=True))
-    norms = map(sum, zip(*(part.squared_norms for part in parts), strict=True))
-    kept = (scale * p / n if n else 0.0 for p, n in zip(products, norms, strict=True))
-    length = scale**2 * sum(part.squared_norm for part in parts)
-    return tuple(means), tuple(kept), length
-
-
-def _merge_rows(task_vectors: _TaskVectors, rule: Rule, scale: float, out: Tensor) -> _Part:
-    """Merge with a coefficient per row, since every S_t is diagonal; in blocks of rows."""
-    m, n = out.shape
-    rows, experts = max(1, _BLOCK // n), range(len(task_vectors))
-    blocks = task_vectors.blocks(rows)
-    squares = torch.cat(
-        [torch.stack([block.read(t).square_().sum(1) for t in experts]) for block in blocks], dim=1
-    )
-    norms = squares.sum(1)
-    traces = norms.new_tensor(rule.traces(norms.tolist()))
-    directed = squares.div_(norms.clamp_min(_TINY).unsqueeze(1))
-    shares = directed.lerp_(torch.full_like(directed, 1 / m), rule.regular_isotropy)
-    shares.mul_(traces.unsqueeze(1))
-    shares.div_(shares.sum(0).clamp_min(_TINY))
-    products, length = torch.zeros_like(norms), 0.0
-    split = zip(blocks, torch.split(shares, rows, dim=1), torch.split(out, rows), strict=True)
-    for block, part, target in split:
-        merged = torch.zeros_like(target, dtype=torch.float64)
-        for t in experts:
-            merged.addcmul_(block.read(t), part[t].unsqueeze(1))
-        products += products.new_tensor(block.products(merged))
-        length += _dot(merged, merged)
-        block.write(merged, scale, target)
-    return _Part(shares.mean(1).tolist(), products.tolist(), norms.tolist(), length)
-
-
-def _merge_matrix(task_vectors: _TaskVectors, rule: Rule, scale: float, out: Tensor) -> _Part:
-    """Merge with a matrix of coefficients for each expert."""
-    norms = task_vectors.squared_norms()
-    traces = rule.traces(norms)
-    movers = [t for t, trace in enumerate(traces) if trace > _LEAST_TRACE]
-    directed = [0.0] * len(traces)
-    if rule.isotropy == 1 or len(movers) < 2:
-        merged = torch.zeros_like(out, dtype=torch.float64)
-        for t in movers:
-            merged.add_(task_vectors.read(t), alpha=traces[t])
-    else:
-        merged, found = _solve(task_vectors, movers, norms, traces, rule)
-        for t, share in zip(movers, found, strict=True):
-            directed[t] = share
-    # Σ_t tr Λ_t / m = 1. What the directed parts leave of it is even, and shared by λ_t.
-    even = 1 - sum(directed)
-    means = [share + even * trace for share, trace in zip(directed, traces, strict=True)]
-    part = _Part(means, task_vectors.products(merged), norms, _dot(merged, merged))
-    task_vectors.write(merged, scale, out)
-    return part
-
-
 def _solve(
-    task_vectors: _TaskVectors,
-    movers: Sequence[int],
-    norms: Sequence[float],
-    traces: Sequence[float],
-    rule: Rule,
-) -> Solution:
-    """Return M, contiguous, and the directed shares of the experts that move."""
-    is_turned = rule.side == "input"
+    projected: Tensor, gram: Tensor, traces: Sequence[float], priors: Sequence[float]
+) -> _Solution:
+    """Decide in the K leading directions, and add up elsewhere.
 
-    def read(number: int, buffer: int) -> Tensor:
-        tau = task_vectors.read(movers[number], buffer)
-        return tau.T if is_turned else tau
+    Args:
+        projected: P_t, T x m x q.
+        gram: ⟨τ_t, τ_k⟩, T x T in float64.
+        traces: λ_t.
+        priors: w_t.
+    """
+    factors = gram.new_tensor(traces) / gram.diagonal()
+    energies = (projected.mT @ projected).cpu().double() * factors.view(-1, 1, 1)
+    values, vectors = torch.linalg.eigh(energies.sum(0))
+    values, vectors = values.flip(0).clamp_min_(0), vectors.flip(1)
+    found = _participation(values**_POWER)
+    while True:
+        directions = vectors[:, :found]
+        shares = directions.T @ energies @ directions / values[:found]  # T x K x K
+        inside = projected @ directions.to(projected)  # τ_t Q V, T x m x K
+        decided = (inside @ shares.to(projected)).sum(0)
+        if found == 1 or decided.square().sum() <= _NOT_FARTHER * inside.square().sum():
+            break
+        found = int(_FEWER * found)
+    flat = inside.flatten(1)
+    elsewhere = _elsewhere(gram - (flat @ flat.T).cpu().double(), priors)
+    left = decided - (elsewhere.to(flat) @ flat).view_as(decided)
+    along = (flat @ left.flatten()).cpu().double()  # ⟨H, τ_t Q V⟩
+    products = gram @ elsewhere + along
+    length = float(elsewhere @ (products + along)) + float(left.square().sum())
+    return _Solution(elsewhere.tolist(), left, directions.to(projected), products, length)
 
-    rows, columns = task_vectors.shape
-    equations = Equations(
-        read,
-        (columns, rows) if is_turned else (rows, columns),
-        [norms[t] for t in movers],
-        [traces[t] for t in movers],
-        rule.regular_isotropy,
+
+def _participation(values: Tensor) -> int:
+    """Return the participation number of a spectrum: how many values carry its sum."""
+    return max(1, round(float(values.sum() ** 2 / values.square().sum())))
+
+
+def _elsewhere(gram: Tensor, priors: Sequence[float]) -> Tensor:
+    """Return c_t = 1 / Σ_k cos²(τ_t, τ_k), T float64: 1, but experts that move alike share it.
+
+    Args:
+        gram: the inner products of what is left of the task vectors, T x T.
+        priors: w_t > 0; of experts that move differently, each is added as w_t / max w.
+    """
+    weights = gram.new_tensor(priors)
+    lengths = gram.diagonal().clamp_min(0).sqrt()
+    cosines = gram / torch.outer(lengths, lengths).clamp_min_(torch.finfo(torch.float64).tiny)
+    alike = cosines.square_().clamp_(max=1).fill_diagonal_(1)
+    return weights / (alike @ weights).clamp_min_(weights.max())
+
+
+def _summarized(parts: Sequence[_Part], scale: float, is_matrix: bool) -> Directions:
+    """Return the figures of all matrices of a tensor together."""
+    norms = torch.stack([part.norms for part in parts]).sum(0).tolist()
+    products = torch.stack([part.products for part in parts]).sum(0).tolist()
+    return Directions(
+        squared_norms=tuple(norms),
+        kept=tuple(scale * p / q if q else 0.0 for p, q in zip(products, norms, strict=True)),
+        squared_norm=scale**2 * math.fsum(part.squared_norm for part in parts),
+        decided=sum(part.decided for part in parts) if is_matrix else None,
+        inputs=sum(part.inputs for part in parts),
     )
-    merged, shares = equations.solve_both_sides() if rule.side == "both" else equations.solve()
-    return (merged.T if is_turned else merged).contiguous(), shares
-
-
-def _dot(first: Tensor, second: Tensor) -> float:
-    """Return ⟨first, second⟩ of two contiguous matrices."""
-    return float(torch.dot(first.view(-1), second.view(-1)))

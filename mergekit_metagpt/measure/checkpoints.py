@@ -13,6 +13,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
+from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_metagpt import mergekit_private
@@ -87,6 +88,18 @@ class Checkpoints:
         index = loader.index
         if tensor in index.tensor_paths and not isinstance(loader, HubLoader):
             AHEAD.begin(os.path.join(index.base_path, index.tensor_paths[tensor]), tensor)
+
+    def shape_of_base(self, tensor: str) -> tuple[int, ...] | None:
+        """Return the shape of a tensor of the base, or None if the base has no such tensor."""
+        loader = self.loader(self.base)
+        path = loader.index.tensor_paths.get(tensor)
+        if path is None:
+            return None
+        if path.endswith(".safetensors") and not isinstance(loader, HubLoader):
+            with safe_open(os.path.join(loader.index.base_path, path), "pt") as file:
+                return tuple(file.get_slice(tensor).get_shape())
+        found = loader.get_tensor(tensor)
+        return None if found is None else tuple(found.shape)
 
     def weights(self) -> list[WeightInfo]:
         """Return the parameters to compare, ordered so that each shard is opened once."""

@@ -61,18 +61,22 @@ class TensorInputs:
         """
         norms = squared_norms(self.base, self.experts)
         if not all(map(math.isfinite, norms)):
-            for model, tensor in self:
-                if not tensor.isfinite().all():
-                    raise ValueError(
-                        f"Tensor {self.name} of model {model} holds NaN or Inf in {tensor.dtype}; "
-                        "repair or replace that checkpoint, leave the model out of the merge, or, "
-                        "if its numbers are only too large for the config's dtype, set a wider one."
-                    )
-            raise ValueError(
-                f"The task vectors of tensor {self.name} are too large to be squared in float64; "
-                f"check the values of {', '.join(str(model) for model, _ in self)}."
-            )
+            raise self.not_finite()
         return tuple(norms)
+
+    def not_finite(self) -> ValueError:
+        """Return an error that names the model whose numbers cannot be squared."""
+        for model, tensor in self:
+            if not tensor.isfinite().all():
+                return ValueError(
+                    f"Tensor {self.name} of model {model} holds NaN or Inf in {tensor.dtype}; "
+                    "repair or replace that checkpoint, leave the model out of the merge, or, "
+                    "if its numbers are only too large for the config's dtype, set a wider one."
+                )
+        return ValueError(
+            f"The task vectors of tensor {self.name} are too large to be squared in float64; "
+            f"check the values of {', '.join(str(model) for model, _ in self)}."
+        )
 
     @property
     def dtype(self) -> torch.dtype:

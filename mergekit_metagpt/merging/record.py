@@ -77,6 +77,6 @@ def deciding_options(
     if any(model.lora for model in config.referenced_models()):
         words += ["--lora-merge-cache", "lora-cache"]
     # The last bits of MergeKit's sums, and of matrix products, depend on it.
-    if config.merge_method != "metagpt" or any(entry.means for entry in entries):
+    if config.merge_method != "metagpt" or any(entry.directions for entry in entries):
         words += ["--num-threads", str(torch.get_num_threads())]
     return words

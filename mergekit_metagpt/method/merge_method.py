@@ -27,9 +27,10 @@ from torch import Tensor
 
 from mergekit_metagpt.core.directions import Directions, Rule, merge_directions
 from mergekit_metagpt.core.granularities import GRANULARITIES
+from mergekit_metagpt.core.roles import ShapeOf, role_of
 from mergekit_metagpt.core.task_vectors import add_task_vectors
 from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
-from mergekit_metagpt.method.parameters import exponent_of, side_of, with_priors
+from mergekit_metagpt.method.parameters import exponent_of, with_priors
 from mergekit_metagpt.method.random_streams import own_stream
 from mergekit_metagpt.method.session import SESSION, checkpoints_of
 from mergekit_metagpt.method.sparsified import merge_sparsified
@@ -84,6 +85,7 @@ class MetaGPTMerge(GroupMergeMethod):
         granularity: str = "tensor",
         exponent: float | None = None,
         survey: Survey | None = None,
+        shapes: Mapping[str, torch.Size] | None = None,
         **parameters: Any,
     ) -> Tensor:
         """Merge one tensor of the base and of each expert.
@@ -94,6 +96,7 @@ class MetaGPTMerge(GroupMergeMethod):
                 or ``direction``.
             exponent: k in λ_t ∝ w_t ‖τ_t‖^k; that of the granularity, if None.
             survey: the squared norms of the whole models, if they are known already.
+            shapes: the shapes of the base's tensors, if they are known already.
             parameters: those of the stock method, with the priors w_t as ``weight``.
 
         Returns:
@@ -110,13 +113,15 @@ class MetaGPTMerge(GroupMergeMethod):
 
         SESSION.read_ahead(inputs)
         parameters |= {"granularity": granularity, "exponent": exponent}
-        chosen = GRANULARITIES[granularity]
-        norms = chosen.squared_norms(inputs, lambda: survey or SESSION.survey_of(inputs))
-        size = inputs.base.numel()
-        if chosen.has_matrices and any(norms):
-            found = by_directions(inputs, group.metadata.vocabulary_axis, parameters)
+        chosen, size = GRANULARITIES[granularity], inputs.base.numel()
+        if chosen.has_matrices:
+            merged = torch.empty_like(inputs.base, memory_format=torch.contiguous_format)
+            shape_of = shapes.get if shapes else SESSION.shapes_beside(inputs)
+            found = by_directions(inputs, shape_of, parameters, merged)
+            norms = found.squared_norms
             SESSION.note([Entry.of(inputs.name, inputs.ids, norms, size, parameters, found)])
-            return _require_finite(found.merged, inputs.name)
+            return _require_finite(merged, inputs.name)
+        norms = chosen.squared_norms(inputs, lambda: survey or SESSION.survey_of(inputs))
         entry = Entry.of(inputs.name, inputs.ids, norms, size, parameters)
         SESSION.note([entry])
         coefficients = entry.coefficients
@@ -173,12 +178,14 @@ class MetaGPTMerge(GroupMergeMethod):
         out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, ...]:
         """Merge groups as MergeKit does; survey them first if they are in memory."""
-        # merge_state_dicts passes all groups in one call. Only here can they be surveyed.
-        if len(groups) > 1 and any(_needs_survey(p) for p in parameters):
-            ids = [entry.id for entry in groups[0].entries]
-            if checkpoints_of(ids, groups[0].base and groups[0].base.id) is None:
-                survey = survey_tensors([TensorInputs.of(group) for group in groups])
-                parameters = [{**p, "survey": survey} for p in parameters]
+        # merge_state_dicts passes all groups in one call. Only here are the models seen as a whole.
+        ids = [entry.id for entry in groups[0].entries] if groups else []
+        if len(groups) > 1 and checkpoints_of(ids, groups[0].base and groups[0].base.id) is None:
+            inputs = [TensorInputs.of(group) for group in groups]
+            whole: dict[str, Any] = {"shapes": {it.name: it.base.shape for it in inputs}}
+            if any(_needs_survey(p) for p in parameters):
+                whole["survey"] = survey_tensors(inputs)
+            parameters = [{**p, **whole} for p in parameters]
         merged: tuple[Tensor, ...] = super()._execute(
             groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype
         )
@@ -189,28 +196,37 @@ class MetaGPTMerge(GroupMergeMethod):
 
 
 def by_directions(
-    inputs: TensorInputs, vocabulary_axis: int | None, parameters: Mapping[str, Any]
+    inputs: TensorInputs,
+    shape_of: ShapeOf,
+    parameters: Mapping[str, Any],
+    out: Tensor | None = None,
 ) -> Directions:
-    """Merge a tensor with a matrix of coefficients for each expert.
+    """Merge a tensor with a coefficient for every direction.
 
     Args:
         inputs: θ_0 and θ_t.
-        vocabulary_axis: the axis that has an entry for each token, if there is one.
+        shape_of: returns the shape of another tensor of the base.
         parameters: those of the method, with the priors w_t as ``weight``.
+        out: where the merge is written; None computes its figures only.
+
+    Raises:
+        ValueError: if an input is not finite.
     """
-    rule = Rule(
-        priors=[parameters["weight"][expert] for expert in inputs.ids],
-        exponent=exponent_of(parameters),
-        isotropy=parameters["isotropy"],
-        side=side_of(parameters, inputs.ids),
-    )
-    return merge_directions(
-        inputs.base,
-        inputs.experts,
-        rule,
-        scale=parameters["lambda"],
-        vocabulary_axis=vocabulary_axis,
-    )
+    role = role_of(inputs.name, inputs.base.shape, shape_of)
+    priors = [parameters["weight"][expert] for expert in inputs.ids]
+    rule = Rule(priors, exponent_of(parameters))
+    try:
+        return merge_directions(
+            inputs.base,
+            inputs.experts,
+            rule,
+            role=role,
+            name=inputs.name,
+            scale=parameters["lambda"],
+            out=out,
+        )
+    except FloatingPointError as error:
+        raise inputs.not_finite() from error
 
 
 def _needs_survey(parameters: dict[str, Any]) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import ValidationError
 
-from mergekit_metagpt.core.directions import SIDES
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.wording import one_of
 
@@ -58,25 +57,21 @@ _EXPONENT = _Checked(
     wanted=_POSITIVE[0],
     accepts=_POSITIVE[1],
 )
-_OF_DIRECTIONS = (
-    _Checked(
-        "isotropy",
-        float,
-        ParameterScope.SHARED,
-        default=0.01,
-        description="ρ: 1 is granularity tensor, 0 leaves every direction to those who move in it",
-        wanted=_SHARE[0],
-        accepts=_SHARE[1],
-    ),
-    _Checked(
-        "side",
-        str,
-        ParameterScope.SHARED,
-        default=None,  # see side_of
-        description="Whose directions: those of a matrix's outputs, inputs, or both",
-        wanted=one_of(SIDES),
-        accepts=SIDES.__contains__,
-    ),
+@dataclass(frozen=True)
+class _Removed(ParameterSpec):
+    """A parameter of earlier versions, which refuses any value."""
+
+    def validate(self, value: Any) -> Any:
+        if value is not None:
+            raise ValueError(
+                f"Parameter {self.name} is gone, since granularity direction needs no setting any "
+                "more; remove it from the merge config."
+            )
+
+
+_OF_EARLIER_VERSIONS = tuple(
+    _Removed(name, value_type, ParameterScope.SHARED, default=None)
+    for name, value_type in (("isotropy", float), ("side", str))
 )
 
 
@@ -86,17 +81,6 @@ def exponent_of(parameters: Mapping[str, Any]) -> float:
     if exponent is None:
         return GRANULARITIES[parameters["granularity"]].default_exponent
     return float(exponent)
-
-
-def side_of(parameters: Mapping[str, Any], experts: Iterable[Any]) -> str:
-    """Return the config's side, or else ``both`` if an expert is a LoRA adapter, or ``input``.
-
-    Adapters that started from the same random numbers read nearly the same few inputs. To keep
-    them apart by these, a merge would amplify the little in which they differ.
-    """
-    if parameters["side"] is not None:
-        return str(parameters["side"])
-    return "both" if any(getattr(expert, "lora", None) for expert in experts) else "input"
 
 
 def with_priors(stock: Iterable[ParameterSpec], is_plain: bool) -> tuple[ParameterSpec, ...]:
@@ -115,7 +99,8 @@ def with_priors(stock: Iterable[ParameterSpec], is_plain: bool) -> tuple[Paramet
         accepts=names.__contains__,
         way_out=_Checked.way_out + "; direction needs merge_method: metagpt" * (not is_plain),
     )
-    return (*map(_checked, stock), granularity, _EXPONENT, *(_OF_DIRECTIONS if is_plain else ()))
+    removed = _OF_EARLIER_VERSIONS if is_plain else ()
+    return (*map(_checked, stock), granularity, _EXPONENT, *removed)
 
 
 def _checked(parameter: ParameterSpec) -> ParameterSpec:

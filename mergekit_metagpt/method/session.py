@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergekit_metagpt.core.roles import ShapeOf
 from mergekit_metagpt.measure.kept_surveys import KeptSurveys
 from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
 from mergekit_metagpt.method.advice import share, warnings
@@ -71,6 +72,14 @@ class Session:
             self._set_up_loaders()
             for model in checkpoints.models:
                 checkpoints.read_ahead(model, inputs.name)
+
+    def shapes_beside(self, inputs: TensorInputs) -> ShapeOf:
+        """Return what looks up the shapes of a base's other tensors."""
+        checkpoints = checkpoints_of(inputs.ids, inputs.base_id)
+        if checkpoints is None:
+            return lambda tensor: None
+        self._set_up_loaders()
+        return checkpoints.shape_of_base
 
     def survey_of(self, inputs: TensorInputs) -> Survey:
         """Return the survey of the models that a tensor comes from; it is taken only once.

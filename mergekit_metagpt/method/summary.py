@@ -29,9 +29,7 @@ class Entry:
         priors: w_t, T floats.
         exponent: k in λ_t ∝ w_t ‖τ_t‖^k.
         size: how many elements the tensor has.
-        means: if an expert has a matrix of coefficients, their means tr Λ_t / m, T floats.
-        kept: then how much of each task vector is in the merge, T floats.
-        merged_norm: then the squared norm of the merged task vector.
+        directions: what the tensor comes to, if every direction has a coefficient.
     """
 
     tensor: str | None
@@ -41,9 +39,7 @@ class Entry:
     priors: Norms
     exponent: float
     size: int
-    means: Norms | None = None
-    kept: Norms | None = None
-    merged_norm: float | None = None
+    directions: Directions | None = None
 
     @classmethod
     def of(
@@ -64,9 +60,7 @@ class Entry:
             priors=tuple(parameters["weight"][expert] for expert in experts),
             exponent=exponent_of(parameters),
             size=size,
-            means=directions.means if directions else None,
-            kept=directions.kept if directions else None,
-            merged_norm=directions.squared_norm if directions else None,
+            directions=directions,
         )
 
     def changed(self, exponent: float | None, priors: Mapping[Any, float]) -> "Entry":
@@ -80,10 +74,10 @@ class Entry:
 
     @cached_property
     def coefficients(self) -> Norms:
-        """λ_t, T floats; the means of matrices."""
-        return self.means or tuple(
-            scaling_coefficients(self.squared_norms, self.priors, self.exponent)
-        )
+        """λ_t, T floats; of directions, how much of each task vector is in the merge."""
+        if self.directions:
+            return self.directions.kept
+        return tuple(scaling_coefficients(self.squared_norms, self.priors, self.exponent))
 
     @property
     def scope(self) -> str:
@@ -178,10 +172,20 @@ class Summary:
         None if the merge did not measure it.
         """
         moved = _moved(self.entries)
-        lengths = [entry.merged_norm for entry in moved if entry.merged_norm is not None]
+        lengths = [entry.directions.squared_norm for entry in moved if entry.directions]
         if not moved or len(lengths) < len(moved):
             return None
         return math.sqrt(math.fsum(lengths) / sum(math.fsum(e.squared_norms) for e in moved))
+
+    @cached_property
+    def decided(self) -> tuple[int, int] | None:
+        """In how many directions of the matrices the coefficients decide, and of how many.
+
+        None if the merge has no coefficients for directions.
+        """
+        found = [entry.directions for entry in self.entries if entry.directions]
+        matrices = [(it.decided, it.inputs) for it in found if it.decided is not None]
+        return tuple(map(sum, zip(*matrices, strict=True))) if matrices else None
 
     @cached_property
     def _by_layer(self) -> list[list[Entry]]:
@@ -221,6 +225,7 @@ class Summary:
             "tensors": len(self.entries),
             "parameters": self.parameters,
             "stretch": self.stretch,
+            "decided": self.decided,
             "experts": [
                 {
                     "model": str(expert.model),
@@ -258,12 +263,12 @@ class Summary:
     def _kept(self, entries: Sequence[Entry]) -> list[float] | None:
         """Return how much of each task vector is in the merge, T floats, if it was measured."""
         moved = _moved(entries)
-        if not moved or any(entry.kept is None for entry in moved):
+        if not moved or not all(entry.directions for entry in moved):
             return None
         norms, inside = dict.fromkeys(self.ids, 0.0), dict.fromkeys(self.ids, 0.0)
         for entry in moved:
             for expert, norm, kept in zip(
-                entry.experts, entry.squared_norms, entry.kept or (), strict=True
+                entry.experts, entry.squared_norms, entry.coefficients, strict=True
             ):
                 norms[expert] += norm
                 inside[expert] += norm * kept

@@ -88,7 +88,7 @@ class Forecast:
         """
         if exponent is None and priors is None:
             return self
-        if any(tensor.entry.means for tensor in self.tensors):
+        if any(tensor.entry.directions for tensor in self.tensors):
             raise ValueError("Matrices of coefficients have to be measured again.")
         changed = [replace(t, entry=t.entry.changed(exponent, priors or {})) for t in self.tensors]
         return replace(self, tensors=changed)

@@ -124,11 +124,11 @@ class Measurements:
         )
         inputs = TensorInputs.of(group)
         experts: Any = inputs.ids
-        norms = inputs.squared_norms
         directions = None
-        if merge.has_matrices and any(norms):
-            parameters = merge.method_parameters(experts)
-            directions = by_directions(inputs, merge.vocabulary_axis, parameters)
+        if merge.has_matrices:
+            shape_of = SESSION.shapes_beside(inputs)
+            directions = by_directions(inputs, shape_of, merge.method_parameters(experts))
+        norms = directions.squared_norms if directions else inputs.squared_norms
         self.tensors[merge.name] = Measured(
             merge.name,
             experts,

@@ -1,22 +1,22 @@
 """What a merge will cost: bytes, passes and files."""
 
 import math
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.core.normal_equations import costs_of_matrix
-from mergekit_metagpt.method.parameters import side_of
+from mergekit_metagpt.core.directions import Rule, merge_directions
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import Outputs, OutputTensor, output_shards
 from mergekit_metagpt.preflight.tensors import granularity_of
 
-# What a few cores multiply in a second, and what takes them a quarter of an hour.
-_RATE = 1e11
-_MANY = 900 * _RATE
+_TRIAL = 1024  # rows and columns
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Costs:
         bytes_written: the bytes of tensors in the output.
         bytes_applied: the bytes of models that MergeKit first writes to the LoRA cache.
         shards: how many weight files there will be.
-        operations: the float64 operations of matrices of coefficients; 0 if there are none.
-        working_memory: the bytes that the largest of them needs besides its inputs.
+        arithmetic: the seconds that directions take on this machine; 0 if there are none.
         notes: what else is worth knowing, one sentence each.
     """
 
@@ -49,8 +48,7 @@ class Costs:
     bytes_written: int
     bytes_applied: int
     shards: int
-    operations: float
-    working_memory: int
+    arithmetic: float
     notes: tuple[str, ...]
 
 
@@ -71,8 +69,6 @@ def costs(
     once = sum(_bytes_used(outputs, files) for files in models.values())
     # A survey measures whole models, even if slices take only a few of their layers.
     whole = sum(_bytes_held(files) for files in models.values())
-    directions = [found for tensor in outputs.tensors if (found := _of_directions(tensor))]
-    operations = sum(found[0] for found in directions)
     return Costs(
         method=config.merge_method,
         base=str(config.base_model) if config.base_model else None,
@@ -84,32 +80,33 @@ def costs(
         bytes_written=sum(shards),
         bytes_applied=sum(_bytes_applied(c, options) for c in models.values()),
         shards=len(shards),
-        operations=operations,
-        working_memory=max((memory for _, memory in directions), default=0),
-        notes=(*_notes(outputs, models), *_advice(operations, options)),
+        arithmetic=_arithmetic(outputs, options),
+        notes=tuple(_notes(outputs, models)),
     )
 
 
-def _of_directions(tensor: OutputTensor) -> tuple[float, int] | None:
-    """Return the operations and the working memory, in bytes, of matrices of coefficients."""
-    shapes = [header.shape for header in tensor.stored.values()]
-    is_diagonal = tensor.merge.vocabulary_axis is not None
-    if not tensor.merge.has_matrices or not shapes or len(shapes[0]) < 2 or is_diagonal:
-        return None
-    *stack, rows, columns = shapes[0]
-    side = side_of(tensor.merge.parameters, tensor.stored.keys() - {tensor.merge.base})
-    operations, numbers = costs_of_matrix(rows, columns, len(shapes) - 1, side)
-    return math.prod(stack) * operations, 8 * numbers
+def _arithmetic(outputs: Outputs, options: MergeOptions) -> float:
+    """Return the seconds that directions take, from a trial on this machine."""
+    numbers: Counter[tuple[int, torch.dtype]] = Counter()
+    for tensor in outputs.tensors:
+        if tensor.merge.has_matrices and len(tensor.stored) > 1:
+            kind = (len(tensor.stored) - 1, tensor.merged_dtype)
+            numbers[kind] += tensor.written_parameters(None)
+    return sum(count * _trial(*kind, options) for kind, count in numbers.items())
 
 
-def _advice(operations: float, options: MergeOptions) -> Iterator[str]:
-    """Say when a GPU is advisable: a few cores need more than some minutes."""
-    if operations > _MANY and (options.device or "cpu") == "cpu":
-        yield (
-            f"Granularity direction takes {operations / 1e12:,.0f} trillion float64 operations, "
-            f"about {operations / _RATE / 60:,.0f} minutes at {_RATE / 1e9:.0f} billion a second, "
-            "which a few cores reach; a GPU with fast float64 (--device cuda) is advisable."
-        )
+def _trial(experts: int, dtype: torch.dtype, options: MergeOptions) -> float:
+    """Return the seconds per number of a matrix that takes a few tenths of a second to merge."""
+    device = torch.device(options.device or "cpu")
+    base, *others = torch.randn(experts + 1, _TRIAL, _TRIAL).to(device, dtype)
+    out, rule = torch.empty_like(base), Rule([1.0] * experts)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        merge_directions(base, others, rule, out=out)
+        float(out[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / base.numel()
 
 
 def _passes(outputs: Outputs) -> int:

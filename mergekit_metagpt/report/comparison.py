@@ -117,7 +117,7 @@ def choices(
     """
     found = []
     for forecast in forecasts:
-        if any(tensor.entry.means for tensor in forecast.tensors):
+        if any(tensor.entry.directions for tensor in forecast.tensors):
             found.append(Choice(forecast))
             continue
         for weights in (None, *priors):

@@ -104,7 +104,7 @@ def _parts(forecast: Forecast) -> list[tuple[Sequence[Sequence[float]], list[flo
     grams = forecast.survey.grams or {}
     if not forecast.method.is_plain or grams.keys() - merged.keys():
         return None
-    if any(tensor.entry.means for tensor in forecast.tensors):
+    if any(tensor.entry.directions for tensor in forecast.tensors):
         return None
     return [
         (gram, [merged[name].scale * c for c in forecast.summary.row(merged[name].entry)])
@@ -164,21 +164,29 @@ def coefficients_table(
     """
     parts = kept or [expert.kept for expert in summary.experts]
     known = [part for part in parts if part is not None]
-    columns = ["‖τ‖", *(["mean λ", "least", "largest"] if summary.varies else ["λ"])]
-    table = _of_experts(*columns, *(["kept"] if known else []))
+    by_direction = summary.decided is not None
+    columns = ["‖τ‖"]
+    if not by_direction:
+        columns += ["mean λ", "least", "largest"] if summary.varies else ["λ"]
+    columns += ["kept"] if known else []
+    columns += ["least", "largest"] if by_direction else []
+    table = _of_experts(*columns)
     if summary.varies and summary.layers:
-        table.add_column("λ by layer", no_wrap=True)
+        table.add_column("kept by layer" if by_direction else "λ by layer", no_wrap=True)
     for t, (name, expert) in enumerate(
         zip(short_names(summary.ids, _LONGEST_NAME), summary.experts, strict=True)
     ):
-        cells = [name, f"{expert.norm:.4g}", share(expert.mean)]
-        cells += [share(expert.least), share(expert.largest)] if summary.varies else []
+        cells = [name, f"{expert.norm:.4g}"]
+        if not by_direction:
+            cells.append(share(expert.mean))
+            cells += [share(expert.least), share(expert.largest)] if summary.varies else []
         cells += [f"{known[t]:.1%}"] if known else []
-        cells += [bar([row[t] for row in summary.layers])]
+        cells += [f"{expert.least:.1%}", f"{expert.largest:.1%}"] if by_direction else []
+        cells.append(bar([row[t] for row in summary.layers]))
         table.add_row(*map(Text, cells[: len(table.columns)]))
-    has_matrices = any(entry.means for entry in summary.entries)
-    caption = [Text(_what_is_kept(known, has_matrices))] if known else []
-    return Group(Text("Scaling coefficients", "bold"), table, *caption)
+    heading = "What the merge keeps" if by_direction else "Scaling coefficients"
+    caption = [Text(_what_is_kept(known, summary))] if known else []
+    return Group(Text(heading, "bold"), table, *caption)
 
 
 def _of_experts(*columns: str) -> Table:
@@ -190,13 +198,21 @@ def _of_experts(*columns: str) -> Table:
     return table
 
 
-def _what_is_kept(kept: Sequence[float], has_matrices: bool) -> str:
-    """Say it in words, and that matrices of coefficients may keep more, if it is little."""
-    is_little = sum(kept) < _MUCH * len(kept) and not has_matrices
-    return (
-        f"kept: how much of each task vector is in the merge; {sum(kept):.2f} of {len(kept)} in "
-        f"all.{' Granularity direction may keep more.' * is_little}\n"
+def _what_is_kept(kept: Sequence[float], summary: Summary) -> str:
+    """Say it in words: how directions are merged, or that directions may keep more."""
+    words = (
+        f"kept: how much of each task vector is in the merge; {sum(kept):.2f} of {len(kept)} in all."
     )
+    if summary.decided and summary.stretch is not None:
+        found, directions = summary.decided
+        words += (
+            f" The experts meet in {found:,} of {directions:,} directions, and the coefficients "
+            f"decide there; elsewhere they are added up. The merge moves {summary.stretch:.2f} "
+            "times as far as unrelated experts would together."
+        )
+    elif sum(kept) < _MUCH * len(kept):
+        words += " Granularity direction may keep more."
+    return words + "\n"
 
 
 def matrix(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Table:
