@@ -34,7 +34,7 @@ def fit(
     for batch in batches:
         with precision():
             loss = _loss(model, **batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

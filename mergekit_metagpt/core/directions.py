@@ -38,7 +38,7 @@ from mergekit_metagpt.core.task_vectors import (
 )
 
 # How many leading directions of each expert are looked at.
-_RANK = 16
+_RANK = 8
 # Directions count by this power of their eigenvalue.
 _POWER = 0.75
 # If the decision moves farther in K directions than the experts do, it amplifies what they do not
@@ -150,7 +150,7 @@ def _matrices(tensor: Tensor, role: Role) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """θ_0 and θ_t of a matrix, in any dtype; the dtype to calculate in; a seed for what is drawn."""
+    """θ_0 and θ_t of a matrix, in any dtype; the dtype to calculate in; a seed to draw with."""
 
     base: Tensor
     experts: Sequence[Tensor]
@@ -300,7 +300,8 @@ def _basis(ranges: Sequence[Tensor]) -> Tensor:
     n, found = columns.shape
     if found >= n:
         return torch.eye(n, dtype=columns.dtype, device=columns.device)
-    return torch.linalg.qr(columns).Q
+    basis: Tensor = torch.linalg.qr(columns).Q
+    return basis
 
 
 def _projected(inputs: _Inputs, basis: Tensor) -> Tensor:

@@ -63,6 +63,16 @@ def squared_norms(base: Tensor, experts: Sequence[Tensor]) -> list[float]:
     return sums
 
 
+def squared_norm(tensor: Tensor) -> float:
+    """Return ‖θ‖² of a tensor of any shape and floating-point dtype, summed as above."""
+    dtype = working_dtype(tensor.dtype)
+    total, (buffer, squares) = _Sum(), _buffers(tensor, dtype, 2)
+    for (chunk,) in _chunks(tensor):
+        values = _converted(chunk, buffer)
+        total.add(torch.mul(values, values, out=squares[: len(values)]))
+    return total.value
+
+
 def inner_products(base: Tensor, experts: Sequence[Tensor]) -> list[list[float]]:
     """Return ⟨θ_i − θ_0, θ_j − θ_0⟩, the Gram matrix of the task vectors.
 

@@ -1,6 +1,7 @@
 """Read checkpoints for a survey, with MergeKit's architectures and loaders."""
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,6 +101,20 @@ class Checkpoints:
                 return tuple(file.get_slice(tensor).get_shape())
         found = loader.get_tensor(tensor)
         return None if found is None else tuple(found.shape)
+
+    def parameters_of_base(self) -> int:
+        """Return how many numbers the base holds; an estimate, unless they are in safetensors."""
+        index = self.loader(self.base).index
+        numbers = 0
+        for shard in index.shards:
+            path = os.path.join(index.base_path, shard.filename)
+            if path.endswith(".safetensors") and os.path.exists(path):
+                with safe_open(path, "pt") as file:
+                    names = file.keys()
+                    numbers += sum(math.prod(file.get_slice(n).get_shape()) for n in names)
+            elif os.path.exists(path):
+                numbers += os.path.getsize(path) // 2
+        return numbers
 
     def weights(self) -> list[WeightInfo]:
         """Return the parameters to compare, ordered so that each shard is opened once."""
@@ -207,6 +222,7 @@ class Checkpoints:
             left_out=tuple(left_out),
             sizes={name: tensor.size for name, tensor in measured.items()},
             grams={name: t.products for name, t in measured.items()} if products else None,
+            bases={name: t.base for name, t in measured.items()} if products else {},
             source=self,
         )
 

@@ -79,6 +79,11 @@ class TensorInputs:
         )
 
     @property
+    def memory(self) -> tuple[Any, ...]:
+        """Where the tensors lie; the same for tensors that are tied in memory."""
+        return tuple((t.data_ptr(), t.shape, t.stride()) for _, t in self)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that all tensors promote to."""
         return promoted_dtype([self.base, *self.experts])
@@ -126,6 +131,7 @@ class Survey:
         left_out: vocabulary tensors that could not be compared.
         sizes: the number of elements for each tensor name.
         grams: the T x T inner products ⟨τ_i, τ_j⟩ for each tensor name; None if not measured.
+        bases: ‖θ_0‖² for each tensor name; measured with the inner products.
         source: the models that were measured; None if they were in memory.
     """
 
@@ -136,6 +142,7 @@ class Survey:
     left_out: tuple[str, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict)
     grams: Mapping[str, Sequence[Sequence[float]]] | None = None
+    bases: Mapping[str, float] = field(default_factory=dict)
     source: "StoredModels | None" = None
 
     @property
@@ -194,6 +201,12 @@ class Survey:
     def model(self) -> Norms:
         """T floats: the squared norms over the whole model, as in Theorem 10."""
         return self._sum(self.squared_norms)
+
+    @property
+    def moved(self) -> list[float] | None:
+        """‖τ_t‖ / ‖θ_0‖ over the whole model, T floats; None if ‖θ_0‖ is 0 or not known."""
+        base = math.fsum(self.bases.values())
+        return [math.sqrt(norm / base) for norm in self.model] if base else None
 
     @cached_property
     def layers(self) -> dict[str, Norms]:
@@ -261,10 +274,9 @@ def survey_tensors(tensors: Sequence[TensorInputs]) -> Survey:
     seen: dict[tuple[Any, ...], str] = {}
     for number, inputs in enumerate(tensors):
         experts, name = inputs.ids, inputs.name or f"#{number}"
-        memory = tuple((t.data_ptr(), t.shape, t.stride()) for _, t in inputs)
-        if inputs.base.numel() and memory in seen:
-            tied[name] = seen[memory]
+        if inputs.base.numel() and inputs.memory in seen:
+            tied[name] = seen[inputs.memory]
             continue
-        seen[memory] = name
+        seen[inputs.memory] = name
         norms[name], dtypes[name] = inputs.squared_norms, inputs.dtype
     return Survey(experts, norms, tied, dtypes)

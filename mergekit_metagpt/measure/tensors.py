@@ -9,7 +9,7 @@ from mergekit.common import ModelReference
 from torch import Tensor
 
 from mergekit_metagpt.core.coefficients import Norms
-from mergekit_metagpt.core.task_vectors import inner_products
+from mergekit_metagpt.core.task_vectors import inner_products, squared_norm
 from mergekit_metagpt.measure.survey import TensorInputs
 from mergekit_metagpt.measure.vocabularies import DifferentVocabularyError, compare_vocabularies
 
@@ -18,12 +18,21 @@ Device = torch.device | str
 
 @dataclass(frozen=True)
 class Measured:
-    """Results for one tensor: squared norms, stored dtype, number of elements, inner products."""
+    """Results for one tensor.
+
+    Attributes:
+        norms: ‖τ_t‖², T floats.
+        dtype: the stored dtype.
+        size: the number of elements.
+        products: ⟨τ_i, τ_j⟩, T x T; empty if not asked for.
+        base: ‖θ_0‖²; 0 if inner products were not asked for.
+    """
 
     norms: Norms
     dtype: torch.dtype
     size: int
     products: list[list[float]]
+    base: float
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,10 @@ class TensorMeasurer:
             return None
         stored = [self._load_expert(model, weight, base) for model in self.experts]
         inputs = TensorInputs(weight.name, self.base, base, self.experts, tuple(stored))
-        gram = inner_products(base, stored) if self.products else []
-        return Measured(inputs.squared_norms, inputs.dtype, base.numel(), gram)
+        norms, dtype, size = inputs.squared_norms, inputs.dtype, base.numel()
+        if not self.products:
+            return Measured(norms, dtype, size, [], 0.0)
+        return Measured(norms, dtype, size, inner_products(base, stored), squared_norm(base))
 
     def _load_expert(self, model: ModelReference, weight: WeightInfo, base: Tensor) -> Tensor:
         expert = self.load(model, weight, self.device)

@@ -7,10 +7,13 @@ from mergekit_metagpt.method.summary import Summary
 
 # If one expert has more than this share, almost nothing of the others is left.
 DOMINANT = 0.9
-# A merge that moves so many times as far as a sum of experts at right angles has amplified noise.
-_STRETCHED = 2.5
+# A merge that moves so many times as far as a sum of experts at right angles adds up too much.
+STRETCHED = 1.5
+# Experts that moved farther than this, relative to the base's length, were not seen to add up: a
+# language model's moved 0.1 to 1 %, and could be; small models' moved 5 to 10 %, and could not.
+_FAR = 0.03
 # An expert of whose task vector less than this is in the merge is hardly there.
-_HARDLY = 0.1
+HARDLY = 0.1
 
 
 def warnings(summary: Summary) -> list[str]:
@@ -38,9 +41,9 @@ def _dominant_experts(summary: Summary) -> Iterator[str]:
     for expert in summary.experts:
         if expert.mean > DOMINANT and len(summary.experts) > 1:
             ways = ["give it a smaller weight (its prior)"]
-            if milder := _milder(summary):
-                means = _shares([other.mean for other in milder.experts])
-                ways.insert(0, f"set exponent: {_exponent(milder):g}, which gives {means}")
+            if its := _milder(summary):
+                means = _shares([other.mean for other in its.experts])
+                ways.insert(0, f"set exponent: {_exponent(its):g}, which gives {means}")
             yield (
                 f"{expert.model} has {expert.mean:.1%} of the merge, so the others hardly "
                 f"count; {', or '.join(ways)}."
@@ -55,10 +58,8 @@ def _dominated_tensors(summary: Summary) -> Iterator[str]:
     ways = []
     if shared := _over_the_model(summary):
         ways.append(f"set granularity: model, which gives {_shares(shared)}")
-    if milder := _milder(summary):
-        ways.append(
-            f"set exponent: {_exponent(milder):g}, which leaves {dominated_part(milder):.0%}"
-        )
+    if its := _milder(summary):
+        ways.append(f"set exponent: {_exponent(its):g}, which leaves {dominated_part(its):.0%}")
     yield (
         f"In tensors with {part:.0%} of the parameters, one expert has "
         f"more than {DOMINANT:.0%}, so almost nothing of the others is left; "
@@ -69,7 +70,7 @@ def _dominated_tensors(summary: Summary) -> Iterator[str]:
 def _hardly_kept(summary: Summary) -> Iterator[str]:
     """Warn if hardly anything of a task vector is in the merge, whatever its coefficients are."""
     for expert in summary.experts:
-        if expert.kept is not None and expert.squared_norm and expert.kept < _HARDLY:
+        if expert.kept is not None and expert.squared_norm and expert.kept < HARDLY:
             ways = ["give it a larger weight (its prior)"]
             if _exponent(summary):
                 ways.insert(0, "set exponent: 0")
@@ -80,27 +81,50 @@ def _hardly_kept(summary: Summary) -> Iterator[str]:
 
 
 def _stretched(summary: Summary) -> Iterator[str]:
-    """Warn if the merge amplifies small differences between experts that overlap on a side."""
-    if summary.stretch is not None and summary.stretch > _STRETCHED:
+    """Warn if the merge moves farther than its experts do."""
+    if summary.stretch is not None and summary.stretch > STRETCHED:
         yield (
             f"The merge moves {summary.stretch:.1f} times as far as unrelated experts would "
-            "together: it amplifies the little in which these experts differ, and may be broken; "
-            "set side: both, or a larger isotropy."
+            f"together, and may be broken; set lambda: {1 / summary.stretch:.1f}, or granularity: "
+            "model."
         )
+
+
+def moved_far(experts: Sequence[object], moved: Sequence[float] | None) -> list[str]:
+    """Warn of experts that moved so far from the base that adding them up was not seen to work.
+
+    Args:
+        experts: T model ids.
+        moved: ‖τ_t‖ / ‖θ_0‖, T floats, if they are known.
+    """
+    return [
+        f"{expert} moved by {part:.1%} of the base's length. Adding up was measured to work for "
+        f"experts that moved by up to 1 %, and to fail beyond 5 %; compare the merge with "
+        "granularity: model before you rely on it."
+        for expert, part in zip(experts, moved or (), strict=False)
+        if part > _FAR
+    ]
 
 
 def dominated_part(summary: Summary) -> float:
     """Return the part of the parameters in tensors that one of several experts dominates."""
     sizes = [
-        e.size for e in summary.entries if len(e.experts) > 1 and max(e.coefficients) > DOMINANT
+        e.size
+        for e in summary.entries
+        if len(e.experts) > 1 and not e.directions and max(e.coefficients) > DOMINANT
     ]
     return sum(sizes) / summary.parameters if sizes else 0.0
 
 
 def _milder(summary: Summary) -> Summary | None:
-    """Return the merge with the next smaller exponent: 1, or 0 if it is 1 already."""
+    """Return the merge with a milder exponent, if there is one."""
     exponent = _exponent(summary)
-    return summary.with_exponent(1 if exponent > 1 else 0) if exponent else None
+    return summary.with_exponent(milder(exponent)) if exponent else None
+
+
+def milder(exponent: float) -> int:
+    """Return the next smaller exponent to try: 1, or 0 if it is 1 already."""
+    return 1 if exponent > 1 else 0
 
 
 def _exponent(summary: Summary) -> float:

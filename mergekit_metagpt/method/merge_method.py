@@ -85,7 +85,7 @@ class MetaGPTMerge(GroupMergeMethod):
         granularity: str = "tensor",
         exponent: float | None = None,
         survey: Survey | None = None,
-        shapes: Mapping[str, torch.Size] | None = None,
+        shapes: Mapping[str | None, Sequence[int]] | None = None,
         **parameters: Any,
     ) -> Tensor:
         """Merge one tensor of the base and of each expert.
@@ -96,7 +96,7 @@ class MetaGPTMerge(GroupMergeMethod):
                 or ``direction``.
             exponent: k in λ_t ∝ w_t ‖τ_t‖^k; that of the granularity, if None.
             survey: the squared norms of the whole models, if they are known already.
-            shapes: the shapes of the base's tensors, if they are known already.
+            shapes: the shapes of all tensors of the base, if they are known already.
             parameters: those of the stock method, with the priors w_t as ``weight``.
 
         Returns:
@@ -179,20 +179,52 @@ class MetaGPTMerge(GroupMergeMethod):
     ) -> tuple[Tensor, ...]:
         """Merge groups as MergeKit does; survey them first if they are in memory."""
         # merge_state_dicts passes all groups in one call. Only here are the models seen as a whole.
-        ids = [entry.id for entry in groups[0].entries] if groups else []
-        if len(groups) > 1 and checkpoints_of(ids, groups[0].base and groups[0].base.id) is None:
+        once = range(len(groups))
+        places: Sequence[int] = once
+        if len(groups) > 1 and _are_in_memory(groups[0]):
             inputs = [TensorInputs.of(group) for group in groups]
             whole: dict[str, Any] = {"shapes": {it.name: it.base.shape for it in inputs}}
             if any(_needs_survey(p) for p in parameters):
                 whole["survey"] = survey_tensors(inputs)
+            once, places = _without_ties(inputs, parameters)
             parameters = [{**p, **whole} for p in parameters]
-        merged: tuple[Tensor, ...] = super()._execute(
-            groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype
+        found: tuple[Tensor, ...] = super()._execute(
+            [groups[n] for n in once],
+            [parameters[n] for n in once],
+            options,
+            input_dtypes=[input_dtypes[n] for n in once],
+            out_dtype=out_dtype,
         )
+        merged = tuple(found[place] for place in places)
         if out_dtype in (torch.float16, torch.bfloat16):  # MergeKit has rounded again
             for group, tensor in zip(groups, merged, strict=True):
                 _require_finite(tensor, group.metadata.name)
         return merged
+
+
+def _are_in_memory(group: TensorGroup) -> bool:
+    """Return whether a group's ids name tensors in memory, not models."""
+    ids = [entry.id for entry in group.entries]
+    return checkpoints_of(ids, group.base and group.base.id) is None
+
+
+def _without_ties(
+    inputs: Sequence[TensorInputs], parameters: Sequence[dict[str, Any]]
+) -> tuple[list[int], list[int]]:
+    """Return which tensors to merge, and for each tensor which of those results is its own.
+
+    Tensors that are tied in memory stay tied: they are merged once, under the first name.
+    """
+    first: dict[Any, int] = {}
+    once: list[int] = []
+    places = []
+    for number, (tensor, its) in enumerate(zip(inputs, parameters, strict=True)):
+        twin = first.setdefault(tensor.memory, len(once))
+        if twin == len(once) or parameters[once[twin]] != its:
+            twin = len(once)
+            once.append(number)
+        places.append(twin)
+    return once, places
 
 
 def by_directions(

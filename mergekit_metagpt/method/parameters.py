@@ -57,6 +57,8 @@ _EXPONENT = _Checked(
     wanted=_POSITIVE[0],
     accepts=_POSITIVE[1],
 )
+
+
 @dataclass(frozen=True)
 class _Removed(ParameterSpec):
     """A parameter of earlier versions, which refuses any value."""

@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +20,7 @@ from mergekit_metagpt.measure.kept_surveys import KeptSurveys
 from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
 from mergekit_metagpt.method.advice import share, warnings
 from mergekit_metagpt.method.summary import Entry, Summary
+from mergekit_metagpt.method.watch import Watch
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -39,6 +41,9 @@ class Session:
         self.surveys = KeptSurveys()
         self._journals: list[list[Entry]] = []
         self._logged: dict[Hashable, Entry] = {}
+        self._checkpoints: Checkpoints | None = None
+        self._watch: Watch | None = None
+        self._lock = Lock()
         self._loader_options: MergeOptions | None = None
         self._quiet = False
 
@@ -50,7 +55,8 @@ class Session:
             base: the id of θ_0.
         """
         self._logged.clear()
-        checkpoints = checkpoints_of(ids, base)
+        self._watch = None
+        checkpoints = self._checkpoints = checkpoints_of(ids, base)
         if checkpoints is not None:
             self._note_options()
             self.surveys.begin(checkpoints)
@@ -116,15 +122,18 @@ class Session:
             self._log(entries)
 
     def _log(self, entries: Iterable[Entry]) -> None:
-        """Log once what a merge uses, if granularity is ``model``: its first tensor tells.
+        """Warn of what the tensors of a merge show; at ``model``, log once what it uses.
 
-        At the other granularities only the last tensor completes the figures, and MergeKit does
-        not say which one is the last.
+        At the other granularities only the last tensor completes the coefficients, and MergeKit
+        does not say which one is the last.
         """
         for entry in entries:
-            merge = (entry.experts, entry.squared_norms, entry.exponent)
-            if entry.granularity != "model" or not _are_models(entry.experts):
+            if not _are_models(entry.experts):
                 continue
+            if entry.granularity != "model":
+                self._look_at(entry)
+                continue
+            merge = (entry.experts, entry.squared_norms, entry.exponent)
             if self._logged.setdefault(merge, entry) is not entry:
                 continue
             shares = zip(entry.experts, entry.coefficients, strict=True)
@@ -135,6 +144,14 @@ class Session:
             )
             for sentence in warnings(Summary([entry])):
                 LOG.warning("%s", sentence)
+
+    def _look_at(self, entry: Entry) -> None:
+        with self._lock:
+            if self._watch is None and self._checkpoints is not None:
+                self._watch = Watch(self._checkpoints.parameters_of_base())
+            sentences = list(self._watch.add(entry)) if self._watch else []
+        for sentence in sentences:
+            LOG.warning("%s", sentence)
 
     def _note_options(self) -> None:
         """Keep the options of the planning thread; other threads do not have them."""

@@ -92,7 +92,8 @@ class Expert:
     Attributes:
         model: its id.
         squared_norm: ‖τ‖² over everything that was measured for the merge.
-        mean: its coefficient, averaged over the parameters of the merge.
+        mean: its coefficient, averaged over the parameters of the merge; ``kept``, if the merge
+            measured that.
         least: its least coefficient in any tensor.
         largest: its largest one.
         kept: how much of its task vector is in the merge; None if the merge did not measure it.
@@ -141,8 +142,9 @@ class Summary:
     def experts(self) -> list[Expert]:
         """All T experts."""
         columns = zip(*map(self.row, self.entries), strict=True)
-        norms, means = self._squared_norms(), self._means(self.entries)
-        kept: Sequence[float | None] = self._kept(self.entries) or [None] * len(self.ids)
+        measured = self._kept(self.entries)
+        norms, means = self._squared_norms(), measured or self._means(self.entries)
+        kept: Sequence[float | None] = measured or [None] * len(self.ids)
         return [
             Expert(model, norm, mean, min(column), max(column), part)
             for model, norm, mean, column, part in zip(
@@ -185,7 +187,9 @@ class Summary:
         """
         found = [entry.directions for entry in self.entries if entry.directions]
         matrices = [(it.decided, it.inputs) for it in found if it.decided is not None]
-        return tuple(map(sum, zip(*matrices, strict=True))) if matrices else None
+        if not matrices:
+            return None
+        return sum(decided for decided, _ in matrices), sum(inputs for _, inputs in matrices)
 
     @cached_property
     def _by_layer(self) -> list[list[Entry]]:

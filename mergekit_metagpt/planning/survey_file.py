@@ -53,6 +53,7 @@ class _Tensor(BaseModel):
     size: int
     squared_norms: list[float]
     products: list[list[float]]
+    base: float = 0.0  # older files have none
 
 
 class SurveyFile(BaseModel):
@@ -64,8 +65,8 @@ class SurveyFile(BaseModel):
         experts: T experts, as they were named.
         inputs: the base and the experts, as in metagpt.json.
         tensors: T squared norms and T x T inner products of task vectors for each tensor, in the
-            order of ``experts``; the dtype that the stored tensors promote to, and the number of
-            elements.
+            order of ``experts``; the base's squared norm; the dtype that the stored tensors
+            promote to, and the number of elements.
         tied: maps tied tensors to the one that is listed.
         left_out: vocabulary tensors that could not be compared.
     """
@@ -113,6 +114,7 @@ def survey_as_text(survey: Survey, base: ModelReference) -> str:
                 "size": survey.sizes[name],
                 "squared_norms": norms,
                 "products": products[name],
+                "base": survey.bases[name],
             }
             for name, norms in survey.squared_norms.items()
         },
@@ -188,6 +190,7 @@ def _survey(found: SurveyFile) -> Survey:
         left_out=tuple(found.left_out),
         sizes={name: tensor.size for name, tensor in tensors},
         grams={name: tensor.products for name, tensor in tensors},
+        bases={name: tensor.base for name, tensor in tensors if tensor.base},
     )
 
 

@@ -13,7 +13,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_metagpt.core.directions import Rule, merge_directions
 from mergekit_metagpt.planning.models import ModelFiles
-from mergekit_metagpt.planning.outputs import Outputs, OutputTensor, output_shards
+from mergekit_metagpt.planning.outputs import Outputs, output_shards
 from mergekit_metagpt.preflight.tensors import granularity_of
 
 _TRIAL = 1024  # rows and columns
@@ -92,7 +92,7 @@ def _arithmetic(outputs: Outputs, options: MergeOptions) -> float:
         if tensor.merge.has_matrices and len(tensor.stored) > 1:
             kind = (len(tensor.stored) - 1, tensor.merged_dtype)
             numbers[kind] += tensor.written_parameters(None)
-    return sum(count * _trial(*kind, options) for kind, count in numbers.items())
+    return math.fsum(count * _trial(*kind, options) for kind, count in numbers.items())
 
 
 def _trial(experts: int, dtype: torch.dtype, options: MergeOptions) -> float:

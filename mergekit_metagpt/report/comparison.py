@@ -153,8 +153,10 @@ def comparison_tables(compared: Sequence[Choice]) -> RenderableType:
         Text("\n".join(f"{number}  {name}" for number, name in enumerate(names, 1))),
         table,
         Text(
-            "k: the exponent. 1, 2, …: the mean coefficient of each expert"
-            + "; below it the least and the largest of any tensor" * (len(names) <= _MANY)
+            "k: the exponent. 1, 2, …: the mean coefficient of each expert; at direction, how much "
+            "of it is kept"
+            + "; below it the least and the largest of any tensor"
+            * (len(names) <= _MANY)
             + ". bound: the paper's, relative to granularity model with exponent 2. kept: how much "
             "of the task vectors is in the merge, on average. dom.: the part of the parameters in "
             f"tensors where one expert dominates, with over {DOMINANT:.0%}.\n"
@@ -191,7 +193,10 @@ def advice(compared: Sequence[Choice]) -> str:
 
 
 def _is_dominated(choice: Choice) -> bool:
-    means = [expert.mean for expert in choice.forecast.summary.experts]
+    summary = choice.forecast.summary
+    if summary.decided is not None:
+        return False
+    means = [expert.mean for expert in summary.experts]
     return len(means) > 1 and (max(means) > DOMINANT or choice.dominated > 0.5)
 
 

@@ -30,13 +30,16 @@ def coefficients_html(
     """
     names = short_names(summary.ids)
     parts = kept or [expert.kept for expert in summary.experts]
-    columns = ["expert", "‖τ‖", "λ", "", *(["least", "largest"] if summary.varies else [])]
-    columns += ["kept"] if any(part is not None for part in parts) else []
+    by_direction = summary.decided is not None
+    name = "kept" if by_direction else "λ"
+    columns = ["expert", "‖τ‖", name, "", *(["least", "largest"] if summary.varies else [])]
+    if not by_direction and any(part is not None for part in parts):
+        columns.append("kept")
     rows = []
     for name, expert, part in zip(names, summary.experts, parts, strict=True):
         cells = [escape(name), f"{expert.norm:.4g}", share(expert.mean), _bar(expert.mean)]
         cells += [share(expert.least), share(expert.largest)] if summary.varies else []
-        cells += ["" if part is None else f"{part:.1%}"] if "kept" in columns else []
+        cells += ["" if part is None else f"{part:.1%}"] if columns[-1] == "kept" else []
         rows.append(cells)
     body = f"<p><b>{escape(title)}</b></p>{_table(columns, rows)}"
     if len(cosines) > 1:

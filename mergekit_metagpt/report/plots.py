@@ -78,7 +78,7 @@ def coefficients_figure(
 ) -> "Figure":
     """Draw each expert's coefficient, the coefficients by layer, and the cosines.
 
-    If the merge measured it, a panel shows by layer how much of each task vector it keeps.
+    If the merge measured it, how much it keeps of each task vector takes the coefficients' place.
 
     Args:
         method: the merge method, for the title.
@@ -89,7 +89,8 @@ def coefficients_figure(
     """
     names = short_names(summary.ids, _LONGEST_NAME)
     panels = [(_draw_layers, summary.layers)] if summary.varies and summary.layers else []
-    panels += [(_draw_kept, summary.kept_by_layer)] if summary.kept_by_layer else []
+    if summary.kept_by_layer:
+        panels = [(_draw_kept, summary.kept_by_layer)]
     widths = (1, *(1.6 for _ in panels), 1.4)
     figure = _figure(4.2 * sum(widths) / 4, 1.1 + len(names) / 12)
     granularity = " and ".join(summary.granularities)
@@ -143,7 +144,8 @@ def _draw_means(ax: "Axes", names: Sequence[str], summary: Summary) -> None:
     ax.set_yticks(places, names, fontsize=8)
     ax.invert_yaxis()
     ax.set_xlim(0, 1.25 * most or 1)  # with room for the numbers
-    ax.set_title("Mean coefficient λ" if summary.varies else "Coefficients λ", fontsize=10)
+    title = "Mean coefficient λ" if summary.varies else "Coefficients λ"
+    ax.set_title("Kept" if summary.kept_by_layer else title, fontsize=10)
 
 
 def _draw_layers(ax: "Axes", layers: Sequence[Sequence[float]]) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mergekit_metagpt.core.coefficients import bound, bound_of_parts, scaling_coefficients
 from mergekit_metagpt.measure.survey import Survey
-from mergekit_metagpt.method.advice import share, warnings
+from mergekit_metagpt.method.advice import moved_far, share, warnings
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.forecast import Forecast
@@ -35,7 +35,7 @@ _LONGEST_NAME = 24
 def as_json(forecast: Forecast) -> dict[str, Any]:
     """Return the measurements and coefficients of a merge as JSON types.
 
-    Everything except the cosines and bounds is also in the ``metagpt.json`` of the merge,
+    Everything except moved, the cosines and bounds is also in the ``metagpt.json`` of the merge,
     under the same keys.
     """
     summary = forecast.summary.as_json()
@@ -45,6 +45,7 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
         "method": forecast.method.spec.name,
         "base": str(forecast.base),
         **summary,
+        "moved": forecast.survey.moved,
         "cosines": forecast.survey.cosines,
         "bound": {k: v if math.isfinite(v) else None for k, v in bounds(forecast).items()},
     }
@@ -114,7 +115,7 @@ def _parts(forecast: Forecast) -> list[tuple[Sequence[Sequence[float]], list[flo
 
 def forecast_warnings(forecast: Forecast) -> list[str]:
     """Return the warnings about the coefficients, one sentence each."""
-    return warnings(forecast.summary) + [
+    return [*warnings(forecast.summary), *moved_far(forecast.experts, forecast.survey.moved)] + [
         f"{tensor} does not count towards the coefficients, because its vocabularies differ."
         for tensor in forecast.survey.left_out
     ]
@@ -132,6 +133,7 @@ def forecast_tables(forecast: Forecast) -> RenderableType:
             f"base {forecast.base}\n"
         ),
         coefficients_table(summary, kept(forecast)),
+        *_how_far(forecast),
         Text("Cosines of the task vectors", "bold"),
         matrix(names, forecast.survey.cosines),
         Text(
@@ -141,6 +143,16 @@ def forecast_tables(forecast: Forecast) -> RenderableType:
         ),
         _bounds_table(forecast),
     )
+
+
+def _how_far(forecast: Forecast) -> list[Text]:
+    """Say how far each expert moved, relative to the length of the base."""
+    moved = forecast.survey.moved
+    if moved is None:
+        return []
+    names = short_names(forecast.experts, _LONGEST_NAME)
+    parts = (f"{name} {part:.2%}" for name, part in zip(names, moved, strict=True))
+    return [Text(f"Moved, of the base's length: {', '.join(parts)}\n")]
 
 
 def survey_tables(survey: Survey) -> RenderableType:
@@ -201,7 +213,8 @@ def _of_experts(*columns: str) -> Table:
 def _what_is_kept(kept: Sequence[float], summary: Summary) -> str:
     """Say it in words: how directions are merged, or that directions may keep more."""
     words = (
-        f"kept: how much of each task vector is in the merge; {sum(kept):.2f} of {len(kept)} in all."
+        f"kept: how much of each task vector is in the merge; {sum(kept):.2f} of {len(kept)} in "
+        "all."
     )
     if summary.decided and summary.stretch is not None:
         found, directions = summary.decided
