@@ -113,9 +113,9 @@ def by_directions(
         parts = zip(taus, energies, strict=True)
         decided = sum(tau @ v @ (v.T @ e @ v) / values[:count] for tau, e in parts)
         moved = sum(((tau @ v) ** 2).sum() for tau in taus)
-        if count == 1 or (decided**2).sum() <= 1.001 * moved:
+        if count == 1 or (decided**2).sum() - moved <= 0.2 * norms.sum():
             break
-        count = int(0.85 * count)
+        count -= max(1, count // 8)
     rest = [tau - tau @ v @ v.T for tau in taus]
     units = [part / (np.linalg.norm(part) + 1e-300) for part in rest]
     alike = np.array([[(a * b).sum() ** 2 for b in units] for a in units])
