@@ -23,7 +23,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from benchmarks.cluster_costs import Line, Machines, Model, Times, Work
-from benchmarks.families import make_family
+from benchmarks.families import make_family, sized
 from benchmarks.machine import described
 from benchmarks.results_file import write_measured
 from benchmarks.timing import weight_bytes
@@ -56,7 +56,7 @@ class Family:
     @classmethod
     def make(cls, directory: Path, parameters: int) -> "Family":
         """Write the models."""
-        models = make_family(directory, parameters, EXPERTS)
+        models = make_family(directory, sized(parameters), EXPERTS)
         size = weight_bytes(models[:1])
         return cls(models, Work(len(models) * size, size, size / SHARDS))
 

@@ -1,9 +1,11 @@
 """The tensor kernels compared with the machine's limits: `python -m benchmarks.kernels`.
 
-The limit is a plain copy in memory, or for granularity direction a matrix product. They take turns
-in one run. Bandwidth counts each byte read and each byte written.
+The limit is a plain copy in memory. They take turns in one run. Bandwidth counts each byte read and
+each byte written. Granularity direction is compared with granularity tensor.
 Writes benchmarks/results/kernels.md.
 """
+
+from itertools import product
 
 import click
 import torch
@@ -13,20 +15,19 @@ from benchmarks.machine import described
 from benchmarks.results_file import write_measured
 from benchmarks.timing import interleaved, median, spread, timed
 from mergekit_metagpt.core.directions import Rule, merge_directions
-from mergekit_metagpt.core.normal_equations import costs_of_matrix
 from mergekit_metagpt.core.task_vectors import add_task_vectors, squared_norms
 
 COEFFICIENTS = [0.5, 0.3, 0.2]
-# Matrices of a model of 0.5 B parameters, and one that is much taller than wide.
-SHAPES = ((1024, 1024), (1024, 2816), (2816, 1024), (8192, 512))
-_PRODUCT = 2048
+# Matrices of models of 0.5 B, 7 B and 70 B parameters.
+SHAPES = ((1152, 1152), (3456, 1152), (4096, 4096), (4096, 11008), (8192, 8192))
+EXPERTS = (2, 3, 6, 12)
 
 
-def tensors(elements: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Return a base and three experts that differ from it by noise."""
+def tensors(elements: int, dtype: torch.dtype, device: str, count: int = 3) -> list[Tensor]:
+    """Return a base and experts that differ from it by noise."""
     torch.manual_seed(0)
     base = torch.randn(elements, device=device)
-    experts = [base + 0.01 * torch.randn_like(base) for _ in COEFFICIENTS]
+    experts = [base + 0.01 * torch.randn_like(base) for _ in range(count)]
     return [tensor.to(dtype) for tensor in (base, *experts)]
 
 
@@ -80,34 +81,41 @@ def main(elements: int, device: str, rounds: int) -> None:
 
 
 def _directions(device: str, rounds: int) -> list[str]:
-    """Return a table of granularity direction: its float64 operations beside a product's."""
+    """Return a table of granularity direction beside what granularity tensor takes."""
     lines = [
-        "| `granularity: direction`, three experts | ms | spread | GFLOP/s | of the product |",
+        "| `granularity: direction` | ms | spread | ms at `tensor` | ratio |",
         "|---|---|---|---|---|",
     ]
-    square = torch.randn(_PRODUCT, _PRODUCT, dtype=torch.float64, device=device)
-    actions = {"float64 matrix product": timed(lambda: square @ square, 2 * _PRODUCT**3, device)}
-    for rows, columns in SHAPES:
+    for (rows, columns), count in product(SHAPES, EXPERTS):
         base, *experts = (
-            t.view(rows, columns) for t in tensors(rows * columns, torch.bfloat16, device)
+            t.view(rows, columns) for t in tensors(rows * columns, torch.bfloat16, device, count)
         )
-        for side in ("output", "input"):
-            rule = Rule([1.0] * len(experts), 0.0, 0.01, side)
-            operations, _ = costs_of_matrix(rows, columns, len(experts), side)
+        target, shares = torch.empty_like(base), [1 / count] * count
 
-            def merge(
-                base: Tensor = base, experts: list[Tensor] = experts, rule: Rule = rule
-            ) -> object:
-                return merge_directions(base, experts, rule)
+        def at_tensor(
+            base: Tensor = base,
+            experts: list[Tensor] = experts,
+            out: Tensor = target,
+            shares: list[float] = shares,
+        ) -> None:
+            squared_norms(base, experts)
+            add_task_vectors(base, experts, shares, out=out)
 
-            actions[f"{rows} x {columns}, {side}"] = timed(merge, int(operations), device)
-    runs = interleaved(actions, max(3, rounds // 3), "direction")
-    product = median(runs["float64 matrix product"], "rate")
-    for name, own in runs.items():
-        rate = median(own, "rate")
+        def at_direction(
+            base: Tensor = base, experts: list[Tensor] = experts, out: Tensor = target
+        ) -> None:
+            merge_directions(base, experts, Rule([1.0] * len(experts)), out=out)
+
+        label = f"{rows} x {columns}, {count} experts"
+        actions = {
+            "tensor": timed(at_tensor, 1, device),
+            "direction": timed(at_direction, 1, device),
+        }
+        runs = interleaved(actions, max(3, rounds // 3), label)
+        plain, ours = (median(runs[name], "milliseconds") for name in ("tensor", "direction"))
         lines.append(
-            f"| {name} | {median(own, 'milliseconds'):.0f} | {spread(own, 'milliseconds')} "
-            f"| {rate:.1f} | {100 * rate / product:.0f} % |"
+            f"| {label} | {ours:.0f} | {spread(runs['direction'], 'milliseconds')} | {plain:.0f} "
+            f"| {ours / plain:.1f} |"
         )
     return lines
 

@@ -15,7 +15,7 @@ import click
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.families import make_family
+from benchmarks.families import make_family, sized
 from benchmarks.machine import described
 from benchmarks.results_file import RESULTS, write_measured, write_raw
 from benchmarks.speed import PLAIN, TASK_ARITHMETIC
@@ -64,7 +64,7 @@ def points(directory: Path) -> list[Point]:
     def family(layers: int, experts: int, shard_size: str) -> list[Path]:
         parameters = (64 + 13 * layers) * WIDTH**2
         folder = directory / f"{layers}-{shard_size}"
-        return make_family(folder, parameters, experts, shard_size=shard_size, layers=layers)
+        return make_family(folder, sized(parameters, layers), experts, shard_size=shard_size)
 
     few, middle, many = (family(n, 8 if n == LAYERS[1] else 3, SHARD_SIZE) for n in LAYERS)
     by_layers = zip(LAYERS, (few, middle[:4], many), strict=True)

@@ -14,9 +14,10 @@ from typing import Any
 
 import click
 import torch
+import transformers
 
 from benchmarks.cold import from_disk, memory_limit
-from benchmarks.families import make_family
+from benchmarks.families import BLOCKS, make_family, sized
 from benchmarks.machine import described
 from benchmarks.results_file import write_measured, write_raw
 from benchmarks.timing import (
@@ -58,11 +59,15 @@ PLAIN = [
     Case(f"metagpt, {g}", "metagpt", "task_arithmetic", parameters={"granularity": g})
     for g in ("tensor", "layer", "model")
 ]
+DIRECTION = Case(
+    "metagpt, direction", "metagpt", "metagpt, tensor", parameters={"granularity": "direction"}
+)
 DARE = sparsified("dare_linear")
 QUICK = [
     Case("linear", "linear", weight=1.0),
     TASK_ARITHMETIC,
     *PLAIN,
+    DIRECTION,
     Case("model_stock", "model_stock"),
     *in_float32(TASK_ARITHMETIC, PLAIN[0]),
 ]
@@ -70,11 +75,12 @@ QUICK = [
 SLOW = [
     Case("sce", "sce"),
     replace(PLAIN[0], counterpart="ties"),
-    Case("metagpt, direction", "metagpt", "ties", parameters={"granularity": "direction"}),
+    replace(DIRECTION, counterpart="ties"),
     *(case for method in ("ties", "breadcrumbs", "della") for case in sparsified(method)),
     *DARE,
     *in_float32(*DARE),
 ]
+OF_A_BLOCK = [TASK_ARITHMETIC, PLAIN[0], DIRECTION]
 # On a disk, noise hides most differences between methods. Four cases are enough to show this.
 ON_DISK = [TASK_ARITHMETIC, *PLAIN]
 WAYS_TO_USE_A_GPU: dict[str, dict[str, bool]] = {
@@ -92,7 +98,7 @@ class Series:
         title: the heading.
         folder: where the files are.
         cases: what is timed.
-        parameters: of each model.
+        config: of each model.
         rounds: how often each case is timed.
         warm_up: how many rounds before that do not count.
         is_cold: whether files are dropped from memory before each run.
@@ -102,7 +108,7 @@ class Series:
     title: str
     folder: str
     cases: Sequence[Case]
-    parameters: int
+    config: transformers.LlamaConfig
     rounds: int
     warm_up: int = 1
     is_cold: bool = False
@@ -188,6 +194,7 @@ def shares_table(runs: dict[str, list[Run]], cases: Sequence[Case]) -> str:
 @click.option("--dtype", default="bfloat16", show_default=True, help="stored and merged in")
 @click.option("--device", default="cpu", show_default=True, help="of the arithmetic")
 @click.option("--rounds", default=11, show_default=True, help="after one that warms up")
+@click.option("--block-rounds", default=5, show_default=True, help="of blocks of large models")
 @click.option("--slow-rounds", default=2, show_default=True, help="of methods that take long")
 @click.option(
     "--slow-parameters", type=int, help="of each model, for methods that take long  [default: all]"
@@ -201,6 +208,7 @@ def main(
     dtype: str,
     device: str,
     rounds: int,
+    block_rounds: int,
     slow_rounds: int,
     slow_parameters: int | None,
     cold_rounds: int,
@@ -209,24 +217,34 @@ def main(
 ) -> None:
     """Time merges, print tables and write the results files."""
     all_series = [
-        Series("Files in memory", memory, QUICK, parameters, rounds),
+        Series("Files in memory", memory, QUICK, sized(parameters), rounds),
+        *(
+            Series(f"Files in memory, {block}", memory, OF_A_BLOCK, config, block_rounds)
+            for block, config in BLOCKS.items()
+        ),
         Series(
             "Sparsified, files in memory",
             memory,
             SLOW,
-            slow_parameters or parameters,
+            sized(slow_parameters or parameters),
             slow_rounds,
             warm_up=0,
         ),
-        Series("Files on a disk", disk, ON_DISK, parameters, rounds),
+        Series("Files on a disk", disk, ON_DISK, sized(parameters), rounds),
         Series(
-            "Cold files on a disk", disk, ON_DISK, parameters, cold_rounds, warm_up=0, is_cold=True
+            "Cold files on a disk",
+            disk,
+            ON_DISK,
+            sized(parameters),
+            cold_rounds,
+            warm_up=0,
+            is_cold=True,
         ),
         Series(
             "Cold files, more than fit in memory",
             disk,
             ON_DISK,
-            parameters,
+            sized(parameters),
             cold_rounds,
             warm_up=0,
             is_cold=True,
@@ -234,18 +252,19 @@ def main(
         ),
     ]
     if device != "cpu":
-        all_series = [Series("Files in memory", memory, on_gpu(device), parameters, rounds)]
+        all_series = [Series("Files in memory", memory, on_gpu(device), sized(parameters), rounds)]
     text, raw = "", {}
     for series in all_series:
         with tempfile.TemporaryDirectory(dir=series.folder) as directory:
-            paths = make_family(Path(directory), series.parameters, experts, getattr(torch, dtype))
-            moved = weight_bytes(paths) + weight_bytes(paths[:1])
+            paths = make_family(Path(directory), series.config, experts, getattr(torch, dtype))
+            size = weight_bytes(paths[:1])
+            moved = weight_bytes(paths) + size
             runs = timed_series(series, paths, dtype)
         if not runs:
             continue
         raw[series.title] = runs
         text += (
-            f"\n## {series.title}\n\n{series.parameters / 1e6:.0f} M parameters, "
+            f"\n## {series.title}\n\n{size / 1e6:.0f} MB a model, "
             f"{series.rounds} rounds; {moved / 1e9:.2f} GB are read once and written.\n\n"
             f"{table(series.cases, runs, moved)}\n{limits_table(runs, series.cases, moved)}\n"
             f"{shares_table(runs, series.cases)}"

@@ -8,12 +8,21 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import get
 
 from benchmarks.cold import memory_limit
-from benchmarks.families import make_family
+from benchmarks.families import make_family, sized
 from benchmarks.scaling import CASES
-from benchmarks.speed import QUICK, SLOW, Series, on_gpu, shares_table, table, timed_series
+from benchmarks.speed import (
+    OF_A_BLOCK,
+    QUICK,
+    SLOW,
+    Series,
+    on_gpu,
+    shares_table,
+    table,
+    timed_series,
+)
 from benchmarks.timing import Case, interleaved, machine_limits, weight_bytes
 
-ALL = [*QUICK, *SLOW, *CASES, *on_gpu("cuda")]
+ALL = [*QUICK, *SLOW, *OF_A_BLOCK, *CASES, *on_gpu("cuda")]
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
@@ -26,7 +35,7 @@ def test_mergekit_takes_every_config(case, tmp_path):
 
 
 def test_counterparts_are_timed_in_the_same_rounds():
-    for cases in (QUICK, SLOW, on_gpu("cuda")):
+    for cases in (QUICK, SLOW, OF_A_BLOCK, on_gpu("cuda")):
         names = {case.name for case in cases}
         assert {case.counterpart for case in cases} - {None} <= names
 
@@ -82,7 +91,7 @@ def test_a_merge_that_only_reads_and_writes_reaches_the_whole_limit():
 
 
 def test_files_are_dropped_from_memory_before_each_run(tmp_path):
-    paths = make_family(tmp_path, parameters=1_000_000, experts=1)
+    paths = make_family(tmp_path, sized(1_000_000), experts=1)
     case = Case("metagpt", "metagpt")
     series = Series("cold", str(tmp_path), [case], 1_000_000, rounds=1, warm_up=0, is_cold=True)
     runs = timed_series(series, paths, "float32")
@@ -98,7 +107,7 @@ def test_a_limit_of_memory_is_lifted_again():
 
 
 def test_the_machine_is_measured_on_the_same_files(tmp_path):
-    paths = make_family(tmp_path, parameters=1_000_000, experts=1)
+    paths = make_family(tmp_path, sized(1_000_000), experts=1)
     assert {path.name for path in paths} == {"base", "expert-1"}
     for run in machine_limits(paths).values():
         assert run()["rate"] > 0
