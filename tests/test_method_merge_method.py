@@ -394,7 +394,7 @@ def test_a_stock_merge_logs_once_what_it_uses(merge, tmp_path, caplog):
 
 @pytest.mark.parametrize("granularity", ["tensor", "layer"])
 def test_a_stock_merge_logs_nothing_that_it_cannot_know(granularity, merge, tmp_path, caplog):
-    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.1))
+    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.012))
     caplog.set_level(logging.INFO, logger=LOGGER)
     merge(merge_config(paths, parameters={"granularity": granularity}))
     assert [record for record in caplog.records if record.name == LOGGER] == []

@@ -13,11 +13,12 @@ which they move most, V; elsewhere they hardly meet, and what they do is added u
 
 V are leading eigenvectors of C, within the span Q of the leading directions of every expert. A
 randomized range finder (Halko, Martinsson and Tropp, 2011) finds Q. K is the participation number
-of the eigenvalues. c_t is 1, but experts that move alike share it.
+of the eigenvalues. c_t is 1, but experts that move alike share it. The row of an embedding, and a
+vector, are single directions: experts are added up there in the same way.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from zlib import crc32
@@ -33,6 +34,7 @@ from mergekit_metagpt.core.task_vectors import (
     blocks,
     in_float32_range,
     promoted_dtype,
+    squared_norms,
     where_possible,
     working_dtype,
 )
@@ -52,16 +54,19 @@ class Rule:
 
     Attributes:
         priors: w_t, T finite floats of at least 0.
-        exponent: k ≥ 0 in λ_t ∝ w_t ‖τ_t‖^k.
+        exponent: k ≥ 0 in λ_t ∝ w_t ‖τ_t‖^k, which decides in matrices.
     """
 
     priors: Sequence[float]
     exponent: float = 0.0
 
+    def of(self, experts: Sequence[int]) -> "Rule":
+        """Return the rule for some of the experts."""
+        return replace(self, priors=[self.priors[t] for t in experts])
+
     def traces(self, squared_norms: Sequence[float]) -> list[float]:
-        """Return λ_t = tr S_t, T floats; 0 for an expert that does not move."""
-        priors = [w if q else 0.0 for w, q in zip(self.priors, squared_norms, strict=True)]
-        return scaling_coefficients(squared_norms, priors, self.exponent)
+        """Return λ_t = tr S_t, T floats, from positive squared norms."""
+        return scaling_coefficients(squared_norms, self.priors, self.exponent)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Directions:
         squared_norm: ‖s M‖². With s = 1 it is Σ_t ‖τ_t‖² if the experts move in different
             directions.
         decided: K, in how many directions the coefficients decide; of a stack of matrices, their
-            sum. None for a tensor that is no matrix: there they decide everywhere.
+            sum. None for a tensor that is no matrix.
         inputs: n, how many directions there are; of a stack, their sum.
     """
 
@@ -99,8 +104,9 @@ def merge_directions(
     """Merge a tensor with a coefficient for every direction: θ_0 + s M.
 
     A tensor with more than two axes is a stack of matrices, its last two axes, and each is merged
-    by itself. An expert that equals the base in a matrix takes no part there. A tensor that is no
-    matrix has a coefficient for each row or element, whose S_t are diagonal.
+    by itself. An expert that equals the base in a matrix takes no part there. The rows of a table,
+    and a tensor whose elements are used one by one, are added up, but experts that move alike
+    share: each such row is a single direction.
 
     Args:
         base: θ_0, of any shape, strides, device and floating-point dtype, with an element.
@@ -126,22 +132,41 @@ def merge_directions(
     targets = [None] * len(matrices[0]) if out is None else _matrices(out, role)
     is_matrix = role in (Role.LINEAR, Role.TRANSPOSED)
     merge = _merge_matrix if is_matrix else _merge_rows
+    matrices = [_matrices(tensor.detach(), role) for tensor in tensors]
+    targets = [None] * len(matrices[0]) if out is None else _matrices(out, role)
     parts = []
     for number, (target, *views) in enumerate(zip(targets, *matrices, strict=True)):
         seed = crc32(f"{name}/{list(views[0].shape)}/{number}".encode())
         inputs = _Inputs(views[0], views[1:], working_dtype(promoted_dtype(views)), seed)
-        try:
-            part = merge(inputs, rule, scale, target)
-        except FloatingPointError:  # float32 may be too narrow for squares
-            part = merge(inputs.widened(), rule, scale, target)
-        parts.append(part)
+        parts.append(_merge_movers(merge, inputs, rule, scale, target))
     return _summarized(parts, scale, is_matrix)
 
 
+def _merge_movers(
+    merge: "_Merge", inputs: "_Inputs", rule: Rule, scale: float, out: Tensor | None
+) -> "_Part":
+    """Merge the experts that differ from the base and have a prior; the others take no part."""
+    movers = inputs.movers(rule.priors)
+    if len(movers) < 2:
+        return _merge_one(inputs, rule, movers, scale, out)
+    moving, its = inputs.of(movers), rule.of(movers)
+    try:
+        part = merge(moving, its, scale, out)
+    except FloatingPointError:  # float32 may be too narrow for squares
+        part = merge(moving.widened(), its, scale, out)
+    norms = torch.tensor(inputs.norms_of_others(movers), dtype=torch.float64, device="cpu")
+    products = torch.zeros_like(norms)
+    norms[movers], products[movers] = part.norms, part.products
+    return replace(part, norms=norms, products=products)
+
+
 def _matrices(tensor: Tensor, role: Role) -> list[Tensor]:
-    """Return views of a tensor's matrices, each with a column for every input."""
+    """Return views of a tensor's matrices, each with a column for every input.
+
+    A table is one matrix of its rows, and a tensor of single elements is one row.
+    """
     if role is Role.ELEMENTS:
-        return [tensor.reshape(-1, 1)]
+        return [tensor.reshape(1, -1)]
     if role is Role.ROWS:
         return [tensor.reshape(len(tensor), -1)]
     stack = list(tensor.reshape(-1, *tensor.shape[-2:]))
@@ -168,9 +193,19 @@ class _Inputs:
         base, *experts = where_possible(torch.float64, self.base, *self.experts)
         return _Inputs(base, experts, torch.float64, self.seed)
 
+    def movers(self, priors: Sequence[float]) -> list[int]:
+        """Return which experts differ from the base and have a prior."""
+        pairs = enumerate(zip(priors, self.experts, strict=True))
+        return [t for t, (w, expert) in pairs if w and not torch.equal(self.base, expert)]
+
     def of(self, experts: Sequence[int]) -> "_Inputs":
         """Return the inputs with some of the experts."""
         return replace(self, experts=[self.experts[t] for t in experts])
+
+    def norms_of_others(self, movers: Sequence[int]) -> list[float]:
+        """Return ‖τ_t‖² of experts that take no part, and 0 for those that do."""
+        others = enumerate(self.experts)
+        return [0.0 if t in movers else squared_norms(self.base, [e])[0] for t, e in others]
 
     def blocks(self) -> Iterator[Block]:
         """Yield all rows, some at a time."""
@@ -183,16 +218,14 @@ class _Inputs:
             FloatingPointError: if they are out of the dtype's range.
         """
         norms = torch.cat(list(squares), dim=1).cpu().double().sum(1)
-        for norm, expert in zip(norms.tolist(), self.experts, strict=True):
-            if self.dtype == torch.float64:
-                is_right = math.isfinite(norm)
-            elif norm == 0:
-                is_right = torch.equal(self.base, expert)
-            else:
-                is_right = in_float32_range(norm, self.base.numel())
-            if not is_right:
+        size, is_exact = self.base.numel(), self.dtype == torch.float64
+        for norm in norms.tolist():
+            if not (math.isfinite(norm) if is_exact else in_float32_range(norm, size)):
                 raise FloatingPointError(f"A squared norm is {norm} in {self.dtype}.")
         return norms
+
+
+_Merge = Callable[["_Inputs", Rule, float, Tensor | None], "_Part"]
 
 
 @dataclass(frozen=True)
@@ -207,66 +240,59 @@ class _Part:
 
 
 def _merge_rows(inputs: _Inputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
-    """Merge with a coefficient for each row: every S_t is diagonal, so nothing is amplified."""
-    squares = [block.squares() for block in inputs.blocks()]
-    norms = inputs.norms(squares)
-    traces = rule.traces(norms.tolist())
-    if sum(map(bool, traces)) < 2:
-        return _merge_one(inputs, traces, norms, scale, out)
-    factors = [c / q if q else 0.0 for c, q in zip(traces, norms.tolist(), strict=True)]
-    products, length = torch.zeros_like(norms), 0.0
-    for block, square in zip(inputs.blocks(), squares, strict=True):
-        shares = square * square.new_tensor(factors).unsqueeze(1)
-        shares /= shares.sum(0).clamp_min_(torch.finfo(shares.dtype).tiny)
-        merged = block.spare.zero_()
-        for tau, share in zip(block.task_vectors, shares, strict=True):
-            merged.addcmul_(tau, share.unsqueeze(1))
-        products += block.task_vectors.mul_(merged).sum(2).cpu().double().sum(1)
-        length += float(torch.mul(merged, merged, out=block.task_vectors[0]).sum(1).double().sum())
+    """Add up row by row: a row is a single direction, in which every expert moves or does not."""
+    squares, products, length = [], 0.0, 0.0
+    priors = torch.tensor(rule.priors, dtype=torch.float64, device="cpu")
+    for block in inputs.blocks():
+        taus = block.task_vectors
+        squares.append(block.squares())
+        gram = torch.bmm(taus.transpose(0, 1), taus.permute(1, 2, 0)).cpu().double()
+        shares = _shares(gram, priors)  # rows x T
+        inner = gram @ shares.unsqueeze(2)
+        products = products + inner.sum((0, 2))
+        length += float((inner.squeeze(2) * shares).sum())
         if out is not None:
+            merged = block.spare.zero_()
+            for tau, share in zip(taus, shares.T.to(taus), strict=True):
+                merged.addcmul_(tau, share.unsqueeze(1))
             out[block.rows] = merged.mul_(scale).add_(block.base)
+    norms = inputs.norms(squares)
     return _Part(norms, products, length, inputs.base.shape[1])
 
 
 def _merge_one(
-    inputs: _Inputs, traces: Sequence[float], norms: Tensor, scale: float, out: Tensor | None
+    inputs: _Inputs, rule: Rule, movers: Sequence[int], scale: float, out: Tensor | None
 ) -> _Part:
-    """Merge if at most one expert moves: it is added whole."""
-    whole = norms.new_tensor([float(trace > 0) for trace in traces])
+    """Merge if at most one expert takes part."""
+    norms = torch.tensor(
+        squared_norms(inputs.base, inputs.experts), dtype=torch.float64, device="cpu"
+    )
+    if not norms.isfinite().all():
+        raise FloatingPointError("A number is not finite, or too large to be squared.")
+    shares = torch.zeros_like(norms)
+    for t in movers:
+        shares[t] = rule.priors[t] / max(rule.priors)
     if out is not None:
-        out.copy_(add_task_vectors(inputs.base, inputs.experts, whole.tolist(), scale))
-    return _Part(norms, whole * norms, float(whole @ norms), inputs.base.shape[1])
+        out.copy_(add_task_vectors(inputs.base, inputs.experts, shares.tolist(), scale))
+    length = float(shares.square() @ norms)
+    return _Part(norms, shares * norms, length, inputs.base.shape[1])
 
 
 def _merge_matrix(inputs: _Inputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
-    """Merge with a matrix of coefficients for each expert."""
+    """Merge by directions."""
     norms, gram, ranges = _looked_at(inputs)
-    traces = rule.traces(norms.tolist())
-    movers = [t for t, trace in enumerate(traces) if trace]
-    if len(movers) < 2:
-        return _merge_one(inputs, traces, norms, scale, out)
-    moving = inputs.of(movers)
-    basis = _basis([ranges[t] for t in movers])
-    projected = _projected(moving, basis)
-    gram = gram[movers][:, movers]
-    solution = _solve(
-        projected,
-        gram,
-        traces=[traces[t] for t in movers],
-        priors=[rule.priors[t] for t in movers],
-    )
+    basis = _basis(ranges)
+    found = _solve(_projected(inputs, basis), gram, rule)
     if out is not None:
-        right = (basis @ solution.directions).T
-        for block in moving.blocks():
+        right = (basis @ found.directions).T
+        for block in inputs.blocks():
             merged = block.spare.zero_()
-            for tau, share in zip(block.task_vectors, solution.elsewhere, strict=True):
+            for tau, share in zip(block.task_vectors, found.elsewhere, strict=True):
                 merged.add_(tau, alpha=share)
-            merged.addmm_(solution.left[block.rows], right)
+            merged.addmm_(found.left[block.rows], right)
             out[block.rows] = merged.mul_(scale).add_(block.base)
-    products = torch.zeros_like(norms)
-    products[movers] = solution.products
-    n, found = len(basis), solution.directions.shape[1]
-    return _Part(norms, products, solution.squared_norm, n, found)
+    n, decided = len(basis), found.directions.shape[1]
+    return _Part(norms, found.products, found.squared_norm, n, decided)
 
 
 def _looked_at(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -296,12 +322,12 @@ def _looked_at(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return norms, gram, ranges
 
 
-def _basis(ranges: Sequence[Tensor]) -> Tensor:
-    """Return Q, n x T r: orthonormal directions that span what all experts' ranges, r x n, do.
+def _basis(ranges: Tensor) -> Tensor:
+    """Return Q, n x T r: orthonormal directions that span what all ranges, T x r x n, do.
 
     If T r ≥ n, all directions are looked at: Q is the identity.
     """
-    rows = torch.cat(list(ranges))
+    rows = ranges.flatten(0, 1)
     found, n = rows.shape
     if found >= n:
         return torch.eye(n, dtype=rows.dtype, device=rows.device)
@@ -337,18 +363,15 @@ class _Solution:
     squared_norm: float
 
 
-def _solve(
-    projected: Tensor, gram: Tensor, traces: Sequence[float], priors: Sequence[float]
-) -> _Solution:
+def _solve(projected: Tensor, gram: Tensor, rule: Rule) -> _Solution:
     """Decide in the K leading directions, and add up elsewhere.
 
     Args:
         projected: P_t, T x m x q.
         gram: ⟨τ_t, τ_k⟩, T x T in float64.
-        traces: λ_t.
-        priors: w_t.
+        rule: says how λ_t and c_t follow from them.
     """
-    factors = gram.new_tensor(traces) / gram.diagonal()
+    factors = gram.new_tensor(rule.traces(gram.diagonal().tolist())) / gram.diagonal()
     energies = (projected.mT @ projected).cpu().double() * factors.view(-1, 1, 1)
     values, vectors = torch.linalg.eigh(energies.sum(0))
     values, vectors = values.flip(0).clamp_min_(0), vectors.flip(1)
@@ -363,7 +386,7 @@ def _solve(
             break
         found -= max(1, found // 8)
     flat = inside.flatten(1)
-    elsewhere = _elsewhere(gram - (flat @ flat.T).cpu().double(), priors)
+    elsewhere = _shares(gram - (flat @ flat.T).cpu().double(), gram.new_tensor(rule.priors))
     left = decided - (elsewhere.to(flat) @ flat).view_as(decided)
     along = (flat @ left.flatten()).cpu().double()  # ⟨H, τ_t Q V⟩
     products = gram @ elsewhere + along
@@ -376,18 +399,21 @@ def _participation(values: Tensor) -> int:
     return max(1, round(float(values.sum() ** 2 / values.square().sum())))
 
 
-def _elsewhere(gram: Tensor, priors: Sequence[float]) -> Tensor:
-    """Return c_t = 1 / Σ_k cos²(τ_t, τ_k), T float64: 1, but experts that move alike share it.
+def _shares(gram: Tensor, priors: Tensor) -> Tensor:
+    """Return c_t = 1 / Σ_k cos²(τ_t, τ_k): 1, but experts that move alike share it.
 
     Args:
-        gram: the inner products of what is left of the task vectors, T x T.
-        priors: w_t > 0; of experts that move differently, each is added as w_t / max w.
+        gram: ⟨τ_t, τ_k⟩, ... x T x T in float64.
+        priors: w_t, T float64. Of experts that move differently, each is added as w_t / max w.
+
+    Returns:
+        ... x T float64; 0 for an expert whose prior is 0.
     """
-    weights = gram.new_tensor(priors)
-    lengths = gram.diagonal().clamp_min(0).sqrt()
-    cosines = gram / torch.outer(lengths, lengths).clamp_min_(torch.finfo(torch.float64).tiny)
-    alike = cosines.square_().clamp_(max=1).fill_diagonal_(1)
-    return weights / (alike @ weights).clamp_min_(weights.max())
+    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    lengths = lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
+    alike = (gram / lengths.clamp_min(torch.finfo(torch.float64).tiny)).square_().clamp_(max=1)
+    alike.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return priors / (alike @ priors).clamp_min(float(priors.max()))
 
 
 def _summarized(parts: Sequence[_Part], scale: float, is_matrix: bool) -> Directions:

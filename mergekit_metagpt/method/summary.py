@@ -229,7 +229,7 @@ class Summary:
             "tensors": len(self.entries),
             "parameters": self.parameters,
             "stretch": self.stretch,
-            "decided": self.decided,
+            "decided": self.decided and list(self.decided),
             "experts": [
                 {
                     "model": str(expert.model),

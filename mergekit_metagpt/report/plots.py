@@ -105,19 +105,25 @@ def coefficients_figure(
 
 
 def comparison_figure(choices: Sequence[tuple[str, Summary]], title: str = "") -> "Figure":
-    """Draw the coefficients by layer of several choices, one panel each.
+    """Draw the coefficients by layer of several choices, one panel each, on one scale.
 
     Args:
-        choices: the title of each panel, and the coefficients; all have the same experts.
+        choices: the title of each panel, and the coefficients; all have the same experts. Where
+            every direction has its own, how much is kept of each expert takes their place.
         title: of the figure.
     """
     names = short_names(choices[0][1].ids, _LONGEST_NAME)
     columns = min(len(choices), _MOST_COLUMNS)
     rows = -(-len(choices) // columns)
     figure = _figure(columns, rows)
-    for number, (choice, summary) in enumerate(choices, 1):
+    panels = [
+        summary.kept_by_layer or summary.layers or [[expert.mean for expert in summary.experts]]
+        for _, summary in choices
+    ]
+    for number, ((choice, _), layers) in enumerate(zip(choices, panels, strict=True), 1):
         ax = figure.add_subplot(rows, columns, number)
-        _draw_layers(ax, summary.layers or [[expert.mean for expert in summary.experts]])
+        _draw_layers(ax, layers)
+        ax.set_ylim(0, max(sum(row) for panel in panels for row in panel) or 1)
         ax.set_title(choice, fontsize=10)
     figure.suptitle(title, fontsize=11)
     handles: Any = figure.axes[0].containers
@@ -149,7 +155,7 @@ def _draw_means(ax: "Axes", names: Sequence[str], summary: Summary) -> None:
 
 
 def _draw_layers(ax: "Axes", layers: Sequence[Sequence[float]]) -> None:
-    """Draw the coefficients of each layer, which sum to 1, the first expert on top."""
+    """Draw the coefficients of each layer on top of each other, the first expert's on top."""
     upper = list(map(sum, layers))
     ax.set_ylim(0, max(upper) or 1)
     for t, colour in enumerate(_share_colours(len(layers[0]))):

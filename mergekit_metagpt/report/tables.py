@@ -115,7 +115,10 @@ def _parts(forecast: Forecast) -> list[tuple[Sequence[Sequence[float]], list[flo
 
 def forecast_warnings(forecast: Forecast) -> list[str]:
     """Return the warnings about the coefficients, one sentence each."""
-    return [*warnings(forecast.summary), *moved_far(forecast.experts, forecast.survey.moved)] + [
+    found = warnings(forecast.summary)
+    if forecast.summary.decided is not None:
+        found += moved_far(forecast.experts, forecast.survey.moved)
+    return found + [
         f"{tensor} does not count towards the coefficients, because its vocabularies differ."
         for tensor in forecast.survey.left_out
     ]
