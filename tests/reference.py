@@ -100,6 +100,7 @@ def by_directions(
 ) -> np.ndarray:
     """M of granularity direction for a matrix; needs that Q holds all that the experts move."""
     weights = np.array(priors or [1.0] * len(taus), float)
+    weights /= weights.max()
     norms = np.array([(tau**2).sum() for tau in taus])
     shares = weights * norms ** (exponent / 2)
     shares /= shares.sum()
@@ -120,5 +121,5 @@ def by_directions(
     units = [part / (np.linalg.norm(part) + 1e-300) for part in rest]
     alike = np.array([[(a * b).sum() ** 2 for b in units] for a in units])
     np.fill_diagonal(alike, 1.0)
-    coefficients = weights / np.maximum(weights.max(), alike @ weights)
+    coefficients = weights / np.maximum(1, alike @ weights)
     return decided @ v.T + sum(c * part for c, part in zip(coefficients, rest, strict=True))

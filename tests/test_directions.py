@@ -226,6 +226,12 @@ def test_a_prior_of_zero_leaves_the_expert_out():
     assert found.kept[1] == 0
 
 
+def test_a_prior_counts_relative_to_the_largest_also_of_an_expert_that_does_not_move():
+    base, (expert,) = fine_tunes((60, 50), scales=(1.0,))
+    merged = task_vector(base, [base, expert], rule([1, 2], priors=[2.0, 1.0]))
+    torch.testing.assert_close(merged, (expert - base) / 2)
+
+
 @pytest.mark.parametrize("exponent", [0.0, 2.0])
 @pytest.mark.parametrize("rank", [2, 30])
 def test_experts_that_read_different_inputs_are_added_up_whole(rank, exponent):

@@ -60,6 +60,11 @@ class Rule:
     priors: Sequence[float]
     exponent: float = 0.0
 
+    def relative(self) -> "Rule":
+        """Return the rule with priors of which the largest is 1."""
+        most = max(self.priors, default=0) or 1
+        return replace(self, priors=[prior / most for prior in self.priors])
+
     def of(self, experts: Sequence[int]) -> "Rule":
         """Return the rule for some of the experts."""
         return replace(self, priors=[self.priors[t] for t in experts])
@@ -128,10 +133,9 @@ def merge_directions(
             "Granularity direction computes no gradients; merge under torch.no_grad(), or set "
             "granularity: tensor."
         )
-    matrices = [_matrices(tensor.detach(), role) for tensor in tensors]
-    targets = [None] * len(matrices[0]) if out is None else _matrices(out, role)
     is_matrix = role in (Role.LINEAR, Role.TRANSPOSED)
     merge = _merge_matrix if is_matrix else _merge_rows
+    rule = rule.relative()
     matrices = [_matrices(tensor.detach(), role) for tensor in tensors]
     targets = [None] * len(matrices[0]) if out is None else _matrices(out, role)
     parts = []
@@ -241,15 +245,15 @@ class _Part:
 
 def _merge_rows(inputs: _Inputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
     """Add up row by row: a row is a single direction, in which every expert moves or does not."""
-    squares, products, length = [], 0.0, 0.0
     priors = torch.tensor(rule.priors, dtype=torch.float64, device="cpu")
+    squares, products, length = [], torch.zeros_like(priors), 0.0
     for block in inputs.blocks():
         taus = block.task_vectors
         squares.append(block.squares())
         gram = torch.bmm(taus.transpose(0, 1), taus.permute(1, 2, 0)).cpu().double()
         shares = _shares(gram, priors)  # rows x T
         inner = gram @ shares.unsqueeze(2)
-        products = products + inner.sum((0, 2))
+        products += inner.sum((0, 2))
         length += float((inner.squeeze(2) * shares).sum())
         if out is not None:
             merged = block.spare.zero_()
@@ -271,7 +275,7 @@ def _merge_one(
         raise FloatingPointError("A number is not finite, or too large to be squared.")
     shares = torch.zeros_like(norms)
     for t in movers:
-        shares[t] = rule.priors[t] / max(rule.priors)
+        shares[t] = rule.priors[t]
     if out is not None:
         out.copy_(add_task_vectors(inputs.base, inputs.experts, shares.tolist(), scale))
     length = float(shares.square() @ norms)
@@ -404,16 +408,16 @@ def _shares(gram: Tensor, priors: Tensor) -> Tensor:
 
     Args:
         gram: ⟨τ_t, τ_k⟩, ... x T x T in float64.
-        priors: w_t, T float64. Of experts that move differently, each is added as w_t / max w.
+        priors: w_t, T float64, from 0 to 1. Of experts that move differently, that much is added.
 
     Returns:
-        ... x T float64; 0 for an expert whose prior is 0.
+        ... x T float64.
     """
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     lengths = lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
     alike = (gram / lengths.clamp_min(torch.finfo(torch.float64).tiny)).square_().clamp_(max=1)
     alike.diagonal(dim1=-2, dim2=-1).fill_(1)
-    return priors / (alike @ priors).clamp_min(float(priors.max()))
+    return priors / (alike @ priors).clamp_min(1)
 
 
 def _summarized(parts: Sequence[_Part], scale: float, is_matrix: bool) -> Directions:

@@ -179,8 +179,7 @@ class MetaGPTMerge(GroupMergeMethod):
     ) -> tuple[Tensor, ...]:
         """Merge groups as MergeKit does; survey them first if they are in memory."""
         # merge_state_dicts passes all groups in one call. Only here are the models seen as a whole.
-        once = range(len(groups))
-        places: Sequence[int] = once
+        once, places = list(range(len(groups))), list(range(len(groups)))
         if len(groups) > 1 and _are_in_memory(groups[0]):
             inputs = [TensorInputs.of(group) for group in groups]
             whole: dict[str, Any] = {"shapes": {it.name: it.base.shape for it in inputs}}

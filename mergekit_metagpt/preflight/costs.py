@@ -100,7 +100,7 @@ def _trial(experts: int, dtype: torch.dtype, options: MergeOptions) -> float:
     device = torch.device(options.device or "cpu")
     base, *others = torch.randn(experts + 1, _TRIAL, _TRIAL).to(device, dtype)
     out, rule = torch.empty_like(base), Rule([1.0] * experts)
-    seconds = []
+    seconds: list[float] = []
     for _ in range(3):
         start = time.perf_counter()
         merge_directions(base, others, rule, out=out)
