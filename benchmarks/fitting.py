@@ -33,14 +33,14 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
     for batch in batches:
         with precision():
-            loss = _loss(model, **batch)
+            loss = answer_loss(model, **batch)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
 
 
-def _loss(model: transformers.PreTrainedModel, labels: Tensor, **inputs: Tensor) -> Tensor:
+def answer_loss(model: transformers.PreTrainedModel, labels: Tensor, **inputs: Tensor) -> Tensor:
     """Return the mean loss of the labelled tokens, with logits from the first of them on only."""
     is_labelled = (labels != IGNORED).any(0)
     kept = labels.shape[1] - int(is_labelled.int().argmax())

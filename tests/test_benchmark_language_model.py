@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -23,18 +22,28 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from benchmarks import results_file
 from benchmarks.harness_tasks import Example
 from benchmarks.language_model import __main__ as command
+from benchmarks.language_model import ablation, measure, sources
 from benchmarks.language_model import base as base_module
-from benchmarks.language_model import measure, sources
+from benchmarks.language_model.ablation import DEFAULT, VARIANTS, Ablation, ablation_table
 from benchmarks.language_model.base import make_base
 from benchmarks.language_model.bench import Bench, Items
-from benchmarks.language_model.curvature import curved_coefficients
+from benchmarks.language_model.by_rule import merge_by_rule
 from benchmarks.language_model.experts import RECIPES, encoded
 from benchmarks.language_model.measure import FamilyBench, LanguageFamily
-from benchmarks.language_model.report import report, sweep_table
-from benchmarks.language_model.rows import DIRECTIONS, GRID, METAGPT, ROWS, TUNED, Row
+from benchmarks.language_model.report import report
+from benchmarks.language_model.rows import (
+    ALL_ROWS,
+    AVERAGE,
+    DIRECTION,
+    GRID,
+    ROWS,
+    TUNED,
+    Row,
+    rows_of,
+)
+from benchmarks.language_model.rules import RULES
 from benchmarks.language_model.tasks import DEFINITIONS, Splits, splits, stream
 from benchmarks.quality.families import Score, expert_name
-from mergekit_metagpt import scaling_coefficients
 
 ITEMS = Items(validation=4, test=6, neutral=2)
 TASKS: dict[str, dict[str, Any]] = {
@@ -46,12 +55,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "answers": {"one": "no", "two": "yes"},
     },
 }
-FEW_ROWS = [
-    Row("average", "linear", {"weight": 1.0}),
-    Row("MetaGPT, tensor", "metagpt", {}),
-    TUNED,
-    Row("MetaGPT, direction", "metagpt", {"granularity": "direction"}),
-]
+BY_RULE = Row("TSV-M", "tsv_m", {})
+FEW_ROWS = [AVERAGE, Row("MetaGPT, tensor", "metagpt", {}), TUNED, DIRECTION, BY_RULE]
 
 
 def save_base(folder: Path) -> None:
@@ -263,21 +268,34 @@ def test_a_base_that_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
 
 def test_only_answers_are_trained_on(work: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(work / "base")
-    ids, labels = encoded(tokenizer, [Example("ab", "c"), Example("a", "bcd")], torch.device("cpu"))
-    assert [tokenizer.decode(row) for row in ids] == ["ab c<unk>", "a bcd"]
-    assert [tokenizer.decode(row[row >= 0]) for row in labels] == [" c", " bcd"]
+    examples = [Example("ab", "cd"), Example("a", "bcd")]
+    batch = encoded(tokenizer, examples, torch.device("cpu"))
+    rows = zip(*(batch[key] for key in ("input_ids", "attention_mask", "labels")), strict=True)
+    for example, (ids, mask, labels) in zip(examples, rows, strict=True):
+        assert tokenizer.decode(ids[mask == 1]) == f"{example.prompt} {example.answer}"
+        assert tokenizer.decode(labels[labels >= 0]) == f" {example.answer}"
+        assert labels[-1] >= 0  # all answers end in the last column
 
 
-def test_recipes_share_the_experts_they_have_in_common(
+def test_recipes_share_the_experts_they_have_in_common(bench: Bench) -> None:
+    even, uneven = RECIPES["even"], replace(RECIPES["even"], other_rates={"add": 1e-3})
+    first, second = TASKS
+    assert bench.expert(first, even, 0) != bench.expert(first, uneven, 0)
+    assert bench.expert(second, even, 0) == bench.expert(second, uneven, 0)
+
+
+def test_adapters_start_alike_unless_a_recipe_says_otherwise() -> None:
+    assert RECIPES["LoRA"].start("add", 0) == RECIPES["LoRA"].start("film", 0)
+    own = RECIPES["LoRA, own starts"]
+    assert len({own.start(task, seed) for task in TASKS for seed in range(2)}) == 4
+    assert own.trained_like("add", 0) != RECIPES["LoRA"].trained_like("add", 0)
+
+
+def test_a_family_has_the_tasks_of_its_recipe(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = replace(RECIPES["even"], other_rates={"add": 1e-3})
-    monkeypatch.setitem(RECIPES, "uneven", recipe)
-    folders = {
-        name: [str(bench.expert(task, name, 0)) for task in TASKS] for name in ("even", "uneven")
-    }
-    assert folders["even"][0] != folders["uneven"][0]
-    assert folders["even"][1] == folders["uneven"][1]
+    monkeypatch.setitem(RECIPES, "one", replace(RECIPES["even"], tasks=("add",)))
+    assert list(FamilyBench(bench, "one", 0).experts) == ["add"]
 
 
 # The scores
@@ -289,10 +307,10 @@ def loss_and_accuracy(model: Path, examples: list[Example]) -> Score:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     losses, right = [], []
     for example in examples:
-        ids, labels = encoded(tokenizer, [example], torch.device("cpu"))
+        batch = encoded(tokenizer, [example], torch.device("cpu"))
+        answer = batch.pop("labels")[0, 1:]
         with torch.inference_mode():
-            predicted = network(input_ids=ids).logits[0, :-1].log_softmax(-1)
-        answer = labels[0, 1:]
+            predicted = network(**batch).logits[0, :-1].log_softmax(-1)
         predicted, answer = predicted[answer >= 0], answer[answer >= 0]
         losses.append(-predicted.gather(1, answer[:, None]).sum().item())
         right.append(bool((predicted.argmax(1) == answer).all()))
@@ -320,11 +338,21 @@ def test_lm_eval_scores_what_was_trained(bench: Bench, family: LanguageFamily) -
 
 
 def test_adapters_are_merged_by_mergekit(bench: Bench) -> None:
-    family = FamilyBench(bench, "LoRA", 0).results("tiny", FEW_ROWS[:2])
-    assert "+" in str(bench.expert("add", "LoRA", 0))
+    family = FamilyBench(bench, "LoRA", 0).results("tiny", [FEW_ROWS[1], BY_RULE])
+    assert "+" in str(bench.expert("add", RECIPES["LoRA"], 0))
     assert all(norm > 0 for norm in family.norms.values())
     assert all(family.gain(task) > 0 for task in TASKS)
-    assert math.isfinite(family.loss_difference("MetaGPT, tensor"))
+    for row in ("MetaGPT, tensor", "TSV-M"):
+        assert math.isfinite(family.loss_difference(row))
+
+
+def test_adapters_can_be_merged_and_stored_before(bench: Bench) -> None:
+    family = FamilyBench(bench, "LoRA, merged, bfloat16", 0)
+    tensors = list(family.task_vectors())
+    assert family.base.name == "base-bfloat16"
+    assert all(tensor.base.equal(tensor.base.bfloat16().float()) for tensor in tensors)
+    assert {len(tensor.taus) for tensor in tensors} == {len(TASKS)}
+    assert any(tau.any() for tensor in tensors for tau in tensor.taus)
 
 
 def test_a_merge_that_mergekit_refuses_has_no_scores(
@@ -349,12 +377,59 @@ def test_a_run_continues_where_it_stopped(
         again.results("tiny", [FEW_ROWS[0]._replace(parameters={"weight": 2.0})])
 
 
-def test_the_difference_on_validation_examples_is_to_the_experts(bench: Bench) -> None:
+# Rules and variants
+
+
+@pytest.fixture(scope="module")
+def losses(bench: Bench) -> dict[str, float]:
+    return Ablation(FamilyBench(bench, "even", 0)).losses()
+
+
+def test_a_rule_writes_a_whole_checkpoint(bench: Bench, tmp_path: Path) -> None:
     family = FamilyBench(bench, "even", 0)
-    first, second = FEW_ROWS[:2]
-    differences = [family.validation_difference(row) for row in (first, second)]
-    losses = [family.validation_loss(row) for row in (first, second)]
-    assert differences[0] - differences[1] == pytest.approx(losses[0] - losses[1])
+    mean = RULES["tsv_m"]._replace(matrix=lambda taus: taus.mean(0))
+    merge_by_rule(mean, family.task_vectors(), family.base, tmp_path / "merged", "cpu")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").decode([3]) == "!"
+    experts = [
+        transformers.AutoModelForCausalLM.from_pretrained(expert.model.path).state_dict()
+        for expert in family.experts.values()
+    ]
+    for name, tensor in merged.items():
+        expected = sum(expert[name] for expert in experts) / len(experts)
+        torch.testing.assert_close(tensor, expected)
+
+
+def test_a_variant_is_scored_as_the_merge_of_the_package(
+    bench: Bench, losses: dict[str, float]
+) -> None:
+    family = FamilyBench(bench, "even", 0)
+    assert list(losses)[2:] == list(VARIANTS)
+    for row, name in ((DIRECTION, DEFAULT), (AVERAGE, AVERAGE.name)):
+        assert losses[name] == pytest.approx(family.validation_loss(row), rel=2e-3)
+    assert losses[DEFAULT] < losses[AVERAGE.name]
+
+
+def test_an_ablation_continues_where_it_stopped(
+    bench: Bench, losses: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("this has been measured before")
+
+    monkeypatch.setattr(ablation, "load", refuse)
+    assert Ablation(FamilyBench(bench, "even", 0)).losses() == losses
+
+
+def test_regrets_are_to_the_best_of_each_family() -> None:
+    figures = {
+        ("even", 0): {"a": 1.0, "b": 1.5},
+        ("even", 1): {"a": 2.25, "b": 2.0},
+        ("long", 0): {"a": 3.0, "b": 3.125},
+    }
+    assert ablation_table(figures).splitlines()[2:] == [
+        "| a | 0.000 · 0.250 | 0.000 | **0.000** | 0.250 |",
+        "| b | 0.500 · 0.000 | 0.125 | 0.500 | **0.000** |",
+    ]
 
 
 # The report
@@ -412,44 +487,12 @@ def test_the_report_has_a_table_for_each_recipe() -> None:
     assert text.count("| perplexity of the expert |") == 2
 
 
-def test_the_best_of_a_sweep_is_bold() -> None:
-    sweep = [
-        (Row("", "", {"side": side, "isotropy": isotropy}), loss)
-        for side, losses in {"input": (0.3, 0.1), "output": (0.2, 0.4)}.items()
-        for isotropy, loss in zip((0.01, 0.1), losses, strict=True)
-    ]
-    assert sweep_table(sweep[:3], ["side", "isotropy"]).splitlines() == [
-        "| side | isotropy 0.01 | isotropy 0.1 |",
-        "| --- | --- | --- |",
-        "| input | 0.300 | **0.100** |",
-        "| output | 0.200 |  |",
-    ]
-
-
-@pytest.mark.parametrize("exponent", [0, 2])
-def test_curved_coefficients_are_a_minimum(exponent: float) -> None:
-    rng = np.random.default_rng(0)
-    taus = rng.normal(size=(3, 20)) * [[1], [2], [0.5]]
-    gram = taus @ taus.T
-    found = np.array(curved_coefficients(gram.tolist(), exponent, 2.0))
-
-    def cost(coefficients: np.ndarray) -> float:
-        total = 0.0
-        for tau in taus:
-            away, square = coefficients @ taus - tau, tau @ tau
-            total += square ** (exponent / 2) * (away @ away + 2 * (tau @ away) ** 2 / square)
-        return total
-
-    for step in np.vstack([np.eye(3), -np.eye(3)]) * 1e-3:
-        assert cost(found + step) > cost(found)
-    flat = curved_coefficients(gram.tolist(), exponent, 0.0)
-    assert flat == pytest.approx(scaling_coefficients(gram.diagonal().tolist(), None, exponent))
-
-
 def test_rows_have_names_of_their_own() -> None:
-    names = [row.name for row in (*ROWS, *DIRECTIONS)]
-    assert all(row in ROWS for row in METAGPT)
+    names = [row.name for row in ALL_ROWS]
     assert len(set(names)) == len(names)
+    assert all(row in ALL_ROWS for row in ROWS)
+    assert (rows_of("even"), rows_of("even, 2 experts")) == (ALL_ROWS, ROWS)
+    assert {row.method for row in ALL_ROWS} > RULES.keys()
 
 
 def test_tuned_rows_get_the_best_weight_of_the_grid(bench: Bench, family: LanguageFamily) -> None:
@@ -476,9 +519,8 @@ def invoke(
     monkeypatch.setattr(command, "Items", lambda: ITEMS)
     monkeypatch.setattr(command, "SEEDS", 1)
     monkeypatch.setattr(command, "RECIPES", ["even"])
-    monkeypatch.setattr(command, "DIRECTIONS", DIRECTIONS[:2])
-    for name in ("ROWS", "QUICK_ROWS"):
-        monkeypatch.setattr(command, name, FEW_ROWS)
+    monkeypatch.setattr(command, "QUICK_RECIPE", "even")
+    monkeypatch.setattr(command, "rows_of", lambda recipe: FEW_ROWS)
 
     def run(*words: str) -> click.testing.Result:
         options = ["--work", str(work), "--base", str(work / "given"), *words]
@@ -489,8 +531,12 @@ def invoke(
 
 @pytest.mark.parametrize(
     ("words", "written"),
-    [([], ["language_model.json", "language_model.md"]), (["--quick"], [])],
-    ids=["full", "quick"],
+    [
+        ([], ["language_model.json", "language_model.md"]),
+        (["--quick"], []),
+        (["--recipe", "even", "--seed", "0"], []),
+    ],
+    ids=["full", "quick", "one family"],
 )
 def test_only_the_full_run_replaces_the_results(
     invoke: Callable[..., click.testing.Result],
@@ -502,6 +548,16 @@ def test_only_the_full_run_replaces_the_results(
     assert result.exception is None
     assert "is best on average" in result.stdout
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == written
+
+
+def test_the_ablation_alone_is_printed(
+    invoke: Callable[..., click.testing.Result], tmp_path: Path
+) -> None:
+    result = invoke("--ablation", "--recipe", "even")
+    assert result.exception is None
+    assert f"\n| {DEFAULT} | " in result.stdout
+    assert "is best on average" not in result.stdout
+    assert not list((tmp_path / "results").iterdir())
 
 
 def test_two_bases_are_not_mixed(invoke: Callable[..., click.testing.Result], work: Path) -> None:

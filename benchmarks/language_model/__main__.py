@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import product
@@ -11,38 +12,42 @@ import click
 import torch
 import transformers
 
+from benchmarks.language_model.ablation import DEFAULT, Ablation, ablation_table
 from benchmarks.language_model.base import PACKAGED, make_base
 from benchmarks.language_model.bench import Bench, Items
 from benchmarks.language_model.experts import RECIPES
 from benchmarks.language_model.measure import FamilyBench, LanguageFamily
-from benchmarks.language_model.report import report, sweep_table
-from benchmarks.language_model.rows import (
-    CHOSEN,
-    DIRECTIONS,
-    QUICK_ROWS,
-    ROWS,
-    Row,
-)
+from benchmarks.language_model.report import report
+from benchmarks.language_model.rows import rows_of
 from benchmarks.language_model.tasks import DEFINITIONS
 from benchmarks.language_model.whole import write_json
 from benchmarks.machine import described
 from benchmarks.results_file import write_measured, write_raw
 
 SEEDS = 2
-# Where the parameters of `direction` are chosen; the other families confirm the choice.
-CHOSEN_ON = ("even", 0)
 QUICK_TASKS = ("film", "category", "arithmetic")
+# It has these tasks only, and fewer merges than other recipes.
+QUICK_RECIPE = "even, 3 experts"
 
 
 @click.command()
 @click.option("--quick", is_flag=True, help="Three tasks, one family; prints, and writes nothing.")
+@click.option("--ablation", is_flag=True, help="Only the table of variants; writes nothing.")
+@click.option(
+    "--recipe",
+    "recipes",
+    multiple=True,
+    type=click.Choice(list(RECIPES)),
+    help="Only families of this recipe; writes nothing. May be repeated, as --seed.",
+)
+@click.option("--seed", "seeds", multiple=True, type=int, help="Only families of this seed.")
 @click.option(
     "--work",
     default="language-model",
     show_default=True,
     metavar="DIR",
     type=click.Path(file_okay=False, resolve_path=True, path_type=Path),
-    help="Where data, experts (16 GB) and scores go.",
+    help="Where data, experts (28 GB) and scores go.",
 )
 @click.option(
     "--base",
@@ -51,7 +56,14 @@ QUICK_TASKS = ("film", "category", "arithmetic")
     metavar="MODEL",
     help="Another causal language model: a name on the hub, or a directory.",
 )
-def main(quick: bool, work: Path, base: str) -> None:
+def main(
+    quick: bool,
+    ablation: bool,
+    recipes: tuple[str, ...],
+    seeds: tuple[int, ...],
+    work: Path,
+    base: str,
+) -> None:
     """Train experts of a language model, merge them in every way, and score the merges.
 
     All is fetched, trained and scored in DIR. After an interruption, the same command continues
@@ -59,45 +71,60 @@ def main(quick: bool, work: Path, base: str) -> None:
     and .json, and updates both after each family.
     """
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    start = time.perf_counter()
     _require_same_base(work, base)
     make_base(base, work / "base")
     tasks = QUICK_TASKS if quick else tuple(DEFINITIONS)
     bench = Bench(work, {task: DEFINITIONS[task] for task in tasks}, Items())
-    recipes, seeds, rows = (["even"], 1, QUICK_ROWS) if quick else (list(RECIPES), SEEDS, ROWS)
-    sweep = [] if quick else _sweep(FamilyBench(bench, *CHOSEN_ON))
-    if sweep:
-        rows = [*rows, min(sweep, key=lambda pair: pair[1])[0]._replace(name=CHOSEN)]
-    families: list[LanguageFamily] = []
-    planned = list(product(range(seeds), recipes))
-    for seed, recipe in planned:
-        families.append(FamilyBench(bench, recipe, seed).results(Path(base).name, rows))
-        minutes = (time.perf_counter() - start) / 60
-        click.echo(f"{minutes:5.1f} min  {recipe}, seed {seed}: done", err=True)
-        text = report(families, [row.name for row in rows if row.method == "metagpt"])
-        if len(families) < len(planned):
-            text = f"**{len(families)} of {len(planned)} families so far.**\n\n{text}"
-        if sweep:
-            text += "\n\n" + _choice(sweep)
-        text += f"\n\n{_circumstances(bench.device)}"
-        if not quick:
-            write_raw("language_model.json", [asdict(family) for family in families])
-            write_measured("language_model.md", text)
+    planned = product(
+        seeds or range(1 if quick else SEEDS), recipes or ([QUICK_RECIPE] if quick else RECIPES)
+    )
+    families = [(recipe, seed) for seed, recipe in planned]
+    if ablation:
+        click.echo(_ablation(bench, families))
+        return
+    writes = not (quick or recipes or seeds)
+    text = _compared(bench, families, Path(base).name, writes)
+    if not quick:
+        text += f"\n\n{_ablation(bench, families)}"
+    if writes:
+        write_measured("language_model.md", text)
     click.echo(text)
 
 
-def _sweep(family: FamilyBench) -> list[tuple[Row, float]]:
-    """Return the ALD on validation examples of all that `direction` can be set to."""
-    return [(row, family.validation_difference(row)) for row in DIRECTIONS]
+def _compared(bench: Bench, planned: list[tuple[str, int]], name: str, writes: bool) -> str:
+    """Measure all merges of the families; return the report."""
+    start = time.perf_counter()
+    families: list[LanguageFamily] = []
+    for recipe, seed in planned:
+        families.append(FamilyBench(bench, recipe, seed).results(name, rows_of(recipe)))
+        minutes = (time.perf_counter() - start) / 60
+        click.echo(f"{minutes:5.1f} min  {recipe}, seed {seed}: done", err=True)
+        text = f"{_report(families)}\n\n{_circumstances(bench.device)}"
+        if writes:
+            so_far = f"**{len(families)} of {len(planned)} families so far.**"
+            write_raw("language_model.json", [asdict(family) for family in families])
+            write_measured("language_model.md", f"{so_far}\n\n{text}")
+    return text
 
 
-def _choice(sweep: list[tuple[Row, float]]) -> str:
-    recipe, seed = CHOSEN_ON
+def _report(families: list[LanguageFamily]) -> str:
+    rows = (row for family in families for row in rows_of(family.recipe))
+    ours = dict.fromkeys(row.name for row in rows if row.method == "metagpt")
+    return report(families, ours)
+
+
+def _ablation(bench: Bench, families: Iterable[tuple[str, int]]) -> str:
+    """Measure the variants of `direction` that are missing; return their table."""
+    losses = {}
+    for recipe, seed in families:
+        losses[recipe, seed] = Ablation(FamilyBench(bench, recipe, seed)).losses()
+        click.echo(f"ablation of {recipe}, seed {seed}: done", err=True)
     return (
-        f"### The parameters of `granularity: direction`\n\n"
-        f"ALD on the validation examples of {recipe}, seed {seed}. The tables above have the test "
-        f"examples; their row {CHOSEN} has the parameters in bold.\n\n"
-        f"{sweep_table(sweep, ('side', 'exponent', 'isotropy'))}"
+        f"### Variants of `granularity: direction`\n\n"
+        f"Each is one change away from {DEFAULT}. Regret: how far its loss on the validation "
+        f"examples is above the least of the family's rows here, in nats; seeds are divided by "
+        f"a dot. The first seed chooses the rule with the least worst regret, the next one "
+        f"confirms it.\n\n{ablation_table(losses)}"
     )
 
 

@@ -29,9 +29,9 @@ _BATCH = 16
 class Items:
     """How many examples of each task, and passages of neutral text, a model is scored on."""
 
-    validation: int = 48
-    test: int = 64
-    neutral: int = 32
+    validation: int = 32
+    test: int = 48
+    neutral: int = 16
 
 
 class Bench:
@@ -78,7 +78,7 @@ class Bench:
         return ModelReference.model_validate(name)
 
     def kept(self, name: str, settings: object, measure: Callable[[], Metrics]) -> Metrics:
-        """Return lm-eval's metrics from the work directory; measure them if they are missing.
+        """Return metrics from the work directory; measure them if they are missing.
 
         Args:
             name: the path of the file, within the directory of scores.

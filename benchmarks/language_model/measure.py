@@ -2,9 +2,8 @@
 
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
@@ -15,12 +14,13 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from benchmarks.language_model.bench import NEUTRAL, Bench
-from benchmarks.language_model.curvature import curved_coefficients
+from benchmarks.language_model.by_rule import Moved, merge_by_rule, task_vectors
 from benchmarks.language_model.experts import RECIPES
 from benchmarks.language_model.rows import GRID, Row
+from benchmarks.language_model.rules import RULES
 from benchmarks.quality.families import Family, Score, expert_name
 from benchmarks.stock_merge import merge
-from mergekit_metagpt import Survey, survey
+from mergekit_metagpt import survey
 from mergekit_metagpt.evaluation.results import Metrics
 
 
@@ -55,7 +55,7 @@ class FamilyBench:
                 task: ModelReference.model_validate(str(self._checkpoint(expert)))
                 for task, expert in self.experts.items()
             }
-        self._name = f"{recipe}-{seed}-of-{len(self.tasks)}"
+        self.name = f"{recipe}-{seed}-of-{len(self.tasks)}"
 
     def results(self, name: str, rows: Sequence[Row]) -> LanguageFamily:
         """Score the base, the experts and the merges on the test examples.
@@ -68,7 +68,7 @@ class FamilyBench:
         best = GRID[losses.index(min(losses))].parameters["weight"]
         metrics = {
             "base": self._base(),
-            **{expert_name(task): self._expert(task, "test") for task in self.tasks},
+            **{expert_name(task): self._expert(task) for task in self.tasks},
             **{row.name: self._merge(row.with_weight(best), "test") for row in rows},
         }
         scored = {model: it for model, it in metrics.items() if it}
@@ -87,13 +87,9 @@ class FamilyBench:
         """Return the mean loss of a merge over the tasks, on the validation examples."""
         return _mean_loss(_scores(self._merge(row, "validation"), self.tasks, "validation"))
 
-    def validation_difference(self, row: Row) -> float:
-        """Return the ALD of a merge on the validation examples."""
-        at_home = {
-            task: _scores(self._expert(task, "validation"), [task], "validation")[task]
-            for task in self.tasks
-        }
-        return self.validation_loss(row) - _mean_loss(at_home)
+    def task_vectors(self) -> Iterator[Moved]:
+        """Read all tensors of the base, and where the experts moved them."""
+        return task_vectors(self.base, list(map(self._checkpoint, self.experts.values())))
 
     def _base(self) -> Metrics:
         return self.bench.kept(
@@ -102,53 +98,57 @@ class FamilyBench:
             lambda: self.bench.score(self.base, _split(self.tasks, "test")),
         )
 
-    def _expert(self, task: str, split: str) -> Metrics:
+    def _expert(self, task: str) -> Metrics:
+        expert = self.experts[task]
         return self.bench.kept(
-            f"{self._name}/{split}/expert {task}",
-            str(self.experts[task]),
-            lambda: self.bench.score(self._checkpoint(self.experts[task]), _split([task], split)),
+            f"{self.name}/test/expert {task}",
+            str(expert),
+            lambda: self.bench.score(self._checkpoint(expert), _split([task], "test")),
         )
 
     def _merge(self, row: Row, split: str) -> Metrics:
         return self.bench.kept(
-            f"{self._name}/{split}/{row.name}",
+            f"{self.name}/{split}/{row.name}",
             [row.name, row.method, row.parameters],
             lambda: self._score_merge(row, split),
         )
 
     def _score_merge(self, row: Row, split: str) -> Metrics:
         """Return no metrics if MergeKit refuses the merge."""
-        parameters = row.parameters
-        if "curvature" in parameters:
-            products = self._survey.figures.products
-            assert products is not None
-            parameters = {"weight": curved_coefficients(products, **parameters)}
         with tempfile.TemporaryDirectory(dir=self.bench.work, prefix="merged-") as folder:
             out = Path(folder) / "merged"
             try:
-                merge(
-                    (row.method, parameters),
-                    self.base,
-                    list(self.experts.values()),
-                    out,
-                    self.seed,
-                    self.bench.device,
-                    *("--lora-merge-cache", self._adapted),
-                )
+                self._write_merge(row, out)
             except ValueError as error:
-                click.echo(f"{self._name}, {row.name}: {error}", err=True)
+                click.echo(f"{self.name}, {row.name}: {error}", err=True)
                 return {}
             return self.bench.score(out, _split(self.tasks, split))
 
+    def _write_merge(self, row: Row, out: Path) -> None:
+        """Merge, by MergeKit or by a rule.
+
+        Raises:
+            ValueError: if MergeKit refuses.
+        """
+        device = self.bench.device
+        if row.method in RULES:
+            merge_by_rule(RULES[row.method], self.task_vectors(), self.base, out, device)
+            return
+        merge(
+            (row.method, row.parameters),
+            self.base,
+            list(self.experts.values()),
+            out,
+            self.seed,
+            device,
+            *("--lora-merge-cache", self._adapted),
+        )
+
     def _norms(self) -> dict[str, float]:
         """Return ‖τ_t‖ by task."""
-        squares = self._survey.squared_norms
-        return {task: math.sqrt(square) for task, square in zip(self.tasks, squares, strict=True)}
-
-    @cached_property
-    def _survey(self) -> Survey:
         experts = [str(expert.merged(self._adapted)) for expert in self.experts.values()]
-        return survey(str(self.base), experts, options=MergeOptions(quiet=True))
+        squares = survey(str(self.base), experts, options=MergeOptions(quiet=True)).squared_norms
+        return {task: math.sqrt(square) for task, square in zip(self.tasks, squares, strict=True)}
 
     def _checkpoint(self, expert: ModelReference) -> Path:
         """Return the directory of an expert; an adapter is merged into the base first."""

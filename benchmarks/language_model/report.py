@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
 from benchmarks.language_model.measure import LanguageFamily
-from benchmarks.language_model.rows import Row
 from benchmarks.quality.families import AVERAGES, Average, expert_name
 from benchmarks.tables import spread, table
 
@@ -26,25 +25,6 @@ def report(families: Sequence[LanguageFamily], ours: Iterable[str]) -> str:
     for group in _by_recipe(families):
         parts += [_heading(group), _how_far(group), _scores(group)]
     return "\n\n".join(parts)
-
-
-def sweep_table(sweep: Sequence[tuple[Row, float]], parameters: Sequence[str]) -> str:
-    """Return a table of merges that differ in parameters, with the lowest ALD in bold.
-
-    Args:
-        sweep: merges, and their ALD on validation examples.
-        parameters: the parameters that differ; the last one, a number, has a column for each value.
-    """
-    *fixed, last = parameters
-    values = sorted({row.parameters[last] for row, _ in sweep})
-    least = min(loss for _, loss in sweep)
-    lines: dict[tuple[str, ...], dict[float, str]] = {}
-    for row, loss in sweep:
-        cells = lines.setdefault(tuple(str(row.parameters[name]) for name in fixed), {})
-        cells[row.parameters[last]] = f"**{loss:.3f}**" if loss == least else f"{loss:.3f}"
-    header = [*fixed, *(f"{last} {value:g}" for value in values)]
-    rows = ([*line, *(cells.get(value, "") for value in values)] for line, cells in lines.items())
-    return table(header, rows)
 
 
 def _merges(families: Sequence[LanguageFamily]) -> list[str]:

@@ -10,8 +10,8 @@ class Row(NamedTuple):
 
     Attributes:
         name: the name of the row.
-        method: MergeKit's merge method.
-        parameters: its parameters; the others have MergeKit's defaults.
+        method: MergeKit's merge method, or a key of ``rules.RULES``.
+        parameters: the method's parameters; the others have MergeKit's defaults.
         tuned: whether each expert gets, as its weight, the best coefficient of ``GRID``.
     """
 
@@ -35,63 +35,29 @@ GRID = [
 AVERAGE = Row("weight average", "linear", {"weight": 1.0})
 ARITHMETIC = Row("task arithmetic, 0.3", "task_arithmetic", {"weight": 0.3})
 TUNED = Row("task arithmetic, tuned", "task_arithmetic", {}, tuned=True)
-TIES = Row("TIES", "ties", {"weight": 1.0, **_DENSE})
+TENSOR, MODEL, DIRECTION = (
+    Row(f"MetaGPT, {granularity}", "metagpt", {"granularity": granularity})
+    for granularity in ("tensor", "model", "direction")
+)
 
-# What MergeKit 0.1.5 offers for any number of experts. At weights that sum to 1, DARE and DELLA
-# would be weight averages with noise.
-STOCK = [
+ROWS = [AVERAGE, ARITHMETIC, TUNED, MODEL, DIRECTION]
+# At weights that sum to 1, DELLA would be a weight average with noise.
+ALL_ROWS = [
     AVERAGE,
     ARITHMETIC,
     TUNED,
-    TIES,
     Row("TIES, a tuned sum", "ties", {"normalize": False, **_DENSE}, tuned=True),
-    Row("DARE, tuned", "dare_linear", _DENSE, tuned=True),
     Row("DELLA, tuned", "della_linear", {"normalize": False, **_DENSE}, tuned=True),
-    Row("SCE", "sce", {}),
-    Row("Model Stock", "model_stock", {}),
-    Row("Karcher mean", "karcher", {}),
-    Row("multi-SLERP", "multislerp", {"weight": 1.0}),
-    Row("RAM", "ram", {}),
+    Row("TSV-M", "tsv_m", {}),
+    Row("WUDI-Merging", "wudi", {}),
+    Row("previous direction", "previous", {}),
+    TENSOR,
+    MODEL,
+    DIRECTION,
 ]
-# Coefficients of whole models that need not sum to 1, see curvature.py: task arithmetic is told
-# their values.
-CURVED = [
-    Row(
-        f"scalars, exponent {exponent}, curvature {kappa}",
-        "task_arithmetic",
-        {"exponent": exponent, "curvature": kappa},
-    )
-    for exponent in (2, 0)
-    for kappa in (2.0, 10.0)
-]
-METAGPT = [
-    Row(f"MetaGPT, {granularity}", "metagpt", {"granularity": granularity})
-    for granularity in ("tensor", "layer", "model", "direction")
-]
-# The default is one of them: both for adapters, otherwise the input.
-BY_SIDE = [
-    Row(f"MetaGPT, direction, {name}", "metagpt", {"granularity": "direction", "side": side})
-    for name, side in (("input side", "input"), ("both sides", "both"))
-]
-# What `direction` can be set to. The best on the validation examples of one family is a row.
-CHOSEN = "MetaGPT, direction, chosen"
-_SETTINGS = [  # side, exponent, isotropy
-    *((side, 0, rho) for side in ("input", "output") for rho in (0.003, 0.01, 0.03, 0.1, 0.3)),
-    *((side, 2, rho) for side in ("input", "output") for rho in (0.01, 0.1)),
-    *(("both", 0, rho) for rho in (0.01, 0.1)),
-]
-DIRECTIONS = [
-    Row(
-        f"MetaGPT, direction, {side}, exponent {exponent}, isotropy {isotropy}",
-        "metagpt",
-        {
-            "granularity": "direction",
-            "side": side,
-            "exponent": exponent,
-            "isotropy": isotropy,
-        },
-    )
-    for side, exponent, isotropy in _SETTINGS
-]
-ROWS = [*STOCK, *CURVED, *METAGPT, *BY_SIDE]
-QUICK_ROWS = [AVERAGE, ARITHMETIC, TUNED, TIES, *METAGPT]
+_WITH_ALL = ("even", "uneven", "long", "LoRA")
+
+
+def rows_of(recipe: str) -> list[Row]:
+    """Return the merges of a recipe's families."""
+    return ALL_ROWS if recipe in _WITH_ALL else ROWS

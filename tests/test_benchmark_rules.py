@@ -1,0 +1,171 @@
+"""The merge rules that the benchmark of language models compares with."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.language_model.rules import RULES, matrices
+from benchmarks.language_model.variants import Variant
+from mergekit_metagpt.core.directions import Rule, merge_directions
+from mergekit_metagpt.core.roles import Role
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
+    return torch.linalg.qr(drawn(rows, columns, seed=seed)).Q
+
+
+def low_rank(experts: int, m: int, n: int, rank: int) -> Tensor:
+    """Return task vectors whose rows and columns are orthogonal to those of each other."""
+    left, right = orthonormal(m, experts * rank, 1), orthonormal(n, experts * rank, 2)
+    pairs = zip(left.split(rank, dim=1), right.split(rank, dim=1), strict=True)
+    return torch.stack([(t + 1) * u @ v.T for t, (u, v) in enumerate(pairs)])
+
+
+def reading_alike(rank: int, apart: float) -> Tensor:
+    """Return three task vectors that read nearly the same inputs, as adapters do."""
+    inputs = drawn(rank, 64, seed=4) + apart * drawn(3, rank, 64, seed=6)
+    return drawn(3, 30, rank, seed=3) @ inputs
+
+
+@pytest.mark.parametrize("shape", [(24, 12), (12, 24)])
+@pytest.mark.parametrize("name", ["tsv_m", "wudi"])
+def test_orthogonal_task_vectors_are_added_up(name: str, shape: tuple[int, int]) -> None:
+    taus = low_rank(3, *shape, rank=2)
+    # Where the gradient is 0, Adam's steps are as large as everywhere: 300 of 1e-5 at most.
+    atol = 3e-3 if name == "wudi" else 1e-5
+    torch.testing.assert_close(RULES[name].matrix(taus), taus.sum(0), atol=atol, rtol=0)
+
+
+def test_tsv_m_is_the_procrustes_solution_of_the_leading_components() -> None:
+    taus = drawn(3, 20, 13)
+    lefts, values, rights = [], [], []
+    for tau in taus:
+        u, s, v = torch.linalg.svd(tau, full_matrices=False)
+        lefts.append(u[:, :4])
+        values.append(s[:4])
+        rights.append(v[:4].T)
+
+    def orthogonal(parts: list[Tensor]) -> Tensor:
+        p, _, q = torch.linalg.svd(torch.cat(parts, dim=1), full_matrices=False)
+        return p @ q
+
+    expected = orthogonal(lefts) * torch.cat(values) @ orthogonal(rights).T
+    torch.testing.assert_close(RULES["tsv_m"].matrix(taus), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_wudi_lowers_how_experts_are_disturbed() -> None:
+    taus = 1e-3 * drawn(3, 20, 12)
+
+    def loss(merged: Tensor) -> float:
+        parts = (((merged - t) @ t.T).square().sum() / t.square().sum() for t in taus)
+        return float(sum(parts))
+
+    merged = RULES["wudi"].matrix(taus)
+    assert loss(merged) < 0.5 * loss(taus.sum(0))
+    parameter = torch.nn.Parameter(taus.sum(0))
+    optimizer = torch.optim.Adam([parameter], lr=1e-5)
+    for _ in range(300):
+        optimizer.zero_grad()
+        parts = (((parameter - t) @ t.T).square().sum() / t.square().sum() for t in taus)
+        sum(parts).backward()
+        optimizer.step()
+    torch.testing.assert_close(merged, parameter.detach(), atol=2e-5, rtol=0)
+
+
+def test_the_previous_rule_adds_up_experts_that_read_different_inputs() -> None:
+    taus = torch.zeros(2, 8, 12)
+    taus[0, :, :6], taus[1, :, 6:] = drawn(8, 6), drawn(8, 6, seed=1)
+    merged = RULES["previous"].matrix(taus)
+    assert (merged - taus.sum(0)).norm() < 0.15 * taus.norm()
+
+
+def test_rules_leave_out_experts_that_do_not_move() -> None:
+    taus = drawn(2, 9, 6)
+    padded = torch.cat([taus, torch.zeros(1, 9, 6)])
+    for name in ("previous", "wudi"):
+        matrix = RULES[name].matrix
+        torch.testing.assert_close(matrix(padded), matrix(taus))
+    variant = Variant()
+    looks = [variant.look(moved, "x") for moved in (taus, padded)]
+    torch.testing.assert_close(*map(variant.merge, looks))
+
+
+def test_matrices_are_outputs_by_inputs() -> None:
+    tensor = drawn(3, 4, 5)
+    assert [part.shape for part in matrices(tensor, Role.LINEAR)] == [(4, 5)] * 3
+    assert [part.shape for part in matrices(tensor, Role.TRANSPOSED)] == [(5, 4)] * 3
+    assert matrices(tensor, Role.ELEMENTS)[0].shape == (1, 60)
+    assert matrices(tensor[0], Role.ROWS)[0].shape == (4, 5)
+    assert matrices(tensor, Role.TRANSPOSED)[1].data_ptr() == tensor[1].data_ptr()
+
+
+@pytest.mark.parametrize(
+    "taus",
+    [
+        drawn(3, 60, 40),
+        drawn(2, 10, 12),
+        drawn(1, 30, 64) + 0.1 * drawn(6, 30, 64, seed=1),
+        reading_alike(3, 0.5),
+    ],
+    ids=["some directions", "all directions", "alike", "beyond the limit"],
+)
+@pytest.mark.parametrize("exponent", [0.0, 2.0])
+def test_the_default_variant_is_the_rule_of_the_package(taus: Tensor, exponent: float) -> None:
+    base, out = torch.zeros_like(taus[0]), torch.empty_like(taus[0])
+    rule = Rule([1.0] * len(taus), exponent)
+    merge_directions(base, list(taus), rule, name="x", out=out)
+    variant = Variant(exponent=exponent)
+    torch.testing.assert_close(variant.merge(variant.look(taus, "x")), out, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("role", [Role.ROWS, Role.ELEMENTS])
+def test_rows_are_merged_as_in_the_package(role: Role) -> None:
+    taus = drawn(3, 7, 5)
+    base, out = torch.zeros_like(taus[0]), torch.empty_like(taus[0])
+    merge_directions(base, list(taus), Rule([1.0] * 3), role=role, out=out)
+    (target,), *parts = (matrices(tensor, role) for tensor in (out, *taus))
+    merged = Variant().merge_rows(torch.stack([part for (part,) in parts]))
+    torch.testing.assert_close(merged, target)
+
+
+def test_the_previous_rule_has_a_coefficient_for_each_row_or_element() -> None:
+    taus = torch.zeros(2, 2, 3)
+    taus[0, 0], taus[1, 1] = 1.0, 2.0
+    merge = RULES["previous"].rows
+    torch.testing.assert_close(merge(taus), taus.sum(0), rtol=0.01, atol=0)
+    rows = taus.view(2, 1, 6)
+    torch.testing.assert_close(merge(rows), rows.sum(0), rtol=0.01, atol=0)
+    alike = torch.cat([taus, taus])
+    torch.testing.assert_close(merge(alike), merge(taus), rtol=0.01, atol=0)
+
+
+def test_variants_differ_from_each_other() -> None:
+    taus = reading_alike(3, 0.5)
+    variants = [
+        Variant(),
+        Variant(power=0.4, farther=None),
+        Variant(farther=None),
+        Variant(symmetric=True),
+        Variant(elsewhere="sum"),
+        Variant(elsewhere="sum/√T"),
+        Variant(elsewhere="mean"),
+        Variant(exponent=2.0),
+        Variant(rank=2),
+        Variant(rank=2, passes=2),
+    ]
+    merges = [variant.merge(variant.look(taus, "x")) for variant in variants]
+    for number, merged in enumerate(merges):
+        assert merged.isfinite().all()
+        for other in merges[:number]:
+            assert not torch.allclose(merged, other, rtol=1e-5)
+
+
+def test_a_lower_limit_lets_a_merge_move_less_far() -> None:
+    taus = reading_alike(5, 0.3)
+    variants = [Variant(farther=limit) for limit in (None, 0.0)]
+    lengths = [variant.merge(variant.look(taus, "x")).norm() for variant in variants]
+    assert lengths[1] < lengths[0]
