@@ -21,6 +21,7 @@ from conftest import (
 from safetensors.torch import load_file
 
 from mergekit_metagpt.core.directions import Rule, merge_directions
+from mergekit_metagpt.core.roles import role_of
 
 
 def mergekit(name: str, *words: str | Path) -> str:
@@ -93,15 +94,17 @@ def test_mergekit_yaml_merges_a_lora_expert(family, tmp_path):
 
 
 def test_mergekit_yaml_merges_by_direction(family, tmp_path):
-    settings = {"granularity": "direction", "isotropy": 0.05, "side": "output"}
-    yml = write_yaml(tmp_path / "metagpt.yml", merge_config(family, parameters=settings))
+    yml = write_yaml(
+        tmp_path / "metagpt.yml", merge_config(family, parameters={"granularity": "direction"})
+    )
     mergekit("mergekit-yaml", yml, tmp_path / "out")
     base, *experts = map(read, family.values())
-    rule = Rule((1.0, 1.0), 0.0, 0.05, "output")
     for name, tensor in read(tmp_path / "out").items():
-        axis = 0 if name in ("model.embed_tokens.weight", "lm_head.weight") else None
-        found = merge_directions(base[name], [e[name] for e in experts], rule, vocabulary_axis=axis)
-        torch.testing.assert_close(tensor, found.merged)
+        out = torch.empty_like(tensor)
+        others = [expert[name] for expert in experts]
+        role = role_of(name, tensor.shape, lambda other: None)
+        merge_directions(base[name], others, Rule((1.0, 1.0)), role=role, name=name, out=out)
+        torch.testing.assert_close(tensor, out)
 
 
 def test_mergekit_multi_feeds_one_merge_into_another(tmp_path):

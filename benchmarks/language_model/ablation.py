@@ -10,8 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from benchmarks.fitting import IGNORED
-from benchmarks.fitting import answer_loss
+from benchmarks.fitting import IGNORED, answer_loss
 from benchmarks.harness_tasks import Example
 from benchmarks.language_model.base import fast_products, load
 from benchmarks.language_model.experts import encoded

@@ -102,8 +102,8 @@ def moved_far(experts: Sequence[object], moved: Sequence[float] | None) -> list[
         return []
     return [
         f"{expert} moved by {part:.1%} of the base's length. Adding experts up was measured to "
-        "work where they moved by up to 1 %, and to fail where they moved by more than 5 %; compare "
-        "the merge with granularity: model before you rely on it."
+        "work where they moved by up to 1 %, and to fail where they moved by more than 5 %; "
+        "compare the merge with granularity: model before you rely on it."
     ]
 
 
