@@ -124,6 +124,8 @@ def comparison_figure(choices: Sequence[tuple[str, Summary]], title: str = "") -
         ax = figure.add_subplot(rows, columns, number)
         _draw_layers(ax, layers)
         ax.set_ylim(0, max(sum(row) for panel in panels for row in panel) or 1)
+        if number % columns == 1 % columns:
+            ax.set_ylabel("of all experts")
         ax.set_title(choice, fontsize=10)
     figure.suptitle(title, fontsize=11)
     handles: Any = figure.axes[0].containers
