@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import merge_state_dicts, merge_tensors, registered_methods
 from mergekit.scripts import run_yaml
 
-from mergekit_metagpt import task_vectors
 from mergekit_metagpt.cli import main
+from mergekit_metagpt.core import task_vectors
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.session import SESSION
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_metagpt import task_vectors
+from mergekit_metagpt.core import task_vectors
 from mergekit_metagpt.core.task_vectors import add_task_vectors, inner_products, squared_norms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
