@@ -1,29 +1,158 @@
-"""Sparsified merges against MergeKit's own code, byte for byte."""
+"""Sparsified merges against MergeKit's own code. Of equal magnitudes the first are kept."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from unittest import mock
+
+import numpy as np
 import pytest
 import torch
-from mergekit.merge_methods import get, merge_tensors, registered_methods
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mergekit.merge_methods import (
+    generalized_task_arithmetic,
+    get,
+    merge_tensors,
+    registered_methods,
+)
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.generalized_task_arithmetic import (
     ConsensusMethod,
     GeneralizedTaskArithmeticMerge,
 )
+from mergekit.sparsify import SparsificationMethod, rescaled_masked_tensor, sparsify
 
 from mergekit_metagpt.core.task_vectors import working_dtype
 from mergekit_metagpt.measure.survey import TensorInputs
-from mergekit_metagpt.method import kept, masks
+from mergekit_metagpt.method import sparsified
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.random_streams import own_stream
 from mergekit_metagpt.method.session import SESSION
 from mergekit_metagpt.method.sparsified import merge_sparsified
 
 OURS = [m for m in registered_methods() if isinstance(m, MetaGPTMerge) and not m.is_plain]
-BY_MAGNITUDE = [m for m in OURS if not m.is_random]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BY_RANK = [m for m in OURS if m.stock.sparsification_method == SparsificationMethod.della_magprune]
+NARROW = [torch.bfloat16, torch.float16]
+every_method = pytest.mark.parametrize("method", OURS, ids=lambda method: method.spec.name)
 
 
-def name_of(method):
-    return method.spec.name
+# The arithmetic of a CPU in several chunks and in one, and that of an accelerator, which has no
+# NumPy, on a CPU.
+def several_chunks(stack):
+    stack.enter_context(mock.patch.object(sparsified, "chunk_size", return_value=1 << 12))
+
+
+def one_chunk(stack):
+    stack.enter_context(mock.patch.object(sparsified, "chunk_size", return_value=1 << 25))
+
+
+def as_an_accelerator(stack):
+    one_chunk(stack)
+    stack.enter_context(mock.patch.object(sparsified, "_array", lambda tensor: tensor))
+
+
+WAYS = [several_chunks, one_chunk, as_an_accelerator]
+
+
+def differences(n, generator, dtype=torch.bfloat16):
+    base = (0.02 * torch.randn(n, generator=generator)).to(dtype)
+    expert = (base + 0.001 * torch.randn(n, generator=generator)).to(dtype)
+    return expert.float() - base.float()
+
+
+def signed(magnitudes, generator):
+    return magnitudes * torch.randint(0, 2, magnitudes.shape, generator=generator).mul(2).sub(1)
+
+
+KINDS = {
+    "equal": lambda n, g: signed(torch.ones(n), g),
+    "zero": lambda n, g: torch.full((n,), -0.0),
+    "two values": lambda n, g: signed(torch.randint(1, 3, (n,), generator=g).float(), g),
+    "few values": lambda n, g: torch.randint(-20, 21, (n,), generator=g).float(),
+    "mostly zero": lambda n, g: torch.rand(n, generator=g).sub_(0.9).clamp_(min=0),
+    "bfloat16 differences": differences,
+    "float16 differences": lambda n, g: differences(n, g, torch.float16),
+    "float32 differences": lambda n, g: differences(n, g, torch.float32),
+    "all different": lambda n, g: signed(torch.randperm(n, generator=g).float(), g),
+    "subnormal": lambda n, g: torch.randint(-50, 50, (n,), generator=g) * 2.0**-149,
+    "rising": lambda n, g: torch.arange(n).float(),
+    "two rising halves": lambda n, g: torch.arange(n).remainder_(1 + n // 2).float(),
+    "strided": lambda n, g: torch.randn(n, 2, generator=g)[:, 0],
+    "large": lambda n, g: torch.randn(n, generator=g) * 1e37,
+}
+
+
+def merged_alone(stock, expert, **parameters):
+    """Return what a method keeps of a tensor, with a base of zeros and a coefficient of 1."""
+    base = torch.zeros(expert.shape)
+    inputs = TensorInputs("w", "base", base, (0,), (expert,))
+    bound = {name: {0: value} for name, value in {"weight": 1.0, **parameters}.items()}
+    bound |= {"int8_mask": False, "normalize": False, "rescale": False, "lambda": 1.0}
+    return merge_sparsified(stock, inputs, bound)
+
+
+def first_in_memory(tensor, kept):
+    """Return as many numbers of each magnitude as are kept, but the first ones."""
+    flat, result = tensor.reshape(-1), torch.zeros(tensor.numel())
+    magnitudes = flat.abs().numpy()
+    order = np.argsort(magnitudes, kind="stable")
+    ordered, left = magnitudes[order], np.sort(kept[kept != 0].abs().numpy())
+    number = np.arange(len(order)) - np.searchsorted(ordered, ordered)  # among its equals
+    wanted = np.searchsorted(left, ordered, "right") - np.searchsorted(left, ordered)
+    places = torch.from_numpy(order[number < wanted])
+    result[places] = flat[places].float()
+    return result.view(tensor.shape)
+
+
+def assert_kept_as_in_mergekit(tensor, stock, **parameters):
+    theirs = sparsify(tensor, method=stock.sparsification_method, **parameters)
+    ours = merged_alone(stock, tensor, **parameters)
+    assert torch.equal(ours, first_in_memory(tensor, theirs))
+    magnitudes = [kept[kept != 0].abs().sort().values for kept in (ours, theirs)]
+    assert torch.equal(*magnitudes)
+    every = np.sort(tensor[tensor != 0].abs().numpy())
+    if (np.diff(every) > 0).all():
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs"])
+def test_as_many_are_kept_as_in_mergekit_and_of_equal_ones_the_first(name, way):
+    @given(
+        kind=st.sampled_from(sorted(KINDS)),
+        size=st.one_of(st.integers(1, 40), st.integers(41, 5000)),
+        seed=st.integers(0, 2**31),
+        density=st.one_of(st.sampled_from([0.0, 1.0, "one"]), st.floats(0, 1)),
+        gamma=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1)),
+    )
+    @settings(max_examples=500, deadline=None, derandomize=True, database=None)
+    def check(kind, size, seed, density, gamma):
+        tensor = KINDS[kind](size, torch.Generator().manual_seed(seed))
+        parameters = {"density": 1 / size if density == "one" else density}
+        if name == "breadcrumbs":
+            parameters["gamma"] = gamma
+        assert_kept_as_in_mergekit(tensor, get(name), **parameters)
+
+    with ExitStack() as stack:
+        way(stack)
+        check()
+
+
+@pytest.mark.parametrize("wrong", [(1e-9, 2e-9), (1.0, 2.0)], ids=["too small", "too large"])
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs"])
+def test_a_sample_may_mislead_but_keeps_nothing_wrong(name, wrong, monkeypatch):
+    monkeypatch.setattr(sparsified, "_limits", lambda *_: (wrong, (3.0, 4.0)))
+    for kind in KINDS:
+        tensor = KINDS[kind](3000, torch.Generator().manual_seed(3))
+        assert_kept_as_in_mergekit(tensor, get(name), density=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("ties", torch.bfloat16), ("breadcrumbs", torch.float32)]
+)
+def test_ten_million_differences_are_kept_as_in_mergekit(name, dtype):
+    tensor = differences(10_000_019, torch.Generator().manual_seed(2), dtype)
+    assert_kept_as_in_mergekit(tensor, get(name), density=0.55)
 
 
 def family(shape, dtype, experts=3, seed=0):
@@ -38,37 +167,31 @@ def family(shape, dtype, experts=3, seed=0):
     return base.to(dtype), [expert.to(dtype) for expert in tuned]
 
 
-def reference(method, base, experts, parameters, weights):
-    """Merge with MergeKit's code alone: a float32 base, and the coefficients as weights."""
-    exact = base.to(working_dtype(base.dtype))
-    ids = ["base", *range(len(experts))]
-    group = TensorGroup.from_tensors([exact, *experts], ids=ids, base_index=0, name="w")
-    per_expert = {
-        name: dict.fromkeys(range(len(experts)), value) if isinstance(value, float) else value
-        for name, value in parameters.items()
-        if name in ("density", "gamma", "epsilon")
-    }
-    bound = {"int8_mask": False, "normalize": method.default_normalize}
-    bound |= {"rescale": method.default_rescale, "lambda": 1.0, **parameters, **per_expert}
-    with own_stream(base.device, f"{method.spec.name}/w"):
-        merged = method.merge_group(group, **{**bound, "weight": dict(enumerate(weights))})
-    return merged.to(base.dtype)
-
-
-def assert_same_bytes(method, base, experts, **changes):
+def ours_and_coefficients(method, base, experts, **parameters):
     names = {p.name for p in method.spec.parameters}
-    chosen = {"density": 0.55, "gamma": 0.05, "epsilon": 0.2, **changes}
-    parameters = {name: value for name, value in chosen.items() if name in names}
     with SESSION.journal() as entries:
-        ours = merge_tensors(
-            [base, *experts], method, base_index=0, parameters=parameters, name="w",
-            ids=["base", *range(len(experts))],
+        merged = merge_tensors(
+            [base, *experts], method, base_index=0, name="w", ids=["base", *range(len(experts))],
+            parameters={name: value for name, value in parameters.items() if name in names},
         )  # fmt: skip
-    bound = {k: dict(enumerate(v)) if isinstance(v, list) else v for k, v in parameters.items()}
-    theirs = reference(method.stock, base, experts, bound, entries[0].coefficients)
-    assert ours.dtype == theirs.dtype == base.dtype
-    assert ours.shape == theirs.shape
-    assert torch.equal(bits(ours), bits(theirs))
+    return merged, entries[0].coefficients
+
+
+def reference(method, base, experts, coefficients, **parameters):
+    """Merge with MergeKit's code alone: a float32 base, and the coefficients as weights."""
+    stock, ids = method.stock, ["base", *range(len(experts))]
+    exact = base.to(working_dtype(base.dtype))
+    group = TensorGroup.from_tensors([exact, *experts], ids=ids, base_index=0, name="w")
+    bound = {"int8_mask": False, "normalize": stock.default_normalize, "lambda": 1.0}
+    bound |= {"rescale": stock.default_rescale, "weight": dict(enumerate(coefficients))}
+    names = {p.name for p in method.spec.parameters}
+    for name, value in parameters.items():
+        if name in ("density", "gamma", "epsilon"):
+            each = value if isinstance(value, list) else [value] * len(experts)
+            value = dict(enumerate(each))
+        bound |= {name: value} if name in names else {}
+    with own_stream(base.device, f"{stock.spec.name}/w"):
+        return stock.merge_group(group, **bound).to(base.dtype)
 
 
 def bits(tensor):
@@ -77,42 +200,127 @@ def bits(tensor):
     return tensor.contiguous().view(widths[tensor.element_size()])
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """Let small tensors have several chunks."""
-    monkeypatch.setattr(kept, "_CHUNK", 1 << 10)
-    monkeypatch.setattr(masks, "_SORTED", 1 << 10)
+USUAL = {"density": 0.55, "gamma": 0.05, "epsilon": 0.2, "rescale": False}
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("shape", [(2,), (17,), (5000,), (61, 83), (3, 40, 50), (5, 1100)])
-@pytest.mark.parametrize("method", OURS, ids=name_of)
-def test_the_bytes_are_those_of_mergekit(method, shape, dtype):
-    base, experts = family(shape, dtype)
-    assert_same_bytes(method, base, experts)
+def assert_same_bytes(method, base, experts, **changes):
+    parameters = {**USUAL, **changes}
+    ours, coefficients = ours_and_coefficients(method, base, experts, **parameters)
+    theirs = reference(method, base, experts, coefficients, **parameters)
+    assert ours.dtype == theirs.dtype == base.dtype
+    assert ours.shape == theirs.shape
+    assert torch.equal(bits(ours), bits(theirs))
+
+
+def by_the_rule(tensor, density, method, gamma=0, epsilon=0, rescale_norm=None):
+    """Sparsify as MergeKit, but prefer the first of equal magnitudes."""
+    if method != SparsificationMethod.della_magprune or not 0 < density < 1:
+        kept = sparsify(tensor, density, method, gamma, epsilon, rescale_norm)
+        is_random = method in (SparsificationMethod.random, SparsificationMethod.della_magprune)
+        return kept if is_random or density >= 1 else first_in_memory(tensor, kept)
+    rows = tensor if tensor.dim() > 1 else tensor.unsqueeze(0)
+    length = rows.shape[1]
+    ranks = length - rows.abs().argsort(dim=1, descending=True, stable=True).argsort(dim=1).float()
+    share = (ranks - 1) / (length - 1)
+    mask = torch.bernoulli((density - epsilon) + share * 2 * epsilon)
+    return rescaled_masked_tensor(rows, mask, rescale_norm).reshape(tensor.shape)
+
+
+@pytest.fixture
+def rule(monkeypatch):
+    """Let the reference prefer the first of equal magnitudes."""
+    monkeypatch.setattr(generalized_task_arithmetic, "sparsify", by_the_rule)
+
+
+SHAPES = [(2,), (17,), (5000,), (61, 83), (3, 40, 50), (5, 1100), (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@every_method
+def test_the_bytes_are_those_of_mergekit(method, way):
+    with ExitStack() as stack:
+        way(stack)
+        for shape in SHAPES:
+            base, experts = family(shape, torch.float32)
+            assert_same_bytes(method, base, experts)
+            assert_same_bytes(method, base.double(), [expert.double() for expert in experts])
+
+
+@every_method
+def test_narrow_differences_have_equal_magnitudes_and_the_first_are_kept(method, rule):
+    for dtype in NARROW:
+        for shape in SHAPES:
+            assert_same_bytes(method, *family(shape, dtype))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"rescale": True},
-        {"rescale": False},
         {"normalize": True},
         {"normalize": False},
         {"int8_mask": True},
         {"lambda": -0.7},
         {"lambda": 0.0},
-        {"rescale": True, "normalize": True, "lambda": 1.3, "int8_mask": True},
         {"density": 1.0},
         {"density": 0.0},
         {"density": [0.3, 1.0, 0.7]},
+        {"density": 1 / 5063, "gamma": 0.5, "epsilon": 0.0},
+        {"density": 0.999, "gamma": 0.01, "epsilon": 0.0},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("method", OURS, ids=name_of)
-def test_every_setting_has_the_effect_it_has_in_mergekit(method, changes):
+def test_every_setting_has_the_effect_it_has_in_mergekit(changes):
+    base, experts = family((61, 83), torch.float32)
+    for method in OURS:
+        assert_same_bytes(method, base, experts, **changes)
+
+
+@every_method
+def test_rescaled_merges_differ_from_mergekits_by_rounding_only(method):
+    for settings_ in ({}, {"density": [0.3, 1.0, 0.0]}, {"normalize": True, "lambda": 1.3}):
+        parameters = {**USUAL, "rescale": True, **settings_}
+        base, experts = family((61, 83), torch.float32)
+        ours, coefficients = ours_and_coefficients(method, base, experts, **parameters)
+        theirs = reference(method, base, experts, coefficients, **parameters)
+        torch.testing.assert_close(ours - base, theirs - base, rtol=1e-6, atol=1e-8)
+    # The sum of these is too small to be rescaled.
+    assert_same_bytes(method, base * 0, [base * 1e-12], rescale=True)
+
+
+@every_method
+def test_any_number_of_experts_is_summed_as_in_mergekit(method):
+    for way in (several_chunks, one_chunk):
+        with ExitStack() as stack:
+            way(stack)
+            for shape in [(3, 1111), (2, 64), (1, 129), (257,), (1281,)]:
+                for count in (1, 2, 5, 9):
+                    base, experts = family(shape, torch.float32, experts=count)
+                    assert_same_bytes(method, base, experts, normalize=True)
+
+
+@every_method
+def test_zeros_keep_their_signs(method):
+    base, experts = family((2000,), torch.float32, experts=1)
+    base[::2] = -0.0
+    assert_same_bytes(method, base, experts, **{"lambda": -1.0})
+    assert_same_bytes(method, base, experts)
+
+
+@every_method
+def test_strides_do_not_matter(method):
+    base, experts = family((61, 83), torch.float32)
+    assert_same_bytes(method, base.t(), [expert.t() for expert in experts])
+    assert_same_bytes(method, base, [expert.t().contiguous().t() for expert in experts])
+
+
+def test_dtypes_may_be_mixed(rule):
     base, experts = family((61, 83), torch.bfloat16)
-    assert_same_bytes(method, base, experts, **changes)
+    experts[0] = experts[0].float() * 1.001
+    inputs = TensorInputs("w", "base", base, (0, 1, 2), tuple(experts))
+    bound = {"int8_mask": False, "normalize": True, "rescale": False, "lambda": 1.0}
+    bound |= {"density": dict.fromkeys(range(3), 0.55), "weight": dict.fromkeys(range(3), 0.3)}
+    theirs = reference(get("metagpt_ties"), base, experts, [0.3] * 3, density=0.55)
+    assert torch.equal(bits(merge_sparsified(get("ties"), inputs, bound)), bits(theirs))
 
 
 @pytest.fixture
@@ -123,127 +331,88 @@ def set_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("count", [3, 6])
-@pytest.mark.parametrize("method", OURS, ids=name_of)
-def test_large_chunks_are_merged_as_in_mergekit(method, count, threads, monkeypatch, set_threads):
-    monkeypatch.undo()  # torch divides chunks of the usual size
-    set_threads(threads)
-    assert_same_bytes(method, *family((701, 1023), torch.bfloat16, experts=count))
+@every_method
+def test_the_number_of_threads_and_of_chunks_does_not_matter(method, set_threads):
+    for count in (3, 6):
+        base, experts = family((101, 1023), torch.bfloat16, experts=count)
+        merged = []
+        for threads, size in ((1, 1 << 20), (1, 1 << 13), (3, 1 << 16), (8, 1 << 20)):
+            set_threads(threads)
+            with mock.patch.object(sparsified, "chunk_size", return_value=size):
+                merged.append(
+                    ours_and_coefficients(method, base, experts, rescale=True, density=0.6)[0]
+                )
+        assert all(torch.equal(bits(tensor), bits(merged[0])) for tensor in merged)
 
 
-@pytest.mark.parametrize("settings", [{}, {"rescale": True, "density": [0.3, 1.0, 0.7]}], ids=str)
-@pytest.mark.parametrize("method", OURS, ids=name_of)
-def test_threads_merge_to_the_bytes_of_mergekit(method, settings, set_threads):
-    set_threads(3)
+@every_method
+def test_threads_in_inference_mode_merge_to_the_same_bytes(method):
     base, experts = family((61, 83), torch.bfloat16)
-    assert_same_bytes(method, base, experts, **settings)
-    with torch.inference_mode():
-        assert_same_bytes(method, base.clone(), [expert.clone() for expert in experts], **settings)
+    expected, _ = ours_and_coefficients(method, base, experts, density=0.6)
+
+    def merge(_):
+        with torch.inference_mode():
+            copies = [tensor.clone() for tensor in (base, *experts)]
+            return ours_and_coefficients(method, copies[0], copies[1:], density=0.6)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(merged, expected) for merged in pool.map(merge, range(8)))
+    assert torch.equal(ours_and_coefficients(method, base, experts, density=0.6)[0], expected)
 
 
-@pytest.mark.parametrize("density", [1 / 5063, 0.01, 0.999, 1 - 1 / 5063])
-@pytest.mark.parametrize("gamma", [0.0, 0.01, 0.5])
-@pytest.mark.parametrize("method", BY_MAGNITUDE, ids=name_of)
-def test_few_numbers_and_almost_all_are_kept_as_in_mergekit(method, gamma, density):
+@every_method
+def test_the_default_device_does_not_matter(method):
     base, experts = family((61, 83), torch.bfloat16)
-    assert_same_bytes(method, base, experts, density=density, gamma=gamma)
+    expected, _ = ours_and_coefficients(method, base, experts, density=0.6)
+    with torch.device("meta"):
+        merged, _ = ours_and_coefficients(method, base, experts, density=0.6)
+    assert torch.equal(merged, expected)
 
 
-@pytest.mark.parametrize("shape", [(3, 1111), (2, 64), (1, 129), (257,), (1281,)])
-@pytest.mark.parametrize("count", [1, 2, 5, 9])
-@pytest.mark.parametrize("method", OURS, ids=name_of)
-def test_any_number_of_experts_is_summed_as_in_mergekit(method, count, shape):
-    base, experts = family(shape, torch.float32, experts=count)
-    assert_same_bytes(method, base, experts, normalize=True)
+def test_uniform_and_bernoulli_numbers_are_drawn_alike():
+    first, second = (torch.Generator("cpu").manual_seed(1) for _ in range(2))
+    for size in (10, 3000):
+        probabilities = torch.linspace(0, 1, size)
+        drawn = torch.bernoulli(probabilities, generator=first)
+        assert torch.equal(torch.rand(size, generator=second) < probabilities, drawn.bool())
+    assert torch.equal(first.get_state(), second.get_state())
 
 
-@pytest.mark.parametrize("method", OURS, ids=name_of)
-def test_zeros_keep_their_signs(method):
-    base, experts = family((2000,), torch.float32, experts=1)
-    base[::2] = -0.0
-    assert_same_bytes(method, base, experts, **{"lambda": -1.0})
-    assert_same_bytes(method, base, experts)
+@pytest.mark.parametrize("method", BY_RANK, ids=lambda method: method.spec.name)
+@pytest.mark.parametrize(("density", "epsilon"), [(0.9, 0.2), (0.1, 0.1)])
+def test_probabilities_beyond_0_and_1_are_refused_as_in_mergekit(method, density, epsilon):
+    base, experts = family((61, 83), torch.float32)
+    with pytest.raises(ValueError, match=r"density \+/- epsilon is in \(0, 1\)"):
+        ours_and_coefficients(method, base, experts, density=density, epsilon=epsilon)
+    with pytest.raises(ValueError, match=r"density \+/- epsilon is in \(0, 1\)"):
+        reference(method, base, experts, [1.0] * 3, density=density, epsilon=epsilon)
 
 
-@pytest.mark.parametrize("method", OURS, ids=name_of)
-def test_strides_do_not_matter(method):
-    base, experts = family((61, 83), torch.bfloat16)
-    assert_same_bytes(method, base.t(), [expert.t() for expert in experts])
-    assert_same_bytes(method, base, [expert.t().contiguous().t() for expert in experts])
-
-
-def test_dtypes_may_be_mixed():
-    base, experts = family((61, 83), torch.bfloat16)
-    experts[0] = experts[0].float()
-    inputs = TensorInputs("w", "base", base, (0, 1, 2), tuple(experts))
-    bound = {"int8_mask": False, "normalize": True, "rescale": False, "lambda": 1.0}
-    bound |= {"density": dict.fromkeys(range(3), 0.55), "weight": dict.fromkeys(range(3), 0.3)}
-    stock = get("ties")
-    ours = merge_sparsified(stock, inputs, bound)
-    theirs = reference(stock, base, experts, bound, [0.3] * 3)
-    assert torch.equal(bits(ours), bits(theirs))
-
-
-@pytest.mark.parametrize("method", BY_MAGNITUDE, ids=name_of)
-def test_equal_magnitudes_are_kept_as_in_mergekit(method):
-    base = torch.zeros(3000)
-    experts = [torch.ones(3000), torch.arange(3000).remainder(2) - 0.5]
-    assert_same_bytes(method, base, experts)
-
-
-@pytest.mark.parametrize("method", BY_MAGNITUDE, ids=name_of)
-def test_where_quicksort_gives_up_mergekit_sorts(method):
-    base, expert = torch.zeros(5000), torch.arange(5000).remainder(2500).float()
-    assert_same_bytes(method, base, [expert], density=0.5, gamma=0.1)
-
-
-@pytest.mark.parametrize("method", BY_MAGNITUDE, ids=name_of)
-def test_where_torch_sorts_otherwise_mergekit_sorts(method, monkeypatch):
-    monkeypatch.setattr(masks, "follows_torch", lambda: False)
-    base, experts = family((61, 83), torch.bfloat16)
-    assert_same_bytes(method, base, experts)
-
-
-RANDOM = [m for m in OURS if m.is_random]
-
-
-def test_this_torch_draws_uniform_and_bernoulli_numbers_alike():
-    assert masks._uniform_below_is_bernoulli()
-
-
-@pytest.mark.parametrize("method", RANDOM, ids=name_of)
-def test_where_torch_draws_otherwise_bernoulli_draws(method, monkeypatch):
-    monkeypatch.setattr(masks, "_uniform_below_is_bernoulli", lambda: False)
-    base, experts = family((61, 83), torch.bfloat16)
-    assert_same_bytes(method, base, experts)
-
-
-@pytest.mark.parametrize("method", OURS, ids=name_of)
+@every_method
 def test_gradients_flow_through_a_sparsified_merge(method):
     base, experts = family((20, 30), torch.float32)
     for tensor in (base, *experts):
         tensor.requires_grad_()
-    merge_tensors(
-        [base, *experts], method, base_index=0, parameters={"density": 0.5}, name="w"
-    ).sum().backward()
+    ours_and_coefficients(method, base, experts, density=0.5)[0].sum().backward()
     assert base.grad is not None
     assert any(expert.grad.any() for expert in experts)
     with torch.no_grad():
-        merged = merge_tensors([base, *experts], method, base_index=0, name="w")
+        merged, _ = ours_and_coefficients(method, base, experts, density=0.5)
     assert not merged.requires_grad
 
 
-def test_a_method_that_sparsifies_in_another_way_is_mergekits():
+def test_a_method_that_does_not_sparsify_is_as_mergekits():
     plain = GeneralizedTaskArithmeticMerge(
         ConsensusMethod.count, None, False, False, "signs", "Signs", None
     )
-    base, experts = family((61, 83), torch.bfloat16)
-    assert_same_bytes(MetaGPTMerge(plain), base, experts)
+    assert_same_bytes(MetaGPTMerge(plain), *family((61, 83), torch.bfloat16))
 
 
-def test_a_large_tensor_merges_to_the_bytes_of_mergekit(monkeypatch):
-    monkeypatch.undo()
-    base, experts = family((1301, 1009), torch.bfloat16)
-    for name in ("metagpt_ties", "metagpt_breadcrumbs", "metagpt_dare_linear", "metagpt_della"):
-        assert_same_bytes(get(name), base, experts)
+def test_what_a_subclass_merges_is_left_to_it():
+    class Own(GeneralizedTaskArithmeticMerge):
+        def merge_group(self, group, /, **parameters):
+            return group.base.tensor + 1
+
+    own = Own(ConsensusMethod.count, None, False, False, "own", "Own", None)
+    base, experts = family((61, 83), torch.float32)
+    assert torch.equal(ours_and_coefficients(MetaGPTMerge(own), base, experts)[0], base + 1)

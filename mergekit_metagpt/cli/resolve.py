@@ -42,8 +42,9 @@ def resolve(
     """Write CONFIG as stock MergeKit YAML with explicit weights.
 
     MergeKit merges it to the same result without this package. In float32 the bytes are the
-    same, with two exceptions: plain metagpt differs by up to two rounding steps, and DARE and
-    DELLA draw different masks. Granularity direction has no such config.
+    same, with exceptions: plain metagpt and rescaled merges differ by rounding, of equal
+    magnitudes others may be kept, and DARE and DELLA draw different masks. Granularity
+    direction has no such config.
 
     \b
     Example:

@@ -24,6 +24,9 @@ _CHUNK = 1 << 20
 _ACCELERATOR_CHUNK = 1 << 25
 # A block of rows of the base and of all task vectors has so many numbers.
 _BLOCK = 1 << 22
+# torch.sum over five or more rows adds them in another order beyond the last block of up to 128
+# columns. So chunks of several rows hold a multiple of that, and the last one is not smaller.
+_STEP = 128
 # torch.sum adds float32 pairwise. Over rows of 4096 its error is at most 2e-7, even if all
 # elements are equal and round the same way. A vector_norm of a row is off by 6e-6, a dot by 1e-4.
 _ROW = 1 << 12
@@ -88,8 +91,8 @@ def inner_products(base: Tensor, experts: Sequence[Tensor]) -> list[list[float]]
     in_range = all(norm == 0 or in_float32_range(norm, base.numel()) for norm in norms)
     dtype = working_dtype(promoted_dtype([base, *experts])) if in_range else torch.float64
     base, *experts = where_possible(dtype, base, *experts)
-    sums: dict[tuple[int, int], _Sum] = {
-        (i, j): _Sum() for i in range(len(experts)) for j in range(i)
+    sums: dict[tuple[int, int], Sum] = {
+        (i, j): Sum() for i in range(len(experts)) for j in range(i)
     }
     origin, product, *differences = _buffers(base, dtype, 2 + len(experts))
     for base_chunk, *chunks in _chunks(base, *experts):
@@ -162,6 +165,31 @@ def add_task_vectors(
     return out
 
 
+def deltas_of(
+    base: Tensor, experts: Sequence[Tensor], size: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield the task vectors side by side, chunk by chunk, in float32.
+
+    Args:
+        base: θ_0, flat, of a dtype that float32 holds.
+        experts: θ_t, T tensors of the base's length and device.
+        size: about how many numbers a chunk of all tensors together may have.
+
+    Yields:
+        Where the chunk is, the base there (n), and the task vectors there (T, n). The tensors may
+        be overwritten; the next chunk does so, too.
+    """
+    flat = [base, *experts]
+    size = max(_STEP, size // len(flat) // _STEP * _STEP)
+    starts = range(0, max(1, len(base) - _STEP + 1), size)
+    room = base.new_empty(len(flat) * min(len(base), size + _STEP), dtype=torch.float32)
+    for start, stop in zip(starts, [*starts[1:], len(base)], strict=True):
+        rows = room[: len(flat) * (stop - start)].view(len(flat), -1)
+        for row, tensor in zip(rows, flat, strict=True):
+            row.copy_(tensor[start:stop])
+        yield slice(start, stop), rows[0], rows[1:].sub_(rows[0])
+
+
 class Block(NamedTuple):
     """Some rows of a matrix and of its task vectors; the next block overwrites it.
 
@@ -212,7 +240,7 @@ def in_float32_range(squared_norm: float, size: int) -> bool:
     return _LEAST_MEAN_SQUARE * size <= squared_norm < torch.finfo(torch.float32).max
 
 
-class _Sum:
+class Sum:
     """A float64 sum of float32 or float64 values; only reading it waits for the device."""
 
     def __init__(self) -> None:
@@ -234,7 +262,7 @@ class _Sum:
 def _sums_of_squares(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype) -> list[float]:
     """Return ‖θ_t − θ_0‖² for every expert, differences and squares in ``dtype``."""
     base, *experts = where_possible(dtype, base, *experts)
-    sums = [_Sum() for _ in experts]
+    sums = [Sum() for _ in experts]
     origin, squares = _buffers(base, dtype, 2)
     for base_chunk, *chunks in _chunks(base, *experts):
         start, out = _converted(base_chunk, origin), squares[: len(base_chunk)]
@@ -307,5 +335,9 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _chunk_size(tensor: Tensor) -> int:
-    limit = _CHUNK if tensor.device.type == "cpu" else _ACCELERATOR_CHUNK
-    return max(1, min(limit, tensor.numel()))
+    return max(1, min(chunk_size(tensor.device), tensor.numel()))
+
+
+def chunk_size(device: torch.device) -> int:
+    """Return how many numbers are worked on at a time."""
+    return _CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK

@@ -2,7 +2,7 @@
 
 Every task-vector method X of MergeKit gets a counterpart. Its weight for each expert is the
 scaling coefficient λ_t of the MetaGPT paper. ``metagpt`` is plain task arithmetic. Each
-``metagpt_X`` is a sparsified method and runs MergeKit's own code for X.
+``metagpt_X`` is a sparsified method and follows MergeKit's X.
 """
 
 import re

@@ -1,26 +1,32 @@
-"""Sparsified merges: the bytes of MergeKit's own, without its sorts and whole temporaries.
+"""MergeKit's sparsified merges, chunk by chunk, without its sorts and whole temporaries.
 
-What is kept of each task vector is found first. The rest of MergeKit's method works on each number
-by itself, so it runs on chunks, with density 1.
+As many numbers are kept as ``mergekit.sparsify`` keeps, by the same rules and random draws. Of
+equal magnitudes the first in memory are kept; with MergeKit, those that its sort happens to put
+first, which differ from platform to platform.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.generalized_task_arithmetic import (
     ConsensusMethod,
     GeneralizedTaskArithmeticMerge,
 )
+from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_metagpt.core.task_vectors import working_dtype
+from mergekit_metagpt.core.task_vectors import Sum, chunk_size, deltas_of, working_dtype
 from mergekit_metagpt.measure.survey import TensorInputs
-from mergekit_metagpt.method.kept import Kept, chunks_of, deltas
-from mergekit_metagpt.method.masks import Masks, OnlyMergeKitKnowsError
 
+# How far a rank may be from that in a random sample. If it is farther, counting shows it.
+_DEVIATIONS = 3
 _LEAST = 2.0**-149  # the least positive float32
+_NO_LIMITS = (_LEAST, math.inf), (math.inf, math.inf)
 
 
 def merge_sparsified(
@@ -28,100 +34,216 @@ def merge_sparsified(
 ) -> Tensor:
     """Merge a tensor as MergeKit's method does with a float32 base, rounded to its dtype once.
 
+    Float64, gradients and subclasses of MergeKit's method are left to MergeKit's own code.
+
     Args:
         stock: MergeKit's method.
-        inputs: θ_0 and θ_t, of the same shape and device.
+        inputs: θ_0 and T tensors θ_t of its shape and device.
         parameters: those of the stock method; ``weight`` holds λ_t by expert.
 
     Returns:
         A tensor of the base's shape, dtype and device.
+
+    Raises:
+        ValueError: if DELLA's density ± epsilon is not between 0 and 1.
     """
-    # A subclass may merge in another way.
-    if type(stock) is GeneralizedTaskArithmeticMerge and _is_simple(inputs):
-        try:
-            return _merge_chunks(stock, inputs, _kept(stock, inputs, parameters), parameters)
-        except OnlyMergeKitKnowsError:
-            pass
-    base = inputs.base
-    # The stock method computes in the base's dtype, and its result has that dtype.
-    exact = base.to(working_dtype(base.dtype))
-    ids = [inputs.base_id, *inputs.ids]
-    group = TensorGroup.from_tensors(
-        [exact, *inputs.experts], ids=ids, base_index=0, name=inputs.name
-    )
-    merged: Tensor = stock.merge_group(group, **parameters)
-    return merged.to(base.dtype)
-
-
-def _is_simple(inputs: TensorInputs) -> bool:
-    """Return whether this is a merge in float32 on the CPU, without strides and gradients."""
     tensors = [inputs.base, *inputs.experts]
-    return (
-        all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
-        and inputs.dtype != torch.float64
-        and inputs.base.numel() < 1 << 32
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    )
+    has_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    is_subclass = type(stock) is not GeneralizedTaskArithmeticMerge
+    if has_gradients or is_subclass or inputs.dtype == torch.float64:
+        tensors[0] = inputs.base.to(working_dtype(inputs.base.dtype))
+        ids = [inputs.base_id, *inputs.ids]
+        group = TensorGroup.from_tensors(tensors, ids=ids, base_index=0, name=inputs.name)
+        result: Tensor = stock.merge_group(group, **parameters)
+        return result.to(inputs.base.dtype)
+
+    base, *experts = (tensor.detach().reshape(-1) for tensor in tensors)
+    masks = base.new_ones((len(experts), len(base)), dtype=torch.int8)
+    factors = base.new_ones((len(experts), 1), dtype=torch.float32)
+    for id_, expert, mask, factor in zip(inputs.ids, experts, masks, factors, strict=True):
+        own = {k: parameters[k][id_] for k in ("density", "gamma", "epsilon") if k in parameters}
+        _sparsify(mask, base, expert, stock.sparsification_method, inputs.base.shape, **own)
+        if parameters["rescale"]:
+            factor.fill_(_factor(mask, base, expert))
+    weights = base.new_tensor([[parameters["weight"][i]] for i in inputs.ids], dtype=torch.float32)
+    merged = torch.empty_like(base)
+    for chunk, start, deltas in deltas_of(base, experts, chunk_size(base.device)):
+        deltas.mul_(masks[:, chunk]).mul_(factors).mul_(weights)
+        mixed = _mixed(deltas, weights, stock.consensus_method, parameters)
+        merged[chunk] = mixed.add_(start)
+    return merged.view(inputs.base.shape)
 
 
-def _kept(
-    stock: GeneralizedTaskArithmeticMerge, inputs: TensorInputs, parameters: Mapping[str, Any]
-) -> list[Kept]:
-    """Return what is kept of each task vector, drawn in the order of the experts."""
-    masks = Masks(inputs.base)
-    method = stock.sparsification_method
-    names = [name for name in ("density", "gamma", "epsilon") if name in parameters]
-    kept = [
-        masks.kept(method, expert, **{name: parameters[name][id_] for name in names})
-        for id_, expert in zip(inputs.ids, inputs.experts, strict=True)
-    ]
-    if parameters["rescale"]:
-        return [masks.rescaled(*pair) for pair in zip(kept, inputs.experts, strict=True)]
-    return kept
+def _sparsify(
+    mask: Tensor,
+    base: Tensor,
+    expert: Tensor,
+    method: SparsificationMethod | None,
+    shape: Sequence[int],
+    density: float,
+    gamma: float = 0,
+    epsilon: float = 0,
+) -> None:
+    """Write 0 into a mask of ones (int8) where ``mergekit.sparsify`` drops a number of θ_t − θ_0.
+
+    Which zeros are kept is left open. The tensors are flat; DELLA needs the shape that they had.
+    """
+    size = len(mask)
+    if method is None or density >= 1:
+        return
+    if method == SparsificationMethod.random:
+        for part in torch.split(mask, chunk_size(mask.device)):
+            _draw(part, density)
+    elif density <= 0:
+        mask.zero_()
+    elif method == SparsificationMethod.magnitude:
+        _keep_between(mask, base, expert, size - max(1, int(density * size)), size)
+    elif method == SparsificationMethod.magnitude_outliers:
+        count = int(density * size)
+        start = max(0, size - count - int(gamma * size))
+        _keep_between(mask, base, expert, start, start + count)
+    else:
+        _draw_by_rank(mask, base, expert, shape, density, epsilon)
 
 
-def _merge_chunks(
-    stock: GeneralizedTaskArithmeticMerge,
-    inputs: TensorInputs,
-    kept: Sequence[Kept],
-    parameters: Mapping[str, Any],
-) -> Tensor:
-    """Add sparsified task vectors to the base, chunk by chunk."""
-    merged = torch.empty_like(inputs.base)
-    flat = merged.view(-1)
-    weights = torch.tensor([[parameters["weight"][id_]] for id_ in inputs.ids], device="cpu")
-    chunks = chunks_of(inputs.base, len(inputs.experts))
-    for chunk, base, vectors in deltas(chunks, inputs.base, *inputs.experts):
-        for own, delta in zip(kept, vectors, strict=True):
-            own.apply(delta, chunk.start)
-        mixed = _mixed(vectors, weights, stock.consensus_method, parameters)
-        flat[chunk] = mixed.add_(base)
-    return merged
+def _keep_between(mask: Tensor, base: Tensor, expert: Tensor, start: int, stop: int) -> None:
+    """Keep what is at ``[start:stop]`` when the smallest magnitude comes first.
+
+    Most magnitudes are seen to be kept or dropped when they are compared with guessed limits. Only
+    those near the ends have to be sorted.
+    """
+    marks = _array(mask)
+    library: Any = np if isinstance(marks, np.ndarray) else torch
+    for low, high in (_limits(base, expert, start, stop), _NO_LIMITS):
+        smaller, between, parts = 0, 0, []
+        for chunk, _, [delta] in deltas_of(base, [expert], chunk_size(base.device)):
+            magnitudes = _array(delta.abs_())
+            inside, kept = magnitudes >= low[0], magnitudes > low[1]
+            smaller += len(inside) - int(library.count_nonzero(inside))
+            inside ^= kept
+            if stop < len(mask):
+                beyond, outlier = magnitudes >= high[0], magnitudes > high[1]
+                kept ^= beyond
+                inside ^= beyond ^ outlier
+            marks[chunk] = kept
+            between += int(library.count_nonzero(kept))
+            unsure = library.argwhere(inside)[:, 0]
+            parts.append((unsure + chunk.start, magnitudes[unsure]))
+        places, values = (library.concatenate(part) for part in zip(*parts, strict=True))
+        # Zeros are not among the values: they are the same when dropped.
+        first, last = max(0, start - smaller), max(0, stop - smaller - between)
+        # A guess is right if the first and the last to keep are near the end that it is about.
+        lower = int(library.count_nonzero(values <= low[1]))
+        if (smaller <= start or low[0] == _LEAST) and first <= lower <= last <= len(values):
+            break
+    marks[places[_chosen(values, first, last)]] = 1
+
+
+def _limits(base: Tensor, expert: Tensor, start: int, stop: int) -> tuple[tuple[float, float], ...]:
+    """Return two limits around the magnitude at each end of a range, guessed from a sample."""
+    size, count = len(base), int(len(base) ** (2 / 3))
+    generator = torch.Generator("cpu").manual_seed(0)
+    places = torch.randint(size, (count,), generator=generator, device="cpu").to(base.device)
+    sample = _sorted(_array((expert[places].float() - base[places].float()).abs_()))
+    pairs = []
+    for share in (start / size, stop / size):
+        margin = 2 + _DEVIATIONS * math.sqrt(count * share * (1 - share))
+        first, last = math.floor(share * count - margin), math.ceil(share * count + margin)
+        low = max(float(sample[first]), _LEAST) if first >= 0 else _LEAST
+        pairs.append((low, float(sample[last]) if last < count else math.inf))
+    if stop == size:
+        return pairs[0], _NO_LIMITS[1]
+    return (pairs[0], pairs[1]) if pairs[0][1] < pairs[1][0] else _NO_LIMITS
+
+
+def _chosen(values: Any, start: int, stop: int) -> Any:
+    """Return which values, if sorted, are at ``[start:stop]``; of equal ones the first are."""
+    if start >= stop:
+        return values < 0
+    library: Any = np if isinstance(values, np.ndarray) else torch
+    ordered = _sorted(values)
+    chosen = (values > ordered[start]) & (values < ordered[stop - 1])
+    for end in (ordered[start], ordered[stop - 1]):
+        equal = library.argwhere(values == end)[:, 0]
+        fewer = int(library.count_nonzero(values < end))
+        chosen[equal[: min(fewer + len(equal), stop) - max(fewer, start)]] = True
+    return chosen
+
+
+def _draw_by_rank(
+    mask: Tensor, base: Tensor, expert: Tensor, shape: Sequence[int], density: float, epsilon: float
+) -> None:
+    """Draw numbers, the larger ones of those along the second axis with a higher probability."""
+    if density + epsilon >= 1 or density - epsilon <= 0:
+        raise ValueError("Epsilon must be chosen such that density +/- epsilon is in (0, 1)")
+    length, *inner = shape[1:] if len(shape) > 1 else shape
+    apart = math.prod(inner)
+    ranks = torch.arange(length, device=base.device)
+    by_rank = ranks.float().div_(length - 1).mul_(2 * epsilon).add_(density - epsilon)
+    rows = max(1, chunk_size(base.device) // (length * apart)) * length * apart
+    for part, start, end in zip(*(torch.split(t, rows) for t in (mask, base, expert)), strict=True):
+        magnitudes = (end.float() - start.float()).abs_().view(-1, length, apart).transpose(1, 2)
+        # A magnitude's bits grow with it. Below them is the place from the end, so that no two keys
+        # are equal, and the first of equal magnitudes has the highest rank.
+        keys = magnitudes.reshape(-1, length).view(torch.int32).long().bitwise_left_shift_(32)
+        keys = torch.as_tensor(_sorted(_array(keys.add_(ranks.flip(0)))), device=base.device)
+        order = keys.bitwise_and_((1 << 32) - 1).neg_().add_(length - 1)
+        probabilities = torch.empty_like(order, dtype=torch.float32)
+        probabilities.scatter_(1, order, by_rank.expand_as(order))
+        _draw(part, probabilities.view_as(magnitudes).transpose(1, 2).reshape(-1))
+
+
+def _draw(mask: Tensor, probability: Tensor | float) -> None:
+    """Write 1 with a probability, or else 0; on the CPU, what ``torch.bernoulli`` draws."""
+    uniform = torch.rand(len(mask), dtype=torch.float32, device=mask.device)
+    mask.copy_(uniform.lt_(probability))
+
+
+def _factor(mask: Tensor, base: Tensor, expert: Tensor) -> float:
+    """Return what the kept numbers are multiplied by, so that ‖τ‖₁ stays the same."""
+    before, after = Sum(), Sum()
+    for chunk, _, [delta] in deltas_of(base, [expert], chunk_size(base.device)):
+        before.add(delta.abs_())
+        after.add(delta.mul_(mask[chunk]))
+    is_tiny = min(before.value, after.value) < 1e-7  # MergeKit does not rescale these
+    return 1.0 if is_tiny else before.value / after.value
 
 
 def _mixed(
-    deltas: Tensor,
-    weights: Tensor,
-    consensus: ConsensusMethod | None,
-    parameters: Mapping[str, Any],
+    deltas: Tensor, weights: Tensor, consensus: ConsensusMethod | None, options: Mapping[str, Any]
 ) -> Tensor:
-    """Return what MergeKit makes of T sparsified task vectors, (T, n), which are overwritten.
+    """Return what MergeKit makes of T weighted task vectors, (T, n), which are overwritten.
 
     With a consensus method, only the numbers count that have the sign of the majority.
     """
-    deltas.mul_(weights)
     if consensus is None:
         mixed, divisor = deltas.sum(dim=0), weights.sum(dim=0)
         divisor[divisor.abs() < 1e-8] = 1
     else:
         votes = deltas if consensus == ConsensusMethod.sum else deltas.sign()
-        majority = votes.sum(dim=0).sign_().add_(0.5).sign_()  # 0 is positive
+        majority = votes.sum(dim=0).ge_(0).mul_(2).sub_(1)  # 1 or -1
         agreeing = deltas.mul_(majority).relu_()
         mixed = agreeing.sum(dim=0).mul_(majority)
         # Where no number counts, 0 is divided by anything but 0.
-        divisor = agreeing.sign_().mul_(weights).sum(dim=0).clamp_(min=_LEAST)
-    if parameters["normalize"]:
+        divisor = agreeing.gt_(0).mul_(weights).sum(dim=0).clamp_(min=_LEAST)
+    if options["normalize"]:
         mixed /= divisor
-    if parameters["lambda"] != 1:
-        mixed *= parameters["lambda"]
+    if options["lambda"] != 1:
+        mixed *= options["lambda"]
     return mixed
+
+
+def _array(tensor: Tensor) -> Any:
+    """Return a CPU tensor as NumPy's, which compares, finds and sorts several times as fast."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+
+
+def _sorted(array: Any) -> Any:
+    """Return an array's numbers in rising order, those of each row if it has rows."""
+    if not isinstance(array, np.ndarray):
+        return array.sort().values
+    if array.ndim == 1:
+        return np.sort(array)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        parts = np.array_split(array, torch.get_num_threads())
+        return np.concatenate(list(pool.map(np.sort, parts)))

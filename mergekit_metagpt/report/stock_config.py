@@ -19,8 +19,9 @@ Weight = float | list[ConditionalParameter]
 def stock_config(forecast: Forecast) -> str:
     """Return a config that MergeKit merges to the same result without this package.
 
-    In float32 the sparsified methods give the same bytes, except for the random ones. The plain
-    method agrees to two rounding steps, because MergeKit adds up differences.
+    In float32 the sparsified methods give the same bytes, except for the random ones, for rescaling
+    and for the choice among equal magnitudes. The plain method agrees to two rounding steps,
+    because MergeKit adds up differences.
     """
     config = forecast.config.model_copy(deep=True)
     config.merge_method = forecast.method.stock.spec.name
@@ -155,5 +156,10 @@ def _header(forecast: Forecast) -> str:
         lines.append(
             "This method drops parameters at random. MergeKit and mergekit-metagpt draw "
             "different masks, so the merged weights differ."
+        )
+    elif not forecast.method.is_plain:
+        lines.append(
+            "Of equal magnitudes mergekit-metagpt keeps the first in memory, and MergeKit those "
+            "that its sort happens to put first. Sums for rescale differ in their last bits."
         )
     return "".join(f"# {line}\n" for line in lines)
