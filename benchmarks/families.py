@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -9,7 +10,7 @@ import transformers
 _NOISE = 0.01
 
 # One decoder layer of a real model, with a vocabulary that does not matter.
-_BLOCK = {"num_hidden_layers": 1, "vocab_size": 256}
+_BLOCK: dict[str, Any] = {"num_hidden_layers": 1, "vocab_size": 256}
 BLOCKS = {
     "a block of Llama 2 7B": transformers.LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_attention_heads=32, **_BLOCK

@@ -69,7 +69,7 @@ def squared_norms(base: Tensor, experts: Sequence[Tensor]) -> list[float]:
 def squared_norm(tensor: Tensor) -> float:
     """Return ‖θ‖² of a tensor of any shape and floating-point dtype, summed as above."""
     dtype = working_dtype(tensor.dtype)
-    total, (buffer, squares) = _Sum(), _buffers(tensor, dtype, 2)
+    total, (buffer, squares) = Sum(), _buffers(tensor, dtype, 2)
     for (chunk,) in _chunks(tensor):
         values = _converted(chunk, buffer)
         total.add(torch.mul(values, values, out=squares[: len(values)]))
