@@ -111,8 +111,8 @@ def by_directions(
     count = max(1, round(weighed.sum() ** 2 / (weighed**2).sum()))
     while True:
         v = vectors[:, :count]
-        parts = zip(taus, energies, strict=True)
-        decided = sum(tau @ v @ (v.T @ e @ v) / values[:count] for tau, e in parts)
+        parts = zip(weights, taus, energies, strict=True)
+        decided = sum(w * tau @ v @ (v.T @ e @ v) / values[:count] for w, tau, e in parts)
         moved = sum(((tau @ v) ** 2).sum() for tau in taus)
         if count == 1 or (decided**2).sum() - moved <= 0.2 * norms.sum():
             break

@@ -334,6 +334,57 @@ def test_numbers_that_are_not_finite_are_refused():
             merge(base, experts, role=role)
 
 
+@pytest.mark.parametrize("role", Role)
+def test_an_expert_that_takes_no_part_must_be_finite_too(role):
+    base, experts = fine_tunes((30, 40), dtype=torch.float32)
+    experts[1][3, 5] = math.nan
+    with pytest.raises(FloatingPointError):
+        merge(base, experts, rule(experts, priors=[1.0, 0.0, 1.0]), role=role)
+
+
+def test_a_range_that_overflows_float32_is_found_in_float64():
+    _, experts = of_low_rank((30, 40), (1, 1))
+    experts = [(1.7e19 * e / e.norm()).float() for e in experts]
+    found = merge_directions(torch.zeros(30, 40), experts, rule(experts))
+    assert found.kept == pytest.approx([1, 1], abs=0.1)
+
+
+@pytest.mark.parametrize("scale", [1e-160, 1e-170])
+def test_task_vectors_whose_squares_underflow_even_in_float64_give_finite_results(scale):
+    base, experts = (
+        torch.zeros(30, 40, dtype=torch.float64),
+        [scale * drawn(30, 40, seed=s) for s in (1, 2)],
+    )
+    for others in (experts, [experts[0], drawn(30, 40, seed=3)]):
+        merged, found = merge(base, others)
+        assert merged.isfinite().all()
+        assert all(map(math.isfinite, found.kept))
+
+
+def test_the_default_dtype_does_not_matter():
+    base, experts = fine_tunes((90, 100), dtype=torch.float32)
+    first = merge(base, experts, name="a")[0]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(merge(base, experts, name="a")[0], first)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_long_vectors_have_exact_figures():
+    base, (expert,) = fine_tunes((3_000_000,), scales=(1.0,), dtype=torch.float32)
+    found = merge_directions(base, [expert, expert], rule([1, 2]), role=Role.ELEMENTS)
+    assert found.kept == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_what_is_left_of_an_expert_follows_its_prior_without_a_jump():
+    base, experts = of_low_rank((150, 120), (5, 5))
+    kept = [
+        merge(base, experts, rule(experts, priors=[1.0, w]))[1].kept[1] for w in (0.8, 0.2, 0.05)
+    ]
+    np.testing.assert_allclose(kept, [0.8, 0.2, 0.05], atol=0.1)
+
+
 def test_the_size_of_blocks_hardly_matters(monkeypatch):
     base, experts = fine_tunes((130, 120), dtype=torch.bfloat16)
     for role in Role:

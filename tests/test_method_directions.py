@@ -9,7 +9,15 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from conftest import llama_config, merge_config, put_nan, read, save_family, write_yaml
+from conftest import (
+    llama_config,
+    merge_config,
+    put_nan,
+    read,
+    save_family,
+    slices_config,
+    write_yaml,
+)
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.merge_methods import merge_state_dicts
@@ -143,6 +151,34 @@ def test_the_same_models_give_the_same_merge_by_every_entrance(architecture, gra
             assert torch.equal(its[name], tensor), (other, name)
 
 
+def test_a_merge_with_more_layers_than_its_base_knows_its_inputs(merge, tmp_path):
+    paths = save_family(tmp_path, gpt2_config())
+    config = slices_config(paths, [[0, 2]], [[1, 2]], parameters={"granularity": "direction"})
+    merged = merge(config)
+    base, *experts = map(read, paths.values())
+    for part in ("attn.c_proj", "mlp.c_fc"):
+        source, name = (f"transformer.h.{n}.{part}.weight" for n in (1, 2))
+        its = [{name: model[source]} for model in (base, *experts)]
+        roles = {name: Role.TRANSPOSED}
+        assert_merged({name: merged[name]}, its[0], its[1:], Rule((1.0, 1.0)), roles=roles)
+
+
+def test_the_head_of_a_tied_model_is_merged_as_its_embedding_in_any_order():
+    tables = [torch.randn(20, 8, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    found = [
+        merge_state_dicts(
+            [dict.fromkeys(order, table) for table in tables],
+            "metagpt",
+            base=0,
+            parameters={"granularity": "direction"},
+        )
+        for order in (names, names[::-1])
+    ]
+    for name in names:
+        assert torch.equal(found[0][name], found[1][names[0]])
+
+
 def test_the_exponent_is_that_of_the_granularity(family, merge):
     found = merge(config_of(family))
     named = merge(config_of(family, exponent=0))
@@ -222,7 +258,7 @@ def test_the_table_and_the_plot_show_how_much_is_kept(family, tmp_path):
     text = invoke("coefficients", yml, "--plot", plot, "--quiet").stdout
     assert "kept" in text
     assert "of 2 in all" in text
-    assert "decide there; elsewhere they are added up" in " ".join(text.split())
+    assert "directions; elsewhere the experts are added up" in " ".join(text.split())
     assert "Moved, of the base's length: a " in text
     assert "granularity direction, exponent 0" in text
     assert plot.stat().st_size > 10_000
@@ -246,15 +282,17 @@ def test_no_stock_config_can_express_it(family, tmp_path, monkeypatch):
 
 def test_check_says_how_long_directions_take(family, tmp_path):
     yml = write_yaml(tmp_path / "metagpt.yml", config_of(family))
-    assert "Arithmetic on this machine about 1 second" in " ".join(
+    assert "Arithmetic on this machine under 2 seconds" in " ".join(
         invoke("check", yml).stdout.replace("│", " ").split()
     )
     other = write_yaml(tmp_path / "tensor.yml", merge_config(family))
     assert "Arithmetic" not in invoke("check", other).stdout
 
 
-def entry(tensor="w", norms=(1.0, 9.0), kept=(1.0, 1.0), length=None, size=4, exponent=0.0):
-    found = Directions(norms, kept, sum(norms) if length is None else length, 2, 4)
+def entry(
+    tensor="w", norms=(1.0, 9.0), kept=(1.0, 1.0), length=None, size=4, exponent=0.0, scale=1.0
+):
+    found = Directions(norms, kept, sum(norms) if length is None else length, scale, 2, 4)
     return Entry(tensor, "direction", ("a", "b"), norms, (1.0, 1.0), exponent, size, found)
 
 
@@ -265,8 +303,34 @@ def test_an_expert_that_is_hardly_kept_is_named():
 
 def test_a_stretched_merge_is_warned_of():
     (sentence,) = warnings(Summary([entry(length=40.0)]))
-    assert "moves 2.0 times as far as unrelated experts would together" in sentence
+    assert "moves 2.0 times as far as orthogonal experts would together" in sentence
     assert "set lambda: 0.5" in sentence
+
+
+def test_a_large_lambda_is_no_stretch():
+    assert not warnings(Summary([entry(length=40.0, scale=2.0, kept=(2.0, 2.0))]))
+
+
+def test_a_small_lambda_is_no_small_share():
+    small = entry(length=0.1, scale=0.1, kept=(0.1, 0.1))
+    assert not warnings(Summary([small]))
+    assert not list(Watch(parameters=1).add(small))
+
+
+def test_an_expert_without_a_prior_is_not_missed():
+    left_out = replace(entry(kept=(0.0, 1.0)), priors=(0.0, 1.0))
+    assert not warnings(Summary([left_out]))
+    assert not list(Watch(parameters=1).add(left_out))
+
+
+def test_a_tensor_in_which_one_expert_moves_is_not_dominated():
+    alone = Entry("w", "tensor", ("a", "b"), (1.0, 0.0), (1.0, 1.0), 2.0, 4)
+    assert not list(Watch(parameters=1).add(alone))
+
+
+def test_what_does_not_move_is_not_the_least_that_is_kept():
+    experts = Summary([entry("u", (1.0, 0.0), (0.9, 0.0)), entry("w", kept=(0.8, 0.7))]).experts
+    assert [(expert.least, expert.largest) for expert in experts] == [(0.8, 0.9), (0.7, 0.7)]
 
 
 def save_adapters(base, folder):
@@ -351,7 +415,7 @@ def test_the_stock_command_warns_once_of_an_expert_that_dominates(tmp_path, capl
         folder = tmp_path / granularity
         config = merge_config(uneven(folder), parameters={"granularity": granularity})
         (sentence,) = warned(caplog, config, folder)
-        assert sentence.startswith("In tensors with a tenth of the parameters, ")
+        assert sentence.startswith("In tensors with at least a tenth of the parameters, ")
         assert f"{folder}/b has more than 90%" in sentence
         assert "set exponent: 1" in sentence
 

@@ -57,12 +57,11 @@ def _duration(seconds: float) -> str:
     """Write a duration for people.
 
     >>> _duration(0.4), _duration(42.3), _duration(3900)
-    ('1 second', '42 seconds', '65 minutes')
+    ('under 2 seconds', 'about 42 seconds', 'about 65 minutes')
     """
-    whole = max(1, round(seconds))
-    if whole >= 120:
-        return f"{round(whole / 60)} minutes"
-    return f"{whole} second{'s' * (whole > 1)}"
+    if seconds < 2:
+        return "under 2 seconds"
+    return f"about {seconds:.0f} seconds" if seconds < 120 else f"about {seconds / 60:.0f} minutes"
 
 
 def _show(costs: "Costs") -> None:
@@ -84,7 +83,7 @@ def _show(costs: "Costs") -> None:
         ("Output shards", str(costs.shards)),
     ]
     if costs.arithmetic:
-        rows.append(("Arithmetic on this machine", f"about {_duration(costs.arithmetic)}"))
+        rows.append(("Arithmetic on this machine", _duration(costs.arithmetic)))
     if costs.bytes_applied:
         rows.append(("Bytes written to the LoRA cache", decimal(costs.bytes_applied)))
     table = Table(title="No problems found", show_header=False)

@@ -46,6 +46,11 @@ _POWER = 0.75
 # If the merge would move farther in K directions than the experts do, by more than this part of all
 # that they move, it amplifies what they do not determine. Then fewer directions are decided.
 _FARTHER = 0.2
+_TINY = torch.finfo(torch.float64).tiny
+# Squared norms above this may overflow float32 in products with what is drawn.
+_LARGEST = 1e36
+# float32 sums of so many products are exact enough for cosines.
+_COLUMNS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Directions:
             s = 1 they are 1 if the experts move in different directions.
         squared_norm: ‖s M‖². With s = 1 it is Σ_t ‖τ_t‖² if the experts move in different
             directions.
+        scale: s.
         decided: K, in how many directions the coefficients decide; of a stack of matrices, their
             sum. None for a tensor that is no matrix.
         inputs: n, how many directions there are; of a stack, their sum.
@@ -92,6 +98,7 @@ class Directions:
     squared_norms: Norms
     kept: Norms
     squared_norm: float
+    scale: float
     decided: int | None
     inputs: int
 
@@ -120,11 +127,11 @@ def merge_directions(
         role: what the tensor does in its model; where it is a matrix, which axis its inputs have.
         name: the tensor's name; with its shape, it decides what the range finder draws.
         scale: s, MergeKit's ``lambda``.
-        out: a tensor of the base's shape, device and dtype to write the merge to. None computes
-            the figures only.
+        out: a contiguous tensor of the base's shape, device and dtype to write the merge to. None
+            computes the figures only.
 
     Raises:
-        ValueError: if autograd would have to follow the result.
+        ValueError: if autograd would have to follow the result, or ``out`` is not contiguous.
         FloatingPointError: if a number is NaN or Inf, or a square exceeds even float64's range.
     """
     tensors = [base, *experts]
@@ -137,6 +144,8 @@ def merge_directions(
     merge = _merge_matrix if is_matrix else _merge_rows
     rule = rule.relative()
     matrices = [_matrices(tensor.detach(), role) for tensor in tensors]
+    if out is not None and not out.is_contiguous():
+        raise ValueError("A merge by directions is written to a contiguous tensor.")
     targets = [None] * len(matrices[0]) if out is None else _matrices(out, role)
     parts = []
     for number, (target, *views) in enumerate(zip(targets, *matrices, strict=True)):
@@ -224,7 +233,8 @@ class _Inputs:
         norms = torch.cat(list(squares), dim=1).cpu().double().sum(1)
         size, is_exact = self.base.numel(), self.dtype == torch.float64
         for norm in norms.tolist():
-            if not (math.isfinite(norm) if is_exact else in_float32_range(norm, size)):
+            is_right = in_float32_range(norm, size) and norm < _LARGEST
+            if not (math.isfinite(norm) if is_exact else is_right):
                 raise FloatingPointError(f"A squared norm is {norm} in {self.dtype}.")
         return norms
 
@@ -250,7 +260,7 @@ def _merge_rows(inputs: _Inputs, rule: Rule, scale: float, out: Tensor | None) -
     for block in inputs.blocks():
         taus = block.task_vectors
         squares.append(block.squares())
-        gram = torch.bmm(taus.transpose(0, 1), taus.permute(1, 2, 0)).cpu().double()
+        gram = _row_products(taus)
         shares = _shares(gram, priors)  # rows x T
         inner = gram @ shares.unsqueeze(2)
         products += inner.sum((0, 2))
@@ -264,15 +274,18 @@ def _merge_rows(inputs: _Inputs, rule: Rule, scale: float, out: Tensor | None) -
     return _Part(norms, products, length, inputs.base.shape[1])
 
 
+def _row_products(taus: Tensor) -> Tensor:
+    """Return ⟨τ_t, τ_k⟩ of each row, rows x T x T in float64, of T x rows x n task vectors."""
+    parts = torch.split(taus, _COLUMNS, dim=2)
+    products = (torch.bmm(part.transpose(0, 1), part.permute(1, 2, 0)) for part in parts)
+    return torch.stack([product.cpu().double() for product in products]).sum(0)
+
+
 def _merge_one(
     inputs: _Inputs, rule: Rule, movers: Sequence[int], scale: float, out: Tensor | None
 ) -> _Part:
     """Merge if at most one expert takes part."""
-    norms = torch.tensor(
-        squared_norms(inputs.base, inputs.experts), dtype=torch.float64, device="cpu"
-    )
-    if not norms.isfinite().all():
-        raise FloatingPointError("A number is not finite, or too large to be squared.")
+    norms = torch.tensor(inputs.norms_of_others([]), dtype=torch.float64, device="cpu")
     shares = torch.zeros_like(norms)
     for t in movers:
         shares[t] = rule.priors[t]
@@ -310,7 +323,8 @@ def _looked_at(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
     new = partial(inputs.base.new_zeros, dtype=inputs.dtype)
     gram, ranges = new(count, count), new(count, _RANK, n)
     generator = torch.Generator("cpu").manual_seed(inputs.seed)
-    drawn = torch.randn(_RANK, n, generator=generator, device="cpu").to(ranges)
+    drawn = torch.randn(_RANK, n, generator=generator, dtype=torch.float32, device="cpu")
+    drawn = drawn.to(ranges)
     squares = []
     for block in inputs.blocks():
         taus = block.task_vectors
@@ -321,6 +335,10 @@ def _looked_at(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
         gram.addmm_(flat, flat.T)
         squares.append(block.squares())
     norms = inputs.norms(squares)
+    if not ranges.isfinite().all():
+        raise FloatingPointError(
+            f"The directions of a matrix are out of the range of {inputs.dtype}."
+        )
     gram = gram.cpu().double()
     gram.diagonal().copy_(norms)
     return norms, gram, ranges
@@ -375,14 +393,17 @@ def _solve(projected: Tensor, gram: Tensor, rule: Rule) -> _Solution:
         gram: ⟨τ_t, τ_k⟩, T x T in float64.
         rule: says how λ_t and c_t follow from them.
     """
-    factors = gram.new_tensor(rule.traces(gram.diagonal().tolist())) / gram.diagonal()
+    norms = gram.diagonal()
+    factors = gram.new_tensor(rule.traces(norms.tolist())) / norms.clamp_min(_TINY)
+    priors = gram.new_tensor(rule.priors)
     energies = (projected.mT @ projected).cpu().double() * factors.view(-1, 1, 1)
     values, vectors = torch.linalg.eigh(energies.sum(0))
-    values, vectors = values.flip(0).clamp_min_(0), vectors.flip(1)
+    values, vectors = values.flip(0).clamp_min_(_TINY), vectors.flip(1)
     found = _participation(values**_POWER)
     while True:
         directions = vectors[:, :found]
-        shares = directions.T @ energies @ directions / values[:found]  # T x K x K
+        # What each expert wants, in proportion to its prior. T x K x K
+        shares = priors.view(-1, 1, 1) * (directions.T @ energies @ directions) / values[:found]
         inside = projected @ directions.to(projected)  # τ_t Q V, T x m x K
         decided = (inside @ shares.to(projected)).sum(0)
         farther = float(decided.square().sum() - inside.square().sum())
@@ -390,17 +411,19 @@ def _solve(projected: Tensor, gram: Tensor, rule: Rule) -> _Solution:
             break
         found -= max(1, found // 8)
     flat = inside.flatten(1)
-    elsewhere = _shares(gram - (flat @ flat.T).cpu().double(), gram.new_tensor(rule.priors))
+    elsewhere = _shares(gram - (flat @ flat.T).cpu().double(), priors)
     left = decided - (elsewhere.to(flat) @ flat).view_as(decided)
     along = (flat @ left.flatten()).cpu().double()  # ⟨H, τ_t Q V⟩
     products = gram @ elsewhere + along
+    # ‖M‖² = c·(G c + 2 along) + ‖H‖²
     length = float(elsewhere @ (products + along)) + float(left.square().sum())
     return _Solution(elsewhere.tolist(), left, directions.to(projected), products, length)
 
 
 def _participation(values: Tensor) -> int:
     """Return the participation number of a spectrum: how many values carry its sum."""
-    return max(1, round(float(values.sum() ** 2 / values.square().sum())))
+    parts = values / values.max()
+    return max(1, round(float(parts.sum() ** 2 / parts.square().sum())))
 
 
 def _shares(gram: Tensor, priors: Tensor) -> Tensor:
@@ -415,7 +438,7 @@ def _shares(gram: Tensor, priors: Tensor) -> Tensor:
     """
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     lengths = lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
-    alike = (gram / lengths.clamp_min(torch.finfo(torch.float64).tiny)).square_().clamp_(max=1)
+    alike = (gram / lengths.clamp_min(_TINY)).square_().clamp_(max=1)
     alike.diagonal(dim1=-2, dim2=-1).fill_(1)
     return priors / (alike @ priors).clamp_min(1)
 
@@ -423,11 +446,14 @@ def _shares(gram: Tensor, priors: Tensor) -> Tensor:
 def _summarized(parts: Sequence[_Part], scale: float, is_matrix: bool) -> Directions:
     """Return the figures of all matrices of a tensor together."""
     norms = torch.stack([part.norms for part in parts]).sum(0).tolist()
+    if not all(map(math.isfinite, norms)):
+        raise FloatingPointError("A number is not finite, or too large to be squared.")
     products = torch.stack([part.products for part in parts]).sum(0).tolist()
     return Directions(
         squared_norms=tuple(norms),
         kept=tuple(scale * p / q if q else 0.0 for p, q in zip(products, norms, strict=True)),
         squared_norm=scale**2 * math.fsum(part.squared_norm for part in parts),
+        scale=scale,
         decided=sum(part.decided for part in parts) if is_matrix else None,
         inputs=sum(part.inputs for part in parts),
     )

@@ -319,7 +319,7 @@ def _buffers(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
 
 def _room(like: Tensor, dtype: torch.dtype, numbers: int) -> Tensor:
     """Return room for so many numbers, which the next call in this thread overwrites."""
-    if like.device.type != "cpu":
+    if like.device.type != "cpu" or numbers > _BLOCK:  # a single long row is not kept
         return like.new_empty(numbers, dtype=dtype)
     room = _SCRATCH.rooms.get(dtype)
     if room is None or len(room) < numbers:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,8 +92,13 @@ class Checkpoints:
             AHEAD.begin(os.path.join(index.base_path, index.tensor_paths[tensor]), tensor)
 
     def shape_of_base(self, tensor: str) -> tuple[int, ...] | None:
-        """Return the shape of a tensor of the base, or None if the base has no such tensor."""
+        """Return the shape of a tensor of the base, or None if the base has no such tensor.
+
+        A merge may have more layers than the base; then a tensor is like that of the first layer.
+        """
         loader = self.loader(self.base)
+        if tensor not in loader.index.tensor_paths:
+            tensor = re.sub(r"(?<=\.)\d+(?=\.)", "0", tensor, count=1)
         path = loader.index.tensor_paths.get(tensor)
         if path is None:
             return None

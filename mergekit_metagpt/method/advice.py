@@ -1,9 +1,9 @@
 """Warnings about the coefficients of a merge, each with a way out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from mergekit_metagpt.core.coefficients import scaling_coefficients
-from mergekit_metagpt.method.summary import Summary
+from mergekit_metagpt.method.summary import Entry, Summary
 
 # If one expert has more than this share, almost nothing of the others is left.
 DOMINANT = 0.9
@@ -18,7 +18,7 @@ HARDLY = 0.1
 
 def warnings(summary: Summary) -> list[str]:
     """Return a sentence for each warning; its figures follow from the norms, no model is read."""
-    if any(expert.kept is not None for expert in summary.experts):
+    if summary.by_direction:
         found = [*_hardly_kept(summary), *_stretched(summary)]
     else:
         found = list(_dominant_experts(summary)) or list(_dominated_tensors(summary))
@@ -69,25 +69,49 @@ def _dominated_tensors(summary: Summary) -> Iterator[str]:
 
 def _hardly_kept(summary: Summary) -> Iterator[str]:
     """Warn if hardly anything of a task vector is in the merge, whatever its coefficients are."""
+    wanted = {e for entry in summary.entries for e in experts_in(entry)}
     for expert in summary.experts:
-        if expert.kept is not None and expert.squared_norm and expert.kept < HARDLY:
-            ways = ["give it a larger weight (its prior)"]
-            if _exponent(summary):
-                ways.insert(0, "set exponent: 0")
-            yield (
-                f"The merge keeps only {expert.kept:.1%} of the task vector of {expert.model}; "
-                f"{', or '.join(ways)}."
-            )
+        if expert.kept is not None and expert.model in wanted:
+            scale = _scale(summary)
+            if scale and expert.kept / scale < HARDLY:
+                ways = ["give it a larger weight (its prior)"]
+                if _exponent(summary):
+                    ways.insert(0, "set exponent: 0")
+                yield (
+                    f"The merge keeps only {expert.kept:.1%} of the task vector of "
+                    f"{expert.model}; {', or '.join(ways)}."
+                )
 
 
 def _stretched(summary: Summary) -> Iterator[str]:
-    """Warn if the merge moves farther than its experts do."""
-    if summary.stretch is not None and summary.stretch > STRETCHED:
+    """Warn if the merge moves farther than its experts do, and than lambda asks for."""
+    most = max(1.0, abs(_scale(summary)))
+    if summary.stretch is not None and summary.stretch > STRETCHED * most:
         yield (
-            f"The merge moves {summary.stretch:.1f} times as far as unrelated experts would "
-            f"together, and may be broken; set lambda: {1 / summary.stretch:.1f}, or granularity: "
-            "model."
+            f"The merge moves {summary.stretch:.1f} times as far as orthogonal experts would "
+            f"together, and may be broken; set lambda: {_scale(summary) / summary.stretch:.2g}, or "
+            "granularity: model."
         )
+
+
+def _scale(summary: Summary) -> float:
+    """Return MergeKit's lambda of a merge by directions."""
+    return next(entry.directions.scale for entry in summary.entries if entry.directions)
+
+
+def experts_in(entry: Entry) -> list[Hashable]:
+    """Return the experts of a tensor that move there and have a prior."""
+    figures = zip(entry.experts, entry.squared_norms, entry.priors, strict=True)
+    return [expert for expert, norm, prior in figures if norm and prior]
+
+
+def dominant(entry: Entry) -> Hashable | None:
+    """Return the expert that has nearly all of a tensor, although others move there too."""
+    taking_part = experts_in(entry)
+    if entry.directions or len(taking_part) < 2:
+        return None
+    shares = zip(entry.experts, entry.coefficients, strict=True)
+    return next((e for e, share in shares if share > DOMINANT and e in taking_part), None)
 
 
 def moved_far(experts: Sequence[object], moved: Sequence[float] | None) -> list[str]:
@@ -109,11 +133,7 @@ def moved_far(experts: Sequence[object], moved: Sequence[float] | None) -> list[
 
 def dominated_part(summary: Summary) -> float:
     """Return the part of the parameters in tensors that one of several experts dominates."""
-    sizes = [
-        e.size
-        for e in summary.entries
-        if len(e.experts) > 1 and not e.directions and max(e.coefficients) > DOMINANT
-    ]
+    sizes = [entry.size for entry in summary.entries if dominant(entry) is not None]
     return sum(sizes) / summary.parameters if sizes else 0.0
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mergekit_metagpt.core.directions import Directions, Rule, merge_directions
 from mergekit_metagpt.core.granularities import GRANULARITIES
-from mergekit_metagpt.core.roles import ShapeOf, role_of
+from mergekit_metagpt.core.roles import Role, ShapeOf, role_of
 from mergekit_metagpt.core.task_vectors import add_task_vectors
 from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
 from mergekit_metagpt.method.parameters import exponent_of, with_priors
@@ -212,18 +212,25 @@ def _without_ties(
 ) -> tuple[list[int], list[int]]:
     """Return which tensors to merge, and for each tensor which of those results is its own.
 
-    Tensors that are tied in memory stay tied: they are merged once, under the first name.
+    Tensors that are tied in memory stay tied. They are merged once: as the embedding, if one of
+    them is.
     """
-    first: dict[Any, int] = {}
-    once: list[int] = []
-    places = []
+    shapes = {tensor.name: tensor.base.shape for tensor in inputs}
+    tied: list[list[int]] = []
+    groups: dict[Any, list[int]] = {}
     for number, (tensor, its) in enumerate(zip(inputs, parameters, strict=True)):
-        twin = first.setdefault(tensor.memory, len(once))
-        if twin == len(once) or parameters[once[twin]] != its:
-            twin = len(once)
-            once.append(number)
-        places.append(twin)
-    return once, places
+        group = groups.setdefault(tensor.memory, [])
+        if not group or parameters[group[0]] != its:
+            group = groups[tensor.memory] = []
+            tied.append(group)
+        group.append(number)
+
+    def is_table(number: int) -> bool:
+        return role_of(inputs[number].name, inputs[number].base.shape, shapes.get) is Role.ROWS
+
+    once = [next(filter(is_table, group), group[0]) for group in tied]
+    places = {number: place for place, group in enumerate(tied) for number in group}
+    return once, [places[number] for number in range(len(inputs))]
 
 
 def by_directions(

@@ -141,16 +141,32 @@ class Summary:
     @cached_property
     def experts(self) -> list[Expert]:
         """All T experts."""
-        columns = zip(*map(self.row, self.entries), strict=True)
         measured = self._kept(self.entries)
         norms, means = self._squared_norms(), measured or self._means(self.entries)
         kept: Sequence[float | None] = measured or [None] * len(self.ids)
         return [
-            Expert(model, norm, mean, min(column), max(column), part)
-            for model, norm, mean, column, part in zip(
-                self.ids, norms, means, columns, kept, strict=True
-            )
+            Expert(model, norm, mean, *self._range(model), part)
+            for model, norm, mean, part in zip(self.ids, norms, means, kept, strict=True)
         ]
+
+    def _range(self, model: Hashable) -> tuple[float, float]:
+        """Return an expert's least and largest coefficient; of directions, where it moves."""
+        found = [
+            coefficient
+            for entry in self.entries
+            for expert, norm, coefficient in zip(
+                entry.experts, entry.squared_norms, entry.coefficients, strict=True
+            )
+            if expert == model and (norm or not entry.directions)
+        ]
+        if any(model not in entry.experts for entry in self.entries):
+            found.append(0.0)
+        return min(found, default=0.0), max(found, default=0.0)
+
+    @property
+    def by_direction(self) -> bool:
+        """Whether any tensor has a coefficient for every direction."""
+        return any(entry.directions for entry in self.entries)
 
     @property
     def varies(self) -> bool:

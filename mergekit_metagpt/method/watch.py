@@ -3,7 +3,14 @@
 from collections import Counter
 from collections.abc import Hashable, Iterator
 
-from mergekit_metagpt.method.advice import DOMINANT, HARDLY, STRETCHED, milder
+from mergekit_metagpt.method.advice import (
+    DOMINANT,
+    HARDLY,
+    STRETCHED,
+    dominant,
+    experts_in,
+    milder,
+)
 from mergekit_metagpt.method.summary import Entry
 
 # What shows in tensors with this part of the parameters is worth a warning.
@@ -27,32 +34,32 @@ class Watch:
             before = self._seen[sentence, of]
             self._seen[sentence, of] += entry.size
             if before < self._enough <= self._seen[sentence, of]:
-                yield f"In tensors with a tenth of the parameters, {sentence}"
+                yield f"In tensors with at least a tenth of the parameters, {sentence}"
 
 
 def _shown(entry: Entry) -> Iterator[tuple[str, Hashable]]:
     """Yield what a tensor shows as the end of a sentence, and the expert that it is about."""
-    several = len(entry.experts) > 1
-    figures = zip(entry.experts, entry.squared_norms, entry.coefficients, strict=True)
-    for expert, norm, coefficient in figures:
-        if entry.directions and norm and coefficient < HARDLY:
+    expert = dominant(entry)
+    if expert is not None:
+        way = "" if entry.exponent == 0 else f"set exponent: {milder(entry.exponent)}, or "
+        yield (
+            f"{expert} has more than {DOMINANT:.0%} of the merge, so almost nothing of the "
+            f"others is left; {way}give it a smaller weight (its prior).",
+            expert,
+        )
+    if not entry.directions or not entry.directions.scale:
+        return
+    scale, taking_part = entry.directions.scale, experts_in(entry)
+    for expert, kept in zip(entry.experts, entry.directions.kept, strict=True):
+        if expert in taking_part and kept / scale < HARDLY:
             yield (
                 f"the merge keeps less than {HARDLY:.0%} of the task vector of {expert}; give it "
                 "a larger weight (its prior).",
                 expert,
             )
-        elif not entry.directions and several and coefficient > DOMINANT:
-            way = "" if entry.exponent == 0 else f"set exponent: {milder(entry.exponent)}, or "
-            yield (
-                f"{expert} has more than {DOMINANT:.0%} of the merge, so almost nothing of the "
-                f"others is left; {way}give it a smaller weight (its prior).",
-                expert,
-            )
-    if entry.directions:
-        length, most = entry.directions.squared_norm, STRETCHED**2 * sum(entry.squared_norms)
-        if length > most:
-            yield (
-                f"the merge moves more than {STRETCHED} times as far as unrelated experts would "
-                "together, and may be broken; set a smaller lambda, or granularity: model.",
-                None,
-            )
+    if entry.directions.squared_norm > (STRETCHED * scale) ** 2 * sum(entry.squared_norms):
+        yield (
+            f"the merge moves more than {STRETCHED} times as far as orthogonal experts would "
+            "together, and may be broken; set a smaller lambda, or granularity: model.",
+            None,
+        )

@@ -53,7 +53,7 @@ class _Tensor(BaseModel):
     size: int
     squared_norms: list[float]
     products: list[list[float]]
-    base: float = 0.0  # older files have none
+    base: float | None = None  # older files have none
 
 
 class SurveyFile(BaseModel):
@@ -114,7 +114,7 @@ def survey_as_text(survey: Survey, base: ModelReference) -> str:
                 "size": survey.sizes[name],
                 "squared_norms": norms,
                 "products": products[name],
-                "base": survey.bases[name],
+                "base": survey.bases.get(name),
             }
             for name, norms in survey.squared_norms.items()
         },
@@ -190,7 +190,7 @@ def _survey(found: SurveyFile) -> Survey:
         left_out=tuple(found.left_out),
         sizes={name: tensor.size for name, tensor in tensors},
         grams={name: tensor.products for name, tensor in tensors},
-        bases={name: tensor.base for name, tensor in tensors if tensor.base},
+        bases={name: tensor.base for name, tensor in tensors if tensor.base is not None},
     )
 
 

@@ -194,7 +194,7 @@ def advice(compared: Sequence[Choice]) -> str:
 
 def _is_dominated(choice: Choice) -> bool:
     summary = choice.forecast.summary
-    if summary.decided is not None:
+    if summary.by_direction:
         return False
     means = [expert.mean for expert in summary.experts]
     return len(means) > 1 and (max(means) > DOMINANT or choice.dominated > 0.5)

@@ -30,7 +30,7 @@ def coefficients_html(
     """
     names = short_names(summary.ids)
     parts = kept or [expert.kept for expert in summary.experts]
-    by_direction = summary.decided is not None
+    by_direction = summary.by_direction
     name = "kept" if by_direction else "λ"
     columns = ["expert", "‖τ‖", name, "", *(["least", "largest"] if summary.varies else [])]
     if not by_direction and any(part is not None for part in parts):

@@ -116,7 +116,7 @@ def _parts(forecast: Forecast) -> list[tuple[Sequence[Sequence[float]], list[flo
 def forecast_warnings(forecast: Forecast) -> list[str]:
     """Return the warnings about the coefficients, one sentence each."""
     found = warnings(forecast.summary)
-    if forecast.summary.decided is not None:
+    if forecast.summary.by_direction:
         found += moved_far(forecast.experts, forecast.survey.moved)
     return found + [
         f"{tensor} does not count towards the coefficients, because its vocabularies differ."
@@ -179,7 +179,7 @@ def coefficients_table(
     """
     parts = kept or [expert.kept for expert in summary.experts]
     known = [part for part in parts if part is not None]
-    by_direction = summary.decided is not None
+    by_direction = summary.by_direction
     columns = ["‖τ‖"]
     if not by_direction:
         columns += ["mean λ", "least", "largest"] if summary.varies else ["λ"]
@@ -197,7 +197,7 @@ def coefficients_table(
             cells += [share(expert.least), share(expert.largest)] if summary.varies else []
         cells += [f"{known[t]:.1%}"] if known else []
         cells += [f"{expert.least:.1%}", f"{expert.largest:.1%}"] if by_direction else []
-        cells.append(bar([row[t] for row in summary.layers]))
+        cells.append(bar([row[t] for row in summary.kept_by_layer or summary.layers]))
         table.add_row(*map(Text, cells[: len(table.columns)]))
     heading = "What the merge keeps" if by_direction else "Scaling coefficients"
     caption = [Text(_what_is_kept(known, summary))] if known else []
@@ -222,9 +222,9 @@ def _what_is_kept(kept: Sequence[float], summary: Summary) -> str:
     if summary.decided and summary.stretch is not None:
         found, directions = summary.decided
         words += (
-            f" The experts meet in {found:,} of {directions:,} directions, and the coefficients "
-            f"decide there; elsewhere they are added up. The merge moves {summary.stretch:.2f} "
-            "times as far as unrelated experts would together."
+            f" The coefficients decide in {found:,} of {directions:,} directions; elsewhere the "
+            f"experts are added up. The merge moves {summary.stretch:.2f} times as far as "
+            "orthogonal experts would together."
         )
     elif sum(kept) < _MUCH * len(kept):
         words += " Granularity direction may keep more."
@@ -245,7 +245,7 @@ def matrix(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Table:
 
 
 def bar(shares: Sequence[float]) -> str:
-    """Return numbers from 0 to 1 as one character each; if too many, average neighbours.
+    """Return numbers as one character each, of 0 and 1 at the ends; average neighbours of many.
 
     >>> bar([0.0, 0.5, 1.0])
     '▁▅█'
@@ -255,7 +255,8 @@ def bar(shares: Sequence[float]) -> str:
         sum(part) / len(part)
         for part in (shares[start : start + step] for start in range(0, len(shares), step))
     ]
-    return "".join(_BARS[min(int(mean * len(_BARS)), len(_BARS) - 1)] for mean in means)
+    last = len(_BARS) - 1
+    return "".join(_BARS[max(0, min(int(mean * len(_BARS)), last))] for mean in means)
 
 
 def _bounds_table(forecast: Forecast) -> Table:
