@@ -563,7 +563,7 @@ from test_broken_inputs import stock_merge, whole_merge
 command, config, out = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 done = {"stock": stock_merge, "whole": whole_merge}[command](config, out)
-print(done.exit_code, done.stderr or repr(done.exception))
+print(done.exit_code, done.stderr, repr(done.exception))
 """
 
     def limited(self, command: str, yml: Path, out: Path) -> str:
