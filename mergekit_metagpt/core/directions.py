@@ -301,13 +301,13 @@ def _merge_matrix(inputs: _Inputs, rule: Rule, scale: float, out: Tensor | None)
     basis = _basis(ranges)
     found = _solve(_projected(inputs, basis), gram, rule)
     if out is not None:
-        right = (basis @ found.directions).T
+        left, right = scale * found.left, (basis @ found.directions).T
+        first, *others = (scale * share for share in found.elsewhere)
         for block in inputs.blocks():
-            merged = block.spare.zero_()
-            for tau, share in zip(block.task_vectors, found.elsewhere, strict=True):
+            merged = torch.mul(block.task_vectors[0], first, out=block.spare)
+            for tau, share in zip(block.task_vectors[1:], others, strict=True):
                 merged.add_(tau, alpha=share)
-            merged.addmm_(found.left[block.rows], right)
-            out[block.rows] = merged.mul_(scale).add_(block.base)
+            out[block.rows] = merged.addmm_(left[block.rows], right).add_(block.base)
     n, decided = len(basis), found.directions.shape[1]
     return _Part(norms, found.products, found.squared_norm, n, decided)
 
