@@ -109,19 +109,20 @@ def test_the_range_finder_finds_leading_directions():
     assert held > 0.85
 
 
-@pytest.mark.parametrize("priors", [[1.0, 1.0, 1.0], [1.0, 0.5, 2.0]])
-def test_rows_are_added_up_but_shared_by_experts_that_move_alike(priors):
-    """A tensor of single elements is one row."""
+@pytest.mark.parametrize("exponent", [0.0, 2.0])
+def test_rows_and_elements_have_a_coefficient_each(exponent):
     base, experts = fine_tunes((9, 4))
     taus = np.stack([as_float64(e) - as_float64(base) for e in experts])
-    for role, rows in ((Role.ROWS, taus), (Role.ELEMENTS, taus.reshape(3, 1, -1))):
-        wanted = []
-        for own in rows.transpose(1, 0, 2):
-            units = own / np.linalg.norm(own, axis=1, keepdims=True)
-            alike = (units @ units.T) ** 2 @ priors
-            wanted.append(priors / np.maximum(max(priors), alike) @ own)
-        merged = task_vector(base, experts, rule(experts, priors=priors), role=role)
-        np.testing.assert_allclose(merged.reshape(len(wanted), -1), wanted, atol=1e-12)
+    norms = (taus**2).sum((1, 2))
+    priors = np.array([1.0, 0.5, 0.8])
+    for role, squares in (
+        (Role.ROWS, (taus**2).sum(2, keepdims=True)),
+        (Role.ELEMENTS, taus**2),
+    ):
+        energies = squares * (priors * norms ** (exponent / 2 - 1))[:, None, None]
+        shares = priors[:, None, None] * energies / energies.sum(0)
+        merged = task_vector(base, experts, rule(experts, exponent, list(priors)), role=role)
+        np.testing.assert_allclose(merged, (shares * taus).sum(0), atol=1e-12)
 
 
 def test_a_transposed_matrix_is_merged_as_its_other_side():

@@ -42,8 +42,8 @@ class Variant:
             fewer directions.
         elsewhere: c_t: what experts that move alike share, or 1, or 1/√T, or 1/T.
         exponent: k in λ_t ∝ ‖τ_t‖^k.
-        rows: what is done with the rows of what is no matrix: added up, but experts that move a
-            row alike share it; a coefficient for each row by the bound; or the sum.
+        rows: what is done with the rows of what is no matrix: a coefficient for each row by the
+            bound; added up, but experts that move a row alike share it; or the sum.
     """
 
     rank: int = 8
@@ -53,7 +53,7 @@ class Variant:
     symmetric: bool = False
     elsewhere: Literal["shared", "sum", "sum/√T", "mean"] = "shared"
     exponent: float = 0.0
-    rows: Literal["shared", "bound", "sum"] = "shared"
+    rows: Literal["bound", "shared", "sum"] = "bound"
 
     def look(self, taus: Tensor, name: str) -> Look:
         """Look at the experts of a matrix; depends on ``rank`` and ``passes`` only.

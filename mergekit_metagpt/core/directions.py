@@ -13,8 +13,8 @@ which they move most, V; elsewhere they hardly meet, and what they do is added u
 
 V are leading eigenvectors of C, within the span Q of the leading directions of every expert. A
 randomized range finder (Halko, Martinsson and Tropp, 2011) finds Q. K is the participation number
-of the eigenvalues. c_t is 1, but experts that move alike share it. The row of an embedding, and a
-vector, are single directions: experts are added up there in the same way.
+of the eigenvalues. c_t is 1, but experts that move alike share it. For the rows of an embedding, and
+the elements of a vector, every S_t is diagonal, and M is their mean, weighted by S_t.
 """
 
 import math
@@ -49,8 +49,6 @@ _FARTHER = 0.2
 _TINY = torch.finfo(torch.float64).tiny
 # Squared norms above this may overflow float32 in products with what is drawn.
 _LARGEST = 1e36
-# float32 sums of so many products are exact enough for cosines.
-_COLUMNS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -116,9 +114,8 @@ def merge_directions(
     """Merge a tensor with a coefficient for every direction: θ_0 + s M.
 
     A tensor with more than two axes is a stack of matrices, its last two axes, and each is merged
-    by itself. An expert that equals the base in a matrix takes no part there. The rows of a table,
-    and a tensor whose elements are used one by one, are added up, but experts that move alike
-    share: each such row is a single direction.
+    by itself. An expert that equals the base in a matrix takes no part there. A table has a
+    coefficient for each row, and a tensor whose elements are used one by one, for each element.
 
     Args:
         base: θ_0, of any shape, strides, device and floating-point dtype, with an element.
@@ -176,10 +173,10 @@ def _merge_movers(
 def _matrices(tensor: Tensor, role: Role) -> list[Tensor]:
     """Return views of a tensor's matrices, each with a column for every input.
 
-    A table is one matrix of its rows, and a tensor of single elements is one row.
+    A table is one matrix of its rows; each single element is a row.
     """
     if role is Role.ELEMENTS:
-        return [tensor.reshape(1, -1)]
+        return [tensor.reshape(-1, 1)]
     if role is Role.ROWS:
         return [tensor.reshape(len(tensor), -1)]
     stack = list(tensor.reshape(-1, *tensor.shape[-2:]))
@@ -254,31 +251,24 @@ class _Part:
 
 
 def _merge_rows(inputs: _Inputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
-    """Add up row by row: a row is a single direction, in which every expert moves or does not."""
-    priors = torch.tensor(rule.priors, dtype=torch.float64, device="cpu")
-    squares, products, length = [], torch.zeros_like(priors), 0.0
-    for block in inputs.blocks():
-        taus = block.task_vectors
-        squares.append(block.squares())
-        gram = _row_products(taus)
-        shares = _shares(gram, priors)  # rows x T
-        inner = gram @ shares.unsqueeze(2)
-        products += inner.sum((0, 2))
-        length += float((inner.squeeze(2) * shares).sum())
-        if out is not None:
-            merged = block.spare.zero_()
-            for tau, share in zip(taus, shares.T.to(taus), strict=True):
-                merged.addcmul_(tau, share.unsqueeze(1))
-            out[block.rows] = merged.mul_(scale).add_(block.base)
+    """Merge with a coefficient for each row: every S_t is diagonal, so nothing is amplified."""
+    squares = [block.squares() for block in inputs.blocks()]
     norms = inputs.norms(squares)
+    traces = rule.traces(norms.tolist())
+    factors = [c / q if q else 0.0 for c, q in zip(traces, norms.tolist(), strict=True)]
+    products, length = torch.zeros_like(norms), 0.0
+    for block, square in zip(inputs.blocks(), squares, strict=True):
+        shares = square * square.new_tensor(factors).unsqueeze(1)
+        shares /= shares.sum(0).clamp_min_(torch.finfo(shares.dtype).tiny)
+        shares *= shares.new_tensor(rule.priors).unsqueeze(1)
+        merged = block.spare.zero_()
+        for tau, share in zip(block.task_vectors, shares, strict=True):
+            merged.addcmul_(tau, share.unsqueeze(1))
+        products += block.task_vectors.mul_(merged).sum(2).cpu().double().sum(1)
+        length += float(torch.mul(merged, merged, out=block.task_vectors[0]).sum(1).double().sum())
+        if out is not None:
+            out[block.rows] = merged.mul_(scale).add_(block.base)
     return _Part(norms, products, length, inputs.base.shape[1])
-
-
-def _row_products(taus: Tensor) -> Tensor:
-    """Return ⟨τ_t, τ_k⟩ of each row, rows x T x T in float64, of T x rows x n task vectors."""
-    parts = torch.split(taus, _COLUMNS, dim=2)
-    products = (torch.bmm(part.transpose(0, 1), part.permute(1, 2, 0)) for part in parts)
-    return torch.stack([product.cpu().double() for product in products]).sum(0)
 
 
 def _merge_one(
