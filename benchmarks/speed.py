@@ -216,6 +216,15 @@ def main(
     disk: str,
 ) -> None:
     """Time merges, print tables and write the results files."""
+    on_cold_disk = partial(
+        Series,
+        folder=disk,
+        cases=ON_DISK,
+        config=sized(parameters),
+        rounds=cold_rounds,
+        warm_up=0,
+        is_cold=True,
+    )
     all_series = [
         Series("Files in memory", memory, QUICK, sized(parameters), rounds),
         *(
@@ -231,25 +240,8 @@ def main(
             warm_up=0,
         ),
         Series("Files on a disk", disk, ON_DISK, sized(parameters), rounds),
-        Series(
-            "Cold files on a disk",
-            disk,
-            ON_DISK,
-            sized(parameters),
-            cold_rounds,
-            warm_up=0,
-            is_cold=True,
-        ),
-        Series(
-            "Cold files, more than fit in memory",
-            disk,
-            ON_DISK,
-            sized(parameters),
-            cold_rounds,
-            warm_up=0,
-            is_cold=True,
-            memory=0.6,
-        ),
+        on_cold_disk("Cold files on a disk"),
+        on_cold_disk("Cold files, more than fit in memory", memory=0.6),
     ]
     if device != "cpu":
         all_series = [Series("Files in memory", memory, on_gpu(device), sized(parameters), rounds)]

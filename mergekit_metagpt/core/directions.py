@@ -420,16 +420,15 @@ def _shares(gram: Tensor, priors: Tensor) -> Tensor:
     """Return c_t = 1 / Σ_k cos²(τ_t, τ_k): 1, but experts that move alike share it.
 
     Args:
-        gram: ⟨τ_t, τ_k⟩, ... x T x T in float64.
+        gram: ⟨τ_t, τ_k⟩, T x T in float64.
         priors: w_t, T float64, from 0 to 1. Of experts that move differently, that much is added.
 
     Returns:
-        ... x T float64.
+        T float64.
     """
-    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    lengths = lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
-    alike = (gram / lengths.clamp_min(_TINY)).square_().clamp_(max=1)
-    alike.diagonal(dim1=-2, dim2=-1).fill_(1)
+    lengths = gram.diagonal().clamp_min(0).sqrt()
+    alike = (gram / torch.outer(lengths, lengths).clamp_min_(_TINY)).square_().clamp_(max=1)
+    alike.fill_diagonal_(1)
     return priors / (alike @ priors).clamp_min(1)
 
 
