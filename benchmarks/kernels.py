@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks.machine import described
 from benchmarks.results_file import write_measured
 from benchmarks.timing import interleaved, median, spread, timed
-from mergekit_metagpt.core.directions import Rule, merge_directions
+from mergekit_metagpt.core.decision import Rule
+from mergekit_metagpt.core.directions import merge_directions
 from mergekit_metagpt.core.task_vectors import add_task_vectors, squared_norms
 
 COEFFICIENTS = [0.5, 0.3, 0.2]

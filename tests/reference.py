@@ -42,9 +42,9 @@ def coefficients(
         totals[key] = totals.get(key, 0.0) + row
     result = {}
     for name in base:
-        shares = np.array(priors or [1.0] * len(experts)) * totals[scope(name, granularity)] ** (
-            exponent / 2
-        )
+        total = totals[scope(name, granularity)]
+        moved = np.where(total > 0, total ** (exponent / 2), 0.0)  # at k = 0 too
+        shares = np.array(priors or [1.0] * len(experts)) * moved
         result[name] = shares / shares.sum()
     return result
 

@@ -7,7 +7,7 @@ that many, which differ from run to run, and says how many there were.
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,13 +20,13 @@ from click.testing import CliRunner
 from conftest import merge_config, read, write_yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mergekit.merge_methods import merge_state_dicts, merge_tensors, registered_methods
+from mergekit.merge_methods import merge_state_dicts, registered_methods
 from mergekit.scripts import run_yaml
 
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.core import task_vectors
+from mergekit_metagpt.core import buffers, task_vectors
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
-from mergekit_metagpt.method.session import SESSION
+from mergekit_metagpt.method.session import noted
 
 StateDict = dict[str, torch.Tensor]
 SPARSIFIED = [m for m in registered_methods() if isinstance(m, MetaGPTMerge) and not m.is_plain]
@@ -35,22 +35,8 @@ NAMES = ["layers.0.w", "layers.0.b", "layers.1.w", "embed", "layers.1.moe.expert
 # What DELLA can rank, as test_broken_inputs.py has it.
 RANKABLE = [(0,), (3,), (7, 5), (2, 3, 5), (4097,), (67, 71), (8192,)]
 SHAPES = [
-    (),
-    (0,),
-    (0, 3),
-    (1,),
-    (3,),
-    (7, 5),
-    (1, 9),
-    (2, 3, 5),
-    (3, 1, 1, 2),
-    (4096,),
-    (4097,),
-    (67, 71),
-    (129, 65),
-    (8192,),
-    (300, 211),
-]
+    *RANKABLE, (), (0, 3), (1,), (1, 9), (3, 1, 1, 2), (4096,), (129, 65), (300, 211),
+]  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -97,11 +83,7 @@ def as_laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
 
 @st.composite
 def families(
-    draw: st.DrawFn,
-    least: int = -30,
-    most: int = 30,
-    several: bool = True,
-    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    draw: st.DrawFn, least: int = -30, most: int = 30, several: bool = True, shapes: Any = SHAPES
 ) -> tuple[StateDict, list[StateDict]]:
     """Draw a base and one to eight experts."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -203,13 +185,8 @@ def leaves_the_range(
 def test_any_tensors_merge_as_the_float64_reference(granularity, fuzz):
     def case(data: st.DataObject) -> None:
         base, experts = data.draw(families())
-        priors = data.draw(
-            st.lists(
-                st.one_of(st.just(0.0), st.just(1.0), st.floats(1e-3, 10)),
-                min_size=len(experts),
-                max_size=len(experts),
-            )
-        )
+        prior = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(1e-3, 10))
+        priors = [data.draw(prior) for _ in experts]
         exponent = data.draw(st.one_of(st.just(2.0), st.floats(0, 4)))
         scale = data.draw(st.sampled_from([1.0, 1.0, 0.0, 0.3, 1.7, 3.0, -0.9, -2.0, 1e-6]))
         chunk = data.draw(st.sampled_from([1 << 19, 4096, 5000]))
@@ -219,25 +196,21 @@ def test_any_tensors_merge_as_the_float64_reference(granularity, fuzz):
         if data.draw(st.booleans()):
             ids[1:] = ids[:0:-1]  # the canonical order is another than this one
         models = dict(zip(ids, (base, *experts), strict=True))
-        overflow = leaves_the_range(base, experts, by_tensor, scale)
+        parameters = {
+            "granularity": granularity,
+            "weight": dict(zip(ids[1:], priors, strict=True)),
+            "exponent": exponent,
+            "lambda": scale,
+        }
         with (
-            mock.patch.multiple(task_vectors, _CHUNK=chunk, _SCRATCH=task_vectors._Scratch()),
-            SESSION.journal() as entries,
+            mock.patch.multiple(buffers, _CHUNK=chunk, _SCRATCH=buffers._Scratch()),
+            noted() as entries,
         ):
             try:
-                merged = merge_state_dicts(
-                    models,
-                    "metagpt",
-                    base="base",
-                    parameters={
-                        "granularity": granularity,
-                        "weight": dict(zip(ids[1:], priors, strict=True)),
-                        "exponent": exponent,
-                        "lambda": scale,
-                    },
-                )
+                merged = merge_state_dicts(models, "metagpt", base="base", parameters=parameters)
             except ValueError as error:
-                if not (overflow and "overflows" in str(error)):
+                overflow = "overflows" in str(error)
+                if not (overflow and leaves_the_range(base, experts, by_tensor, scale)):
                     raise
                 return
         assert merged.keys() == base.keys()
@@ -300,25 +273,6 @@ def test_sparsified_merges_are_finite_repeatable_and_blind_to_order(method, fuzz
             assert torch.equal(tensor, turned[name])
 
     fuzz(case, 0.24 / len(SPARSIFIED), 30)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_one_bad_number_anywhere_is_found(bad, fuzz):
-    def case(data: st.DataObject) -> None:
-        base, experts = data.draw(families(several=False))
-        (name,) = base
-        models = [base, *experts]
-        if not base[name].numel():
-            return
-        number = data.draw(st.integers(0, len(experts)))
-        place = data.draw(st.integers(0, base[name].numel() - 1))
-        tensor = models[number][name].clone(memory_format=torch.contiguous_format)
-        tensor.view(-1)[place] = bad
-        models[number] = {name: tensor}
-        with pytest.raises(ValueError, match=f"Tensor {name} of model {number} holds NaN or Inf"):
-            merge_tensors([m[name] for m in models], "metagpt", base_index=0, name=name)
-
-    fuzz(case, 0.01, 10)
 
 
 def test_no_damage_to_a_header_makes_a_merge_crash_or_go_wrong(family, tmp_path, fuzz):

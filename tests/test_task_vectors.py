@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_metagpt.core import task_vectors
+from mergekit_metagpt.core import buffers
 from mergekit_metagpt.core.task_vectors import add_task_vectors, inner_products, squared_norms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -28,62 +28,47 @@ def exact_norms(base, experts):
     return [((e.double() - base.double()) ** 2).sum().item() for e in experts]
 
 
+def assert_norms(base, experts):
+    assert squared_norms(base, experts) == pytest.approx(
+        exact_norms(base, experts), rel=1e-6, abs=0
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(), (0,), (7,), (4096,), (4097,), (64, 64, 3)])
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (4096,), (4097,), (64, 64, 3), (3_000_001,)])
 def test_squared_norms_are_those_of_float64(dtype, shape):
     base, experts = fine_tunes(shape, dtype, (1, 1e-2, 1e-3))
-    assert squared_norms(base, experts) == pytest.approx(exact_norms(base, experts), rel=1e-6)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_squared_norms_of_ten_million_elements_are_right_to_a_millionth(dtype):
-    base, experts = fine_tunes((10_000_001,), dtype, (1e-2,))
-    assert squared_norms(base, experts) == pytest.approx(exact_norms(base, experts), rel=1e-6)
+    assert_norms(base, experts)
+    assert squared_norms(base, [base.clone()]) == [0]
 
 
 @given(st.integers(-30, 30), st.sampled_from([1, 5, 4096, 5000]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_squares_neither_underflow_nor_overflow_float32(magnitude, size):
     base, experts = fine_tunes((size,), torch.float64, (1, 1e-3))
-    base, experts = (
-        (base * 10.0**magnitude).float(),
-        [(e * 10.0**magnitude).float() for e in experts],
-    )
-    assert squared_norms(base, experts) == pytest.approx(exact_norms(base, experts), rel=1e-6)
+    base, *experts = ((tensor * 10.0**magnitude).float() for tensor in (base, *experts))
+    assert_norms(base, experts)
+    products = inner_products(base, experts)
+    assert [products[0][0], products[1][1]] == squared_norms(base, experts)
+    moved = [(expert.double() - base.double()) for expert in experts]
+    bound = 1e-6 * moved[0].norm() * moved[1].norm()
+    assert abs(products[0][1] - (moved[0] * moved[1]).sum()) <= bound
 
 
-def test_float16_differences_of_a_ten_thousandth_do_not_underflow():
+def test_squares_of_narrow_and_mixed_dtypes_are_right():
     base = torch.zeros(1000, dtype=torch.float16)
-    experts = [torch.full_like(base, 1e-4), torch.full_like(base, 2e-4)]
-    assert (experts[0] * experts[0]).sum() == 0  # what a float16 square does
-    norms = squared_norms(base, experts)
-    assert norms == pytest.approx(exact_norms(base, experts), rel=1e-6)
-    assert norms[1] / norms[0] == pytest.approx(4, rel=1e-2)
-
-
-def test_float16_values_whose_difference_overflows_float16_are_right():
+    assert_norms(base, [torch.full_like(base, 1e-4), torch.full_like(base, 2e-4)])
     base, expert = torch.full((9,), -60000.0).half(), torch.full((9,), 60000.0).half()
-    assert squared_norms(base, [expert]) == pytest.approx(exact_norms(base, [expert]))
+    assert_norms(base, [expert])  # the difference overflows float16
     assert torch.equal(add_task_vectors(base, [expert], [1.0]), expert)
+    base, experts = fine_tunes((5000,), torch.float64, (1, 1e-2))
+    assert_norms(base.bfloat16(), [experts[0].half(), experts[1].float()])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("coefficients", [[0.5, 0.5], [0.2, 0.5], [0.0, 0.0]])
-def test_the_result_can_be_written_into_a_tensor_that_exists(dtype, coefficients):
-    base, experts = fine_tunes((30, 50), dtype, (1, 2))
-    out = torch.empty_like(base)
-    assert add_task_vectors(base, experts, coefficients, out=out) is out
-    assert torch.equal(out, add_task_vectors(base, experts, coefficients))
-
-
-def test_strides_do_not_matter():
-    base, experts = fine_tunes((30, 50), torch.float32, (1, 2))
-    strided = [e.t().contiguous().t() for e in experts]
-    assert squared_norms(base, strided) == squared_norms(base, experts)
-    assert torch.equal(
-        add_task_vectors(base, strided, [0.5, 0.5]), add_task_vectors(base, experts, [0.5, 0.5])
-    )
-    assert add_task_vectors(base.t(), [e.t() for e in experts], [0.5, 0.5]).is_contiguous()
+@given(st.floats(1e-6, 1))
+@settings(max_examples=10)
+def test_equal_elements_which_all_round_alike_are_summed_right(value):
+    assert_norms(torch.zeros(1_000_000), [torch.full((1_000_000,), value)])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -91,29 +76,27 @@ def test_strides_do_not_matter():
 def test_norms_show_which_input_is_not_finite(dtype, bad):
     base, experts = fine_tunes((5000,), dtype, (1, 1))
     experts[1][4321] = bad
-    finite, infinite = (torch.tensor(squared_norms(base, experts)).isfinite()).tolist()
-    assert finite
-    assert not infinite
+    assert torch.tensor(squared_norms(base, experts)).isfinite().tolist() == [True, False]
     base[0] = bad
     assert not any(torch.tensor(squared_norms(base, experts)).isfinite().tolist())
 
 
-@given(st.floats(1e-6, 1))
-@settings(max_examples=20)
-def test_equal_elements_which_all_round_alike_are_summed_right(value):
-    base, expert = torch.zeros(1_000_000), torch.full((1_000_000,), value)
-    assert squared_norms(base, [expert]) == pytest.approx(exact_norms(base, [expert]), rel=1e-6)
-
-
-def test_an_unchanged_expert_has_norm_zero():
-    base, experts = fine_tunes((5000,), torch.bfloat16, (1,))
-    assert squared_norms(base, [base.clone(), *experts])[0] == 0
-
-
-def test_dtypes_may_be_mixed():
-    base, experts = fine_tunes((5000,), torch.float64, (1, 1e-2))
-    base, experts = base.bfloat16(), [experts[0].half(), experts[1].float()]
-    assert squared_norms(base, experts) == pytest.approx(exact_norms(base, experts), rel=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("coefficients", [[0.5, 0.5], [0.2, 0.5], [0.0, 0.0]])
+def test_strides_do_not_matter_and_only_what_is_asked_for_is_written(dtype, coefficients):
+    base, experts = fine_tunes((30, 50), dtype, (1, 2))
+    copies = [tensor.clone() for tensor in (base, *experts)]
+    strided = [e.t().contiguous().t() for e in experts]
+    assert squared_norms(base, strided) == squared_norms(base, experts)
+    merged = add_task_vectors(base, experts, coefficients)
+    assert torch.equal(add_task_vectors(base, strided, coefficients), merged)
+    turned = add_task_vectors(base.t(), [e.t() for e in experts], coefficients)
+    assert turned.is_contiguous() or not any(coefficients)
+    assert torch.equal(turned.t(), merged)
+    out = torch.empty_like(base)
+    assert add_task_vectors(base, experts, coefficients, out=out) is out
+    assert torch.equal(out, merged)
+    assert all(map(torch.equal, copies, (base, *experts)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,20 +123,6 @@ def test_a_small_coefficient_is_as_precise_as_a_large_one(small, first):
     assert merged.tolist() == pytest.approx([small] * 5, rel=1e-6)
 
 
-def test_opposite_task_vectors_of_one_norm_cancel():
-    base, (expert,) = fine_tunes((5000,), torch.float64, (1,))
-    opposite = 2 * base - expert
-    assert torch.allclose(add_task_vectors(base, [expert, opposite], [0.5, 0.5]), base)
-
-
-def test_inputs_are_not_written_to():
-    base, experts = fine_tunes((5000,), torch.float32, (1, 2))
-    copies = [t.clone() for t in (base, *experts)]
-    squared_norms(base, experts)
-    add_task_vectors(base, experts, [0.5, 0.5])
-    assert all(torch.equal(a, b) for a, b in zip(copies, (base, *experts), strict=True))
-
-
 def test_gradients_flow_through_the_merge():
     base, experts = fine_tunes((50,), torch.float32, (1, 2))
     for tensor in (base, *experts):
@@ -164,7 +133,7 @@ def test_gradients_flow_through_the_merge():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [0, 3, 600_000])
+@pytest.mark.parametrize("size", [0, 3, 70_000])
 def test_inner_products_are_those_of_float64(dtype, size):
     base, experts = fine_tunes((size,), dtype, (1, 1e-2))
     experts.append((2 * base.double() - experts[0].double()).to(dtype))
@@ -174,13 +143,6 @@ def test_inner_products_are_those_of_float64(dtype, size):
     error = (products - vectors @ vectors.T).abs()
     assert (error <= 1e-6 * norms[:, None] * norms).all()
     assert products.diagonal().tolist() == squared_norms(base, experts)
-
-
-@pytest.mark.parametrize("scale", [1e-25, 1e25])
-def test_inner_products_neither_underflow_nor_overflow_float32(scale):
-    base = torch.zeros(100)
-    experts = [torch.full((100,), scale), torch.full((100,), -2 * scale)]
-    assert inner_products(base, experts)[0][1] == pytest.approx(-200 * scale**2, rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("meta")])
@@ -220,7 +182,7 @@ def test_a_device_without_float64_leaves_those_sums_to_the_host(scale, monkeypat
     base, experts = fine_tunes((5000,), torch.float32, (1, 2))
     base, experts = base * scale, [expert * scale for expert in experts]
     expected = inner_products(base, experts)
-    monkeypatch.setattr(task_vectors, "_has_float64", lambda device: False)
+    monkeypatch.setattr(buffers, "_has_float64", lambda device: False)
     base, *experts = (tensor.as_subclass(OnDeviceWithoutFloat64) for tensor in (base, *experts))
     with pytest.raises(TypeError, match="no float64"):
         base.double()

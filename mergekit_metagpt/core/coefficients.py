@@ -21,9 +21,10 @@ def scaling_coefficients(
 
         λ_t = w_t ‖τ_t‖^k / Σ_j w_j ‖τ_j‖^k
 
-    k = 2 and equal priors are exactly MetaGPT, k = 0 is the plain average. The
-    coefficients sum to 1, permute with the experts, and do not change when all task
-    vectors are scaled by the same factor.
+    k = 2 and equal priors are exactly MetaGPT, k = 0 is the plain average of the experts that
+    differ from the base: one that equals it has the coefficient 0 for every k, as the limit
+    k → 0 has it. The coefficients sum to 1, permute with the experts, and do not change when all
+    task vectors are scaled by the same factor.
 
     Args:
         squared_norms: ‖τ_t‖², T finite floats that are at least 0.
@@ -45,6 +46,8 @@ def scaling_coefficients(
     [0.5, 0.5]
     >>> scaling_coefficients([0.0, 3.0])
     [0.0, 1.0]
+    >>> scaling_coefficients([0.0, 3.0, 1.0], exponent=0.0)
+    [0.0, 0.5, 0.5]
     """
     if priors is None:
         priors = [1.0] * len(squared_norms)
@@ -64,7 +67,7 @@ def scaling_coefficients(
     if largest_norm == 0 or largest_prior == 0:
         return [0.0] * len(squared_norms)
     shares = [
-        (prior / largest_prior) * (norm / largest_norm) ** (exponent / 2)
+        (prior / largest_prior) * (norm / largest_norm) ** (exponent / 2) if norm else 0.0
         for norm, prior in zip(squared_norms, priors, strict=True)
     ]
     total = math.fsum(shares)  # exact, hence the same for every order of the experts
@@ -114,6 +117,29 @@ def bound_of_parts(
         math.fsum(length) * math.fsum(distance)
         for length, distance in zip(lengths, distances, strict=True)
     )
+
+
+def kept_of_parts(
+    parts: Sequence[tuple[Sequence[Sequence[float]], Sequence[float]]],
+) -> list[float]:
+    """Return how much of each task vector τ_t is in the merged one M: ⟨M, τ_t⟩ / ‖τ_t‖², T floats.
+
+    Args:
+        parts: for each part of a model ⟨τ_i, τ_j⟩ over that part, T x T, and λ_t there.
+
+    >>> kept_of_parts([([[1.0, 0.0], [0.0, 4.0]], [0.25, 0.5])])
+    [0.25, 0.5]
+    """
+    inside = [
+        [
+            math.fsum(c * row[t] for c, row in zip(coefficients, gram, strict=True))
+            for t in range(len(gram))
+        ]
+        for gram, coefficients in parts
+    ]
+    norms = [[gram[t][t] for t in range(len(gram))] for gram, _ in parts]
+    sums = zip(zip(*inside, strict=True), zip(*norms, strict=True), strict=True)
+    return [math.fsum(own) / total if (total := math.fsum(norm)) else 0.0 for own, norm in sums]
 
 
 def _squared_distances(gram: Sequence[Sequence[float]], coefficients: Sequence[float]) -> Norms:

@@ -18,7 +18,7 @@ and the elements of a vector, every S_t is diagonal, and M is their mean, weight
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from zlib import crc32
@@ -26,55 +26,18 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from mergekit_metagpt.core.coefficients import Norms, scaling_coefficients
+from mergekit_metagpt.core.coefficients import Norms
+from mergekit_metagpt.core.decision import Rule, basis_of, solve
+from mergekit_metagpt.core.matrices import MatrixInputs, matrices_of
 from mergekit_metagpt.core.roles import Role
 from mergekit_metagpt.core.task_vectors import (
-    Block,
     add_task_vectors,
-    blocks,
-    in_float32_range,
     promoted_dtype,
-    squared_norms,
-    where_possible,
     working_dtype,
 )
 
 # How many leading directions of each expert are looked at.
 _RANK = 8
-# Directions count by this power of their eigenvalue.
-_POWER = 0.75
-# If the merge would move farther in K directions than the experts do, by more than this part of all
-# that they move, it amplifies what they do not determine. Then fewer directions are decided.
-_FARTHER = 0.2
-_TINY = torch.finfo(torch.float64).tiny
-# Squared norms above this may overflow float32 in products with what is drawn.
-_LARGEST = 1e36
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How the coefficients follow from the task vectors of a tensor.
-
-    Attributes:
-        priors: w_t, T finite floats of at least 0.
-        exponent: k ≥ 0 in λ_t ∝ w_t ‖τ_t‖^k, which decides in matrices.
-    """
-
-    priors: Sequence[float]
-    exponent: float = 0.0
-
-    def relative(self) -> "Rule":
-        """Return the rule with priors of which the largest is 1."""
-        most = max(self.priors, default=0) or 1
-        return replace(self, priors=[prior / most for prior in self.priors])
-
-    def of(self, experts: Sequence[int]) -> "Rule":
-        """Return the rule for some of the experts."""
-        return replace(self, priors=[self.priors[t] for t in experts])
-
-    def traces(self, squared_norms: Sequence[float]) -> list[float]:
-        """Return λ_t = tr S_t, T floats, from positive squared norms."""
-        return scaling_coefficients(squared_norms, self.priors, self.exponent)
 
 
 @dataclass(frozen=True)
@@ -140,20 +103,20 @@ def merge_directions(
     is_matrix = role in (Role.LINEAR, Role.TRANSPOSED)
     merge = _merge_matrix if is_matrix else _merge_rows
     rule = rule.relative()
-    matrices = [_matrices(tensor.detach(), role) for tensor in tensors]
+    matrices = [matrices_of(tensor.detach(), role) for tensor in tensors]
     if out is not None and not out.is_contiguous():
         raise ValueError("A merge by directions is written to a contiguous tensor.")
-    targets = [None] * len(matrices[0]) if out is None else _matrices(out, role)
+    targets = [None] * len(matrices[0]) if out is None else matrices_of(out, role)
     parts = []
     for number, (target, *views) in enumerate(zip(targets, *matrices, strict=True)):
         seed = crc32(f"{name}/{list(views[0].shape)}/{number}".encode())
-        inputs = _Inputs(views[0], views[1:], working_dtype(promoted_dtype(views)), seed)
+        inputs = MatrixInputs(views[0], views[1:], working_dtype(promoted_dtype(views)), seed)
         parts.append(_merge_movers(merge, inputs, rule, scale, target))
     return _summarized(parts, scale, is_matrix)
 
 
 def _merge_movers(
-    merge: "_Merge", inputs: "_Inputs", rule: Rule, scale: float, out: Tensor | None
+    merge: "_Merge", inputs: "MatrixInputs", rule: Rule, scale: float, out: Tensor | None
 ) -> "_Part":
     """Merge the experts that differ from the base and have a prior; the others take no part."""
     movers = inputs.movers(rule.priors)
@@ -170,73 +133,7 @@ def _merge_movers(
     return replace(part, norms=norms, products=products)
 
 
-def _matrices(tensor: Tensor, role: Role) -> list[Tensor]:
-    """Return views of a tensor's matrices, each with a column for every input.
-
-    A table is one matrix of its rows; each single element is a row.
-    """
-    if role is Role.ELEMENTS:
-        return [tensor.reshape(-1, 1)]
-    if role is Role.ROWS:
-        return [tensor.reshape(len(tensor), -1)]
-    stack = list(tensor.reshape(-1, *tensor.shape[-2:]))
-    return [matrix.T for matrix in stack] if role is Role.TRANSPOSED else stack
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """θ_0 and θ_t of a matrix, in any dtype; the dtype to calculate in; a seed to draw with."""
-
-    base: Tensor
-    experts: Sequence[Tensor]
-    dtype: torch.dtype
-    seed: int
-
-    def widened(self) -> "_Inputs":
-        """Return the inputs to calculate with in float64.
-
-        Raises:
-            FloatingPointError: if that is so already.
-        """
-        if self.dtype == torch.float64:
-            raise FloatingPointError("A number is not finite, or too large to be squared.")
-        base, *experts = where_possible(torch.float64, self.base, *self.experts)
-        return _Inputs(base, experts, torch.float64, self.seed)
-
-    def movers(self, priors: Sequence[float]) -> list[int]:
-        """Return which experts differ from the base and have a prior."""
-        pairs = enumerate(zip(priors, self.experts, strict=True))
-        return [t for t, (w, expert) in pairs if w and not torch.equal(self.base, expert)]
-
-    def of(self, experts: Sequence[int]) -> "_Inputs":
-        """Return the inputs with some of the experts."""
-        return replace(self, experts=[self.experts[t] for t in experts])
-
-    def norms_of_others(self, movers: Sequence[int]) -> list[float]:
-        """Return ‖τ_t‖² of experts that take no part, and 0 for those that do."""
-        others = enumerate(self.experts)
-        return [0.0 if t in movers else squared_norms(self.base, [e])[0] for t, e in others]
-
-    def blocks(self) -> Iterator[Block]:
-        """Yield all rows, some at a time."""
-        return blocks(self.base, self.experts, self.dtype)
-
-    def norms(self, squares: Sequence[Tensor]) -> Tensor:
-        """Return ‖τ_t‖², T float64, from the squares of each block's rows, T x rows.
-
-        Raises:
-            FloatingPointError: if they are out of the dtype's range.
-        """
-        norms = torch.cat(list(squares), dim=1).cpu().double().sum(1)
-        size, is_exact = self.base.numel(), self.dtype == torch.float64
-        for norm in norms.tolist():
-            is_right = in_float32_range(norm, size) and norm < _LARGEST
-            if not (math.isfinite(norm) if is_exact else is_right):
-                raise FloatingPointError(f"A squared norm is {norm} in {self.dtype}.")
-        return norms
-
-
-_Merge = Callable[["_Inputs", Rule, float, Tensor | None], "_Part"]
+_Merge = Callable[["MatrixInputs", Rule, float, Tensor | None], "_Part"]
 
 
 @dataclass(frozen=True)
@@ -250,7 +147,7 @@ class _Part:
     decided: int = 0
 
 
-def _merge_rows(inputs: _Inputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
+def _merge_rows(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
     """Merge with a coefficient for each row: every S_t is diagonal, so nothing is amplified."""
     squares = [block.squares() for block in inputs.blocks()]
     norms = inputs.norms(squares)
@@ -272,7 +169,7 @@ def _merge_rows(inputs: _Inputs, rule: Rule, scale: float, out: Tensor | None) -
 
 
 def _merge_one(
-    inputs: _Inputs, rule: Rule, movers: Sequence[int], scale: float, out: Tensor | None
+    inputs: MatrixInputs, rule: Rule, movers: Sequence[int], scale: float, out: Tensor | None
 ) -> _Part:
     """Merge if at most one expert takes part."""
     norms = torch.tensor(inputs.norms_of_others([]), dtype=torch.float64, device="cpu")
@@ -285,11 +182,11 @@ def _merge_one(
     return _Part(norms, shares * norms, length, inputs.base.shape[1])
 
 
-def _merge_matrix(inputs: _Inputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
+def _merge_matrix(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
     """Merge by directions."""
     norms, gram, ranges = _looked_at(inputs)
-    basis = _basis(ranges)
-    found = _solve(_projected(inputs, basis), gram, rule)
+    basis = basis_of(ranges)
+    found = solve(_projected(inputs, basis), gram, rule)
     if out is not None:
         left, right = scale * found.left, (basis @ found.directions).T
         first, *others = (scale * share for share in found.elsewhere)
@@ -302,7 +199,7 @@ def _merge_matrix(inputs: _Inputs, rule: Rule, scale: float, out: Tensor | None)
     return _Part(norms, found.products, found.squared_norm, n, decided)
 
 
-def _looked_at(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
+def _looked_at(inputs: MatrixInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Read a matrix once; return ‖τ_t‖², ⟨τ_t, τ_k⟩ (float64), and where each expert moves.
 
     The last one is Y_t = (τ_tᵀ τ_t Ω)ᵀ with a random Ω, T x r x n: its rows are mixtures of the
@@ -334,102 +231,13 @@ def _looked_at(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return norms, gram, ranges
 
 
-def _basis(ranges: Tensor) -> Tensor:
-    """Return Q, n x T r: orthonormal directions that span what all ranges, T x r x n, do.
-
-    If T r ≥ n, all directions are looked at: Q is the identity.
-    """
-    rows = ranges.flatten(0, 1)
-    found, n = rows.shape
-    if found >= n:
-        return torch.eye(n, dtype=rows.dtype, device=rows.device)
-    basis: Tensor = torch.linalg.qr(rows.T).Q
-    return basis
-
-
-def _projected(inputs: _Inputs, basis: Tensor) -> Tensor:
+def _projected(inputs: MatrixInputs, basis: Tensor) -> Tensor:
     """Return P_t = τ_t Q, T x m x q."""
     m, q = len(inputs.base), basis.shape[1]
     projected = basis.new_empty(len(inputs.experts), m, q)
     for block in inputs.blocks():
         projected[:, block.rows] = block.task_vectors @ basis
     return projected
-
-
-@dataclass(frozen=True)
-class _Solution:
-    """M = Σ_t c_t τ_t + H Vᵀ Qᵀ.
-
-    Attributes:
-        elsewhere: c_t, T floats.
-        left: H, m x K.
-        directions: V, q x K, with orthonormal columns.
-        products: ⟨M, τ_t⟩, T float64.
-        squared_norm: ‖M‖².
-    """
-
-    elsewhere: Sequence[float]
-    left: Tensor
-    directions: Tensor
-    products: Tensor
-    squared_norm: float
-
-
-def _solve(projected: Tensor, gram: Tensor, rule: Rule) -> _Solution:
-    """Decide in the K leading directions, and add up elsewhere.
-
-    Args:
-        projected: P_t, T x m x q.
-        gram: ⟨τ_t, τ_k⟩, T x T in float64.
-        rule: says how λ_t and c_t follow from them.
-    """
-    norms = gram.diagonal()
-    factors = gram.new_tensor(rule.traces(norms.tolist())) / norms.clamp_min(_TINY)
-    priors = gram.new_tensor(rule.priors)
-    energies = (projected.mT @ projected).cpu().double() * factors.view(-1, 1, 1)
-    values, vectors = torch.linalg.eigh(energies.sum(0))
-    values, vectors = values.flip(0).clamp_min_(_TINY), vectors.flip(1)
-    found = _participation(values**_POWER)
-    while True:
-        directions = vectors[:, :found]
-        # What each expert wants, in proportion to its prior. T x K x K
-        shares = priors.view(-1, 1, 1) * (directions.T @ energies @ directions) / values[:found]
-        inside = projected @ directions.to(projected)  # τ_t Q V, T x m x K
-        decided = (inside @ shares.to(projected)).sum(0)
-        farther = float(decided.square().sum() - inside.square().sum())
-        if found == 1 or farther <= _FARTHER * float(gram.trace()):
-            break
-        found -= max(1, found // 8)
-    flat = inside.flatten(1)
-    elsewhere = _shares(gram - (flat @ flat.T).cpu().double(), priors)
-    left = decided - (elsewhere.to(flat) @ flat).view_as(decided)
-    along = (flat @ left.flatten()).cpu().double()  # ⟨H, τ_t Q V⟩
-    products = gram @ elsewhere + along
-    # ‖M‖² = c·(G c + 2 along) + ‖H‖²
-    length = float(elsewhere @ (products + along)) + float(left.square().sum())
-    return _Solution(elsewhere.tolist(), left, directions.to(projected), products, length)
-
-
-def _participation(values: Tensor) -> int:
-    """Return the participation number of a spectrum: how many values carry its sum."""
-    parts = values / values.max()
-    return max(1, round(float(parts.sum() ** 2 / parts.square().sum())))
-
-
-def _shares(gram: Tensor, priors: Tensor) -> Tensor:
-    """Return c_t = 1 / Σ_k cos²(τ_t, τ_k): 1, but experts that move alike share it.
-
-    Args:
-        gram: ⟨τ_t, τ_k⟩, T x T in float64.
-        priors: w_t, T float64, from 0 to 1. Of experts that move differently, that much is added.
-
-    Returns:
-        T float64.
-    """
-    lengths = gram.diagonal().clamp_min(0).sqrt()
-    alike = (gram / torch.outer(lengths, lengths).clamp_min_(_TINY)).square_().clamp_(max=1)
-    alike.fill_diagonal_(1)
-    return priors / (alike @ priors).clamp_min(1)
 
 
 def _summarized(parts: Sequence[_Part], scale: float, is_matrix: bool) -> Directions:

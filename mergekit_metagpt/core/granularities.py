@@ -58,14 +58,14 @@ class Granularity(ABC):
         name: the value of ``granularity`` in a config.
         needs_survey: whether the whole models are measured before they are merged.
         keeps_layers: whether every layer must keep its place in the merge.
-        has_matrices: whether an expert has a matrix of coefficients per tensor, not a number.
+        by_direction: whether every direction of a tensor has a coefficient, not the tensor.
         default_exponent: k in λ_t ∝ w_t ‖τ_t‖^k, where a config sets none.
     """
 
     name: ClassVar[str]
     needs_survey: ClassVar[bool] = True
     keeps_layers: ClassVar[bool] = False
-    has_matrices: ClassVar[bool] = False
+    by_direction: ClassVar[bool] = False
     default_exponent: ClassVar[float] = 2.0
 
     @abstractmethod
@@ -105,7 +105,7 @@ class PerDirection(PerTensor):
     """Every direction of a tensor has its own; see :mod:`mergekit_metagpt.core.directions`."""
 
     name = "direction"
-    has_matrices = True
+    by_direction = True
     default_exponent = 0.0
 
 

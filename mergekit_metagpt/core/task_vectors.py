@@ -1,29 +1,30 @@
 """Tensor kernels: task vectors, their squared norms, and the base plus their weighted sum.
 
-They process the tensors in chunks, in buffers that are reused from call to call. The obvious
-formulas spend half of their time on page faults of new temporaries. All arithmetic is float32
-(float64 for float64 inputs), sums across rows are float64, and a result is rounded to its
+They process the tensors in chunks, in buffers that are reused from call to call. All arithmetic is
+float32 (float64 for float64 inputs), sums across rows are float64, and a result is rounded to its
 dtype once.
 """
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
-from functools import cache, reduce
+from functools import reduce
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mergekit_metagpt.core.buffers import (
+    ACCELERATOR_CHUNK,
+    BLOCK,
+    buffers_like,
+    chunks_of,
+    converted,
+    room_for,
+    where_possible,
+)
 from mergekit_metagpt.mergekit_private import squared_difference
 
-# A chunk of 2^20 elements stays in the last-level cache. Smaller chunks spend more time on
-# waking the thread pool. An accelerator needs few large kernels.
-_CHUNK = 1 << 20
-_ACCELERATOR_CHUNK = 1 << 25
-# A block of rows of the base and of all task vectors has so many numbers.
-_BLOCK = 1 << 22
 # torch.sum over five or more rows adds them in another order beyond the last block of up to 128
 # columns. So chunks of several rows hold a multiple of that, and the last one is not smaller.
 _STEP = 128
@@ -69,9 +70,9 @@ def squared_norms(base: Tensor, experts: Sequence[Tensor]) -> list[float]:
 def squared_norm(tensor: Tensor) -> float:
     """Return ‖θ‖² of a tensor of any shape and floating-point dtype, summed as above."""
     dtype = working_dtype(tensor.dtype)
-    total, (buffer, squares) = Sum(), _buffers(tensor, dtype, 2)
-    for (chunk,) in _chunks(tensor):
-        values = _converted(chunk, buffer)
+    total, (buffer, squares) = Sum(), buffers_like(tensor, dtype, 2)
+    for (chunk,) in chunks_of(tensor):
+        values = converted(chunk, buffer)
         total.add(torch.mul(values, values, out=squares[: len(values)]))
     return total.value
 
@@ -94,12 +95,12 @@ def inner_products(base: Tensor, experts: Sequence[Tensor]) -> list[list[float]]
     sums: dict[tuple[int, int], Sum] = {
         (i, j): Sum() for i in range(len(experts)) for j in range(i)
     }
-    origin, product, *differences = _buffers(base, dtype, 2 + len(experts))
-    for base_chunk, *chunks in _chunks(base, *experts):
+    origin, product, *differences = buffers_like(base, dtype, 2 + len(experts))
+    for base_chunk, *chunks in chunks_of(base, *experts):
         n = len(base_chunk)
-        start = _converted(base_chunk, origin)
+        start = converted(base_chunk, origin)
         for difference, chunk in zip(differences, chunks, strict=True):
-            torch.sub(_converted(chunk, difference), start, out=difference[:n])
+            torch.sub(converted(chunk, difference), start, out=difference[:n])
         for (i, j), total in sums.items():
             total.add(torch.mul(differences[i][:n], differences[j][:n], out=product[:n]))
     products = [[0.0] * len(experts) for _ in experts]
@@ -152,14 +153,14 @@ def add_task_vectors(
     distance = scale * totals[-1]
     if out is None:
         out = torch.empty_like(base, memory_format=torch.contiguous_format)
-    buffers = _buffers(base, dtype, 2)
-    for merged, origin, first, *others in _chunks(out, base, *(e for e, _ in chosen)):
+    buffers = buffers_like(base, dtype, 2)
+    for merged, origin, first, *others in chunks_of(out, base, *(e for e, _ in chosen)):
         target = merged if merged.dtype == dtype else buffers[0][: len(merged)]
-        mean = _converted(first, buffers[0])
+        mean = converted(first, buffers[0])
         for chunk, share in zip(others, shares, strict=True):
-            mean = torch.lerp(mean, _converted(chunk, buffers[1]), share, out=target)
+            mean = torch.lerp(mean, converted(chunk, buffers[1]), share, out=target)
         if not math.isclose(distance, 1, rel_tol=1e-14):
-            mean = torch.lerp(_converted(origin, buffers[1]), mean, distance, out=target)
+            mean = torch.lerp(converted(origin, buffers[1]), mean, distance, out=target)
         if mean is not merged:
             merged.copy_(mean)
     return out
@@ -222,16 +223,16 @@ def blocks(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype) -> Itera
     """
     m, n = base.shape
     count = len(experts) + 2
-    limit = _BLOCK if base.device.type == "cpu" else _ACCELERATOR_CHUNK
+    limit = BLOCK if base.device.type == "cpu" else ACCELERATOR_CHUNK
     rows = min(m, max(1, limit // (count * n)))
-    room = _room(base, dtype, count * rows * n)
+    room = room_for(base, dtype, count * rows * n)
     for start in range(0, m, rows):
         part = slice(start, min(m, start + rows))
         size = part.stop - part.start
         origin, spare, *differences = parts = room[: count * size * n].view(count, size, n)
         origin.copy_(base[part])
         for difference, expert in zip(differences, experts, strict=True):
-            torch.sub(_converted(expert[part], difference), origin, out=difference)
+            torch.sub(converted(expert[part], difference), origin, out=difference)
         yield Block(part, origin, parts[2:], spare)
 
 
@@ -263,81 +264,9 @@ def _sums_of_squares(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype
     """Return ‖θ_t − θ_0‖² for every expert, differences and squares in ``dtype``."""
     base, *experts = where_possible(dtype, base, *experts)
     sums = [Sum() for _ in experts]
-    origin, squares = _buffers(base, dtype, 2)
-    for base_chunk, *chunks in _chunks(base, *experts):
-        start, out = _converted(base_chunk, origin), squares[: len(base_chunk)]
+    origin, squares = buffers_like(base, dtype, 2)
+    for base_chunk, *chunks in chunks_of(base, *experts):
+        start, out = converted(base_chunk, origin), squares[: len(base_chunk)]
         for total, chunk in zip(sums, chunks, strict=True):
-            total.add(squared_difference(_converted(chunk, squares), start, out))
+            total.add(squared_difference(converted(chunk, squares), start, out))
     return [total.value for total in sums]
-
-
-def where_possible(dtype: torch.dtype, *tensors: Tensor) -> Sequence[Tensor]:
-    """Return the tensors on a device that supports the dtype: their own, or else the CPU."""
-    if dtype != torch.float64 or _has_float64(tensors[0].device):
-        return tensors
-    return [tensor.cpu() for tensor in tensors]
-
-
-@cache
-def _has_float64(device: torch.device) -> bool:
-    """Return whether a device calculates in float64; Apple's and some of Intel's do not."""
-    try:
-        torch.zeros(1, dtype=torch.float64, device=device).sum()
-    except (RuntimeError, TypeError):
-        return False
-    return True
-
-
-def _converted(chunk: Tensor, buffer: Tensor) -> Tensor:
-    """Return the chunk in the buffer's dtype: itself, or a copy in the buffer's first rows."""
-    return chunk if chunk.dtype == buffer.dtype else buffer[: len(chunk)].copy_(chunk)
-
-
-class _Scratch(threading.local):
-    """The buffers that each thread keeps for its next call."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[torch.dtype, list[Tensor]] = {}
-        self.rooms: dict[torch.dtype, Tensor] = {}
-
-
-_SCRATCH = _Scratch()
-
-
-def _buffers(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
-    """Return room for ``count`` chunks, which the next call in this thread overwrites."""
-    if like.device.type != "cpu":  # an accelerator's allocator reuses memory itself
-        return [like.new_empty(_chunk_size(like), dtype=dtype) for _ in range(count)]
-    buffers = _SCRATCH.buffers.setdefault(dtype, [])
-    # Later callers reuse them, so they must not depend on this caller's inference mode or
-    # default device.
-    with torch.inference_mode(False):
-        for _ in range(count - len(buffers)):
-            buffers.append(torch.empty(_CHUNK, dtype=dtype, device="cpu"))
-    return buffers[:count]
-
-
-def _room(like: Tensor, dtype: torch.dtype, numbers: int) -> Tensor:
-    """Return room for so many numbers, which the next call in this thread overwrites."""
-    if like.device.type != "cpu" or numbers > _BLOCK:  # a single long row is not kept
-        return like.new_empty(numbers, dtype=dtype)
-    room = _SCRATCH.rooms.get(dtype)
-    if room is None or len(room) < numbers:
-        with torch.inference_mode(False):  # as in _buffers
-            room = _SCRATCH.rooms[dtype] = torch.empty(numbers, dtype=dtype, device="cpu")
-    return room
-
-
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the tensors' flat chunks side by side, detached from autograd."""
-    size = _chunk_size(tensors[0])
-    return zip(*(torch.split(t.detach().reshape(-1), size) for t in tensors), strict=True)
-
-
-def _chunk_size(tensor: Tensor) -> int:
-    return max(1, min(chunk_size(tensor.device), tensor.numel()))
-
-
-def chunk_size(device: torch.device) -> int:
-    """Return how many numbers are worked on at a time."""
-    return _CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK

@@ -1,0 +1,81 @@
+"""A tensor as matrices, each with a column for every input, and the experts that move there."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mergekit_metagpt.core.buffers import where_possible
+from mergekit_metagpt.core.roles import Role
+from mergekit_metagpt.core.task_vectors import Block, blocks, in_float32_range, squared_norms
+
+# Squared norms above this may overflow float32 in products with what is drawn.
+_LARGEST = 1e36
+
+
+def matrices_of(tensor: Tensor, role: Role) -> list[Tensor]:
+    """Return views of a tensor's matrices, each with a column for every input.
+
+    A table is one matrix of its rows; each single element is a row.
+    """
+    if role is Role.ELEMENTS:
+        return [tensor.reshape(-1, 1)]
+    if role is Role.ROWS:
+        return [tensor.reshape(len(tensor), -1)]
+    stack = list(tensor.reshape(-1, *tensor.shape[-2:]))
+    return [matrix.T for matrix in stack] if role is Role.TRANSPOSED else stack
+
+
+@dataclass(frozen=True)
+class MatrixInputs:
+    """θ_0 and θ_t of a matrix, in any dtype; the dtype to calculate in; a seed to draw with."""
+
+    base: Tensor
+    experts: Sequence[Tensor]
+    dtype: torch.dtype
+    seed: int
+
+    def widened(self) -> "MatrixInputs":
+        """Return the inputs to calculate with in float64.
+
+        Raises:
+            FloatingPointError: if that is so already.
+        """
+        if self.dtype == torch.float64:
+            raise FloatingPointError("A number is not finite, or too large to be squared.")
+        base, *experts = where_possible(torch.float64, self.base, *self.experts)
+        return MatrixInputs(base, experts, torch.float64, self.seed)
+
+    def movers(self, priors: Sequence[float]) -> list[int]:
+        """Return which experts differ from the base and have a prior."""
+        pairs = enumerate(zip(priors, self.experts, strict=True))
+        return [t for t, (w, expert) in pairs if w and not torch.equal(self.base, expert)]
+
+    def of(self, experts: Sequence[int]) -> "MatrixInputs":
+        """Return the inputs with some of the experts."""
+        return replace(self, experts=[self.experts[t] for t in experts])
+
+    def norms_of_others(self, movers: Sequence[int]) -> list[float]:
+        """Return ‖τ_t‖² of experts that take no part, and 0 for those that do."""
+        others = enumerate(self.experts)
+        return [0.0 if t in movers else squared_norms(self.base, [e])[0] for t, e in others]
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield all rows, some at a time."""
+        return blocks(self.base, self.experts, self.dtype)
+
+    def norms(self, squares: Sequence[Tensor]) -> Tensor:
+        """Return ‖τ_t‖², T float64, from the squares of each block's rows, T x rows.
+
+        Raises:
+            FloatingPointError: if they are out of the dtype's range.
+        """
+        norms = torch.cat(list(squares), dim=1).cpu().double().sum(1)
+        size, is_exact = self.base.numel(), self.dtype == torch.float64
+        for norm in norms.tolist():
+            is_right = in_float32_range(norm, size) and norm < _LARGEST
+            if not (math.isfinite(norm) if is_exact else is_right):
+                raise FloatingPointError(f"A squared norm is {norm} in {self.dtype}.")
+        return norms
