@@ -121,7 +121,7 @@ def _register(registry: "ModuleType") -> None:
         for name in [n for n in sys.modules if n.startswith("mergekit_metagpt.")]:
             if name != __name__:
                 del sys.modules[name]
-    from mergekit_metagpt.method.merge_method import register
+    from mergekit_metagpt.method.registration import register
 
     register()
     if not any(method.spec.name == "metagpt" for method in registry.registered_methods()):
@@ -136,7 +136,7 @@ def _check(merge_methods: "ModuleType") -> None:
 
 def _teach_evolve(genome: "ModuleType") -> None:
     from mergekit_metagpt.mergekit_private import METHOD_PARAM_MAPS
-    from mergekit_metagpt.method.merge_method import evolvable_parameters
+    from mergekit_metagpt.method.registration import evolvable_parameters
 
     METHOD_PARAM_MAPS.update(evolvable_parameters())
 

@@ -2,16 +2,12 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import distribution
-from pathlib import Path
 
-import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from conftest import command, llama_config, merge_config, read, run, save_family
-
-SWITCHED_OFF = {"MERGEKIT_METAGPT_AUTOLOAD": "0"}
+from conftest import llama_config, merge_config, read, run, save_family
+from mergekit.scripts import extract_lora
 
 # Merges by every stock method into a directory each. The seed is set once: a method of this
 # package in between must take nothing from the stream that the stock methods draw from.
@@ -59,70 +55,42 @@ print(len(stock), len(own))
 """
 
 
-def with_and_without(directory: Path, *words: str) -> tuple[list[Path], list[str]]:
-    """Run a command with and without the package, side by side; the last word is its output."""
-    environments: dict[str, dict[str, str]] = {"with": {}, "without": SWITCHED_OFF}
-    with ThreadPoolExecutor() as pool:
-        runs = [
-            pool.submit(run, *words, directory / name, **environment)
-            for name, environment in environments.items()
-        ]
-    for done in runs:
-        assert done.result().returncode == 0, done.result().stderr
-    return [directory / name for name in environments], [done.result().stdout for done in runs]
-
-
 def test_every_stock_method_gives_the_same_bytes_with_and_without_the_package(family, tmp_path):
     words = [sys.executable, "-c", MERGE_ALL, *family.values()]
-    (here, there), counts = with_and_without(tmp_path, *words)
-    (stock, own), (alone, none) = (map(int, count.split()) for count in counts)
+    environments = {"with": {}, "without": {"MERGEKIT_METAGPT_AUTOLOAD": "0"}}
+    with ThreadPoolExecutor() as pool:
+        done = [pool.submit(run, *words, tmp_path / n, **e) for n, e in environments.items()]
+    outputs = [one.result().stdout for one in done]
+    assert all(outputs), [one.result().stderr for one in done]
+    (stock, own), (alone, none) = (map(int, count.split()) for count in outputs)
     assert stock == alone >= 20
     assert own > none == 0
-    methods = sorted(path.name for path in there.iterdir())
+    methods = sorted(path.name for path in (tmp_path / "without").iterdir())
     assert len(methods) == stock
     for method in methods:
-        one, other = (out / method / "model.safetensors" for out in (here, there))
+        one, other = (tmp_path / n / method / "model.safetensors" for n in environments)
         assert one.read_bytes() == other.read_bytes(), method
 
 
-def scripts():
-    """MergeKit's commands, but for the one that needs a GPU server to be imported."""
-    points = distribution("mergekit").entry_points.select(group="console_scripts")
-    return [point for point in points if point.name != "mergekit-evolve"]
-
-
-@pytest.mark.parametrize("script", scripts(), ids=lambda script: script.name)
-def test_every_command_answers_help(script):
-    done = CliRunner().invoke(script.load(), ["--help"])
-    assert done.exit_code == 0, done.output
-    assert done.output.startswith("Usage: ")
-    assert "metagpt" not in done.output
-
-
-def test_extract_lora_extracts_what_it_does_without_the_package(tmp_path, merge):
-    """An expert whose task matrices are of rank 2 is all in its adapter, and merges alike."""
+def test_what_extract_lora_extracts_is_all_of_an_expert_of_low_rank_and_merges_alike(
+    tmp_path, merge
+):
     paths = save_family(tmp_path, llama_config())
-    reduce_rank(paths, "a", rank=2)
-    words = ["--model", paths["a"], "--base-model", paths["base"], "--max-rank", "2", "--out-path"]
-    loras, _ = with_and_without(tmp_path, command("mergekit-extract-lora"), *words)
-    here, there = (lora / "adapter_model.safetensors" for lora in loras)
-    assert here.read_bytes() == there.read_bytes()
-    extracted = f"{paths['base']}+{loras[0]}"
-    full = merge(merge_config(paths))
-    lora = merge(merge_config({**paths, "a": extracted}), lora_merge_cache=str(tmp_path / "cache"))
     base = read(paths["base"])
-    for name, tensor in full.items():
-        torch.testing.assert_close(lora[name], tensor, rtol=0, atol=1e-5)
-        assert not torch.equal(tensor, base[name])
-
-
-def reduce_rank(paths: dict[str, str], expert: str, rank: int) -> None:
-    """Leave only the leading directions of an expert's task matrices."""
-    base = read(paths["base"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(paths[expert])
-    with torch.no_grad():
+    model = transformers.AutoModelForCausalLM.from_pretrained(paths["a"])
+    with torch.no_grad():  # leave only two leading directions of its task matrices
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 u, s, v = torch.linalg.svd(parameter - base[name], full_matrices=False)
-                parameter.copy_(base[name] + u[:, :rank] * s[:rank] @ v[:rank])
-    model.save_pretrained(paths[expert])
+                parameter.copy_(base[name] + u[:, :2] * s[:2] @ v[:2])
+    model.save_pretrained(paths["a"])
+    adapter = str(tmp_path / "adapter")
+    words = ["--model", paths["a"], "--base-model", paths["base"], "--out-path", adapter]
+    done = CliRunner().invoke(extract_lora.main, [*words, "--max-rank", "2"])
+    assert done.exit_code == 0, done.output
+    extracted = merge_config({**paths, "a": f"{paths['base']}+{adapter}"})
+    full = merge(merge_config(paths))
+    lora = merge(extracted, lora_merge_cache=str(tmp_path / "cache"))
+    for name, tensor in full.items():
+        torch.testing.assert_close(lora[name], tensor, rtol=0, atol=1e-5)
+        assert not torch.equal(tensor, base[name])

@@ -18,17 +18,14 @@ from conftest import (
     slices_config,
     write_yaml,
 )
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
 from mergekit.merge_methods import merge_state_dicts
-from mergekit.options import MergeOptions
 from mergekit.scripts import merge_raw_pytorch
 
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.core.directions import Directions, Rule, merge_directions
 from mergekit_metagpt.core.roles import Role
 from mergekit_metagpt.method.advice import warnings
-from mergekit_metagpt.method.session import SESSION
+from mergekit_metagpt.method.session import noted
 from mergekit_metagpt.method.summary import Entry, Summary
 from mergekit_metagpt.method.watch import Watch
 
@@ -77,46 +74,6 @@ def gpt2_config():
     return transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
 
 
-def test_gpt2_stores_its_inputs_as_rows(merge, tmp_path):
-    paths = save_family(tmp_path, gpt2_config())
-    base, *experts = map(read, paths.values())
-    merged = merge(config_of(paths))
-    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-        name = f"transformer.h.1.{name}.weight"
-        rule = Rule((1.0, 1.0))
-        assert_merged({name: merged[name]}, base, experts, rule, roles={name: Role.TRANSPOSED})
-
-
-def by_yaml(family, config, tmp_path):
-    out = tmp_path / "by-yaml"
-    run_merge(MergeConfiguration.model_validate(config), str(out), MergeOptions(quiet=True))
-    return read(out)
-
-
-def by_pytorch(family, config, tmp_path):
-    files = {name: f"{path}/model.safetensors" for name, path in family.items()}
-    yml = write_yaml(tmp_path / "raw.yml", merge_config(files, parameters=config["parameters"]))
-    done = CliRunner().invoke(merge_raw_pytorch.main, [str(yml), str(tmp_path / "by-pytorch")])
-    assert done.exit_code == 0, done.output
-    return read(tmp_path / "by-pytorch")
-
-
-def in_memory(family, config, tmp_path):
-    models = {name: read(path) for name, path in family.items()}
-    parameters = config["parameters"]
-    return merge_state_dicts(models, "metagpt", base="base", parameters=parameters)
-
-
-def as_modules(family, config, tmp_path):
-    models = {
-        name: transformers.AutoModelForCausalLM.from_pretrained(path)
-        for name, path in family.items()
-    }
-    parameters = config["parameters"]
-    with torch.no_grad():
-        return merge_state_dicts(models, "metagpt", base="base", parameters=parameters)
-
-
 FAMILIES = {
     "Llama": llama_config(),
     "Llama with tied embeddings": llama_config(tie_word_embeddings=True),
@@ -138,29 +95,46 @@ FAMILIES = {
 }
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def kind(request, tmp_path_factory):
+    return save_family(tmp_path_factory.mktemp("kind"), FAMILIES[request.param])
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "layer", "model", "direction"])
-@pytest.mark.parametrize("architecture", FAMILIES)
-def test_the_same_models_give_the_same_merge_by_every_entrance(architecture, granularity, tmp_path):
-    family = save_family(tmp_path, FAMILIES[architecture])
-    config = merge_config(family, parameters={"granularity": granularity})
-    merged = by_yaml(family, config, tmp_path)
-    for other in (by_pytorch, in_memory, as_modules):
-        its = other(family, config, tmp_path)
+def test_the_same_models_give_the_same_merge_by_every_entrance(kind, granularity, merge, tmp_path):
+    parameters = {"granularity": granularity}
+    merged = merge(merge_config(kind, parameters=parameters))
+
+    files = {name: f"{path}/model.safetensors" for name, path in kind.items()}
+    yml = write_yaml(tmp_path / "raw.yml", merge_config(files, parameters=parameters))
+    out = tmp_path / "by-pytorch"
+    done = CliRunner().invoke(merge_raw_pytorch.main, [str(yml), str(out)])
+    assert done.exit_code == 0, done.output
+
+    in_memory = {name: read(path) for name, path in kind.items()}
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    as_modules = {name: load(path) for name, path in kind.items()}
+    others = [read(out)]
+    with torch.no_grad():
+        for models in (in_memory, as_modules):
+            others.append(merge_state_dicts(models, "metagpt", base="base", parameters=parameters))
+    for its in others:
         assert merged.keys() <= its.keys()
-        for name, tensor in merged.items():
-            assert torch.equal(its[name], tensor), (other, name)
+        assert all(torch.equal(its[name], tensor) for name, tensor in merged.items())
 
 
-def test_a_merge_with_more_layers_than_its_base_knows_its_inputs(merge, tmp_path):
+def test_gpt2_stores_its_inputs_as_rows_also_in_layers_that_its_base_has_not(merge, tmp_path):
     paths = save_family(tmp_path, gpt2_config())
-    config = slices_config(paths, [[0, 2]], [[1, 2]], parameters={"granularity": "direction"})
-    merged = merge(config)
     base, *experts = map(read, paths.values())
-    for part in ("attn.c_proj", "mlp.c_fc"):
-        source, name = (f"transformer.h.{n}.{part}.weight" for n in (1, 2))
-        its = [{name: model[source]} for model in (base, *experts)]
-        roles = {name: Role.TRANSPOSED}
-        assert_merged({name: merged[name]}, its[0], its[1:], Rule((1.0, 1.0)), roles=roles)
+    merged = merge(
+        slices_config(paths, [[0, 2]], [[1, 2]], parameters={"granularity": "direction"})
+    )
+    for layer in (1, 2):
+        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            source, name = (f"transformer.h.{n}.{part}.weight" for n in (1, layer))
+            its, *others = ({name: model[source]} for model in (base, *experts))
+            roles = {name: Role.TRANSPOSED}
+            assert_merged({name: merged[name]}, its, others, Rule((1.0, 1.0)), roles=roles)
 
 
 def test_the_head_of_a_tied_model_is_merged_as_its_embedding_in_any_order():
@@ -179,57 +153,34 @@ def test_the_head_of_a_tied_model_is_merged_as_its_embedding_in_any_order():
         assert torch.equal(found[0][name], found[1][names[0]])
 
 
-def test_the_exponent_is_that_of_the_granularity(family, merge):
-    found = merge(config_of(family))
-    named = merge(config_of(family, exponent=0))
+def test_the_exponent_is_that_of_the_granularity_and_the_order_does_not_matter(family, merge):
+    config = config_of(family)
+    with noted() as entries:
+        found = merge(config)
+    assert {entry.tensor for entry in entries} == set(found)
+    assert all(entry.directions for entry in entries)
+    turned = {**config, "models": config["models"][::-1]}
+    for same in (config_of(family, exponent=0), turned):
+        merged = merge(same)
+        assert all(torch.equal(found[name], merged[name]) for name in found)
     squares = merge(config_of(family, exponent=2))
-    assert all(torch.equal(found[name], named[name]) for name in found)
     assert any(not torch.equal(found[name], squares[name]) for name in found)
 
 
-@pytest.mark.parametrize("setting", [{"isotropy": 0.01}, {"side": "both"}])
-def test_parameters_of_earlier_versions_get_one_sentence(setting, family, tmp_path):
-    yml = write_yaml(tmp_path / "metagpt.yml", config_of(family, **setting))
-    (name,) = setting
-    done = invoke("check", yml, status=1)
-    (sentence,) = done.stderr.splitlines()
-    assert f"Parameter {name} is gone" in sentence
-    assert "remove it from the merge config" in sentence
-
-
-def test_the_order_of_the_models_does_not_matter(family, merge):
-    config = config_of(family)
-    found = merge(config)
-    turned = merge({**config, "models": config["models"][::-1]})
-    assert all(torch.equal(found[name], turned[name]) for name in found)
-
-
-def test_experts_that_equal_the_base_give_the_base(family, merge, tmp_path):
-    paths = save_family(tmp_path, llama_config(), scales=(0.0, 0.0))
-    base = read(paths["base"])
-    merged = merge(config_of(paths))
-    assert all(torch.equal(merged[name], base[name]) for name in base)
-
-
-def test_a_number_that_is_not_finite_is_named(merge, tmp_path):
-    paths = save_family(tmp_path, llama_config())
+def test_bad_numbers_and_results_are_refused_by_name(merge, tmp_path):
+    paths = save_family(tmp_path / "half", llama_config(), dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"overflows torch\.float16"):
+        merge(config_of(paths, **{"lambda": 1e9}))
     put_nan(paths["b"], "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight of model .*/b "):
         merge(config_of(paths))
 
 
-def test_a_result_that_overflows_is_refused(merge, tmp_path):
-    paths = save_family(tmp_path, llama_config(), dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"overflows torch\.float16"):
-        merge(config_of(paths, **{"lambda": 1e9}))
-
-
 @pytest.mark.parametrize("method", ["metagpt_ties", "metagpt_dare_linear"])
 def test_the_sparsified_methods_refuse_it(method, family, merge):
     config = merge_config(family, method, parameters={"granularity": "direction"})
-    with pytest.raises(
-        ValueError, match=r"layer or model, not 'direction'.* merge_method: metagpt\."
-    ):
+    refused = r"layer or model, not 'direction'.* merge_method: metagpt\."
+    with pytest.raises(ValueError, match=refused):
         merge(config)
 
 
@@ -252,85 +203,35 @@ def test_the_command_shows_what_the_merge_records(family, tmp_path):
     assert "granularity `direction`" in (tmp_path / "merged" / "README.md").read_text()
 
 
-def test_the_table_and_the_plot_show_how_much_is_kept(family, tmp_path):
+def test_the_commands_show_how_much_is_kept_and_how_long_it_takes(family, tmp_path):
+    def words(text):
+        return " ".join(text.replace("│", " ").split())
+
     yml = write_yaml(tmp_path / "metagpt.yml", config_of(family))
     plot = tmp_path / "coefficients.png"
-    text = invoke("coefficients", yml, "--plot", plot, "--quiet").stdout
-    assert "kept" in text
-    assert "of 2 in all" in text
-    assert "directions; elsewhere the experts are added up" in " ".join(text.split())
-    assert "Moved, of the base's length: a " in text
-    assert "granularity direction, exponent 0" in text
+    text = words(invoke("coefficients", yml, "--plot", plot, "--quiet").stdout)
+    for said in (
+        "kept", "of 2 in all", "directions; elsewhere the experts are added up",
+        "Moved, of the base's length: a ", "granularity direction, exponent 0",
+    ):  # fmt: skip
+        assert said in text
     assert plot.stat().st_size > 10_000
+    assert "Arithmetic on this machine under 2 seconds" in words(invoke("check", yml).stdout)
+    refused = invoke("resolve", yml, status=1)
+    assert "cannot express granularity: direction" in refused.stderr
 
-
-def test_numbers_say_how_much_they_keep_too(family, tmp_path):
-    """For orthogonal task vectors, that is the coefficient itself."""
+    # For orthogonal task vectors, what numbers keep is the coefficient itself.
     config = merge_config(family, parameters={"granularity": "model", "lambda": 0.5})
-    yml = write_yaml(tmp_path / "metagpt.yml", config)
-    shown = json.loads(invoke("coefficients", yml, "--json", "--quiet").stdout)
-    for expert in shown["experts"]:
+    yml = write_yaml(tmp_path / "model.yml", config)
+    for expert in json.loads(invoke("coefficients", yml, "--json", "--quiet").stdout)["experts"]:
         assert expert["kept"] == pytest.approx(expert["coefficient"] / 2, abs=0.02)
+    assert "Arithmetic" not in invoke("check", yml).stdout
 
-
-def test_no_stock_config_can_express_it(family, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_metagpt.planning.measurements.Measurements.take", None)
-    yml = write_yaml(tmp_path / "metagpt.yml", config_of(family))
-    done = invoke("resolve", yml, status=1)
-    assert "cannot express granularity: direction" in done.stderr
-
-
-def test_check_says_how_long_directions_take(family, tmp_path):
-    yml = write_yaml(tmp_path / "metagpt.yml", config_of(family))
-    assert "Arithmetic on this machine under 2 seconds" in " ".join(
-        invoke("check", yml).stdout.replace("│", " ").split()
-    )
-    other = write_yaml(tmp_path / "tensor.yml", merge_config(family))
-    assert "Arithmetic" not in invoke("check", other).stdout
-
-
-def entry(
-    tensor="w", norms=(1.0, 9.0), kept=(1.0, 1.0), length=None, size=4, exponent=0.0, scale=1.0
-):
-    found = Directions(norms, kept, sum(norms) if length is None else length, scale, 2, 4)
-    return Entry(tensor, "direction", ("a", "b"), norms, (1.0, 1.0), exponent, size, found)
-
-
-def test_an_expert_that_is_hardly_kept_is_named():
-    (sentence,) = warnings(Summary([entry(kept=(0.04, 1.0), exponent=2.0)]))
-    assert sentence.startswith("The merge keeps only 4.0% of the task vector of a; set exponent: 0")
-
-
-def test_a_stretched_merge_is_warned_of():
-    (sentence,) = warnings(Summary([entry(length=40.0)]))
-    assert "moves 2.0 times as far as orthogonal experts would together" in sentence
-    assert "set lambda: 0.5" in sentence
-
-
-def test_a_large_lambda_is_no_stretch():
-    assert not warnings(Summary([entry(length=40.0, scale=2.0, kept=(2.0, 2.0))]))
-
-
-def test_a_small_lambda_is_no_small_share():
-    small = entry(length=0.1, scale=0.1, kept=(0.1, 0.1))
-    assert not warnings(Summary([small]))
-    assert not list(Watch(parameters=1).add(small))
-
-
-def test_an_expert_without_a_prior_is_not_missed():
-    left_out = replace(entry(kept=(0.0, 1.0)), priors=(0.0, 1.0))
-    assert not warnings(Summary([left_out]))
-    assert not list(Watch(parameters=1).add(left_out))
-
-
-def test_a_tensor_in_which_one_expert_moves_is_not_dominated():
-    alone = Entry("w", "tensor", ("a", "b"), (1.0, 0.0), (1.0, 1.0), 2.0, 4)
-    assert not list(Watch(parameters=1).add(alone))
-
-
-def test_what_does_not_move_is_not_the_least_that_is_kept():
-    experts = Summary([entry("u", (1.0, 0.0), (0.9, 0.0)), entry("w", kept=(0.8, 0.7))]).experts
-    assert [(expert.least, expert.largest) for expert in experts] == [(0.8, 0.9), (0.7, 0.7)]
+    for name, value in {"isotropy": 0.01, "side": "both"}.items():  # of earlier versions
+        yml = write_yaml(tmp_path / "old.yml", config_of(family, **{name: value}))
+        (sentence,) = invoke("check", yml, status=1).stderr.splitlines()
+        assert f"Parameter {name} is gone" in sentence
+        assert "remove it from the merge config" in sentence
 
 
 def save_adapters(base, folder):
@@ -361,7 +262,7 @@ def test_an_adapter_is_merged_as_the_same_weights_that_were_merged_before(family
     found = []
     for models in (spelled, merged_before):
         config = {**config_of(family), "models": [{"model": name} for name in models]}
-        with SESSION.journal() as entries:
+        with noted() as entries:
             found.append(merge(config, lora_merge_cache=str(tmp_path / "cache")))
         assert Summary(entries).stretch < 1.1
         assert not [w for w in warnings(Summary(entries)) if "times as far" in w]
@@ -369,73 +270,78 @@ def test_an_adapter_is_merged_as_the_same_weights_that_were_merged_before(family
         torch.testing.assert_close(tensor, found[1][name], rtol=0, atol=1e-6)
 
 
-def test_a_sum_of_experts_at_right_angles_has_stretch_1():
-    entries = [
-        entry("w", (1.0, 3.0)),
-        replace(entry("v", (0.0, 0.0)), directions=None),
-    ]
-    assert Summary(entries).stretch == 1.0
-    assert Summary([*entries, replace(entries[0], tensor="u", directions=None)]).stretch is None
-    assert Summary(entries[1:]).stretch is None
+# What a summary says
 
 
-def test_what_is_kept_is_weighted_by_what_was_moved():
+def entry(tensor="w", norms=(1.0, 9.0), kept=(1.0, 1.0), length=None, scale=1.0, **changes):
+    found = Directions(norms, kept, sum(norms) if length is None else length, scale, 2, 4)
+    its = Entry(tensor, "direction", ("a", "b"), norms, (1.0, 1.0), 0.0, 4, found)
+    return replace(its, **changes)
+
+
+def test_what_is_summed_up_is_weighted_by_what_was_moved():
     rows = [((1.0, 4.0), (1.0, 0.5)), ((3.0, 0.0), (0.2, 0.0))]
     summary = Summary(entry(f"layers.{n}.w", *row) for n, row in enumerate(rows))
     assert [expert.kept for expert in summary.experts] == pytest.approx([0.4, 0.5])
+    assert [expert.least for expert in summary.experts] == [0.2, 0.5]  # where an expert moves
+    assert [expert.largest for expert in summary.experts] == [1.0, 0.5]
     first, second = summary.kept_by_layer
     assert first == [1.0, 0.5]
     assert second == pytest.approx([0.2, 0.0])
     assert summary.decided == (4, 8)
 
 
-def test_the_journal_of_a_stock_merge_is_complete(family, merge):
-    with SESSION.journal() as entries:
-        merged = merge(config_of(family))
-    assert {entry.tensor for entry in entries} == set(merged)
-    assert all(entry.directions for entry in entries)
+def test_a_sum_of_experts_at_right_angles_has_stretch_1():
+    entries = [entry("w", (1.0, 3.0)), entry("v", (0.0, 0.0), directions=None)]
+    assert Summary(entries).stretch == 1.0
+    assert Summary([*entries, entry("u", (1.0, 3.0), directions=None)]).stretch is None
+    assert Summary(entries[1:]).stretch is None
 
 
-# What the stock command says
-
-
-def warned(caplog, config, tmp_path):
-    with caplog.at_level(logging.WARNING, "mergekit_metagpt"):
-        by_yaml(None, config, tmp_path)
-    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-
-
-def uneven(tmp_path):
-    return save_family(tmp_path, llama_config(), scales=(0.01, 0.2))
-
-
-def test_the_stock_command_warns_once_of_an_expert_that_dominates(tmp_path, caplog):
-    for granularity in ("tensor", "layer"):
-        caplog.clear()
-        folder = tmp_path / granularity
-        config = merge_config(uneven(folder), parameters={"granularity": granularity})
-        (sentence,) = warned(caplog, config, folder)
-        assert sentence.startswith("In tensors with at least a tenth of the parameters, ")
-        assert f"{folder}/b has more than 90%" in sentence
-        assert "set exponent: 1" in sentence
-
-
-def test_the_stock_command_warns_once_of_an_expert_that_is_hardly_kept(tmp_path, caplog):
-    config = config_of(uneven(tmp_path), exponent=6)
-    for model, prior in zip(config["models"], (1e-4, 1.0), strict=True):
-        model["parameters"] = {"weight": prior}
-    (sentence,) = warned(caplog, config, tmp_path)
-    assert f"keeps less than 10% of the task vector of {tmp_path}/a" in sentence
-
-
-def test_the_stock_command_is_quiet_about_a_sound_merge(family, tmp_path, caplog):
-    assert not warned(caplog, config_of(family), tmp_path)
+@pytest.mark.parametrize(
+    ("its", "said"),
+    [
+        (entry(kept=(0.04, 1.0), exponent=2.0), "keeps only 4.0% of the task vector of a; set exp"),
+        (entry(length=40.0), "moves 2.0 times as far as orthogonal experts would together"),
+        (entry(length=40.0, scale=2.0, kept=(2.0, 2.0)), None),  # a large lambda is no stretch
+        (entry(length=0.1, scale=0.1, kept=(0.09, 0.09)), None),  # nor a small one a small share
+        (entry(kept=(0.0, 1.0), priors=(0.0, 1.0)), None),  # an expert without a prior
+        (entry(norms=(1.0, 0.0), directions=None, granularity="tensor"), None),  # a single mover
+    ],
+)
+def test_an_expert_that_is_hardly_kept_and_a_stretched_merge_are_warned_of(its, said):
+    sentences = [w for w in warnings(Summary([its])) if its.directions]
+    assert len(sentences) == bool(said)
+    assert all(said in sentence for sentence in sentences)
+    assert len(list(Watch(parameters=1).add(its))) == bool(said)
 
 
 def test_a_warning_waits_for_a_tenth_of_the_parameters():
-    watch = Watch(parameters=100)
-    stretched = entry(length=40.0, size=6)
+    watch, stretched = Watch(parameters=100), entry(length=40.0, size=6)
     assert not list(watch.add(stretched))
     (sentence,) = watch.add(stretched)
     assert "moves more than 1.5 times as far" in sentence
     assert not list(watch.add(stretched))
+
+
+def test_the_stock_command_warns_once_of_what_dominates_or_is_hardly_kept(
+    family, merge, tmp_path, caplog
+):
+    def warned(config):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "mergekit_metagpt"):
+            merge(config)
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert warned(config_of(family)) == []
+    uneven = save_family(tmp_path, llama_config(), scales=(0.01, 0.2))
+    for granularity in ("tensor", "layer"):
+        (sentence,) = warned(merge_config(uneven, parameters={"granularity": granularity}))
+        assert sentence.startswith("In tensors with at least a tenth of the parameters, ")
+        assert f"{uneven['b']} has more than 90%" in sentence
+        assert "set exponent: 1" in sentence
+    config = config_of(uneven, exponent=6)
+    for model, prior in zip(config["models"], (1e-4, 1.0), strict=True):
+        model["parameters"] = {"weight": prior}
+    (sentence,) = warned(config)
+    assert f"keeps less than 10% of the task vector of {uneven['a']}" in sentence

@@ -2,23 +2,18 @@
 
 import logging
 import math
-import warnings
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import reference
 import torch
 from conftest import llama_config, merge_config, read, save_family
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mergekit.merge_methods import get, merge_state_dicts, merge_tensors, registered_methods
-from mergekit.merge_methods.base import TensorEntry, TensorGroup
+from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 
-from mergekit_metagpt.method.merge_method import MetaGPTMerge, register
-from mergekit_metagpt.method.random_streams import own_stream
-from mergekit_metagpt.method.session import SESSION
+from mergekit_metagpt.method.merge_method import MetaGPTMerge
+from mergekit_metagpt.method.registration import register
+from mergekit_metagpt.method.session import noted
 
 STOCK = [m for m in registered_methods() if isinstance(m, GeneralizedTaskArithmeticMerge)]
 OURS = [m for m in registered_methods() if isinstance(m, MetaGPTMerge)]
@@ -59,32 +54,22 @@ def parameters_for(method, **changes):
     return {name: value for name, value in chosen.items() if name in names}
 
 
-def test_every_task_vector_method_has_a_counterpart():
+def test_every_task_vector_method_has_a_counterpart_with_its_parameters():
     assert len(STOCK) == len(OURS) >= 8
-    names = {
-        "metagpt" if s.spec.name == "task_arithmetic" else f"metagpt_{s.spec.name}" for s in STOCK
-    }
-    assert {m.spec.name for m in OURS} == names
-
-
-def test_registering_again_changes_nothing():
+    for method in OURS:
+        stock, ours = method.stock.spec, {p.name: p for p in method.spec.parameters}
+        own = "metagpt" if method.is_plain else f"metagpt_{stock.name}"
+        assert method.spec.name == own
+        for parameter in stock.parameters:
+            assert ours[parameter.name].scope == parameter.scope
+            assert parameter.required or ours[parameter.name].default == parameter.default
+        assert ours["weight"].default == 1
     before = registered_methods()
     register()
     assert registered_methods() == before
 
 
-@pytest.mark.parametrize("method", OURS, ids=name_of)
-def test_specs_keep_the_stock_parameters_and_link_the_paper(method):
-    ours = {p.name: p for p in method.spec.parameters}
-    for parameter in method.stock.spec.parameters:
-        assert ours[parameter.name].scope == parameter.scope
-        if not parameter.required:
-            assert ours[parameter.name].default == parameter.default
-    assert ours["weight"].default == 1
-    assert method.spec.pretty_name.startswith("MetaGPT")
-    assert method.spec.reference_url == "https://arxiv.org/abs/2406.11385"
-
-
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("method", STOCK, ids=name_of)
 def test_a_config_for_a_stock_method_runs_when_only_the_name_is_changed(method, family, merge):
     ours = "metagpt" if method.spec.name == "task_arithmetic" else f"metagpt_{method.spec.name}"
@@ -107,62 +92,6 @@ def test_checkpoints_merge_as_the_float64_reference(dtype, granularity, merge, t
     reference.assert_merged(merged, base, experts, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_state_dicts_merge_as_the_float64_reference(dtype, granularity):
-    base, experts = state_dicts(dtype)
-    merged = merge_state_dicts(
-        {"base": base, **experts}, "metagpt", base="base", parameters={"granularity": granularity}
-    )
-    expected = reference.coefficients(base, list(experts.values()), granularity)
-    reference.assert_merged(merged, base, list(experts.values()), expected)
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_coefficients_are_right_to_a_millionth(granularity):
-    """With a base of zeros and experts on different axes, the merge shows the coefficients."""
-    generator = np.random.default_rng(0)
-    scales = generator.uniform(0.1, 2, size=(3, 5))
-    base = {f"layers.{n % 2}.w{n}": torch.zeros(3) for n in range(5)}
-    experts = [
-        {name: torch.eye(3)[t] * float(scales[t, n]) for n, name in enumerate(base)}
-        for t in range(3)
-    ]
-    merged = merge_state_dicts(
-        [base, *experts], "metagpt", base=0, parameters={"granularity": granularity}
-    )
-    expected = reference.coefficients(base, experts, granularity)
-    for n, name in enumerate(base):
-        visible = merged[name].double().numpy() / np.float32(scales[:, n])
-        assert visible == pytest.approx(expected[name], rel=1e-6)
-
-
-@given(
-    seed=st.integers(0, 1000),
-    exponent=st.floats(0, 4),
-    priors=st.lists(st.floats(0.1, 10), min_size=2, max_size=2),
-    scale=st.floats(-1, 2),
-    granularity=st.sampled_from(GRANULARITIES),
-)
-@settings(max_examples=40, deadline=None)
-def test_priors_exponent_and_lambda_follow_the_formula(seed, exponent, priors, scale, granularity):
-    base, experts = state_dicts(seed=seed)
-    merged = merge_state_dicts(
-        {"base": base, **experts},
-        "metagpt",
-        base="base",
-        parameters={
-            "granularity": granularity,
-            "weight": priors,
-            "exponent": exponent,
-            "lambda": scale,
-        },
-    )
-    others = list(experts.values())
-    expected = reference.coefficients(base, others, granularity, priors, exponent)
-    reference.assert_merged(merged, base, others, expected, scale)
-
-
 def test_priors_take_mergekits_gradients_and_filters(family, merge):
     config = merge_config(family, parameters={"granularity": "model"})
     config["models"][0]["parameters"] = {"weight": [0.0, 2.0]}
@@ -179,109 +108,6 @@ def test_priors_take_mergekits_gradients_and_filters(family, merge):
         priors = [layer if layer is not None else 0.0, 0.5 if "mlp" in name else 1.0]
         by_tensor[name] = priors * norms / (priors * norms).sum()
     reference.assert_merged(merged, base, experts, by_tensor)
-
-
-@pytest.mark.parametrize("method", SPARSIFIED, ids=name_of)
-@pytest.mark.parametrize("normalize", [False, True])
-def test_sparsified_variants_are_the_stock_methods_with_the_coefficients_as_weights(
-    method, normalize
-):
-    base, experts = state_dicts()
-    parameters = parameters_for(method, normalize=normalize, rescale=True)
-    expected = reference.coefficients(base, list(experts.values()))
-    for tensor in base:
-        inputs = [base[tensor], *(e[tensor] for e in experts.values())]
-        options = {"base_index": 0, "name": tensor, "ids": ["base", *experts]}
-        with SESSION.journal() as entries:
-            ours = merge_tensors(inputs, method, parameters=parameters, **options)
-        weights = dict(zip(experts, entries[0].coefficients, strict=True))
-        assert [weights[name] for name in experts] == pytest.approx(expected[tensor], rel=1e-6)
-        with own_stream(base[tensor].device, f"{method.stock.spec.name}/{tensor}"):
-            theirs = merge_tensors(
-                inputs, method.stock, parameters={**parameters, "weight": weights}, **options
-            )
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("method", SPARSIFIED, ids=name_of)
-def test_sparsified_variants_round_once(method, dtype):
-    base, experts = state_dicts(dtype)
-    models = {"base": base, **experts}
-    parameters = parameters_for(method)
-    narrow = merge_state_dicts(models, method, base="base", parameters=parameters)
-    wide = merge_state_dicts(
-        models,
-        method,
-        base="base",
-        parameters=parameters,
-        dtype=torch.promote_types(dtype, torch.float32),
-    )
-    assert all(torch.equal(narrow[name], wide[name].to(dtype)) for name in base)
-
-
-@pytest.mark.parametrize("method", OURS, ids=name_of)
-def test_the_order_of_the_models_does_not_matter(method, family, merge):
-    config = merge_config(family, method.spec.name, parameters=parameters_for(method))
-    turned = {**config, "models": config["models"][::-1]}
-    first, second = (merge(c, random_seed=7) for c in (config, turned))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("method", RANDOM, ids=name_of)
-def test_the_seed_decides_the_masks(method, family, merge):
-    config = merge_config(family, method.spec.name, parameters=parameters_for(method))
-    first, again, other = (merge(config, random_seed=seed) for seed in (7, 7, 8))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
-
-
-@pytest.mark.parametrize("method", OURS, ids=name_of)
-def test_the_callers_generator_is_left_as_it_was(method):
-    base, experts = state_dicts()
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    merge_state_dicts(
-        {"base": base, **experts}, method, base="base", parameters=parameters_for(method)
-    )
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.initial_seed() == 3
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("method", OURS, ids=name_of)
-def test_an_expert_equal_to_the_base_changes_nothing(method, granularity):
-    base, experts = state_dicts()
-    parameters = {**parameters_for(method), "granularity": granularity}
-    plain = merge_state_dicts({"base": base, **experts}, method, base="base", parameters=parameters)
-    padded = merge_state_dicts(
-        {"base": base, "zero": base, **experts}, method, base="base", parameters=parameters
-    )
-    if method not in RANDOM:  # an additional expert draws additional random numbers
-        assert all(torch.equal(plain[name], padded[name]) for name in base)
-    alone = merge_state_dicts(
-        {"base": base, "x": base, "y": base}, method, base="base", parameters=parameters
-    )
-    assert all(torch.equal(alone[name], base[name]) for name in base)
-
-
-def test_all_experts_equal_to_the_base_give_the_base_bit_for_bit():
-    base = torch.tensor([-0.0, 0.0, 1.0, -3.5])
-    merged = merge_tensors([base, base.clone(), base.clone()], "metagpt", base_index=0)
-    assert torch.equal(merged.view(torch.int32), base.view(torch.int32))
-    assert merged.data_ptr() != base.data_ptr()
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("method", ["metagpt", "metagpt_ties"])
-def test_a_number_that_is_not_finite_is_reported_with_model_and_tensor(method, granularity, bad):
-    for where in ("base", "expert-1"):
-        base, experts = state_dicts()
-        models = {"base": base, **experts}
-        models[where]["layers.1.w"][2, 3] = bad
-        with pytest.raises(ValueError, match=rf"layers\.1\.w of model {where} holds NaN or Inf"):
-            merge_state_dicts(models, method, base="base", parameters={"granularity": granularity})
 
 
 def test_a_result_beyond_the_dtype_is_refused():
@@ -310,63 +136,6 @@ def test_parameters_out_of_range_stop_the_merge_before_it_writes(
     assert not list(tmp_path.iterdir())
 
 
-def test_scalars_and_empty_tensors_merge():
-    base = {"scale": torch.tensor(1.0), "nothing": torch.zeros(0, 3)}
-    expert = {"scale": torch.tensor(3.0), "nothing": torch.zeros(0, 3)}
-    for granularity in GRANULARITIES:
-        merged = merge_state_dicts(
-            [base, expert], "metagpt", base=0, parameters={"granularity": granularity}
-        )
-        assert merged["scale"] == 3
-        assert merged["nothing"].shape == (0, 3)
-
-
-def test_tied_tensors_in_memory_count_once():
-    def tied(scale):
-        weight = torch.full((4, 4), scale)
-        return {"embed": weight, "head": weight, "w": torch.full((4,), 3 * scale**2)}
-
-    models = [tied(0.0), tied(1.0), tied(2.0)]
-    merged = merge_state_dicts(models, "metagpt", base=0, parameters={"granularity": "model"})
-    once = reference.coefficients(
-        *((lambda ms: (ms[0], ms[1:]))([{k: m[k] for k in ("embed", "w")} for m in models])),
-        "model",
-    )["w"]
-    assert merged["w"][0].item() == pytest.approx(float(once @ [3.0, 12.0]), rel=1e-6)
-
-
-def test_modules_keep_their_gradients():
-    torch.manual_seed(0)
-    base, *experts = (torch.nn.Linear(4, 3) for _ in range(3))
-    merged = merge_state_dicts([base, *experts], "metagpt", base=0)
-    merged["weight"].sum().backward()
-    assert base.weight.grad is not None
-    assert experts[0].weight.grad is not None
-
-
-def test_one_group_may_be_merged_directly():
-    base, experts = state_dicts()
-    entries = [TensorEntry("base", base["layers.0.w"], is_base=True)]
-    entries += [TensorEntry(name, e["layers.0.w"]) for name, e in experts.items()]
-    group = TensorGroup(tuple(entries))
-    merged = get("metagpt").merge_group(
-        group, **{"weight": {"expert-0": 1.0, "expert-1": 1.0}, "lambda": 1.0}
-    )
-    assert torch.equal(
-        merged,
-        merge_tensors(
-            [e.tensor for e in entries], "metagpt", base_index=0, ids=[e.id for e in entries]
-        ),
-    )
-    assert replace(group, entries=group.entries[:1]).non_base == ()
-
-
-def test_no_warnings_are_raised(family, merge):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
-        assert merge(merge_config(family, "metagpt_ties"))
-
-
 @pytest.mark.parametrize("granularity", ["tensor", "layer", "model"])
 def test_bfloat16_models_merge_to_the_same_bytes_in_float32(granularity, tmp_path, merge):
     paths = save_family(tmp_path, llama_config(), dtype=torch.bfloat16)
@@ -376,34 +145,118 @@ def test_bfloat16_models_merge_to_the_same_bytes_in_float32(granularity, tmp_pat
     assert all(torch.equal(narrow[name], wide[name]) for name in wide)
 
 
-LOGGER = "mergekit_metagpt.method.session"
+@pytest.mark.parametrize("method", SPARSIFIED, ids=name_of)
+def test_the_coefficients_are_the_weights_of_a_sparsified_merge(method):
+    base, experts = state_dicts()
+    parameters = parameters_for(method)
+    expected = reference.coefficients(base, list(experts.values()))
+    with noted() as entries:
+        merge_state_dicts({"base": base, **experts}, method, base="base", parameters=parameters)
+    assert len(entries) == len(base)
+    for entry in entries:
+        assert entry.coefficients == pytest.approx(expected[entry.tensor], rel=1e-6)
 
 
-def test_a_stock_merge_logs_once_what_it_uses(merge, tmp_path, caplog):
+@pytest.mark.parametrize("method", OURS, ids=name_of)
+def test_the_seed_decides_the_masks_and_the_order_of_the_models_nothing(method, family, merge):
+    config = merge_config(family, method.spec.name, parameters=parameters_for(method))
+    turned = {**config, "models": config["models"][::-1]}
+    first, again = (merge(c, random_seed=7) for c in (config, turned))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    if method in RANDOM:
+        other = merge(config, random_seed=8)
+        assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("method", OURS, ids=name_of)
+def test_an_expert_equal_to_the_base_changes_nothing(method, granularity):
+    base, experts = state_dicts()
+    parameters = {**parameters_for(method), "granularity": granularity}
+
+    def merged(**experts):
+        return merge_state_dicts({"b": base, **experts}, method, base="b", parameters=parameters)
+
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    plain, padded = merged(x=experts["expert-0"]), merged(x=experts["expert-0"], zero=base)
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's generator is left alone
+    if method not in RANDOM:  # an additional expert draws additional random numbers
+        assert all(torch.equal(plain[name], padded[name]) for name in base)
+    alone = merged(x=base, y=base)
+    assert all(torch.equal(alone[name], base[name]) for name in base)
+
+
+def test_all_experts_equal_to_the_base_give_the_base_bit_for_bit():
+    base = torch.tensor([-0.0, 0.0, 1.0, -3.5])
+    merged = merge_tensors([base, base.clone(), base.clone()], "metagpt", base_index=0)
+    assert torch.equal(merged.view(torch.int32), base.view(torch.int32))
+    assert merged.data_ptr() != base.data_ptr()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("method", ["metagpt", "metagpt_ties"])
+def test_a_number_that_is_not_finite_is_reported_with_model_and_tensor(method, granularity):
+    for where in ("base", "expert-1"):
+        base, experts = state_dicts()
+        models = {"base": base, **experts}
+        models[where]["layers.1.w"][2, 3] = math.nan
+        with pytest.raises(ValueError, match=rf"layers\.1\.w of model {where} holds NaN or Inf"):
+            merge_state_dicts(models, method, base="base", parameters={"granularity": granularity})
+
+
+def test_tied_tensors_in_memory_count_once():
+    tables, rest = ([torch.full((4, n), s) for s in (0.0, 1.0, 2.0)] for n in (4, 1))
+    models = [
+        {"embed": table, "head": table, "w": 3 * w**2}
+        for table, w in zip(tables, rest, strict=True)
+    ]
+    merged = merge_state_dicts(models, "metagpt", base=0, parameters={"granularity": "model"})
+    base, *experts = ({"embed": m["embed"], "w": m["w"]} for m in models)
+    once = reference.coefficients(base, experts, "model")
+    reference.assert_merged({k: merged[k] for k in base}, base, experts, once)
+    assert torch.equal(merged["head"], merged["embed"])
+
+
+def test_modules_keep_their_gradients():
+    torch.manual_seed(0)
+    base, *experts = (torch.nn.Linear(4, 3) for _ in range(3))
+    merge_state_dicts([base, *experts], "metagpt", base=0)["weight"].sum().backward()
+    assert all(module.weight.grad is not None for module in (base, experts[0]))
+
+
+def test_one_group_may_be_merged_directly():
+    base, experts = state_dicts()
+    tensors = [model["layers.0.w"] for model in (base, *experts.values())]
+    ids = ["base", *experts]
+    group = TensorGroup.from_tensors(tensors, ids=ids, base_index=0, name=None)
+    parameters = {"weight": dict.fromkeys(experts, 1.0), "lambda": 1.0}
+    merged = get("metagpt").merge_group(group, **parameters)
+    assert torch.equal(merged, merge_tensors(tensors, "metagpt", base_index=0, ids=ids))
+
+
+def test_a_stock_merge_logs_once_what_it_uses_and_nothing_that_it_cannot_know(
+    merge, tmp_path, caplog
+):
+    logger = "mergekit_metagpt.method.session"
+    caplog.set_level(logging.INFO, logger=logger)
     paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.1, 0.0))
-    caplog.set_level(logging.INFO, logger=LOGGER)
-    for _ in range(2):  # two merges in one process, as mergekit-multi makes them
+
+    def told(granularity):
         caplog.clear()
-        merge(merge_config(paths, parameters={"granularity": "model"}))
-        told = [record for record in caplog.records if record.name == LOGGER]
-        assert [record.levelname for record in told] == ["INFO", "WARNING", "WARNING"]
-        assert f"{paths['b']} 0.9" in told[0].getMessage()
-        assert f"{paths['b']} has 99.0% of the merge" in told[1].getMessage()
-        assert f"{paths['c']} is equal to the base" in told[2].getMessage()
+        merge(merge_config(paths, parameters={"granularity": granularity}))
+        records = [record for record in caplog.records if record.name == logger]
+        return [(record.levelname, record.getMessage()) for record in records]
 
-
-@pytest.mark.parametrize("granularity", ["tensor", "layer"])
-def test_a_stock_merge_logs_nothing_that_it_cannot_know(granularity, merge, tmp_path, caplog):
-    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.012))
-    caplog.set_level(logging.INFO, logger=LOGGER)
-    merge(merge_config(paths, parameters={"granularity": granularity}))
-    assert [record for record in caplog.records if record.name == LOGGER] == []
-
-
-def test_a_merge_whose_journal_is_kept_logs_nothing(merge, tmp_path, caplog):
-    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.1))
-    caplog.set_level(logging.INFO, logger=LOGGER)
-    with SESSION.journal() as entries:
-        merge(merge_config(paths, parameters={"granularity": "model"}))
+    for _ in range(2):  # two merges in one process, as mergekit-multi makes them
+        (info, uses), *warned = told("model")
+        assert info == "INFO"
+        assert f"{paths['b']} 0.9" in uses
+        assert [level for level, _ in warned] == ["WARNING", "WARNING"]
+        assert f"{paths['b']} has 99.0% of the merge" in warned[0][1]
+        assert f"{paths['c']} is equal to the base" in warned[1][1]
+    with noted() as entries:
+        assert told("model") == []
     assert entries
-    assert [record for record in caplog.records if record.name == LOGGER] == []
+    save_family(tmp_path, llama_config(), scales=(0.01, 0.012, 0.011))
+    assert told("tensor") == told("layer") == []

@@ -68,6 +68,30 @@ def test_advice_names_the_next_smaller_exponent(exponent, advice):
     assert advice in warning
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "model"])
+def test_advice_names_no_exponent_that_changes_nothing(granularity):
+    far = Summary([entry("w", (1e20, 1e-20), granularity=granularity)])
+    (warning,) = warnings(far)
+    assert "set exponent: 0, which gives 0.5000 / 0.5000" in warning
+    fixed = Summary([entry("w", (1.0, 1.0), priors=(1e9, 1.0), granularity=granularity)])
+    (warning,) = warnings(fixed)
+    assert warning.endswith("hardly count; give it a smaller weight (its prior).")
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
+def test_nobody_dominates_an_expert_that_is_equal_to_the_base(exponent):
+    found = Summary([entry("w", (3.0, 0.0), exponent=exponent)])
+    assert warnings(found) == ["b is equal to the base, and gets no share of the merge."]
+    assert [expert.mean for expert in found.experts] == [1.0, 0.0]
+
+
+def test_in_turn_advice_names_no_way_that_leaves_the_same():
+    one = [entry("v", (1e20, 1.0), size=9), entry("w", (1.0, 1e9), size=9)]
+    (warning,) = warnings(Summary(one))
+    assert "granularity: model" not in warning
+    assert "set exponent: 0, which leaves 0%" in warning
+
+
 @pytest.mark.parametrize(("part", "warned"), [(51, True), (50, False)])
 def test_experts_that_take_over_in_turn_count_from_half_of_the_parameters(part, warned):
     half = part // 2
@@ -81,4 +105,4 @@ def test_where_priors_vary_nothing_is_said_of_granularity_model():
     entries = [entry("v", (99.0, 1.0)), entry("w", (1.0, 99.0), priors=(1.0, 2.0))]
     (warning,) = warnings(Summary(entries))
     assert "granularity: model" not in warning
-    assert "set exponent: 1, which leaves" in warning
+    assert "set exponent: 0, which leaves 0%" in warning  # 1 would leave all

@@ -1,6 +1,6 @@
 """Warnings about the coefficients of a merge, each with a way out."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from mergekit_metagpt.core.coefficients import scaling_coefficients
 from mergekit_metagpt.method.summary import Entry, Summary
@@ -38,12 +38,14 @@ def share(coefficient: float) -> str:
 
 
 def _dominant_experts(summary: Summary) -> Iterator[str]:
+    if len(_taking_part(summary)) < 2:
+        return
     for expert in summary.experts:
-        if expert.mean > DOMINANT and len(summary.experts) > 1:
+        if expert.mean > DOMINANT:
             ways = ["give it a smaller weight (its prior)"]
-            if its := _milder(summary):
+            if its := milder(summary, largest_mean):
                 means = _shares([other.mean for other in its.experts])
-                ways.insert(0, f"set exponent: {_exponent(its):g}, which gives {means}")
+                ways.insert(0, f"set exponent: {exponent_of(its):g}, which gives {means}")
             yield (
                 f"{expert.model} has {expert.mean:.1%} of the merge, so the others hardly "
                 f"count; {', or '.join(ways)}."
@@ -56,10 +58,11 @@ def _dominated_tensors(summary: Summary) -> Iterator[str]:
     if part <= 0.5:
         return
     ways = []
-    if shared := _over_the_model(summary):
+    shared = _over_the_model(summary)
+    if shared and max(shared) <= DOMINANT:
         ways.append(f"set granularity: model, which gives {_shares(shared)}")
-    if its := _milder(summary):
-        ways.append(f"set exponent: {_exponent(its):g}, which leaves {dominated_part(its):.0%}")
+    if its := milder(summary, dominated_part):
+        ways.append(f"set exponent: {exponent_of(its):g}, which leaves {dominated_part(its):.0%}")
     yield (
         f"In tensors with {part:.0%} of the parameters, one expert has "
         f"more than {DOMINANT:.0%}, so almost nothing of the others is left; "
@@ -69,13 +72,13 @@ def _dominated_tensors(summary: Summary) -> Iterator[str]:
 
 def _hardly_kept(summary: Summary) -> Iterator[str]:
     """Warn if hardly anything of a task vector is in the merge, whatever its coefficients are."""
-    wanted = {e for entry in summary.entries for e in experts_in(entry)}
+    wanted = _taking_part(summary)
     for expert in summary.experts:
         if expert.kept is not None and expert.model in wanted:
             scale = _scale(summary)
             if scale and expert.kept / scale < HARDLY:
                 ways = ["give it a larger weight (its prior)"]
-                if _exponent(summary):
+                if exponent_of(summary):
                     ways.insert(0, "set exponent: 0")
                 yield (
                     f"The merge keeps only {expert.kept:.1%} of the task vector of "
@@ -103,6 +106,10 @@ def experts_in(entry: Entry) -> list[Hashable]:
     """Return the experts of a tensor that move there and have a prior."""
     figures = zip(entry.experts, entry.squared_norms, entry.priors, strict=True)
     return [expert for expert, norm, prior in figures if norm and prior]
+
+
+def _taking_part(summary: Summary) -> set[Hashable]:
+    return {expert for entry in summary.entries for expert in experts_in(entry)}
 
 
 def dominant(entry: Entry) -> Hashable | None:
@@ -137,18 +144,27 @@ def dominated_part(summary: Summary) -> float:
     return sum(sizes) / summary.parameters if sizes else 0.0
 
 
-def _milder(summary: Summary) -> Summary | None:
-    """Return the merge with a milder exponent, if there is one."""
-    exponent = _exponent(summary)
-    return summary.with_exponent(milder(exponent)) if exponent else None
+def largest_mean(summary: Summary) -> float:
+    """Return the mean coefficient of the expert that has most of the merge."""
+    return max(expert.mean for expert in summary.experts)
 
 
-def milder(exponent: float) -> int:
-    """Return the next smaller exponent to try: 1, or 0 if it is 1 already."""
-    return 1 if exponent > 1 else 0
+def milder(summary: Summary, dominance: Callable[[Summary], float]) -> Summary | None:
+    """Return the merge with the next smaller exponent that makes a difference, 1 or 0.
+
+    Args:
+        summary: the merge.
+        dominance: returns what is to become less, a part of 1.
+    """
+    for exponent in (1, 0):
+        its = summary.with_exponent(exponent)
+        if exponent < exponent_of(summary) and round(dominance(its) - dominance(summary), 2) < 0:
+            return its
+    return None
 
 
-def _exponent(summary: Summary) -> float:
+def exponent_of(summary: Summary) -> float:
+    """Return the largest exponent of any tensor."""
     return max(entry.exponent for entry in summary.entries)
 
 
@@ -163,7 +179,7 @@ def _over_the_model(summary: Summary) -> list[float] | None:
         return None
     ((_, priors),) = kinds
     norms = [expert.squared_norm for expert in summary.experts]
-    return scaling_coefficients(norms, priors, _exponent(summary))
+    return scaling_coefficients(norms, priors, exponent_of(summary))
 
 
 def _shares(coefficients: Sequence[float]) -> str:

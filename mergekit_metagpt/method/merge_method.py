@@ -1,15 +1,13 @@
-"""The merge methods that MergeKit sees, and their registration.
+"""The merge methods that MergeKit sees.
 
-Every task-vector method X of MergeKit gets a counterpart. Its weight for each expert is the
-scaling coefficient λ_t of the MetaGPT paper. ``metagpt`` is plain task arithmetic. Each
-``metagpt_X`` is a sparsified method and follows MergeKit's X.
+The weight for each expert is the scaling coefficient λ_t of the MetaGPT paper. ``metagpt`` is plain
+task arithmetic. Each ``metagpt_X`` is a sparsified method and follows MergeKit's X.
 """
 
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,14 +23,14 @@ from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskAr
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_metagpt.core.directions import Directions, Rule, merge_directions
 from mergekit_metagpt.core.granularities import GRANULARITIES
-from mergekit_metagpt.core.roles import Role, ShapeOf, role_of
 from mergekit_metagpt.core.task_vectors import add_task_vectors
 from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
-from mergekit_metagpt.method.parameters import exponent_of, with_priors
+from mergekit_metagpt.method.directions import by_directions
+from mergekit_metagpt.method.in_memory import are_in_memory, without_ties
+from mergekit_metagpt.method.parameters import with_priors
 from mergekit_metagpt.method.random_streams import own_stream
-from mergekit_metagpt.method.session import SESSION, checkpoints_of
+from mergekit_metagpt.method.session import SESSION
 from mergekit_metagpt.method.sparsified import merge_sparsified
 from mergekit_metagpt.method.summary import Entry
 
@@ -111,19 +109,22 @@ class MetaGPTMerge(GroupMergeMethod):
         if not inputs.experts or not inputs.base.numel():
             return inputs.base.clone()
 
-        SESSION.read_ahead(inputs)
         parameters |= {"granularity": granularity, "exponent": exponent}
         chosen, size = GRANULARITIES[granularity], inputs.base.numel()
-        if chosen.has_matrices:
+        if chosen.by_direction:
             merged = torch.empty_like(inputs.base, memory_format=torch.contiguous_format)
             shape_of = shapes.get if shapes else SESSION.shapes_beside(inputs)
             found = by_directions(inputs, shape_of, parameters, merged)
             norms = found.squared_norms
-            SESSION.note([Entry.of(inputs.name, inputs.ids, norms, size, parameters, found)])
+            SESSION.note(Entry.of(inputs.name, inputs.ids, norms, size, parameters, found))
             return _require_finite(merged, inputs.name)
-        norms = chosen.squared_norms(inputs, lambda: survey or SESSION.survey_of(inputs))
+        try:
+            norms = chosen.squared_norms(inputs, lambda: survey or SESSION.survey_of(inputs))
+        except ValueError:
+            SESSION.require_unchanged(inputs.ids, inputs.base_id, at_once=True)  # else it is why
+            raise
         entry = Entry.of(inputs.name, inputs.ids, norms, size, parameters)
-        SESSION.note([entry])
+        SESSION.note(entry)
         coefficients = entry.coefficients
 
         if not any(coefficients):
@@ -178,14 +179,16 @@ class MetaGPTMerge(GroupMergeMethod):
         out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, ...]:
         """Merge groups as MergeKit does; survey them first if they are in memory."""
+        for group in groups:
+            SESSION.read_ahead(group)
         # merge_state_dicts passes all groups in one call. Only here are the models seen as a whole.
         once, places = list(range(len(groups))), list(range(len(groups)))
-        if len(groups) > 1 and _are_in_memory(groups[0]):
+        if len(groups) > 1 and are_in_memory(groups[0]):
             inputs = [TensorInputs.of(group) for group in groups]
             whole: dict[str, Any] = {"shapes": {it.name: it.base.shape for it in inputs}}
             if any(_needs_survey(p) for p in parameters):
                 whole["survey"] = survey_tensors(inputs)
-            once, places = _without_ties(inputs, parameters)
+            once, places = without_ties(inputs, parameters)
             parameters = [{**p, **whole} for p in parameters]
         found: tuple[Tensor, ...] = super()._execute(
             [groups[n] for n in once],
@@ -199,72 +202,6 @@ class MetaGPTMerge(GroupMergeMethod):
             for group, tensor in zip(groups, merged, strict=True):
                 _require_finite(tensor, group.metadata.name)
         return merged
-
-
-def _are_in_memory(group: TensorGroup) -> bool:
-    """Return whether a group's ids name tensors in memory, not models."""
-    ids = [entry.id for entry in group.entries]
-    return checkpoints_of(ids, group.base and group.base.id) is None
-
-
-def _without_ties(
-    inputs: Sequence[TensorInputs], parameters: Sequence[dict[str, Any]]
-) -> tuple[list[int], list[int]]:
-    """Return which tensors to merge, and for each tensor which of those results is its own.
-
-    Tensors that are tied in memory stay tied. They are merged once: as the embedding, if one of
-    them is.
-    """
-    shapes = {tensor.name: tensor.base.shape for tensor in inputs}
-    tied: list[list[int]] = []
-    groups: dict[Any, list[int]] = {}
-    for number, (tensor, its) in enumerate(zip(inputs, parameters, strict=True)):
-        group = groups.setdefault(tensor.memory, [])
-        if not group or parameters[group[0]] != its:
-            group = groups[tensor.memory] = []
-            tied.append(group)
-        group.append(number)
-
-    def is_table(number: int) -> bool:
-        return role_of(inputs[number].name, inputs[number].base.shape, shapes.get) is Role.ROWS
-
-    once = [next(filter(is_table, group), group[0]) for group in tied]
-    places = {number: place for place, group in enumerate(tied) for number in group}
-    return once, [places[number] for number in range(len(inputs))]
-
-
-def by_directions(
-    inputs: TensorInputs,
-    shape_of: ShapeOf,
-    parameters: Mapping[str, Any],
-    out: Tensor | None = None,
-) -> Directions:
-    """Merge a tensor with a coefficient for every direction.
-
-    Args:
-        inputs: θ_0 and θ_t.
-        shape_of: returns the shape of another tensor of the base.
-        parameters: those of the method, with the priors w_t as ``weight``.
-        out: where the merge is written; None computes its figures only.
-
-    Raises:
-        ValueError: if an input is not finite.
-    """
-    role = role_of(inputs.name, inputs.base.shape, shape_of)
-    priors = [parameters["weight"][expert] for expert in inputs.ids]
-    rule = Rule(priors, exponent_of(parameters))
-    try:
-        return merge_directions(
-            inputs.base,
-            inputs.experts,
-            rule,
-            role=role,
-            name=inputs.name,
-            scale=parameters["lambda"],
-            out=out,
-        )
-    except FloatingPointError as error:
-        raise inputs.not_finite() from error
 
 
 def _needs_survey(parameters: dict[str, Any]) -> bool:
@@ -292,33 +229,3 @@ def _require_finite(merged: Tensor, name: str | None) -> Tensor:
                 "float32 or out_dtype: bfloat16), or a smaller lambda."
             )
     return merged
-
-
-def _task_vector_methods() -> list[GeneralizedTaskArithmeticMerge]:
-    methods = _registry().registered_methods()
-    return [method for method in methods if isinstance(method, GeneralizedTaskArithmeticMerge)]
-
-
-def _registry() -> Any:
-    """Return MergeKit's registry: at each call, since it may be reloaded or imported anew."""
-    return import_module("mergekit.merge_methods.registry")
-
-
-def register() -> None:
-    """Register ``metagpt`` and every ``metagpt_X`` with MergeKit. A second call changes nothing.
-
-    The start-up file of this package calls this when MergeKit is imported. Call it yourself
-    only where Python does not read start-up files: ``pip install --target``, ``python -S``.
-    """
-    registry = _registry()
-    known = {method.spec.name for method in registry.registered_methods()}
-    for stock in _task_vector_methods():
-        method = MetaGPTMerge(stock)
-        if method.spec.name not in known:
-            registry.register(method)
-
-
-def evolvable_parameters() -> dict[str, list[str]]:
-    """Return, by method, the per-expert parameters that ``mergekit-evolve`` may search."""
-    methods = [MetaGPTMerge(stock) for stock in _task_vector_methods()]
-    return {m.spec.name: ["weight"] if m.is_plain else ["weight", "density"] for m in methods}

@@ -88,9 +88,10 @@ def exponent_of(parameters: Mapping[str, Any]) -> float:
 def with_priors(stock: Iterable[ParameterSpec], is_plain: bool) -> tuple[ParameterSpec, ...]:
     """Return a stock method's parameters, with priors as weights, and this package's own.
 
-    Only the plain method has matrices of coefficients; the others weigh whole task vectors.
+    Only the plain method has a coefficient for every direction; the others weigh whole task
+    vectors.
     """
-    names = [name for name, g in GRANULARITIES.items() if is_plain or not g.has_matrices]
+    names = [name for name, g in GRANULARITIES.items() if is_plain or not g.by_direction]
     granularity = _Checked(
         "granularity",
         str,

@@ -1,45 +1,66 @@
-"""State that MergeKit does not pass to a merge method.
+"""What MergeKit does not pass to a merge method.
 
 MergeKit calls a method with the tensors of one parameter at a time, from any thread and for any
-merge of the process. It passes no whole models, no options of the command, and no place to store
-a result. :data:`SESSION`, one object per process, therefore keeps everything that outlives such
-a call: the surveys that merges share, the open journals, and the options that a survey needs.
+merge of the process. It passes no whole models and no options of the command. :data:`SESSION`
+finds them, for one merge that MergeKit plans after another.
 """
 
 import logging
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_metagpt.core.roles import ShapeOf
-from mergekit_metagpt.measure.kept_surveys import KeptSurveys
 from mergekit_metagpt.measure.survey import Survey, TensorInputs, survey_tensors
+from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.method.advice import share, warnings
 from mergekit_metagpt.method.summary import Entry, Summary
 from mergekit_metagpt.method.watch import Watch
 
 if TYPE_CHECKING:
+    from mergekit.merge_methods.base import TensorGroup
     from mergekit.options import MergeOptions
 
     from mergekit_metagpt.measure.checkpoints import Checkpoints
 
 LOG = logging.getLogger(__name__)
 
+_NOTED: ContextVar[list[Entry] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def noted(*, in_all_threads: bool = False) -> Iterator[list[Entry]]:
+    """Collect an entry for each tensor that is merged within this context.
+
+    Args:
+        in_all_threads: also those merged by threads that have been started since, which
+            inherit no context: those of MergeKit's multi-GPU executor.
+    """
+    entries: list[Entry] = []
+    token = _NOTED.set(entries)
+    if in_all_threads:
+        SESSION.everywhere = entries
+    try:
+        yield entries
+    finally:
+        SESSION.everywhere = None
+        _NOTED.reset(token)
+
 
 class Session:
-    """The state that the merges of one process share; thread-safe.
+    """The merges of this process, one after another; thread-safe.
 
     Attributes:
-        surveys: the surveys taken so far.
+        everywhere: where threads note entries that have no list of their own.
     """
 
     def __init__(self) -> None:
-        self.surveys = KeptSurveys()
-        self._journals: list[list[Entry]] = []
+        self.everywhere: list[Entry] | None = None
         self._logged: dict[Hashable, Entry] = {}
         self._checkpoints: Checkpoints | None = None
         self._watch: Watch | None = None
@@ -58,10 +79,15 @@ class Session:
         self._watch = None
         checkpoints = self._checkpoints = checkpoints_of(ids, base)
         if checkpoints is not None:
-            self._note_options()
-            self.surveys.begin(checkpoints)
+            from mergekit_metagpt.measure.untold import warn_of_untold
 
-    def require_unchanged(self, ids: Sequence[Hashable], base: Hashable) -> None:
+            self._note_options()
+            SURVEYS.begin(checkpoints)
+            warn_of_untold(checkpoints)
+
+    def require_unchanged(
+        self, ids: Sequence[Hashable], base: Hashable, at_once: bool = False
+    ) -> None:
         """Stop a merge if a weight file has changed since it began; arguments as for ``begin``.
 
         Raises:
@@ -69,15 +95,16 @@ class Session:
         """
         checkpoints = checkpoints_of(ids, base)
         if checkpoints is not None:
-            self.surveys.require_unchanged(checkpoints)
+            SURVEYS.require_unchanged(checkpoints, at_once)
 
-    def read_ahead(self, inputs: TensorInputs) -> None:
-        """Let the disk read the tensors of a merge, and what follows them in their files."""
-        checkpoints = checkpoints_of(inputs.ids, inputs.base_id)
+    def read_ahead(self, group: "TensorGroup") -> None:
+        """Let the disk read what follows the tensors of a merge in their files."""
+        ids = [entry.id for entry in group.entries]
+        checkpoints = checkpoints_of(ids, group.base and group.base.id)
         if checkpoints is not None:
             self._set_up_loaders()
             for model in checkpoints.models:
-                checkpoints.read_ahead(model, inputs.name)
+                checkpoints.read_ahead(model, group.metadata.name)
 
     def shapes_beside(self, inputs: TensorInputs) -> ShapeOf:
         """Return what looks up the shapes of a base's other tensors."""
@@ -97,53 +124,39 @@ class Session:
         if checkpoints is None:
             return survey_tensors([inputs])
         self._set_up_loaders()
-        device = inputs.base.device
-        return self.surveys.survey_of(checkpoints, device, progress=not self._quiet)
+        return SURVEYS.survey_of(checkpoints, inputs.base.device, progress=not self._quiet)
 
-    @contextmanager
-    def journal(self) -> Iterator[list[Entry]]:
-        """Collect an entry for each tensor that this process merges, in any thread."""
-        entries: list[Entry] = []
-        self._journals.append(entries)
-        try:
-            yield entries
-        finally:
-            self._journals[:] = [kept for kept in self._journals if kept is not entries]
+    def note(self, entry: Entry) -> None:
+        """Note how a tensor was merged; under MergeKit's own commands, log it instead."""
+        entries = _NOTED.get()
+        entries = self.everywhere if entries is None else entries
+        if entries is None:
+            self._log(entry)
+        else:
+            entries.append(entry)
 
-    def note(self, entries: Iterable[Entry]) -> None:
-        """Add entries to every open journal. They may come from another process.
-
-        If no journal is open, as under MergeKit's own commands, log them instead.
-        """
-        entries = list(entries)
-        for journal in self._journals:
-            journal.extend(entries)
-        if not self._journals:
-            self._log(entries)
-
-    def _log(self, entries: Iterable[Entry]) -> None:
+    def _log(self, entry: Entry) -> None:
         """Warn of what the tensors of a merge show; at ``model``, log once what it uses.
 
         At the other granularities only the last tensor completes the coefficients, and MergeKit
         does not say which one is the last.
         """
-        for entry in entries:
-            if not _are_models(entry.experts):
-                continue
-            if entry.granularity != "model":
-                self._look_at(entry)
-                continue
-            merge = (entry.experts, entry.squared_norms, entry.exponent)
-            if self._logged.setdefault(merge, entry) is not entry:
-                continue
-            shares = zip(entry.experts, entry.coefficients, strict=True)
-            LOG.info(
-                "Scaling coefficients of %s, and of all tensors with its weights: %s",
-                entry.tensor,
-                ", ".join(f"{model} {share(coefficient)}" for model, coefficient in shares),
-            )
-            for sentence in warnings(Summary([entry])):
-                LOG.warning("%s", sentence)
+        if not _are_models(entry.experts):
+            return
+        if entry.granularity != "model":
+            self._look_at(entry)
+            return
+        merge = (entry.experts, entry.squared_norms, entry.exponent)
+        if self._logged.setdefault(merge, entry) is not entry:
+            return
+        shares = zip(entry.experts, entry.coefficients, strict=True)
+        LOG.info(
+            "Scaling coefficients of %s, and of all tensors with its weights: %s",
+            entry.tensor,
+            ", ".join(f"{model} {share(coefficient)}" for model, coefficient in shares),
+        )
+        for sentence in warnings(Summary([entry])):
+            LOG.warning("%s", sentence)
 
     def _look_at(self, entry: Entry) -> None:
         with self._lock:

@@ -20,7 +20,8 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_metagpt.core.task_vectors import Sum, chunk_size, deltas_of, working_dtype
+from mergekit_metagpt.core.buffers import chunk_size
+from mergekit_metagpt.core.task_vectors import Sum, deltas_of, working_dtype
 from mergekit_metagpt.measure.survey import TensorInputs
 
 # How far a rank may be from that in a random sample. If it is farther, counting shows it.

@@ -1,6 +1,6 @@
 """The coefficients that a merge uses for each tensor, and their summary.
 
-The forecast of a merge and the journal of a finished one both become a :class:`Summary`.
+The forecast of a merge and the entries of a finished one both become a :class:`Summary`.
 Tables, figures, ``--json``, records, cards and warnings are all made from it, so they agree.
 """
 
@@ -8,6 +8,7 @@ import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import mul
 from typing import Any
 
 from mergekit_metagpt.core.coefficients import Norms, scaling_coefficients
@@ -52,25 +53,16 @@ class Entry:
         directions: Directions | None = None,
     ) -> "Entry":
         """Describe how a tensor is merged with the method's parameters."""
-        return cls(
-            tensor=tensor,
-            granularity=parameters["granularity"],
-            experts=experts,
-            squared_norms=squared_norms,
-            priors=tuple(parameters["weight"][expert] for expert in experts),
-            exponent=exponent_of(parameters),
-            size=size,
-            directions=directions,
-        )
+        granularity, exponent = parameters["granularity"], exponent_of(parameters)
+        priors = tuple(parameters["weight"][expert] for expert in experts)
+        return cls(tensor, granularity, experts, squared_norms, priors, exponent, size, directions)
 
     def changed(self, exponent: float | None, priors: Mapping[Any, float]) -> "Entry":
         """Return the entry for another exponent, unless it is None, and priors of some experts."""
-        old = zip(self.experts, self.priors, strict=True)
-        return replace(
-            self,
-            exponent=self.exponent if exponent is None else exponent,
-            priors=tuple(priors.get(expert, prior) for expert, prior in old),
-        )
+        own = zip(self.experts, self.priors, strict=True)
+        chosen = tuple(priors.get(expert, prior) for expert, prior in own)
+        exponent = self.exponent if exponent is None else exponent
+        return replace(self, exponent=exponent, priors=chosen)
 
     @cached_property
     def coefficients(self) -> Norms:
@@ -84,6 +76,15 @@ class Entry:
         """The name of the scope that the norms were measured over."""
         return GRANULARITIES[self.granularity].scope(self.tensor or "")
 
+    def moves(self, expert: Hashable) -> bool:
+        """Return whether an expert differs from the base here, or lacks the tensor."""
+        return dict(zip(self.experts, self.squared_norms, strict=True)).get(expert) != 0
+
+    def row(self, experts: Iterable[Hashable]) -> Norms:
+        """Return the coefficients of some experts; 0 for those without the tensor."""
+        known = dict(zip(self.experts, self.coefficients, strict=True))
+        return tuple(known.get(expert, 0.0) for expert in experts)
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -92,11 +93,10 @@ class Expert:
     Attributes:
         model: its id.
         squared_norm: ‖τ‖² over everything that was measured for the merge.
-        mean: its coefficient, averaged over the parameters of the merge; ``kept``, if the merge
-            measured that.
+        mean: its coefficient, averaged over the parameters of the merge; of directions, ``kept``.
         least: its least coefficient in any tensor.
         largest: its largest one.
-        kept: how much of its task vector is in the merge; None if the merge did not measure it.
+        kept: how much of its task vector is in the merge; None if that is not known.
     """
 
     model: Hashable
@@ -111,6 +111,18 @@ class Expert:
         """‖τ‖."""
         return math.sqrt(self.squared_norm)
 
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as JSON types."""
+        return {
+            "model": str(self.model),
+            "norm": self.norm,
+            "squared_norm": self.squared_norm,
+            "coefficient": self.mean,
+            "least": self.least,
+            "largest": self.largest,
+            "kept": self.kept,
+        }
+
 
 class Summary:
     """A summary of the coefficients of a whole merge.
@@ -120,9 +132,12 @@ class Summary:
         ids: all T experts, in canonical order.
     """
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    def __init__(self, entries: Iterable[Entry], kept: Sequence[float] | None = None) -> None:
+        """Summarize entries; ``kept``, in canonical order, is for where they do not say it."""
         self.entries = sorted(entries, key=lambda entry: entry.tensor or "")
         self.ids = canonical({expert for entry in self.entries for expert in entry.experts})
+        unknown = [None] * len(self.ids)
+        self._kept_of_all: Sequence[float | None] = self._kept(self.entries) or kept or unknown
 
     def with_exponent(self, exponent: float) -> "Summary":
         """Return the summary for a different exponent; nothing is measured again."""
@@ -138,30 +153,33 @@ class Summary:
         """The scopes of the coefficients: one, unless slices differ."""
         return sorted({entry.granularity for entry in self.entries})
 
+    @property
+    def granularity(self) -> str:
+        """The scopes of the coefficients, in words."""
+        return " and ".join(self.granularities)
+
+    @cached_property
+    def exponent(self) -> str:
+        """K in λ ∝ w ‖τ‖^k, in words: one, unless slices differ."""
+        return " and ".join(f"{k:g}" for k in sorted({entry.exponent for entry in self.entries}))
+
     @cached_property
     def experts(self) -> list[Expert]:
         """All T experts."""
-        measured = self._kept(self.entries)
-        norms, means = self._squared_norms(), measured or self._means(self.entries)
-        kept: Sequence[float | None] = measured or [None] * len(self.ids)
+        means = self._kept(self.entries) or self._means(self.entries)
+        figures = zip(self.ids, self._squared_norms(), means, self._kept_of_all, strict=True)
         return [
-            Expert(model, norm, mean, *self._range(model), part)
-            for model, norm, mean, part in zip(self.ids, norms, means, kept, strict=True)
+            Expert(id_, norm, mean, *self._range(id_), kept) for id_, norm, mean, kept in figures
         ]
 
     def _range(self, model: Hashable) -> tuple[float, float]:
         """Return an expert's least and largest coefficient; of directions, where it moves."""
-        found = [
-            coefficient
+        coefficients = [
+            entry.row([model])[0]
             for entry in self.entries
-            for expert, norm, coefficient in zip(
-                entry.experts, entry.squared_norms, entry.coefficients, strict=True
-            )
-            if expert == model and (norm or not entry.directions)
+            if not entry.directions or entry.moves(model)
         ]
-        if any(model not in entry.experts for entry in self.entries):
-            found.append(0.0)
-        return min(found, default=0.0), max(found, default=0.0)
+        return min(coefficients, default=0.0), max(coefficients, default=0.0)
 
     @property
     def by_direction(self) -> bool:
@@ -185,11 +203,8 @@ class Summary:
 
     @cached_property
     def stretch(self) -> float | None:
-        """How long the merged task vector is, relative to a sum of experts at right angles.
-
-        None if the merge did not measure it.
-        """
-        moved = _moved(self.entries)
+        """How long the merged task vector is, relative to a sum of experts at right angles."""
+        moved = [entry for entry in self.entries if any(entry.squared_norms)]
         lengths = [entry.directions.squared_norm for entry in moved if entry.directions]
         if not moved or len(lengths) < len(moved):
             return None
@@ -197,46 +212,28 @@ class Summary:
 
     @cached_property
     def decided(self) -> tuple[int, int] | None:
-        """In how many directions of the matrices the coefficients decide, and of how many.
-
-        None if the merge has no coefficients for directions.
-        """
-        found = [entry.directions for entry in self.entries if entry.directions]
-        matrices = [(it.decided, it.inputs) for it in found if it.decided is not None]
+        """In how many directions of the matrices the coefficients decide, and of how many."""
+        directions = [entry.directions for entry in self.entries if entry.directions]
+        matrices = [(it.decided, it.inputs) for it in directions if it.decided is not None]
         if not matrices:
             return None
         return sum(decided for decided, _ in matrices), sum(inputs for _, inputs in matrices)
 
     @cached_property
     def _by_layer(self) -> list[list[Entry]]:
-        members: dict[str, list[Entry]] = {}
-        for entry in self.entries:
-            if (layer := layer_of(entry.tensor)) is not None:
-                members.setdefault(layer, []).append(entry)
+        members = _grouped((layer, e) for e in self.entries if (layer := layer_of(e.tensor)))
         return [members[layer] for layer in sorted(members, key=_in_order)]
 
     @cached_property
     def scopes(self) -> dict[str, list[Entry]]:
-        """The tensors of each scope, by its name: the model, a layer or a tensor.
-
-        If coefficients vary within a scope because priors do, its tensors are listed one by
-        one.
-        """
-        members: dict[str, list[Entry]] = {}
-        for entry in self.entries:
-            members.setdefault(entry.scope, []).append(entry)
-        found: dict[str, list[Entry]] = {}
-        for scope, entries in members.items():
+        """The tensors of each scope, by its name; one by one where priors vary within it."""
+        scopes: dict[str, list[Entry]] = {}
+        for scope, entries in _grouped((entry.scope, entry) for entry in self.entries).items():
             if len({(entry.experts, entry.coefficients) for entry in entries}) == 1:
-                found[scope] = entries
+                scopes[scope] = entries
             else:
-                found |= {entry.tensor or "": [entry] for entry in entries}
-        return found
-
-    def row(self, entry: Entry) -> Norms:
-        """Return a tensor's coefficients for all T experts; 0 for experts without the tensor."""
-        known = dict(zip(entry.experts, entry.coefficients, strict=True))
-        return tuple(known.get(expert, 0.0) for expert in self.ids)
+                scopes |= {entry.tensor or "": [entry] for entry in entries}
+        return scopes
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as JSON types; an expert without a scope's tensors has norm null."""
@@ -246,18 +243,7 @@ class Summary:
             "parameters": self.parameters,
             "stretch": self.stretch,
             "decided": self.decided and list(self.decided),
-            "experts": [
-                {
-                    "model": str(expert.model),
-                    "norm": expert.norm,
-                    "squared_norm": expert.squared_norm,
-                    "coefficient": expert.mean,
-                    "least": expert.least,
-                    "largest": expert.largest,
-                    "kept": expert.kept,
-                }
-                for expert in self.experts
-            ],
+            "experts": [expert.as_json() for expert in self.experts],
             "coefficients": {
                 name: self._scope_as_json(entries) for name, entries in self.scopes.items()
             },
@@ -269,7 +255,7 @@ class Summary:
             "norms_of": entries[0].scope,
             "parameters": sum(entry.size for entry in entries),
             "squared_norms": [norms.get(expert) for expert in self.ids],
-            "coefficients": list(self.row(entries[0])),
+            "coefficients": list(entries[0].row(self.ids)),
         }
 
     def _squared_norms(self) -> list[float]:
@@ -282,34 +268,31 @@ class Summary:
 
     def _kept(self, entries: Sequence[Entry]) -> list[float] | None:
         """Return how much of each task vector is in the merge, T floats, if it was measured."""
-        moved = _moved(entries)
+        moved = [entry for entry in entries if any(entry.squared_norms)]
         if not moved or not all(entry.directions for entry in moved):
             return None
         norms, inside = dict.fromkeys(self.ids, 0.0), dict.fromkeys(self.ids, 0.0)
         for entry in moved:
-            for expert, norm, kept in zip(
-                entry.experts, entry.squared_norms, entry.coefficients, strict=True
-            ):
+            for expert, norm in zip(entry.experts, entry.squared_norms, strict=True):
                 norms[expert] += norm
-                inside[expert] += norm * kept
-        return [inside[expert] / norms[expert] if norms[expert] else 0.0 for expert in self.ids]
+                inside[expert] += norm * entry.row([expert])[0]
+        return [inside[it] / norms[it] if norms[it] else 0.0 for it in self.ids]
 
     def _means(self, entries: Sequence[Entry]) -> list[float]:
-        rows = {entry.tensor: self.row(entry) for entry in entries}
-        if len(set(rows.values())) == 1:
-            return list(next(iter(rows.values())))  # exactly; a mean would round
-        total = sum(entry.size for entry in entries)
-        return [
-            math.fsum(entry.size * rows[entry.tensor][t] for entry in entries) / total
-            for t in range(len(self.ids))
-        ]
-
-
-def _moved(entries: Iterable[Entry]) -> list[Entry]:
-    """Return the tensors in which an expert differs from the base."""
-    return [entry for entry in entries if any(entry.squared_norms)]
+        rows, sizes = [entry.row(self.ids) for entry in entries], [entry.size for entry in entries]
+        if len(set(rows)) == 1:
+            return list(rows[0])  # exactly; a mean would round
+        sums = (math.fsum(map(mul, sizes, column)) for column in zip(*rows, strict=True))
+        return [one / sum(sizes) for one in sums]
 
 
 def _in_order(layer: str) -> tuple[str, int]:
     stack, _, number = layer.rpartition(".")
     return stack, int(number)
+
+
+def _grouped(entries: Iterable[tuple[str, Entry]]) -> dict[str, list[Entry]]:
+    groups: dict[str, list[Entry]] = {}
+    for name, entry in entries:
+        groups.setdefault(name, []).append(entry)
+    return groups

@@ -9,9 +9,11 @@ from mergekit_metagpt.method.advice import (
     STRETCHED,
     dominant,
     experts_in,
+    exponent_of,
+    largest_mean,
     milder,
 )
-from mergekit_metagpt.method.summary import Entry
+from mergekit_metagpt.method.summary import Entry, Summary
 
 # What shows in tensors with this part of the parameters is worth a warning.
 _PART = 0.1
@@ -41,7 +43,8 @@ def _shown(entry: Entry) -> Iterator[tuple[str, Hashable]]:
     """Yield what a tensor shows as the end of a sentence, and the expert that it is about."""
     expert = dominant(entry)
     if expert is not None:
-        way = "" if entry.exponent == 0 else f"set exponent: {milder(entry.exponent)}, or "
+        its = milder(Summary([entry]), largest_mean)
+        way = f"set exponent: {exponent_of(its):g}, or " if its else ""
         yield (
             f"{expert} has more than {DOMINANT:.0%} of the merge, so almost nothing of the "
             f"others is left; {way}give it a smaller weight (its prior).",
