@@ -22,6 +22,7 @@ class Hub:
     Attributes:
         address: its URL.
         models: for each model the directory of each revision; commits are revisions, too.
+        gated: the models that nobody may read.
         asked: the method, the file and the part of each request for a file.
         before: called with the name of a file before it is sent; may return how many bytes of the
             answer to send before the connection ends.
@@ -29,6 +30,7 @@ class Hub:
 
     address: str = ""
     models: dict[str, dict[str, Path]] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
     before: Callable[[str], int | None] = lambda file: None
 
@@ -48,11 +50,14 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, answer in ((_FILE, self._file), (_INFO, self._info), (_TREE, self._tree)):
             if found := pattern.fullmatch(self.path):
                 revisions = self.hub.models.get(found[1])
+                if found[1] in self.hub.gated:
+                    return self._fail("GatedRepo", 403)
                 if revisions is None:
                     return self._fail("RepoNotFound")
                 directory = revisions.get(found[2] or "main")
                 if directory is None:
                     return self._fail("RevisionNotFound")
+                self.name = found[1]
                 return answer(directory, *found.groups()[2:])
         return self._fail("EntryNotFound")
 
@@ -68,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
         files = [
             {"rfilename": path.name, "size": path.stat().st_size} for path in directory.iterdir()
         ]
-        self._json({"id": "a/b", "sha": self._commit(directory), "siblings": files, "tags": []})
+        self._json({"id": self.name, "sha": self._commit(directory), "siblings": files, "tags": []})
 
     def _tree(self, directory: Path) -> None:
         self._json(
@@ -101,8 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, value: object) -> None:
         self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
-    def _fail(self, code: str) -> None:
-        self._send(404, {"X-Error-Code": code}, b"")
+    def _fail(self, code: str, status: int = 404) -> None:
+        self._send(status, {"X-Error-Code": code}, b"")
 
     def _send(
         self, status: int, headers: dict[str, str], data: bytes, cut: int | None = None

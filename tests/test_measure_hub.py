@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import time
 from pathlib import Path
@@ -17,15 +18,19 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
+from test_adapters import lora, renamed, save_adapter
 
+import mergekit_metagpt
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.measure.checkpoints import forget_files, set_up_worker
-from mergekit_metagpt.measure.hub import find_on_hub, reading_from_hub
-from mergekit_metagpt.method.session import SESSION
+from mergekit_metagpt.measure.hub import HubLoader, find_on_hub
+from mergekit_metagpt.measure.loaders import forget_files, set_up_worker
+from mergekit_metagpt.planning.models import find_model_files
+from mergekit_metagpt.preflight.adapters import bad_adapters
 from mergekit_metagpt.wording import BadInputError
 
 SHARD = "model-00002-of-00003.safetensors"
 INDEX = "model.safetensors.index.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,6 @@ def measured(call):
     """Return what is measured of some models, under their short names."""
 
     def measured(paths, *words, **changes):
-        SESSION.surveys.clear()
         said = call(paths, "--json", *words, **changes).stdout
         for name, path in paths.items():
             said = said.replace(json.dumps(path), json.dumps(name))
@@ -130,41 +134,64 @@ def test_a_command_of_its_own_process_stores_nothing_either(hub, family, on_disk
 
 
 def test_a_connection_that_ends_early_is_opened_again(measured, hub, family, on_disk):
-    ends = iter([100] * 3)
-    hub.before = lambda file: next(ends, None) if file == SHARD else None
+    ends = iter([100])
+
+    def cut(file):
+        is_tensor = hub.asked[-1][2] not in (None, "bytes=0-100000", "bytes=0-7")
+        return next(ends, None) if file == SHARD and is_tensor else None
+
+    hub.before = cut
     assert measured(family) == measured(on_disk)
     assert next(ends, None) is None
 
 
+@pytest.mark.parametrize("revision", ["main", "tuned"])
 def test_all_tensors_are_of_the_commit_that_the_revision_had_at_first(
-    measured, hub, family, on_disk
+    revision, measured, hub, family, on_disk
 ):
     def publish(file):
         if file == SHARD:
-            hub.put("org/alive", on_disk["base"])
+            hub.put("org/alive", on_disk["base"], revision)
 
-    hub.put("org/alive", on_disk["a"])
+    hub.put("org/alive", on_disk["base"])
+    hub.put("org/alive", on_disk["a"], revision)
     hub.before = publish
-    assert measured({**family, "a": "org/alive"}) == measured(on_disk)
+    name = "org/alive" if revision == "main" else f"org/alive@{revision}"
+    assert measured({**family, "a": name}) == measured(on_disk)
 
 
-def test_a_revision_is_that_of_the_config(measured, hub, family, on_disk):
-    hub.put("org/again", on_disk["base"])
-    hub.put("org/again", on_disk["a"], "tuned")
-    assert measured({**family, "a": "org/again@tuned"}) == measured(on_disk)
-
-
-def test_a_model_in_one_file_is_read_too(hub, tmp_path):
+def test_a_worker_reads_a_model_in_one_file_that_the_main_process_has_found(hub, tmp_path):
+    tensors = {"whole": torch.rand(3, 2), "none": torch.empty(0, 2), "one": torch.tensor(5)}
     paths = save_family(tmp_path / "small", llama_config())
+    save_file(tensors, Path(paths["a"], "model.safetensors"))
     hub.put("org/whole", paths["a"])
-    (found,) = find("org/whole")
-    assert found.places.keys() == read(paths["a"]).keys()
-    for name, tensor in read(paths["a"]).items():
-        assert torch.equal(found.load(name), tensor)
+    found = pickle.loads(pickle.dumps(find("org/whole")))
+    set_up_worker(MergeOptions(), found)
+    loader = LoaderCache().get(ModelReference.model_validate("org/whole"))
+    assert loader.index.tensor_paths.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loader.get_tensor(name), tensor)
+    assert torch.equal(loader.get_tensor("lost", aliases=["neither", "one"]), tensors["one"])
+    assert loader.get_tensor("lost", raise_on_missing=False) is None
+    with pytest.raises(KeyError, match="lost"):
+        loader.get_tensor("lost")
 
 
-def test_models_on_this_disk_and_on_the_hub_may_be_mixed(measured, hub, family, on_disk):
+def test_models_on_this_disk_and_on_the_hub_may_be_mixed_and_are_forgotten(
+    measured, hub, family, on_disk
+):
     assert measured({**family, "base": on_disk["base"]}) == measured(on_disk)
+    assert not {str(model) for model in LoaderCache().loaders} & {"org/a", "org/b"}
+
+
+def test_a_check_reads_the_headers_there(call, hub, family, on_disk):
+    there, here = call(family, of="check").stdout, call(on_disk, of="check").stdout
+    for name, path in on_disk.items():
+        here = here.replace(str(path), family[name])
+    figures = re.compile(r"(Tensors|Parameters|Bytes read|Bytes written)\W+([\d.,]+ ?\w*)")
+    assert figures.findall(there) == figures.findall(here)
+    assert len(figures.findall(there)) == 4
+    assert not [part for _, file, part in hub.asked if "safetensors" in file and part is None]
 
 
 def test_a_file_that_is_gone_is_one_sentence(call, hub, family):
@@ -174,19 +201,21 @@ def test_a_file_that_is_gone_is_one_sentence(call, hub, family):
 
     hub.before = vanish
     said = call(family, status=1).stderr
-    assert "Error: File model-0000" in said
+    assert "Error: File org/a@" in said
     assert "of model org/a cannot be read from the hub (404" in said
-    assert "run the command again, or with --keep to download the model." in said
+    assert "run the command again, or hf download org/a first." in said
 
 
-def test_a_server_that_sends_another_part_is_one_sentence(hub, monkeypatch):
+def test_a_server_that_sends_another_part_is_one_sentence(hub, tmp_path):
     (found,) = find("org/a")
-    name, place = next(iter(found.places.items()))
-    hub.models["org/a"][found.commit] = Path(hub.models["org/a"]["main"]).parent / "empty"
-    hub.models["org/a"][found.commit].mkdir()
-    Path(hub.models["org/a"][found.commit], place.file).write_bytes(bytes(place.start + 3))
-    with pytest.raises(BadInputError, match=rf"\(3 bytes came instead of {place.size}\)"):
-        found.load(name)
+    name, header = next(iter(found.tensors.items()))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / Path(header.file).name).write_bytes(bytes(header.start + 3))
+    hub.models["org/a"][found.repository.commit] = tmp_path / "empty"
+    with pytest.raises(
+        BadInputError, match=rf"3 bytes came instead of {header.end - header.start}"
+    ):
+        HubLoader(found).get_tensor(name)
 
 
 def test_offline_the_hub_is_not_asked(call, hub, family, monkeypatch):
@@ -196,15 +225,23 @@ def test_offline_the_hub_is_not_asked(call, hub, family, monkeypatch):
     assert not hub.asked
 
 
-def test_an_unknown_name_is_one_sentence(call, hub, family):
-    said = call({**family, "a": "org/none"}, status=1).stderr
-    assert "Error: Model org/none is no directory here, and cannot be found on the hub (404" in said
+@pytest.mark.parametrize(("name", "code"), [("org/none", 404), ("org/gated", 403)])
+@pytest.mark.parametrize("of", ["coefficients", "check"])
+def test_a_model_that_is_not_there_or_gated_is_one_sentence(name, code, of, call, hub, family):
+    hub.gated.add("org/gated")
+    said = call({**family, "a": name}, of=of, status=1).stderr
+    assert said.removeprefix("Error: ").startswith(
+        f"Model {name} is no directory here, and cannot be found on the hub ({code}"
+    )
+    assert said.count("Model") == 1
 
 
 def test_models_that_are_kept_are_not_read_from_the_hub_again(
     measured, hub, family, on_disk, tmp_path
 ):
-    assert measured(family, "--keep") == measured(on_disk)
+    for name in family.values():
+        huggingface_hub.snapshot_download(name)
+    assert measured(family) == measured(on_disk)
     assert len(weights_in(tmp_path / "cache")) == 8
     forget_files()
     hub.asked.clear()
@@ -229,6 +266,25 @@ def test_what_cannot_be_read_in_parts_is_downloaded(kind, hub, on_disk, tmp_path
         assert "Model org/other+org/adapter has an adapter, which is applied" in caplog.text
 
 
+def test_an_adapter_is_checked_by_its_header(hub, on_disk, tmp_path):
+    adapter = save_adapter(on_disk["base"], tmp_path / "lora", lora())
+    hub.put("org/whole", adapter)
+    hub.put("org/part", shutil.copytree(adapter, tmp_path / "part"))
+    renamed("q_proj", "wq")(tmp_path / "part")
+    hub.put("org/empty", on_disk["base"])
+    found = {}
+    for name in ("whole", "part", "empty"):
+        model = ModelReference.model_validate(f"{on_disk['base']}+org/{name}")
+        files = find_model_files(model, MergeOptions(lora_merge_cache=str(tmp_path / "lora-cache")))
+        assert (files.adapter, files.problems) == (None, ())
+        found[name] = bad_adapters(files, MergeOptions())
+    assert (found["whole"], found["empty"]) == ([], [])
+    assert found["part"][0].startswith("Adapter org/part holds tensor base_model.model.model.")
+    asked = [part for kind, file, part in hub.asked if (kind, file) == ("GET", WEIGHTS)]
+    assert asked
+    assert all(asked)
+
+
 def test_models_of_an_architecture_that_mergekit_infers_are_downloaded(hub, on_disk, caplog):
     config = transformers.AutoConfig.from_pretrained(on_disk["a"])
     directory = Path(on_disk["a"]).parent / "unknown"
@@ -247,10 +303,12 @@ def test_an_index_that_names_what_is_not_there_is_refused(hub, on_disk, tmp_path
     tensors = load_file(directory / SHARD)
     name = next(iter(tensors))
     save_file({n: t for n, t in tensors.items() if n != name}, directory / SHARD)
-    expected = f"The index of model org/stale on the hub puts tensor {name} in {SHARD}, which does"
-    assert refused("org/stale").startswith(expected)
+    assert refused("org/stale").endswith(
+        f"/{INDEX} of model org/stale is stale: it puts tensor {name} in {SHARD}, which does not "
+        "hold it; choose another revision."
+    )
     (directory / SHARD).unlink()
-    assert f"in {SHARD}, which does not hold it" in refused("org/stale")
+    assert f"/{SHARD} of model org/stale is missing" in refused("org/stale")
 
 
 @pytest.mark.parametrize(
@@ -261,26 +319,21 @@ def test_a_file_that_is_not_whole_is_refused(change, hub, on_disk, tmp_path):
     shutil.copytree(on_disk["a"], directory)
     (directory / SHARD).write_bytes(change((directory / SHARD).read_bytes()))
     hub.put("org/cut", directory)
-    assert refused("org/cut") == (
-        f"File {SHARD} of model org/cut on the hub is truncated, or no safetensors file; choose "
-        "another revision."
+    assert refused("org/cut").endswith(
+        f"/{SHARD} of model org/cut is truncated, or no safetensors file; choose another revision."
     )
 
 
-def test_a_worker_reads_the_models_that_the_main_process_has_found(hub, on_disk):
-    found = pickle.loads(pickle.dumps(find("org/a")))
-    set_up_worker(MergeOptions(), found)
-    loader = LoaderCache().get(ModelReference.model_validate("org/a"))
-    name, tensor = next(iter(read(on_disk["a"]).items()))
-    assert torch.equal(loader.get_tensor(name), tensor)
-    assert torch.equal(loader.get_tensor("none", aliases=["neither", name]), tensor)
-    assert loader.get_tensor("none", raise_on_missing=False) is None
-    with pytest.raises(KeyError, match="none"):
-        loader.get_tensor("none")
-
-
-def test_models_are_forgotten_when_they_have_been_measured(hub):
-    found = find("org/a")
-    with reading_from_hub(found):
-        assert found[0].model in LoaderCache().loaders
-    assert found[0].model not in LoaderCache().loaders
+def test_what_is_pushed_between_plan_and_merge_is_measured_anew(hub, family, on_disk, tmp_path):
+    """Models are of a commit; what was measured of another one says nothing."""
+    config = merge_config(family, parameters={"granularity": "model"})
+    options = MergeOptions(quiet=True, copy_tokenizer=False)
+    planned = mergekit_metagpt.plan(config, options=options)
+    first = mergekit_metagpt.merge(config, tmp_path / "first", options=options)
+    coefficients = [expert["coefficient"] for expert in first.record["experts"]]
+    assert coefficients == list(planned.coefficients.values())
+    commit = hub.put("org/a", on_disk["b"])
+    second = mergekit_metagpt.merge(config, tmp_path / "second", options=options)
+    assert [expert["coefficient"] for expert in second.record["experts"]] == [0.5, 0.5]
+    revisions = {it["model"]: it["revision"] for it in second.record["inputs"]}
+    assert revisions["org/a"] == commit

@@ -9,6 +9,7 @@ from conftest import merge_config
 from safetensors.torch import load_file, save_file
 
 from mergekit_metagpt.measure import read_ahead
+from mergekit_metagpt.measure.headers import read_header
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def file(tmp_path):
 
 
 def starts(file):
-    found = read_ahead._starts_of(file, 0)
+    found = {name: header.start for name, header in read_header(file, file).items()}
     data = Path(file).read_bytes()
     for name, tensor in load_file(file).items():
         assert data[found[name] :][:400] == tensor.numpy().tobytes()
@@ -68,7 +69,7 @@ def test_a_changed_file_is_looked_at_again(file, asked):
     os.utime(file, (1, 1))
     read_ahead.AHEAD.begin(file, "w0")  # no longer there
     read_ahead.AHEAD.begin(file, "w1")  # now far from the start
-    assert [start for start, _ in asked][1:] == [read_ahead._starts_of(file, 2)["w1"]]
+    assert [start for start, _ in asked][1:] == [read_header(file, file)["w1"].start]
 
 
 @pytest.mark.parametrize("name", ["model.bin", "model.pth"])

@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from benchmarks.timing import Case
 from mergekit_metagpt import scaling_coefficients
 from mergekit_metagpt.core.granularities import GRANULARITIES
-from mergekit_metagpt.measure import kept_surveys
+from mergekit_metagpt.measure import surveys
 from mergekit_metagpt.measure.checkpoints import Checkpoints, survey_checkpoints
 from mergekit_metagpt.measure.survey import Survey, survey_groups
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
-from mergekit_metagpt.method.session import SESSION
+from mergekit_metagpt.method.session import noted
 from mergekit_metagpt.names import canonical, layer_of
 
 
@@ -350,7 +350,7 @@ def test_one_merge_has_one_set_of_coefficients(granularity, dtype, tmp_path, mer
 
     for path in paths.values():
         edit(path, widen)
-    with SESSION.journal() as entries:
+    with noted() as entries:
         merge(merge_config(paths, parameters={"granularity": granularity}, dtype=dtype))
     scope = GRANULARITIES[granularity].scope
     used: dict[str, set[tuple[float, ...]]] = {}
@@ -366,7 +366,7 @@ def test_one_merge_has_one_set_of_coefficients(granularity, dtype, tmp_path, mer
 def test_layers_beyond_the_base_have_the_same_coefficients(dtype, tmp_path, merge, passes):
     paths = save_family(tmp_path, llama_config(), scales=(0.001, 0.002))
     config = slices_config(paths, [[0, 3]], [[0, 3]], parameters={"granularity": "model"})
-    with SESSION.journal() as entries:
+    with noted() as entries:
         merge({**config, "dtype": dtype}, clone_tensors=True)
     assert "model.layers.5.mlp.up_proj.weight" in {entry.tensor for entry in entries}
     assert len({entry.coefficients for entry in entries}) == 1
@@ -423,7 +423,7 @@ def test_a_merge_of_files_that_change_meanwhile_is_refused(
     granularity, tmp_path, merge, monkeypatch
 ):
     paths = save_family(tmp_path, llama_config())
-    monkeypatch.setattr(kept_surveys, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(surveys, "_SECONDS_BETWEEN_LOOKS", 0.0)
     merge_group = MetaGPTMerge.merge_group
     merged = []
 
@@ -441,17 +441,16 @@ def test_a_merge_of_files_that_change_meanwhile_is_refused(
 
 
 def test_files_are_looked_at_once_a_second(family, merge, monkeypatch):
-    monkeypatch.setattr(kept_surveys.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(surveys.time, "monotonic", lambda: 0.0)
     looks = []
-    original = kept_surveys.changed_files
+    original = surveys.require_unchanged
     monkeypatch.setattr(
-        kept_surveys, "changed_files", lambda before: looks.append(before) or original(before)
+        surveys, "require_unchanged", lambda before: looks.append(before) or original(before)
     )
-    SESSION.surveys.clear()
     merge(merge_config(family, parameters={"granularity": "layer"}))
     assert len(looks) == 2  # before and after the survey
     merge(merge_config(family, parameters={"granularity": "layer"}))
-    assert len(looks) == 3  # when the next merge begins
+    assert len(looks) == 3  # before it is found in the cache
 
 
 def test_the_experts_of_a_survey_are_in_the_order_given(family):

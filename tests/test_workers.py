@@ -25,7 +25,8 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.measure.checkpoints import Checkpoints, set_up_worker
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.loaders import set_up_worker
 from mergekit_metagpt.workers import RayMapper, in_this_process
 
 ray = pytest.importorskip("ray")
@@ -65,7 +66,7 @@ def invoke(*words, status: int = 0):
 def test_any_number_of_workers_measures_the_same_bits(family, sharded):
     for paths in (family, sharded):
         expected = survey(paths)
-        for workers in (1, 2, 3):
+        for workers in (1, 3):
             mapper = on_ray(cpus=1 / workers)
             assert survey(paths, mapper) == expected
         assert survey(paths, mapper, products=False) == survey(paths, products=False)
@@ -113,24 +114,21 @@ def test_vocabularies_that_differ_are_left_out_and_logged_here(tmp_path, caplog)
     larger = save_family(tmp_path / "larger", llama_config(vocab_size=80))
     mixed = {**paths, "b": larger["b"]}
     found = survey(mixed, on_ray())
-    assert "has shape [80, 32]" in caplog.text
+    assert all("has shape [80, 32]" in why for why in found.left_out.values())
     assert len(found.left_out) == 2
     assert found == survey(mixed)
 
 
-def test_the_commands_print_the_same_bytes(family, cluster, tmp_path, monkeypatch):
+def test_the_command_prints_the_same_bytes(family, cluster, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(family["base"]).parent)
     names = {name: name for name in family}  # relative paths, which workers are to find
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(names))
-    words = [config, "--json", "--granularity", "model"]
-    expected = invoke("coefficients", *words).stdout
+    words = ["coefficients", config, "--json", "--granularity", "model"]
+    expected = invoke(*words).stdout
     assert json.loads(expected)["parameters"]
-    assert invoke("coefficients", *words, "--ray").stdout == expected
-    assert invoke("resolve", config, "--ray").stdout == invoke("resolve", config).stdout
-    done = run(command("mergekit-metagpt"), "coefficients", *words, "--ray", cluster)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == expected
-    assert done.stderr == ""
+    assert invoke(*words, "--ray").stdout == expected
+    done = run(command("mergekit-metagpt"), *words, "--ray", cluster)
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
 
 
 def test_what_a_worker_refuses_is_the_sentence_of_here(tmp_path):

@@ -7,22 +7,25 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-import torch
 from mergekit.architecture import WeightInfo, get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
-from mergekit.io.tasks import LoaderCache, LoadTensor
+from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_metagpt import mergekit_private
-from mergekit_metagpt.measure.hub import HubLoader, HubModel, open_on_hub
+from mergekit_metagpt.measure.headers import Header, read_header
+from mergekit_metagpt.measure.hub import HubLoader
+from mergekit_metagpt.measure.identity import identity_of
+from mergekit_metagpt.measure.loaders import load_task
 from mergekit_metagpt.measure.read_ahead import AHEAD
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.tensors import Device, Measured, TensorMeasurer
+from mergekit_metagpt.measure.ties import named_once, twin_of
 from mergekit_metagpt.measure.unread import warn_of_unread
 from mergekit_metagpt.measure.vocabularies import (
     DifferentVocabularyError,
@@ -84,6 +87,30 @@ class Checkpoints:
             mergekit_private.open_loaders.pop(model, None)
             mergekit_private.SimpleLoaderCache().loaders.pop(model.model.path, None)
 
+    def identity(self, model: ModelReference) -> list[Any]:
+        """Return what a model is: its files, or those of the model with its adapter applied.
+
+        Its tokenizer counts, since it decides whether vocabularies agree.
+        """
+        loader = self.loader(model)
+        if self.are_files:
+            return identity_of(model.model.path)
+        if isinstance(loader, HubLoader):
+            identity: list[Any] = [model.model.path, loader.commit]
+        else:
+            identity = identity_of(loader.index.base_path)
+        if model.lora and os.path.isdir(model.model.path):
+            identity += identity_of(model.model.path)
+        return [*identity, LoaderCache().trust_remote_code]
+
+    def warn(self, survey: Survey) -> None:
+        """Log what a merge of these models leaves out."""
+        if not self.are_files:
+            held = self.loader(self.base).index.tensor_paths
+            warn_of_unread(self.base, self.weights(), held)
+        for why in survey.left_out.values():
+            LOG.warning("%s; the tensor does not count towards the coefficients.", why)
+
     def read_ahead(self, model: ModelReference, tensor: str | None) -> None:
         """Let the disk read a tensor of a model, and what follows it in its file."""
         loader = self.loader(model)
@@ -96,31 +123,24 @@ class Checkpoints:
 
         A merge may have more layers than the base; then a tensor is like that of the first layer.
         """
-        loader = self.loader(self.base)
-        if tensor not in loader.index.tensor_paths:
+        if tensor not in self.loader(self.base).index.tensor_paths:
             tensor = re.sub(r"(?<=\.)\d+(?=\.)", "0", tensor, count=1)
-        path = loader.index.tensor_paths.get(tensor)
-        if path is None:
-            return None
-        if path.endswith(".safetensors") and not isinstance(loader, HubLoader):
-            with safe_open(os.path.join(loader.index.base_path, path), "pt") as file:
-                return tuple(file.get_slice(tensor).get_shape())
-        found = loader.get_tensor(tensor)
-        return None if found is None else tuple(found.shape)
+        header = self._header_of_base(tensor)
+        return None if header is None else header.shape
 
     def parameters_of_base(self) -> int:
-        """Return how many numbers the base holds; an estimate, unless they are in safetensors."""
-        index = self.loader(self.base).index
-        numbers = 0
-        for shard in index.shards:
-            path = os.path.join(index.base_path, shard.filename)
-            if path.endswith(".safetensors") and os.path.exists(path):
-                with safe_open(path, "pt") as file:
-                    names = file.keys()
-                    numbers += sum(math.prod(file.get_slice(n).get_shape()) for n in names)
-            elif os.path.exists(path):
-                numbers += os.path.getsize(path) // 2
-        return numbers
+        """Return how many numbers the base holds."""
+        headers = map(self._header_of_base, self.loader(self.base).index.tensor_paths)
+        return sum(math.prod(header.shape) for header in headers if header is not None)
+
+    def _header_of_base(self, tensor: str) -> Header | None:
+        loader = self.loader(self.base)
+        if isinstance(loader, HubLoader):
+            return loader.headers.get(tensor)
+        file = loader.index.tensor_paths.get(tensor)
+        if file is None:
+            return None
+        return read_header(os.path.join(loader.index.base_path, file), self.base).get(tensor)
 
     def weights(self) -> list[WeightInfo]:
         """Return the parameters to compare, ordered so that each shard is opened once."""
@@ -173,7 +193,7 @@ class Checkpoints:
             return self.loader(model).get_tensor(
                 weight.name, device=str(device), raise_on_missing=False
             )
-        return _load_task(model, weight, device).execute()
+        return load_task(model, weight, device).execute()
 
     def files(self) -> list[str]:
         """Return the paths of all weight files."""
@@ -199,22 +219,18 @@ class Checkpoints:
         """Measure every task vector as it is stored; see :func:`survey_checkpoints`."""
         tokenizers_agree.cache_clear()  # the files may have changed since the last survey
         measured: dict[str, Measured] = {}
-        left_out: list[str] = []
+        left_out: dict[str, str] = {}
         tieable: list[WeightInfo] = []
-        if not self.are_files:
-            held = self.loader(self.base).index.tensor_paths
-            warn_of_unread(self.base, self.weights(), held)
-        weights, tied = self._named_once()
+        weights, tied = named_once(self)
         one = TensorMeasurer(self.base, self.experts, self.load, device, products)
         for weight, tensor in zip(weights, mapper(one, weights, progress), strict=True):
             if isinstance(tensor, DifferentVocabularyError):
-                LOG.warning("%s; the tensor does not count towards the coefficients.", tensor)
-                left_out.append(weight.name)
+                left_out[weight.name] = str(tensor)
                 continue
             if tensor is None:
                 continue
             if self.are_files or weight.vocabulary_axis is not None or weight.tied_names:
-                twin = self._twin(weight, tensor, tieable, measured)
+                twin = twin_of(self, weight, tieable, measured, tensor)
                 if twin is not None:  # tied, and stored twice
                     tied[weight.name] = twin.name
                     continue
@@ -225,78 +241,12 @@ class Checkpoints:
             squared_norms={name: tensor.norms for name, tensor in measured.items()},
             tied=tied,
             dtypes={name: tensor.dtype for name, tensor in measured.items()},
-            left_out=tuple(left_out),
+            left_out=left_out,
             sizes={name: tensor.size for name, tensor in measured.items()},
             grams={name: t.products for name, t in measured.items()} if products else None,
             bases={name: t.base for name, t in measured.items()} if products else {},
             source=self,
         )
-
-    def _twin(
-        self,
-        weight: WeightInfo,
-        tensor: Measured,
-        others: Sequence[WeightInfo],
-        measured: dict[str, Measured],
-    ) -> WeightInfo | None:
-        """Return a weight among ``others`` that equals this one in every model, or None."""
-        if not any(tensor.norms):
-            return None
-        for other in others:
-            if tensor.norms == measured[other.name].norms and self._equal(weight, other):
-                return other
-        return None
-
-    def _named_once(self) -> tuple[list[WeightInfo], dict[str, str]]:
-        """Return each stored weight once, and a map from every tied name to that weight's name."""
-        weights: dict[tuple[str | None, ...], WeightInfo] = {}
-        tied: dict[str, str] = {}
-        for weight in self.weights():
-            names = tuple(self.stored_name(model, weight) for model in self.models)
-            # A weight without a stored name is computed from others, so it is tied to none.
-            first = weights.setdefault((weight.name, None) if None in names else names, weight)
-            if first is not weight:
-                tied[weight.name] = first.name
-        return list(weights.values()), tied
-
-    def _equal(self, weight: WeightInfo, other: WeightInfo) -> bool:
-        """Return whether two weights are equal in every model, the base included."""
-        return all(
-            torch.equal(first, second)
-            for model in self.models
-            if (first := self.load(model, weight, "cpu")) is not None
-            and (second := self.load(model, other, "cpu")) is not None
-        )
-
-
-def _load_task(model: ModelReference, weight: WeightInfo, device: Device = "cpu") -> LoadTensor:
-    return LoadTensor(
-        model=model,
-        tensor=weight.name,
-        dtype=weight.force_dtype,
-        device=str(device),
-        optional=True,
-        aliases=weight.aliases,
-        tied_names=weight.tied_names,
-    )
-
-
-def forget_files() -> None:
-    """Forget open files and tokenizers, so that every thread reads the models again."""
-    mergekit_private.open_loaders.clear()
-    tokenizers_agree.cache_clear()
-
-
-def set_up_worker(options: MergeOptions, on_hub: Sequence[HubModel] = ()) -> None:
-    """Give a worker process the loader options of the main one, and let it read files again.
-
-    Args:
-        options: the loader options.
-        on_hub: the models that are read from the hub.
-    """
-    forget_files()
-    open_on_hub(on_hub)
-    LoaderCache().setup(options)
 
 
 def survey_checkpoints(
@@ -327,4 +277,6 @@ def survey_checkpoints(
     """
     checkpoints = Checkpoints.of(base, experts)
     given = [ModelReference.model_validate(expert) for expert in experts]
-    return checkpoints.survey(device, progress, products).in_order_of(given)
+    survey = checkpoints.survey(device, progress, products)
+    checkpoints.warn(survey)
+    return survey.in_order_of(given)

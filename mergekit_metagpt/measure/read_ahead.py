@@ -1,10 +1,9 @@
 """Reading ahead: while one tensor is used, the disk already reads what follows it in its file."""
 
-import json
 import os
-import struct
 import threading
-from functools import lru_cache
+
+from mergekit_metagpt.measure.headers import read_header
 
 # How far to read ahead in each file, in bytes: more than a disk reads while a tensor is used.
 _WINDOW = 1 << 27
@@ -32,9 +31,10 @@ class _ReadAhead:
         """
         if not (file.endswith(".safetensors") and hasattr(os, "posix_fadvise")):
             return
-        start = _starts_of(file, os.stat(file).st_mtime_ns).get(tensor)
-        if start is None:
+        header = read_header(file, os.path.dirname(file)).get(tensor)
+        if header is None:
             return
+        start = header.start
         with self._lock:
             asked = self._asked.get(file, 0)
             if not start <= asked <= start + _BACK * _WINDOW:  # the first tensor, or a jump
@@ -49,13 +49,3 @@ class _ReadAhead:
 
 
 AHEAD = _ReadAhead()
-
-
-@lru_cache(maxsize=4096)
-def _starts_of(file: str, changed: int) -> dict[str, int]:
-    """Return the first byte of each tensor in a safetensors file."""
-    with open(file, "rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}

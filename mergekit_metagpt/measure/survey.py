@@ -128,7 +128,7 @@ class Survey:
             tied tensors, only one is listed.
         tied: maps the other tied tensors to the listed one.
         dtypes: for each tensor name, the dtype that the stored base and experts promote to.
-        left_out: vocabulary tensors that could not be compared.
+        left_out: why vocabulary tensors could not be compared, by name.
         sizes: the number of elements for each tensor name.
         grams: the T x T inner products ⟨τ_i, τ_j⟩ for each tensor name; None if not measured.
         bases: ‖θ_0‖² for each tensor name; measured with the inner products.
@@ -139,7 +139,7 @@ class Survey:
     squared_norms: Mapping[str, Norms]
     tied: Mapping[str, str] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     grams: Mapping[str, Sequence[Sequence[float]]] | None = None
     bases: Mapping[str, float] = field(default_factory=dict)

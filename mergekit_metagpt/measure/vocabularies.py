@@ -1,16 +1,24 @@
 """Load tokenizers, and compare what the rows of two models' vocabulary tensors mean."""
 
-import logging
+import os
+from fnmatch import fnmatch
 from functools import lru_cache
 from typing import Any
 
+import huggingface_hub
 import transformers
+from huggingface_hub.errors import HFValidationError
 from mergekit.architecture import WeightInfo
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.io.tasks import LoaderCache
 from torch import Tensor
 
-LOG = logging.getLogger(__name__)
+from mergekit_metagpt.mergekit_private import wants_remote_code
+from mergekit_metagpt.wording import BadInputError, reason
+
+# The names of files that hold a vocabulary, of all tokenizers of transformers.
+_VOCABULARIES = ("tokenizer.*", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
+_SETTINGS = "tokenizer_config.json"
 
 # A model's tokens by token id.
 Vocabulary = dict[int, str]
@@ -23,12 +31,15 @@ class DifferentVocabularyError(Exception):
 def load_tokenizer(
     model: ModelReference, cache_dir: str | None, trust_remote_code: bool
 ) -> Any | None:
-    """Return a model's tokenizer, or None if none can be loaded; the log says why.
+    """Return a model's tokenizer, or None if the model has none.
 
     Args:
         model: the model; if it has a LoRA adapter, the model under the adapter is used.
         cache_dir: MergeKit's ``--transformers-cache``.
         trust_remote_code: MergeKit's option of this name.
+
+    Raises:
+        BadInputError: if there are files of a tokenizer, but they cannot be used.
     """
     try:
         return transformers.AutoTokenizer.from_pretrained(
@@ -38,14 +49,43 @@ def load_tokenizer(
             cache_dir=cache_dir,
         )
     except Exception as error:  # the many loaders of transformers raise many types
-        LOG.info("No tokenizer could be loaded for %s: %s", model, error)
-        return None
+        files = _tokenizer_files(model.model)
+        if not files:
+            return None
+        why, way = reason(error), "download its files again, or update transformers"
+        if files == [_SETTINGS]:
+            why = f"{_SETTINGS} is there, but no vocabulary such as tokenizer.json"
+            way = "download the missing files"
+        elif wants_remote_code(error):
+            way = "pass --trust-remote-code if you trust the code that it needs"
+        raise BadInputError(
+            f"The tokenizer of model {model} cannot be read ({why}); {way}."
+        ) from None
+
+
+def _tokenizer_files(model: ModelPath) -> list[str]:
+    """Return the names of the files that belong to a model's tokenizer."""
+    if os.path.isdir(model.path):
+        files = os.listdir(model.path)
+    else:
+        try:
+            files = huggingface_hub.list_repo_files(model.path, revision=model.revision)
+        except HFValidationError:  # no name of a repository
+            return []
+        except Exception:  # of the hub's client, or of its connection: nobody knows
+            return [""]
+    names = (_SETTINGS, *_VOCABULARIES)
+    return [file for file in files if any(fnmatch(file, name) for name in names)]
 
 
 def load_vocabulary(
     model: ModelReference, cache_dir: str | None, trust_remote_code: bool
 ) -> Vocabulary | None:
-    """Return a model's tokens by token id, or None if no tokenizer can be loaded."""
+    """Return a model's tokens by token id, or None if it has no tokenizer.
+
+    Raises:
+        BadInputError: if there are files of a tokenizer, but they cannot be used.
+    """
     tokenizer = load_tokenizer(model, cache_dir, trust_remote_code)
     if tokenizer is None:
         return None
@@ -64,6 +104,7 @@ def compare_vocabularies(
 
     Raises:
         DifferentVocabularyError: if the rows cannot be subtracted. The message says why.
+        BadInputError: if a tokenizer is there, but cannot be read.
     """
     (origin, rows), (model, others) = base, expert
     if others.shape != rows.shape:
@@ -85,7 +126,10 @@ def tokenizers_agree(
 ) -> bool:
     """Return whether two models agree on the token of every id that both have.
 
-    If a tokenizer cannot be loaded, assume that they agree, as MergeKit does.
+    If one of them has no tokenizer, assume that they agree, as MergeKit does.
+
+    Raises:
+        BadInputError: if a tokenizer is there, but cannot be read.
     """
     vocabularies = []
     for model in (first, second):

@@ -1,0 +1,135 @@
+"""The headers of weight files: names, shapes and dtypes of tensors, but not their data."""
+
+import math
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it is documented there
+    SafetensorsFileMetadata,
+)
+from safetensors import SafetensorError, safe_open
+
+from mergekit_metagpt.mergekit_private import is_cut_short
+from mergekit_metagpt.wording import BadInputError, reason
+
+# safetensors' names of the dtypes that torch can calculate with.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "BOOL": torch.bool,
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+# The same dtypes, as a merge config names them.
+FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weight file says about one tensor.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: as safetensors calls it, such as F32 or BF16.
+        file: the path of the weight file; empty for a tensor that MergeKit makes from others.
+        start: where its data begin in a safetensors file, in bytes.
+        end: where they end.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+    start: int = 0
+    end: int = 0
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, file: str = "") -> "Header":
+        """Describe a tensor, which may have no data."""
+        dtype = _NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        return cls(tuple(tensor.shape), dtype, file)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype to compute in; None for quantized ones."""
+        return _DTYPES.get(self.dtype)
+
+    @property
+    def bytes(self) -> int:
+        """The size of the tensor's data, if it is not quantized."""
+        dtype = self.torch_dtype
+        return math.prod(self.shape) * (dtype.itemsize if dtype else 1)
+
+
+def headers_of(file: str, found: SafetensorsFileMetadata, size: int) -> dict[str, Header]:
+    """Return the headers of a safetensors file of this size; its last byte belongs to a tensor."""
+    first = size - max((tensor.data_offsets[1] for tensor in found.tensors.values()), default=0)
+    return {
+        name: Header(tuple(t.shape), t.dtype, file, *(first + n for n in t.data_offsets))
+        for name, t in found.tensors.items()
+    }
+
+
+def read_header(path: str, model: Any) -> Mapping[str, Header]:
+    """Return the headers of one weight file, by the name of the tensor.
+
+    Raises:
+        BadInputError: if the file is missing, or is not what its name says.
+    """
+    try:
+        found = require_file(path)
+        return _read(path, found.st_size, found.st_mtime_ns, found.st_ino)
+    except FileNotFoundError:
+        fault = "is missing; download it again"
+    except OSError as error:
+        fault = f"cannot be read ({reason(error)}); download it again"
+    except BadInputError as error:
+        fault = str(error)
+    raise BadInputError(f"Weight file {path} of model {model} {fault}.")
+
+
+def require_file(path: str) -> os.stat_result:
+    """Raise an OSError for a pipe or a device, which may never end."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise OSError("it is a pipe or a device, not a file")
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _read(path: str, size: int, *_changed: int) -> dict[str, Header]:
+    with open(path, "rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if not start:
+        raise BadInputError("is empty; download it again")
+    if start == _LFS_POINTER:
+        raise BadInputError("is only a pointer of Git LFS; run git lfs pull there")
+    try:
+        if path.lower().endswith(".safetensors"):
+            with safe_open(path, framework="pt"):  # refuses a header that the data do not fit
+                return headers_of(path, parse_local_safetensors_file_metadata(path), size)
+        # With map_location meta, torch skips the data of an archive.
+        held = torch.load(path, map_location="meta", weights_only=True)
+        tensors = held.get("state_dict", held)  # as MergeKit reads it
+        return {name: Header.of(t, path) for name, t in tensors.items() if torch.is_tensor(t)}
+    except (SafetensorError, OSError) as error:
+        cut = "truncated, or longer than its header says"
+        said = cut if is_cut_short(error) else f"corrupt ({reason(error)})"
+        raise BadInputError(f"is {said}; download it again") from None
+    except Exception as error:  # an unpickler raises whatever its input makes it raise
+        raise BadInputError(
+            f"is corrupt, or holds more than tensors ({reason(error)}); download it again, or save "
+            "it as safetensors"
+        ) from None

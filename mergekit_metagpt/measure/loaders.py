@@ -1,0 +1,51 @@
+"""MergeKit's loaders, which it keeps once per process: their files, and how to forget them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache, LoadTensor
+from mergekit.options import MergeOptions
+
+from mergekit_metagpt import mergekit_private
+from mergekit_metagpt.measure.hub import HubModel, open_on_hub
+from mergekit_metagpt.measure.tensors import Device
+from mergekit_metagpt.measure.vocabularies import tokenizers_agree
+
+
+def weight_files(model: ModelReference) -> list[Path]:
+    """Return the weight files that MergeKit reads a model from."""
+    index = LoaderCache().get(model).index
+    return [Path(index.base_path, shard.filename) for shard in index.shards]
+
+
+def forget_files() -> None:
+    """Forget open files and tokenizers, so that every thread reads the models again."""
+    mergekit_private.open_loaders.clear()
+    tokenizers_agree.cache_clear()
+
+
+def set_up_worker(options: MergeOptions, on_hub: Sequence[HubModel] = ()) -> None:
+    """Give a worker process the loader options of the main one, and let it read files again.
+
+    Args:
+        options: the loader options.
+        on_hub: the models that are read from the hub.
+    """
+    forget_files()
+    open_on_hub(on_hub)
+    LoaderCache().setup(options)
+
+
+def load_task(model: ModelReference, weight: WeightInfo, device: Device = "cpu") -> LoadTensor:
+    """Return MergeKit's task that loads a weight as it is stored."""
+    return LoadTensor(
+        model=model,
+        tensor=weight.name,
+        dtype=weight.force_dtype,
+        device=str(device),
+        optional=True,
+        aliases=weight.aliases,
+        tied_names=weight.tied_names,
+    )

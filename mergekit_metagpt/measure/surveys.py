@@ -1,0 +1,199 @@
+"""Surveys, each taken once: a small cache on disk keeps them for every command and call.
+
+A survey is looked up by the identity of everything it depends on, so it cannot be that of other
+models, nor of the same ones before a file changed.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+import torch
+
+from mergekit_metagpt.measure.identity import Stat, digest, require_unchanged, stat_of
+from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.workers import Mapper, in_this_process
+
+if TYPE_CHECKING:
+    from mergekit_metagpt.measure.checkpoints import Checkpoints
+    from mergekit_metagpt.measure.tensors import Device
+
+LOG = logging.getLogger(__name__)
+
+_LAYOUT = 1  # of the files in the cache
+# A merge checks its files at each tensor. On a file server, each check costs a round trip.
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+@dataclass
+class _Begun:
+    """A merge that has begun: its weight files, when they were last looked at, its survey."""
+
+    files: dict[str, Stat]
+    looked: float
+    survey: Survey | None = None
+
+    @property
+    def is_changed(self) -> bool:
+        return any(stat != stat_of(path) for path, stat in self.files.items())
+
+
+class Surveys:
+    """The surveys of the merges that this process runs; thread-safe."""
+
+    def __init__(self) -> None:
+        self._begun: dict[Checkpoints, _Begun] = {}
+        self._lock = threading.RLock()
+
+    def begin(self, checkpoints: "Checkpoints") -> None:
+        """Prepare for a merge: record its weight files, and close what has changed before."""
+        with self._lock:
+            for known, begun in list(self._begun.items()):
+                if begun.is_changed:
+                    known.forget_files()
+                if begun.is_changed or known == checkpoints:
+                    del self._begun[known]
+            self._begin(checkpoints)
+
+    def require_unchanged(self, checkpoints: "Checkpoints", at_once: bool = False) -> None:
+        """Stop a merge if a weight file of its models has changed since it began.
+
+        Args:
+            checkpoints: the models.
+            at_once: check now, even if the last check was less than a second ago.
+
+        Raises:
+            BadInputError: if a weight file has changed.
+        """
+        with self._lock:
+            begun, now = self._begin(checkpoints), time.monotonic()
+            if at_once or now - begun.looked >= _SECONDS_BETWEEN_LOOKS:
+                begun.looked = now
+                require_unchanged(begun.files)
+
+    def survey_of(
+        self,
+        checkpoints: "Checkpoints",
+        device: "Device" = "cpu",
+        progress: bool = False,
+        mapper: Mapper = in_this_process,
+        products: bool = False,
+    ) -> Survey:
+        """Return the survey of some models; take it if none is kept.
+
+        Only one thread takes it. The others wait for the result.
+
+        Args:
+            checkpoints: the models of the merge.
+            device: the torch device that computes.
+            progress: whether to show a progress bar.
+            mapper: runs the measurements, in this process or on a cluster.
+            products: whether it must have inner products.
+
+        Raises:
+            ValueError: if a weight file has changed since the merge began, or the models
+                cannot be compared.
+        """
+        with self._lock:
+            begun = self._begin(checkpoints)
+            survey = begun.survey
+            if survey is None or (products and survey.grams is None):
+                self.require_unchanged(checkpoints, at_once=True)
+                kept = _Kept.of(checkpoints, torch.device(device).type)
+                survey = kept.read(checkpoints)
+                if survey is None or (products and survey.grams is None):
+                    # Open files are mapped into memory. While the merge holds a tensor of a file,
+                    # all pages that are read through the same mapping stay in memory. So the
+                    # survey opens the files again: its own mappings are freed one by one.
+                    checkpoints.close_files()
+                    survey = checkpoints.survey(device, progress, products=products, mapper=mapper)
+                    self.require_unchanged(checkpoints, at_once=True)
+                    kept.write(survey)
+                checkpoints.warn(survey)
+                begun.survey = survey
+            return survey
+
+    def adopt(self, shared: "dict[Checkpoints, Survey]") -> None:
+        """Use surveys that another process took, for merges of the files as they are now."""
+        with self._lock:
+            for checkpoints, survey in shared.items():
+                self.begin(checkpoints)
+                self._begun[checkpoints].survey = survey
+
+    def _begin(self, checkpoints: "Checkpoints") -> _Begun:
+        begun = self._begun.get(checkpoints)
+        if begun is None:
+            files = {path: stat_of(path) for path in checkpoints.files()}
+            begun = self._begun[checkpoints] = _Begun(files, time.monotonic())
+        return begun
+
+
+SURVEYS = Surveys()
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The files of the cache that may hold a survey. In them, experts are named by identity.
+
+    Attributes:
+        folder: named after all that a survey depends on besides its experts.
+        experts: T identities, in the order of ``Checkpoints.experts``.
+    """
+
+    folder: Path
+    experts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, checkpoints: "Checkpoints", device: str) -> "_Kept":
+        names = ("mergekit-metagpt", "mergekit", "torch", "transformers")
+        base, *experts = map(checkpoints.identity, checkpoints.models)
+        around = digest(_LAYOUT, *map(version, names), device, base)
+        cache = platformdirs.user_cache_path("mergekit-metagpt")
+        return cls(cache / "surveys" / around, tuple(map(digest, experts)))
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{digest(sorted(self.experts))}.json"
+
+    def read(self, checkpoints: "Checkpoints") -> Survey | None:
+        """Return the survey of these experts, or what one of more experts says of them."""
+        others = (file for file in sorted(self.folder.glob("*.json")) if file != self.file)
+        for file in (self.file, *others):
+            try:
+                survey = _from_json(json.loads(file.read_text("utf-8"))).of_some(self.experts)
+            except (OSError, ValueError, LookupError, TypeError):
+                continue  # there is none, or it was damaged
+            if survey:
+                return replace(survey, experts=checkpoints.experts, source=checkpoints)
+        return None
+
+    def write(self, survey: Survey) -> None:
+        """Keep a survey. Where there is no room for it, it is taken again."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with NamedTemporaryFile("w", encoding="utf-8", dir=self.folder, delete=False) as part:
+                json.dump(_as_json(replace(survey, experts=self.experts)), part)
+            os.replace(part.name, self.file)
+        except OSError as error:
+            LOG.info("The survey could not be kept in %s: %s", self.file, error)
+
+
+def _as_json(survey: Survey) -> dict[str, Any]:
+    fields = ("experts", "squared_norms", "tied", "left_out", "sizes", "grams", "bases")
+    dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in survey.dtypes.items()}
+    return {**{field: getattr(survey, field) for field in fields}, "dtypes": dtypes}
+
+
+def _from_json(content: dict[str, Any]) -> Survey:
+    dtypes = {name: getattr(torch, dtype) for name, dtype in content.pop("dtypes").items()}
+    norms = {name: tuple(row) for name, row in content.pop("squared_norms").items()}
+    experts = tuple(content.pop("experts"))
+    return Survey(experts, squared_norms=norms, dtypes=dtypes, **content)

@@ -1,0 +1,130 @@
+"""The tensors of a checkpoint, as far as the headers of its weight files tell."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from mergekit.io import ShardedTensorIndex
+from mergekit.io.lazy_tensor_loader import ShardInfo
+
+from mergekit_metagpt.measure.headers import Header
+from mergekit_metagpt.measure.locations import Directory, Repository
+from mergekit_metagpt.names import number_of_layer
+from mergekit_metagpt.wording import BadInputError, counted, reason
+
+
+@dataclass
+class Weights:
+    """All tensors of a checkpoint, as far as they could be found.
+
+    Attributes:
+        directory: where the files are; empty for a repository on the hub.
+        tensors: the headers that MergeKit will find, by the name of the tensor.
+        problems: a sentence for each fault of the files.
+    """
+
+    directory: str = ""
+    tensors: dict[str, Header] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @cached_property
+    def by_layer(self) -> dict[str | None, dict[str, Header]]:
+        """The headers of each layer; those of no layer under None."""
+        layers: dict[str | None, dict[str, Header]] = {}
+        for name, header in self.tensors.items():
+            layers.setdefault(number_of_layer(name), {})[name] = header
+        return layers
+
+    @property
+    def files(self) -> list[str]:
+        """The paths of the weight files."""
+        return sorted({header.file for header in self.tensors.values()})
+
+    @property
+    def index(self) -> ShardedTensorIndex:
+        """The index that MergeKit would make of these files."""
+        root = self.directory or os.curdir
+        paths = {name: os.path.relpath(header.file, root) for name, header in self.tensors.items()}
+        names = {
+            file: [name for name in paths if paths[name] == file] for file in set(paths.values())
+        }
+        return ShardedTensorIndex(
+            base_path=self.directory,
+            is_safetensors=all(file.endswith(".safetensors") for file in names),
+            tensor_paths=paths,
+            shards=[ShardInfo(file, names[file]) for file in sorted(names)],
+        )
+
+
+def read_weights(place: Directory | Repository) -> Weights:
+    """Read the headers of a model, from the files that MergeKit would choose."""
+    weights = Weights(place.path)
+    for file in place.kinds:
+        index = f"{file}.index.json"
+        if place.holds(index):
+            if place.path and place.holds(file):
+                weights.problems.append(
+                    f"Model {place.model} holds both {place.file(file)} and {index}, and MergeKit "
+                    "reads only the latter's files; remove whichever is out of date."
+                )
+            _read_shards(weights, place, index)
+            return weights
+        if place.holds(file):
+            try:
+                weights.tensors |= place.headers(file)
+            except BadInputError as error:
+                weights.problems += error.args
+            return weights
+    weights.problems.append(
+        f"Model {place.model} has no weights (no {' or '.join(place.kinds)}, nor an index of "
+        f"shards); {place.if_none}."
+    )
+    return weights
+
+
+def _read_shards(weights: Weights, place: Directory | Repository, name: str) -> None:
+    """Read the headers of all files in an index, and check that the index matches them."""
+    index = f"Index {place.file(name)} of model {place.model}"
+    try:
+        weight_map = json.loads(place.text(name))["weight_map"]
+        shards: dict[str, set[str]] = {}
+        for tensor, shard in weight_map.items():
+            shards.setdefault(Path(shard).as_posix(), set()).add(tensor)
+    except BadInputError as error:
+        weights.problems += error.args
+        return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        weights.problems.append(f"{index} is corrupt ({reason(error)}); {place.if_broken}.")
+        return
+    # On Windows, /a is not absolute, but has an anchor.
+    outside = [path for path in map(Path, shards) if path.anchor or ".." in path.parts]
+    if outside:
+        weights.problems.append(
+            f"{index} names {outside[0].as_posix()}, a file outside of the model; download it "
+            "again from someone you trust."
+        )
+        return
+    for shard, named in sorted(shards.items()):
+        try:
+            held = place.headers(shard)
+        except BadInputError as error:
+            weights.problems += error.args
+            continue
+        weights.tensors |= {tensor: it for tensor, it in held.items() if tensor in named}
+        weights.problems += (
+            f"{index} is stale: {fault}; {place.if_broken}."
+            for fault in _differences(os.path.basename(shard), named, set(held))
+        )
+
+
+def _differences(shard: str, named: set[str], held: set[str]) -> Iterator[str]:
+    if lost := sorted(named - held):
+        yield f"it puts {counted(lost)} in {shard}, which does not hold it"
+    if hidden := sorted(held - named):
+        yield (
+            f"{shard} holds {counted(hidden)}, which the index does not name and MergeKit would "
+            "not find"
+        )

@@ -1,0 +1,73 @@
+"""Headers of weight files: shapes, dtypes and places, read once for each state of a file."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mergekit_metagpt.measure import headers
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.headers import Header, read_header
+from mergekit_metagpt.measure.loaders import forget_files
+
+TENSORS = {
+    "model.layers.0.w": torch.ones(3, 4),
+    "model.norm": torch.ones(5, dtype=torch.bfloat16),
+    "none": torch.ones(0, 2),
+    "one": torch.tensor(1),
+}
+
+
+def legacy(tensors, path):
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+
+
+def nested(tensors, path):
+    torch.save({"state_dict": tensors, "epoch": 3}, path)
+
+
+@pytest.mark.parametrize(
+    ("save", "file"),
+    [
+        (save_file, "model.safetensors"),
+        (torch.save, "pytorch_model.bin"),
+        (legacy, "pytorch_model.bin"),
+        (nested, "pytorch_model.bin"),
+    ],
+)
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_base_is_described_without_its_data(is_file, save, file, tmp_path):
+    path = tmp_path / file
+    save(TENSORS, path)
+    data = path.read_bytes()
+    found = read_header(str(path), "some model")
+    assert found.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        header = found[name]
+        assert (header.shape, header.torch_dtype) == (tuple(tensor.shape), tensor.dtype)
+        if save is save_file:
+            raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+            assert data[header.start : header.end] == raw
+    base = str(path if is_file else tmp_path)
+    checkpoints = Checkpoints.of(base, [base])
+    assert checkpoints.parameters_of_base() == 12 + 5 + 1
+    assert checkpoints.shape_of_base("model.layers.7.w") == (3, 4)
+    assert checkpoints.shape_of_base("lost") is None
+    forget_files()
+
+
+def test_a_header_is_read_again_only_if_the_file_changes(tmp_path, monkeypatch):
+    path = str(tmp_path / "model.safetensors")
+    save_file({"w": torch.zeros(4)}, path)
+    first = read_header(path, "m")["w"]
+    before = Path(path).stat()
+    save_file({"w": torch.zeros(2, 2)}, str(tmp_path / "new"))
+    with monkeypatch.context() as patch:
+        patch.setattr(headers, "safe_open", None)
+        size = before.st_size
+        assert read_header(path, "m")["w"] == first == Header((4,), "F32", path, size - 16, size)
+    (tmp_path / "new").replace(path)  # of another inode
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert read_header(path, "m")["w"].shape == (2, 2)

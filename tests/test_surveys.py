@@ -1,0 +1,225 @@
+"""``mergekit-metagpt survey``, and the cache that lets no command measure the same models twice."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import platformdirs
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from conftest import (
+    command,
+    llama_config,
+    merge_config,
+    put_nan,
+    read,
+    run,
+    save_family,
+    slices_config,
+    write_yaml,
+)
+from safetensors.torch import load_file, save_file
+from test_cli_check import save_tokenizer
+
+import mergekit_metagpt
+from mergekit_metagpt.cli import main
+from mergekit_metagpt.measure.checkpoints import Checkpoints, survey_checkpoints
+
+
+def invoke(*words, status: int = 0):
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exit_code == status, done.output
+    return done
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    return save_family(tmp_path_factory.mktemp("three"), llama_config(), scales=(0.01, 0.03, 0.02))
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A family that a test may change."""
+    return save_family(tmp_path, llama_config())
+
+
+def rewrite(path: str, name: str = "model.norm.weight", factor: float = 3.0) -> None:
+    """Change one small tensor of a checkpoint in place: same names, same size."""
+    tensors = load_file(f"{path}/model.safetensors")
+    tensors[name] = tensors[name] * factor
+    save_file(tensors, f"{path}/model.safetensors", metadata={"format": "pt"})
+
+
+def cached() -> list[Path]:
+    return sorted(platformdirs.user_cache_path("mergekit-metagpt").rglob("*.json"))
+
+
+def test_the_command_shows_what_was_measured(three):
+    base, *experts = three.values()
+    shown = json.loads(invoke("survey", *three.values(), "--json").stdout)
+    exact = survey_checkpoints(base, experts, products=True, progress=False)
+    assert (shown["base"], shown["experts"]) == (base, experts)
+    assert tuple(shown["squared_norms"]) == exact.model
+    assert shown["cosines"] == exact.cosines
+    assert shown["coefficients"] == mergekit_metagpt.scaling_coefficients(exact.model)
+    table = invoke("survey", *three.values()).stdout
+    assert all(f"{round(value, 2) + 0.0:.2f}" in table for row in exact.cosines for value in row)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "layer", "model"])
+def test_after_a_survey_nothing_is_measured_and_nothing_changes(
+    granularity, three, tmp_path, passes, monkeypatch
+):
+    # An expert fewer, and in another order.
+    some = {name: three[name] for name in ("base", "c", "a")}
+    config = merge_config(some, parameters={"granularity": granularity})
+    yml = write_yaml(tmp_path / "metagpt.yml", config)
+    invoke("survey", *three.values())
+    shown = [
+        invoke(name, yml, *more).stdout
+        for name, *more in (("coefficients", "--json"), ("resolve",))
+    ]
+    invoke("merge", yml, tmp_path / "quick", "--no-copy-tokenizer")
+    assert len(passes) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    assert [invoke("coefficients", yml, "--json").stdout, invoke("resolve", yml).stdout] == shown
+    invoke("merge", yml, tmp_path / "plain", "--no-copy-tokenizer")
+    assert len(passes) == 2
+    weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("plain", "quick")]
+    assert weights[0] == weights[1]
+
+
+def test_the_stock_command_finds_it_too(family, tmp_path, merge, passes):
+    config = merge_config(family, parameters={"granularity": "model"})
+    first = merge(config)
+    invoke("coefficients", write_yaml(tmp_path / "metagpt.yml", config))  # with inner products
+    second = merge(config)
+    assert len(passes) == 2
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_slices_of_fewer_experts_take_their_part(three, tmp_path, passes):
+    config = slices_config(three, [[0, 2]], parameters={"granularity": "model"})
+    few = slices_config({k: three[k] for k in ("base", "a", "b")}, [[2, 3]])
+    config["slices"] += few["slices"]
+    invoke("coefficients", write_yaml(tmp_path / "metagpt.yml", config))
+    assert len(passes) == 1
+
+
+CHANGES = {
+    "a norm alone": lambda path: rewrite(path),
+    "another file of the same name": lambda path: os.replace(
+        shutil.copy(f"{path}/../a/model.safetensors", f"{path}/new"), f"{path}/model.safetensors"
+    ),
+    "its tokenizer": lambda path: save_tokenizer(path, *(f"w{n}" for n in range(60))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_has_changed_is_measured_again(change, own, passes):
+    config = merge_config(own, parameters={"granularity": "model"})
+    before = mergekit_metagpt.plan(config).coefficients
+    CHANGES[change](own["b"])
+    after = mergekit_metagpt.plan(config)
+    assert len(passes) == 2
+    norms = survey_checkpoints(own["base"], [own["a"], own["b"]], progress=False).model
+    assert list(after.coefficients.values()) == mergekit_metagpt.scaling_coefficients(norms)
+    assert (after.coefficients == before) == (change == "its tokenizer")
+
+
+def test_nan_in_a_norm_is_seen_after_a_survey(own, tmp_path):
+    invoke("survey", *own.values())
+    put_nan(own["b"], "model.norm.weight")
+    for granularity in ("layer", "model"):
+        config = merge_config(own, parameters={"granularity": granularity})
+        with pytest.raises(ValueError, match=r"norm\.weight of model .*b holds NaN"):
+            mergekit_metagpt.merge(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_a_survey_says_too_little_of_are_measured(own, tmp_path, passes, caplog):
+    """Without an expert of another vocabulary, vocabularies agree."""
+    third = str(shutil.copytree(own["a"], tmp_path / "c"))
+    for path in (*own.values(), third):
+        save_tokenizer(path, *(f"w{n}" for n in range(60)), *(["new"] if path == third else []))
+    save_tokenizer(third, *reversed([f"w{n}" for n in range(60)]))
+    assert json.loads(invoke("survey", *own.values(), third, "--json").stdout)["left_out"]
+    invoke("survey", *own.values())
+    assert len(passes) == 2
+    for _ in range(2):  # from the cache, too
+        caplog.clear()
+        invoke("survey", *own.values(), third)
+        assert "the rows of lm_head.weight different meanings; the tensor does not" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"experts": 3}', "cut"])
+def test_a_damaged_cache_is_no_cache(damage, family, passes):
+    expected = invoke("survey", *family.values(), "--json").stdout
+    (file,) = cached()
+    file.write_bytes(file.read_bytes()[:-9] if damage == "cut" else damage)
+    assert invoke("survey", *family.values(), "--json").stdout == expected
+    assert len(passes) == 2
+
+
+def test_without_room_for_a_cache_models_are_measured(family, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    invoke("survey", *family.values())
+    config = merge_config(family, parameters={"granularity": "model"})
+    mergekit_metagpt.merge(config, tmp_path / "out")
+
+
+def test_a_survey_of_something_that_is_no_model_is_refused(family, tmp_path):
+    assert str(tmp_path) in invoke("survey", family["base"], tmp_path, status=1).stderr
+
+
+def test_a_lora_expert_is_surveyed_as_it_is_merged_and_again_when_trained_again(
+    family, tmp_path, passes
+):
+    import peft
+
+    def train(scale: float) -> None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(family["base"])
+        adapter = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        for name, parameter in adapter.named_parameters():
+            if "lora_B" in name:
+                parameter.data += scale
+        adapter.save_pretrained(tmp_path / "lora")
+
+    words = ["--lora-merge-cache", tmp_path / "cache", "--json"]
+    expert = f"{family['base']}+{tmp_path / 'lora'}"
+    norms = []
+    for scale in (0.1, 0.2):
+        train(scale)
+        shown = json.loads(invoke("survey", family["base"], expert, family["a"], *words).stdout)
+        norms.append(dict(zip(shown["experts"], shown["squared_norms"], strict=True))[expert])
+        config = merge_config({"base": family["base"], "lora": expert, "a": family["a"]})
+        yml = write_yaml(tmp_path / "metagpt.yml", config)
+        planned = json.loads(invoke("coefficients", yml, *words).stdout)
+        assert norms[-1] in [it["squared_norm"] for it in planned["experts"]]
+    assert len(passes) == 2
+    assert norms[1] > 2 * norms[0]
+
+
+def test_the_commands_work_as_they_are_typed(three, tmp_path):
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = run(command("mergekit-metagpt"), "survey", *three.values(), **cache)
+    assert done.returncode == 0, done.stderr
+    config = merge_config(three, parameters={"granularity": "model"})
+    yml = write_yaml(tmp_path / "metagpt.yml", config)
+    done = run(
+        command("mergekit-metagpt"), "merge", yml, tmp_path / "out", "--no-copy-tokenizer", **cache
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Measuring" not in done.stderr
+    assert read(tmp_path / "out").keys() == read(three["base"]).keys()
+
+
+def test_surveys_of_the_same_models_are_shared_in_memory_too(family, merge, passes):
+    for _ in range(2):
+        merge(merge_config(family, parameters={"granularity": "layer"}))
+    assert len(passes) == 1
+    assert len({Checkpoints.of(passes[0].base, passes[0].experts)}) == 1
