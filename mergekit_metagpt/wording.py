@@ -18,7 +18,8 @@ def nearest(name: Any, known: Iterable[str]) -> str | None:
     >>> nearest("densitty", ["weight", "density"])
     'density'
     """
-    return next(iter(get_close_matches(str(name), list(known), n=1)), None)
+    by_lower = {choice.lower(): choice for choice in known}
+    return next((by_lower[it] for it in get_close_matches(str(name).lower(), by_lower, n=1)), None)
 
 
 def instead(name: Any, known: Iterable[str]) -> str:

@@ -211,6 +211,12 @@ CASES: dict[str, Case] = {
     ),
     "the base among the experts": Case(list_base),
     "an expert that equals the base": Case(copy_base("a")),
+    "an expert that equals the base, at exponent 0": Case(
+        both(copy_base("a"), setting(exponent=0))
+    ),
+    "experts that all equal the base, at exponent 0": Case(
+        both(copy_base("a", "b"), setting(exponent=0)), BASE, BASE
+    ),
     "experts that all equal the base": Case(copy_base("a", "b"), BASE, BASE),
     "empty tensors": Case(norms(ones(0), ones(0), ones(0))),
     "scalars": Case(norms(*map(torch.tensor, (1.0, 2.0, 4.0)))),
@@ -232,9 +238,7 @@ CASES: dict[str, Case] = {
     "one expert in float64": Case(convert(torch.float64, "b")),
     "a base in bfloat16": Case(convert(torch.bfloat16, "base")),
     "a truncated file": Case(of_b(cut), (f"{os.sep}b", "truncated"), ("not fully covered",)),
-    "a truncated shard": Case(
-        of_b(truncate_shard), ("model-00002-of", "truncated"), ("not fully covered",)
-    ),
+    "a truncated shard": Case(of_b(truncate_shard), ("model-00002-of", "truncated"), ("header",)),
     "a missing shard": Case(of_b(lose_shard), ("model-00002-of", "missing"), ("model-00002-of",)),
     "a corrupt header": Case(of_b(corrupt_header), (f"{os.sep}b", "corrupt"), ("header",)),
     "a stale index": Case(of_b(edit_index(move_norm)), (NORM, "stale"), (NORM,), or_right=True),

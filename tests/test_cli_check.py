@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +21,12 @@ from conftest import (
     merge_config,
     on_posix,
     read,
-    run,
     save_family,
     slices_config,
     write_yaml,
 )
 from mergekit.common import parse_kmb
+from mergekit.scripts import merge_raw_pytorch
 from safetensors.torch import load_file, save_file
 
 from mergekit_metagpt.cli import main
@@ -228,6 +227,8 @@ def density(**changes: Any) -> Callable[[Config], None]:
 
 CONFIGS: list[tuple[Callable[[Config], Any], tuple[str, ...]]] = [
     (lambda c: c.update(merge_method="metagtp"), ("metagtp", "write metagpt instead")),
+    (lambda c: c.update(merge_method="metagpt_task_arithmetic"), ("write metagpt instead",)),
+    (lambda c: c.update(merge_method="MetaGPT_TIES"), ("write metagpt_ties instead",)),
     (lambda c: c.update(merge_method="zzz"), ("use one of", "task_arithmetic")),
     (lambda c: c.pop("merge_method"), ("lacks merge_method",)),
     (lambda c: c.update(base_modle="x"), ("unknown key base_modle", "remove it")),
@@ -253,7 +254,7 @@ CONFIGS: list[tuple[Callable[[Config], Any], tuple[str, ...]]] = [
     (lambda c: c.update(chat_template="chatmll"), ("chat_template", "write chatml instead")),
     (lambda c: c.update(slices=[]) or c.pop("models"), ("Exactly one of 'models'",)),
     (lambda c: c.update(models=[{"modle": "x"}]), ("models[0].model",)),
-    (lambda c: c.update(models="x"), ("wrong at models: input should be a valid list",)),
+    (lambda c: c.update(models="x"), ("has the text 'x' at models; write a list",)),
 ]
 
 
@@ -297,7 +298,7 @@ def test_parameters_are_checked_as_the_method_needs_them(
         ("a: [1", ("is not YAML", "line 1")),
         ("- a\n- b\n", ("is not a mapping",)),
         ("a: 1\n---\nb: 2\n", ("several merges", "mergekit-multi")),
-        (b"\xff\xfe\x00", ("cannot be read",)),
+        (b"\xff\xfe\x00", ("not in UTF-8, but in UTF-16", "save it as UTF-8")),
         (None, ("does not exist",)),
     ],
 )
@@ -387,7 +388,7 @@ MODELS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "is noise": (overwrite(SAFETENSORS, bytes(999)), (SAFETENSORS, "corrupt")),
     "is a pointer": (overwrite(SAFETENSORS, b"version https://git-lfs"), ("git lfs pull",)),
     "lacks a shard": (lose_shard, ("model-00002-of-", "is missing")),
-    "lacks its index": (lose_index, ("model-00001-of-", "nor an index")),
+    "lacks its index": (lose_index, ("no weights", "nor an index")),
     "has an index and a file": (
         overwrite("model.safetensors.index.json", b'{"weight_map": {"x": "model.safetensors"}}'),
         ("holds both", "remove whichever"),
@@ -450,9 +451,21 @@ def test_another_architecture_is_named(own, problems, tmp_path):
     the_only(found, own["b"], "MistralForCausalLM", "LlamaForCausalLM", "--allow-crimes")
 
 
+def test_what_mergekit_fails_to_plan_goes_by_its_weight_files(problems, tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    bare = transformers.BertConfig(**sizes, intermediate_size=48)
+    paths = save_family(tmp_path / "bert", bare, auto=transformers.AutoModel)
+    the_only(problems(merge_config(paths)), "a merge of BertModel (", "with mergekit-pytorch")
+    files = {name: str(Path(path, SAFETENSORS)) for name, path in paths.items()}
+    yml = write_yaml(tmp_path / "files.yml", merge_config(files))
+    done = CliRunner().invoke(merge_raw_pytorch.main, [str(yml), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.exception
+    assert read(tmp_path / "out").keys() == read(paths["base"]).keys()
+
+
 def test_a_deeper_expert_is_named(own, problems, tmp_path):
     own["b"] = save_family(tmp_path / "deep", llama_config(num_hidden_layers=4))["b"]
-    the_only(problems(merge_config(own)), "same number of layers")
+    the_only(problems(merge_config(own)), f"{own['b']} has 4 layers", "has 3", "write `slices:`")
 
 
 @pytest.mark.parametrize("of", ["base", "a"])
@@ -481,7 +494,7 @@ def test_tokenizers_that_give_an_id_two_meanings_are_found(own, problems, plan):
 
 def test_a_tokenizer_setting_needs_a_tokenizer(own, problems):
     found = problems(merge_config(own, tokenizer={"source": "base"}))
-    the_only(found, "cannot build the tokenizer", "leave the setting out")
+    the_only(found, f"base {own['base']} has no tokenizer", "leave that setting out")
 
 
 @pytest.mark.parametrize(
@@ -584,6 +597,9 @@ class TestOutput:
     def test_an_input_is_not_overwritten(self, family, problems):
         for out in (family["a"], f"{family['a']}/", Path(family["a"], "merged")):
             the_only(problems(merge_config(family), out), family["a"], "is the input model")
+        folder = Path(family["base"]).parent
+        said = ("the folder that holds the input model", f"such as {folder / 'merged'}")
+        the_only(problems(merge_config(family), folder), *said)
 
     def test_what_is_there_is_not_overwritten(self, family, problems, plan, tmp_path):
         out = tmp_path / "out"
@@ -620,29 +636,6 @@ class TestHub:
         config = merge_config({**family, "b": "some/model"})
         found = problems(config, "--transformers-cache", tmp_path / "cache")
         the_only(found, "some/model is downloaded", f"write its directory {cache}/snapshots/0123")
-
-    def test_headers_are_read_from_afar(self, family, tmp_path, monkeypatch):
-        header = json.loads(Path(family["b"], SAFETENSORS).read_bytes()[8:].split(b"}}")[0] + b"}}")
-        tensors = {
-            name: SimpleNamespace(shape=entry["shape"], dtype=entry["dtype"])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        found = SimpleNamespace(files_metadata={SAFETENSORS: SimpleNamespace(tensors=tensors)})
-        monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda *_, **__: found)
-        monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: None)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
-        config = transformers.AutoConfig.from_pretrained
-        monkeypatch.setattr(
-            transformers.AutoConfig,
-            "from_pretrained",
-            lambda path, **rest: config(family["b"] if path == "some/model" else path, **rest),
-        )
-        yml = write_yaml(tmp_path / "merge.yml", merge_config({**family, "b": "some/model"}))
-        there = inspect(str(yml))
-        assert there.problems == []
-        assert there.costs.bytes_read == data_bytes(*family.values())
 
 
 def test_all_problems_are_reported_at_once(own, problems):
@@ -696,29 +689,44 @@ class TestUsage:
     def test_wrong_usage_exits_with_2(self, words):
         assert CliRunner().invoke(main, ["check", *words]).exit_code == 2
 
-    @pytest.mark.parametrize(("words", "code"), [(["--help"], 0), ([], 2)])
-    def test_help_and_wrong_usage_import_no_torch(self, words, code):
-        program = f"""
-import sys
-from mergekit_metagpt.cli import main
-try:
-    main(["check", *{words}])
-except SystemExit as end:
-    print(end.code, sorted({{"torch", "mergekit"}} & set(sys.modules)))
-"""
-        done = run(sys.executable, "-c", program)
-        assert done.stdout.splitlines()[-1] == f"{code} []"
-        assert ("MergeKit's options:" in done.stdout) == (code == 0)
-
-    def test_a_failure_is_one_sentence_unless_verbose(self, family, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (KeyError(60), "KeyError: 60"),
+            (TypeError("no sentence"), "TypeError: no sentence"),
+            (MemoryError(), "MemoryError"),
+            (ValueError("Not ours, but a whole sentence."), "ValueError: Not ours, but a whole"),
+            (RuntimeError("size mismatch\n" * 999), "RuntimeError: size mismatch size mismatch"),
+        ],
+    )
+    def test_an_unforeseen_failure_says_what_was_being_done(
+        self, error, said, family, tmp_path, monkeypatch
+    ):
         def fail(*_: Any) -> None:
-            raise KeyError("a bug")
+            raise error
 
         monkeypatch.setattr("mergekit_metagpt.preflight.inspect", fail)
         words = ["check", str(write_yaml(tmp_path / "merge.yml", merge_config(family)))]
         done = CliRunner().invoke(main, words)
-        assert (done.exit_code, done.stderr) == (1, "Error: 'a bug'\n")
-        assert isinstance(CliRunner().invoke(main, [*words, "--verbose"]).exception, KeyError)
+        assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
+        assert done.stderr.startswith(f"Error: main check {words[1]} failed ({said}")
+        assert done.stderr.endswith(
+            "); run it again with --verbose for the traceback, and if that does not help, report "
+            "it at https://github.com/mergekit-metagpt/mergekit-metagpt/issues.\n"
+        )
+        assert len(done.stderr) < 1000
+        assert CliRunner().invoke(main, [*words, "--verbose"]).exception is error
+
+    def test_a_failure_of_the_system_names_the_file(self, family, tmp_path, monkeypatch):
+        def fail(*_: Any) -> None:
+            raise PermissionError(13, "Permission denied", "/some/file")
+
+        monkeypatch.setattr("mergekit_metagpt.preflight.inspect", fail)
+        words = ["check", str(write_yaml(tmp_path / "merge.yml", merge_config(family)))]
+        assert CliRunner().invoke(main, words).stderr == (
+            f"Error: main check {words[1]} failed (Permission denied: /some/file); correct that, "
+            "and run it again.\n"
+        )
 
 
 BOMB = "x0: &x0 [1]\n" + "".join(f"x{n}: &x{n} [{f'*x{n - 1}, ' * 9}]\n" for n in range(1, 12))
@@ -752,7 +760,7 @@ def test_a_top_level_anchor_that_is_used_by_every_model_is_no_bomb(family, tmp_p
 
 @on_posix
 def test_a_config_without_an_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_metagpt.planning.config._LONGEST_TEXT", 1000)
+    monkeypatch.setattr("mergekit_metagpt.planning.yaml_file._LONGEST_TEXT", 1000)
     assert inspect("/dev/zero").problems == [
         "Merge config /dev/zero cannot be read (it does not end); name a YAML file."
     ]

@@ -11,8 +11,15 @@ import transformers
 from conftest import merge_config, write_yaml
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.planning.destination import Destination
+from mergekit_metagpt.planning.directory import Work
 from mergekit_metagpt.preflight import inspect
+
+KEY = "0123456789abcdef"
+
+
+@pytest.fixture
+def config(family):
+    return merge_config(family)
 
 
 @pytest.fixture
@@ -33,15 +40,11 @@ def place(tmp_path):
     return tmp_path / "place"
 
 
-def test_what_a_killed_merge_left_is_nothing_and_a_complete_one_is_something(problems, place):
-    destination = Destination.of(place / "out")
-    partial = destination.new_partial()
-    destination.lock.touch()
-    partial.mark.touch()
-    partial.path.mkdir()
-    assert set((place / "out").iterdir()) == {destination.lock, partial.mark, partial.path}
+def test_what_a_killed_merge_left_is_nothing_and_anything_else_is_something(problems, place):
+    (place / "out" / f"out.metagpt-{KEY}").mkdir()
+    (place / "out" / "out.metagpt-lock").touch()
     assert problems(place / "out") == []
-    partial.mark.unlink()  # as it is when the weights are complete
+    (place / "out" / "metagpt.txt").touch()
     (said,) = problems(place / "out")
     assert "is not empty" in said
 
@@ -70,14 +73,16 @@ def test_its_disk_is_what_has_to_have_room(problems, place, monkeypatch):
     assert f"The disk of {place}/out has 1 byte left" in said
 
 
-def test_what_an_unfinished_merge_has_left_there_makes_room(problems, place, monkeypatch):
+def test_what_is_complete_of_the_same_merge_needs_no_room(problems, place, config, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    work = Work(place / "out" / f"out.metagpt-{KEY}")
+    work.path.mkdir()
+    work.prepare({"config": {"merge_method": "another"}})
+    (work.merged / "model.safetensors").write_bytes(bytes(1 << 20))
+    work.keep("model.safetensors", {}, [work.merged / "model.safetensors"])
     (said,) = problems(place / "out")
-    partial = Destination.of(place / "out").new_partial()
-    partial.mark.touch()
-    partial.path.mkdir()
-    (partial.path / "model-1.safetensors").write_bytes(bytes(1 << 20))
     assert "has 1 byte left" in said
+    work.prepare({"config": config})
     assert problems(place / "out") == []
 
 

@@ -1,13 +1,12 @@
-"""Reads merge configs, and walks through them."""
+"""Reads merge configs, and walks through their parts."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-import click
-import yaml
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import (
     InputModelDefinition,
     InputSliceDefinition,
@@ -15,23 +14,13 @@ from mergekit.config import (
     OutputModuleDefinition,
     OutputSliceDefinition,
 )
-from mergekit.tokenizer.config import TokenizerConfig
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.wording import BadInputError, reason
-
-# The keys of a config under which MergeKit reads mappings into classes of its own.
-_CHILDREN: dict[str, type[BaseModel]] = {
-    "models": InputModelDefinition,
-    "slices": OutputSliceDefinition,
-    "sources": InputSliceDefinition,
-    "modules": OutputModuleDefinition,
-    "tokenizer": TokenizerConfig,
-}
-
-# Far above any real config: its characters, and the values that its aliases repeat.
-_LONGEST_TEXT, _MOST_REPEATED = 1 << 27, 1_000_000
+from mergekit_metagpt.planning.levels import misread
+from mergekit_metagpt.planning.shapes import complaints
+from mergekit_metagpt.planning.yaml_file import read_yaml
+from mergekit_metagpt.wording import BadInputError
 
 # The module of a config, and the number of the slice in it.
 Place = tuple[str, int]
@@ -61,12 +50,15 @@ class ConfigFile:
         """Return the config as MergeKit reads it.
 
         Raises:
-            BadInputError: with a sentence for each value that MergeKit cannot read.
+            BadInputError: with a sentence for each value that MergeKit cannot read, or would read
+                as the path of another model.
         """
+        if sentences := list(misread(self.raw, self.name)):
+            raise BadInputError(*sentences)
         try:
             return MergeConfiguration.model_validate(self.raw)
         except ValidationError as error:
-            raise BadInputError(*_complaints(error, self)) from None
+            raise BadInputError(*complaints(error, self.raw, self.name)) from None
         except (RuntimeError, TypeError) as error:
             said = str(error).rstrip(".")
             raise BadInputError(f"{self.name} is wrong: {said}; correct it.") from None
@@ -81,31 +73,7 @@ def read_config(file: str) -> ConfigFile:
     Raises:
         BadInputError: if it cannot be read, is not a mapping, or is too large.
     """
-    try:
-        with click.open_file(file, encoding="utf-8") as stream:
-            text = stream.read(_LONGEST_TEXT)
-        if len(text) == _LONGEST_TEXT:
-            raise OSError("it does not end")
-        raw = yaml.load(text, _BoundedLoader)
-    except FileNotFoundError:
-        raise BadInputError(f"Merge config {file} does not exist; correct its path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(
-            f"Merge config {file} cannot be read ({reason(error)}); name a YAML file."
-        ) from None
-    except _BoundedLoader.TooLargeError:
-        raise BadInputError(
-            f"Merge config {file} repeats values by aliases more than {_MOST_REPEATED:,} times; "
-            "write it with fewer aliases."
-        ) from None
-    except yaml.composer.ComposerError:
-        raise BadInputError(
-            f"Merge config {file} holds several merges, one after another; split it, or run it "
-            "with mergekit-multi."
-        ) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        where = " ".join(str(error).split())
-        raise BadInputError(f"Merge config {file} is not YAML ({where}); correct it.") from None
+    text, raw = read_yaml(file)
     if not isinstance(raw, dict):
         raise BadInputError(
             f"Merge config {file} is not a mapping of keys to values; start from one of "
@@ -114,94 +82,20 @@ def read_config(file: str) -> ConfigFile:
     return ConfigFile(file, text, raw)
 
 
-class _BoundedLoader(yaml.SafeLoader):
-    """Refuses a config whose nested aliases expand to more values than fit into memory."""
+def reference(model: str | os.PathLike[str] | ModelReference) -> ModelReference:
+    """Return the model that is named outside of a config: by any path that exists, or as there.
 
-    class TooLargeError(Exception):
-        """There are too many values."""
-
-    def construct_document(self, node: yaml.Node) -> Any:
-        # Without aliases, a text holds at most as many values as characters.
-        if _values(node, {}) > _MOST_REPEATED + self.index:
-            raise self.TooLargeError
-        return super().construct_document(node)
-
-
-def _values(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
-    """Count a node and the values below it; an alias counts each time that it is used."""
-    if node not in known:
-        children = node.value if isinstance(node, yaml.CollectionNode) else []
-        if isinstance(node, yaml.MappingNode):
-            children = [child for pair in node.value for child in pair]
-        known[node] = 1 + sum(_values(child, known) for child in children)
-    return known[node]
-
-
-def _complaints(error: ValidationError, config: ConfigFile) -> list[str]:
-    places: dict[tuple[int | str, ...], str] = {}
-    for found in error.errors():
-        place = _existing(config.raw, found["loc"])
-        if found["type"] == "missing":
-            sentence = f"{config.name} lacks {_written(place, found['loc'][-1])}; add it."
-        else:
-            said = found["msg"][:1].lower() + found["msg"][1:]
-            sentence = f"{config.name} is wrong at {_written(place)}: {said}; correct it."
-        places.setdefault(place, sentence)  # of the complaints about a union, only the first
-    return list(places.values())
-
-
-def _existing(raw: Any, path: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Return the part of a pydantic location that the config has, without names of types."""
-    for depth, key in enumerate(path):
-        try:
-            raw = raw[key]
-        except (KeyError, IndexError, TypeError):
-            return path[:depth]
-    return path
-
-
-def _written(path: tuple[int | str, ...], *last: int | str) -> str:
-    keys = (f"[{key}]" if isinstance(key, int) else f".{key}" for key in (*path, *last))
-    return "".join(keys).lstrip(".")
-
-
-@dataclass(frozen=True)
-class Level:
-    """A mapping in a raw config that MergeKit reads into a class of its own."""
-
-    path: str
-    values: dict[Any, Any]
-    schema: type[BaseModel]
-
-    @property
-    def at(self) -> str:
-        """The place in words, with the model that it is about."""
-        model = f" ({self.values['model']})" if "model" in self.values else ""
-        return f" at {self.path}{model}" if self.path else ""
-
-    @property
-    def is_input(self) -> bool:
-        """Whether it is about one model."""
-        return self.schema in (InputModelDefinition, InputSliceDefinition)
-
-
-def levels(
-    values: dict[Any, Any], schema: type[BaseModel] = MergeConfiguration, path: str = ""
-) -> Iterator[Level]:
-    """Yield a raw config and all levels within it, whether MergeKit can read them or not."""
-    yield Level(path, values, schema)
-    for key in _CHILDREN.keys() & schema.model_fields.keys():
-        for index, member in _members(key, values.get(key)):
-            if isinstance(member, dict):
-                yield from levels(member, _CHILDREN[key], f"{path}.{key}{index}".lstrip("."))
-
-
-def _members(key: str, value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, list):
-        return [(f"[{number}]", member) for number, member in enumerate(value)]
-    if isinstance(value, dict) and key == "modules":
-        return [(f".{name}", member) for name, member in value.items()]
-    return [("", value)]
+    Raises:
+        BadInputError: if it can be neither.
+    """
+    if isinstance(model, str | os.PathLike) and os.path.exists(model):
+        return ModelReference(model=ModelPath(path=os.fspath(model)))
+    try:
+        return ModelReference.model_validate(model)
+    except RuntimeError:
+        raise BadInputError(
+            f"Model {model} does not exist, and is no MODEL@REVISION+ADAPTER either; correct it."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -236,6 +130,17 @@ class Part:
     def is_slice(self) -> bool:
         """Whether the list belongs to a slice."""
         return isinstance(self.holder, OutputSliceDefinition)
+
+    def holds(self, place: Place) -> bool:
+        """Return whether the models are merged at a place.
+
+        MergeKit's planner puts tensors in modules even if the config has none. A part without a
+        module therefore matches every module.
+        """
+        module, number = self.place
+        if not module and not self.is_slice:
+            return True
+        return place[1] == number and module in ("", place[0])
 
     def replace_inputs(self, inputs: list[Any]) -> None:
         """Replace the entries of the list in the config."""

@@ -12,9 +12,10 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
+from mergekit_metagpt.measure.headers import FLOAT_NAMES, read_header
+from mergekit_metagpt.measure.locations import Directory, Repository, locate
+from mergekit_metagpt.measure.weights import Weights, read_weights
 from mergekit_metagpt.mergekit_private import unique_id, wants_remote_code
-from mergekit_metagpt.planning.headers import FLOAT_NAMES, Weights, read_header, read_weights
-from mergekit_metagpt.planning.locations import find_directory, find_weights
 from mergekit_metagpt.wording import BadInputError, instead, reason
 
 
@@ -79,7 +80,7 @@ def find_model_files(model: ModelReference, options: MergeOptions) -> ModelFiles
     if model.lora:
         return _with_adapter(model, model.lora, options)
     try:
-        weights = find_weights(model.model, options)
+        weights = _weights(model.model, options)
         config = _config(model, options)
     except BadInputError as error:
         return ModelFiles(model, problems=error.args)
@@ -99,6 +100,22 @@ def require_models(models: Iterable[ModelReference], options: MergeOptions) -> N
     problems = [p for model in models for p in find_model_files(model, options).problems]
     if problems:
         raise BadInputError(*problems)
+
+
+def _weights(model: ModelPath, options: MergeOptions) -> Weights:
+    """Read the headers of a model, wherever it is."""
+    place = locate(model, options)
+    if place.holds("config.json"):
+        return read_weights(place)
+    if place.holds("adapter_config.json"):
+        raise BadInputError(
+            f"Model {model} is a LoRA adapter, not a whole model; write it after the model that it "
+            f"was trained on, such as base+{model}."
+        )
+    raise BadInputError(
+        f"Model {model} is no checkpoint: {place.file('config.json')} is missing; correct the "
+        "path, or download the model again."
+    )
 
 
 def _with_adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> ModelFiles:
@@ -131,7 +148,7 @@ def _with_adapter(model: ModelReference, lora: ModelPath, options: MergeOptions)
     weights = checkpoint.weights
     to_apply: str | None = applied
     if os.path.exists(applied):
-        weights, to_apply = read_weights(applied, model), None
+        weights, to_apply = read_weights(Directory(applied, str(model))), None
         if weights.problems:
             problems.append(
                 f"The LoRA cache {applied} of model {model} is incomplete; remove that directory."
@@ -143,15 +160,21 @@ def _with_adapter(model: ModelReference, lora: ModelPath, options: MergeOptions)
 
 def _adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> str | None:
     """Return the path of an adapter's weights, if they are on this machine."""
-    directory = find_directory(lora, options)
-    if directory is None:
+    place = locate(lora, options)
+    if isinstance(place, Repository):
         return None
+    directory = place.path
     try:
-        json.loads(Path(directory, "adapter_config.json").read_text(encoding="utf-8"))
+        settings = json.loads(Path(directory, "adapter_config.json").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no mapping of keys to values")
     except FileNotFoundError:
+        whole = os.path.exists(os.path.join(directory, "config.json"))
         raise BadInputError(
-            f"Adapter {lora} of model {model} has no adapter_config.json; correct the path, or "
-            "save the adapter again."
+            f"Adapter {lora} of model {model} is a whole model; list it as a model of its own."
+            if whole
+            else f"Adapter {lora} of model {model} has no adapter_config.json; correct the path, "
+            "or save the adapter again."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise BadInputError(

@@ -4,7 +4,7 @@ Reads configs, the headers of weight files and tokenizers; never a tensor. To ad
 write a generator of sentences into the file of its subject, and call it from here.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mergekit import merge_methods
 from mergekit.common import ModelReference
@@ -12,17 +12,23 @@ from mergekit.config import InputModelDefinition, MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.method.merge_method import register
+from mergekit_metagpt.method.registration import register
+from mergekit_metagpt.planning.chat_template import most_frequent
 from mergekit_metagpt.planning.config import ConfigFile, read_config
-from mergekit_metagpt.planning.fingerprints import with_fresh_lora_cache
+from mergekit_metagpt.planning.job import alone, with_own_adapters
 from mergekit_metagpt.planning.models import ModelFiles, find_model_files
 from mergekit_metagpt.planning.outputs import Outputs, PlannerError, output_rows, plan_outputs
-from mergekit_metagpt.preflight import configs, structure, tensors
+from mergekit_metagpt.preflight import computation, configs, structure, tensors
+from mergekit_metagpt.preflight.adapters import bad_adapters
 from mergekit_metagpt.preflight.costs import Costs, costs
 from mergekit_metagpt.preflight.lost import lost
 from mergekit_metagpt.preflight.output import bad_output, no_room
-from mergekit_metagpt.preflight.vocabularies import different_tokenizers
+from mergekit_metagpt.preflight.unused import idle_coefficients, idle_filters
+from mergekit_metagpt.preflight.vocabularies import bad_tokenizers, bad_tokens, old_source
 from mergekit_metagpt.wording import BadInputError, instead, nearest
+
+# A metagpt method adds to each stock method, but plain task arithmetic is metagpt itself.
+_MEANT = {"metagpt_task_arithmetic": "metagpt", "metagpt_linear": "metagpt"}
 
 __all__ = ["Costs", "Preflight", "ignored", "inspect"]
 
@@ -36,11 +42,13 @@ class Preflight:
         costs: what the merge will cost; None if there are problems.
         outputs: what the merge will write; None if there are problems, or if MergeKit first has
             to download a model or to apply an adapter.
+        warnings: what the user should know of, though it can be merged; one sentence each.
     """
 
     problems: list[str]
     costs: Costs | None = None
     outputs: Outputs | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 def inspect(
@@ -63,7 +71,8 @@ def inspect(
         return Preflight(list(error.args))
     inspection = _Inspection(written, out, options or MergeOptions())
     try:
-        inspection.run()
+        with alone():
+            inspection.run()
     except BadInputError as error:
         inspection.problems += error.args
     problems = list(dict.fromkeys(inspection.problems))
@@ -85,6 +94,7 @@ class _Inspection:
     out: str | None
     options: MergeOptions
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     models: dict[ModelReference, ModelFiles] = field(default_factory=dict)
     costs: Costs | None = None
     outputs: Outputs | None = None
@@ -96,7 +106,7 @@ class _Inspection:
     def run(self) -> None:
         self.problems += configs.no_accelerator(self.options)
         config = self._look_at_config()
-        self.options = with_fresh_lora_cache(self.options, config)
+        self.options = with_own_adapters(self.options, config)
         self._look_at_models(config)
         if self.out is not None:
             self.problems += bad_output(self.out, self.models)
@@ -110,7 +120,7 @@ class _Inspection:
     def findings(self) -> Preflight:
         """Return what was found, if there are no problems."""
         are_final = all(f.weights.directory and not f.to_apply for f in self.models.values())
-        return Preflight([], self.costs, self.outputs if are_final else None)
+        return Preflight([], self.costs, self.outputs if are_final else None, self.warnings)
 
     def _look_at_config(self) -> MergeConfiguration:
         written = self.written
@@ -122,6 +132,9 @@ class _Inspection:
         bad_dtypes = configs.bad_dtypes(config, self.file)
         self.problems += bad_dtypes.values()
         config = config.model_copy(update=dict.fromkeys(bad_dtypes))
+        if old := list(old_source(config, self.file)):
+            self.problems += old
+            config = config.model_copy(update={"tokenizer": None, "tokenizer_source": None})
         self.problems += configs.bad_template(config, self.file)
         if method is not None:
             self.problems += structure.bad_structure(config, self.file, method)
@@ -133,12 +146,14 @@ class _Inspection:
         name = self.written.raw.get("merge_method")
         if not isinstance(name, str):
             return None  # the config's parser reports it
-        if name not in methods:
-            self.problems.append(
-                f"{self.file} has the merge_method {name}, which MergeKit does not know; "
-                f"{instead(name, methods)}."
-            )
-        return methods.get(name) or methods.get(nearest(name, methods) or "")
+        if name in methods:
+            return methods[name]
+        meant = _MEANT.get(name.lower(), name.lower())
+        way = f"write {meant} instead" if meant in methods else instead(meant, methods)
+        self.problems.append(
+            f"{self.file} has the merge_method {name}, which MergeKit does not know; {way}."
+        )
+        return methods.get(nearest(meant, methods) or "")
 
     def _look_at_models(self, config: MergeConfiguration) -> None:
         for model in sorted(config.referenced_models(), key=str):
@@ -146,7 +161,11 @@ class _Inspection:
         found = list(self.models.values())
         for files in found:
             self.problems += files.problems
+            self.problems += bad_adapters(files, self.options)
         self.problems += structure.same_models(config.base_model, found)
+        self.problems += structure.different_depths(config, self.models)
+        self.problems += computation.different_heads(config.base_model, found)
+        self.warnings += computation.different_settings(config.base_model, found)
         if not self.options.allow_crimes:
             self.problems += structure.different_architectures(config.base_model, found)
 
@@ -179,8 +198,15 @@ class _Inspection:
         self.problems += tensors.quantized(outputs)
         self.problems += lost(outputs, base, self.models)
         self.problems += tensors.bad_values(outputs, file)
-        self.problems += different_tokenizers(outputs, base, self.options, file)
-        rows = output_rows(outputs, config.tokenizer, file)
+        broken = list(bad_tokenizers(outputs, base, self.options, file))
+        self.problems += broken
+        self.problems += idle_filters(self.written.raw, file, config, outputs)
+        rows = None if broken else output_rows(outputs, config.tokenizer, file)
+        if rows is not None:
+            self.problems += bad_tokens(outputs, base, config, file)
         total = costs(outputs, config, self.options, self.models, rows)
-        self.problems += no_room(total, self.out, self.models)
-        return total
+        self.problems += no_room(total, self.out, self.written, self.models)
+        notes = [*total.notes, *idle_coefficients(self.written.raw, outputs)]
+        if tie := most_frequent(config):
+            notes.append(str(tie))
+        return replace(total, notes=tuple(notes))

@@ -7,17 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.config import MergeConfiguration
+from mergekit.common import ModelReference
+from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod, ParameterScope, ParameterSpec
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
-from mergekit_metagpt.mergekit_private import chat_templates
+from mergekit_metagpt.measure.headers import FLOAT_NAMES
+from mergekit_metagpt.mergekit_private import chat_templates, compile_template
 from mergekit_metagpt.method.parameters import with_priors
-from mergekit_metagpt.planning.config import ConfigFile, Level, levels
-from mergekit_metagpt.planning.headers import FLOAT_NAMES
-from mergekit_metagpt.wording import instead, nearest
+from mergekit_metagpt.planning.config import ConfigFile
+from mergekit_metagpt.planning.levels import Level, levels, settings
+from mergekit_metagpt.preflight.unused import hidden_values
+from mergekit_metagpt.wording import instead, nearest, reason
+
+# Keys that MergeKit reads but never uses.
+_UNUSED = {"residual_weight"}
 
 
 def no_accelerator(options: MergeOptions) -> Iterator[str]:
@@ -31,20 +37,25 @@ def ignored(config: ConfigFile, method: MergeMethod | None) -> Iterator[str]:
     yield from _unknown_keys(config, method)
     if method is not None:
         yield from _ignored_parameters(config.raw, config.name, method)
+    yield from hidden_values(config.raw, config.name)
 
 
 def _unknown_keys(config: ConfigFile, method: MergeMethod | None) -> Iterator[str]:
     parameters = {p.name for p in method.spec.parameters} if method else set()
     for level in levels(config.raw):
-        known = set(level.schema.model_fields)
+        known = set(level.schema.model_fields) - _UNUSED
         ignored = set() if level.path else {"name"}  # which mergekit-multi reads
         for key in level.values:
             if key in known | ignored:
                 continue
+            if level.schema is ModelReference and key == "path":
+                continue  # the config's parser reports it
             close = nearest(key, known - set(level.values))
             if not (close or level.path) and key in config.anchored:
                 continue
             way = f"write {close} instead" if close else "remove it"
+            if level.schema is ConditionalParameter and not close:
+                way = f"write {{filter: {key}, value: {level.values[key]}}}"
             if key in parameters and "parameters" in known:
                 way = "move it under parameters there"
             yield (
@@ -53,37 +64,43 @@ def _unknown_keys(config: ConfigFile, method: MergeMethod | None) -> Iterator[st
 
 
 def _ignored_parameters(raw: dict[str, Any], file: str, method: MergeMethod) -> Iterator[str]:
-    for level, name, _ in _settings(raw):
+    for level, name, _ in settings(raw):
         spec = _checked(method).get(name)
         if spec is None:
+            way = instead(name, _checked(method))
+            if isinstance(name, int):  # {weight: 0,5} sets weight to 0 and 5 to nothing
+                way = "write a decimal point, not a comma"
             yield (
                 f"{file} sets the parameter {name}{level.at}, which {method.spec.name} does "
-                f"not have and MergeKit ignores; {instead(name, _checked(method))}."
+                f"not have and MergeKit ignores; {way}."
             )
         elif level.is_input and spec.scope == ParameterScope.SHARED:
             yield (
                 f"{file} sets the parameter {name}{level.at}, where MergeKit ignores it since "
                 "all models share it; move it to the parameters of the whole merge."
             )
+        elif spec.scope == ParameterScope.NON_BASE and _is_base(level, raw):
+            yield (
+                f"{file} sets the parameter {name}{level.at}, where {method.spec.name} ignores it "
+                "since that model is the base; remove it."
+            )
+
+
+def _is_base(level: Level, raw: dict[str, Any]) -> bool:
+    """Whether a level is about the base of the whole merge, and no slice has another."""
+    bases = [its.values["base_model"] for its in levels(raw) if "base_model" in its.values]
+    return level.is_input and [level.values.get("model")] == bases
 
 
 def bad_parameters(raw: dict[str, Any], file: str, method: MergeMethod) -> Iterator[str]:
     """Find values of parameters that the method cannot use."""
-    for level, name, setting in _settings(raw):
+    for level, name, setting in settings(raw):
         spec = _checked(method).get(name)
         if spec is None or (level.is_input and spec.scope == ParameterScope.SHARED):
             continue
         for value in _scalars(setting):
             if complaint := _complaint(spec, value):
                 yield f"{file}{level.at}: {complaint}"
-
-
-def _settings(raw: dict[str, Any]) -> Iterator[tuple[Level, str, Any]]:
-    """Yield every parameter that a config sets, and where."""
-    for level in levels(raw):
-        settings = level.values.get("parameters")
-        for name, setting in settings.items() if isinstance(settings, dict) else ():
-            yield level, name, setting
 
 
 def _checked(method: MergeMethod) -> dict[str, ParameterSpec]:
@@ -136,8 +153,19 @@ def bad_template(config: MergeConfiguration, file: str) -> Iterator[str]:
     template = config.chat_template
     files = importlib.resources.files(chat_templates).iterdir()
     built_in = {Path(f.name).stem for f in files if f.name.endswith(".jinja")} | {"auto"}
-    if template and template not in built_in and (len(template) < 20 or "{" not in template):
+    if not template or template in built_in:
+        return
+    if len(template) < 20 or "{" not in template:
         yield (
             f"{file} has the chat_template {template!r}, which is neither a template nor the "
             f"name of one of MergeKit's; {instead(template, built_in)}."
+        )
+        return
+    try:
+        compile_template(template)
+    except Exception as error:  # of jinja2, which transformers imports when it needs it
+        line = getattr(error, "lineno", 1)
+        yield (
+            f"{file} has a chat_template that is no Jinja template ({reason(error)}, in its line "
+            f"{line}); correct it."
         )

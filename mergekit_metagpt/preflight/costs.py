@@ -11,7 +11,8 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.core.directions import Rule, merge_directions
+from mergekit_metagpt.core.decision import Rule
+from mergekit_metagpt.core.directions import merge_directions
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import Outputs, output_shards
 from mergekit_metagpt.preflight.tensors import granularity_of
@@ -89,7 +90,7 @@ def _arithmetic(outputs: Outputs, options: MergeOptions) -> float:
     """Return the seconds that directions take, from a trial on this machine."""
     numbers: Counter[tuple[int, torch.dtype]] = Counter()
     for tensor in outputs.tensors:
-        if tensor.merge.has_matrices and len(tensor.stored) > 1:
+        if tensor.merge.by_direction and len(tensor.stored) > 1:
             kind = (len(tensor.stored) - 1, tensor.merged_dtype)
             numbers[kind] += tensor.written_parameters(None)
     return math.fsum(count * _trial(*kind, options) for kind, count in numbers.items())

@@ -10,9 +10,9 @@ from typing import Any
 
 from mergekit.common import ModelReference
 
+from mergekit_metagpt.measure.headers import FLOATS, Header
 from mergekit_metagpt.mergekit_private import is_ignored, tied_names
 from mergekit_metagpt.names import COMPUTED, MASKS, layer_of
-from mergekit_metagpt.planning.headers import FLOATS, Header
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import Outputs
 from mergekit_metagpt.wording import counted

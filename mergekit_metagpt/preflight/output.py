@@ -8,7 +8,8 @@ from pathlib import Path
 from mergekit.common import ModelReference
 from rich.filesize import decimal
 
-from mergekit_metagpt.planning.destination import Destination
+from mergekit_metagpt.planning.config import ConfigFile
+from mergekit_metagpt.planning.directory import Output
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.preflight.costs import Costs
 
@@ -24,11 +25,17 @@ def bad_output(out: str, models: Mapping[ModelReference, ModelFiles]) -> Iterato
         return
     path = link.resolve()
     for files in models.values():
-        places = [files.weights.directory, os.path.dirname(files.adapter or "")]
-        if any(_is_in(path, place) for place in places if place):
+        places = [p for p in (files.weights.directory, os.path.dirname(files.adapter or "")) if p]
+        if any(_is_in(path, place) for place in places):
             yield (
                 f"Output {out} is the input model {files.model}, or is inside it; choose "
                 "another directory."
+            )
+            return
+        if any(_is_in(Path(place).resolve(), str(path)) for place in places if path.exists()):
+            yield (
+                f"Output {out} is the folder that holds the input model {files.model}; choose a "
+                f"new directory, such as {link / 'merged'}."
             )
             return
     try:
@@ -47,7 +54,7 @@ def _unusable(out: str, path: Path) -> Iterator[str]:
     """Look at what is there, or at the directory that the output will be made in."""
     if path.exists() and not path.is_dir():
         yield f"Output {out} is a file; choose a directory that does not exist yet."
-    elif Destination.of(path).contents():
+    elif Output.of(path).contents():
         merge = (path / "mergekit_config.yml").exists() or (path / "config.json").exists()
         held = "holds an older merge or model" if merge else "is not empty"
         yield f"Output directory {out} {held}; remove it, or choose another."
@@ -56,14 +63,14 @@ def _unusable(out: str, path: Path) -> Iterator[str]:
 
 
 def no_room(
-    cost: Costs, out: str | None, models: Mapping[ModelReference, ModelFiles]
+    cost: Costs, out: str | None, config: ConfigFile, models: Mapping[ModelReference, ModelFiles]
 ) -> Iterator[str]:
     """Find disks that are too full for what will be written there.
 
-    A merge is written inside its output if that exists, otherwise beside it. What earlier merges
-    into it have left makes room, since it is removed or used again.
+    A merge is written inside its output if that exists, otherwise beside it. What is complete of
+    the same merge need not be written again.
     """
-    written = cost.bytes_written - (_left(out) if out else 0)
+    written = cost.bytes_written - (_complete(out, config) if out else 0)
     needs: dict[int, tuple[Path, int]] = {}
     caches = [files.to_apply for files in models.values() if files.to_apply]
     for place, size in ((out, written), (min(caches, default=None), cost.bytes_applied)):
@@ -85,11 +92,10 @@ def _is_in(path: Path, directory: str) -> bool:
     return any(parent.exists() and parent.samefile(directory) for parent in (path, *path.parents))
 
 
-def _left(out: str) -> int:
-    """Return how many bytes unfinished merges into an output hold."""
-    partials = [partial.path for partial in Destination.of(out).unfinished()]
-    files = [file for partial in partials for file in partial.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
+def _complete(out: str, config: ConfigFile) -> int:
+    """Return how many bytes are complete of an unfinished merge of a config into an output."""
+    works = [work for work in Output.of(out).works() if work.facts.get("config") == config.raw]
+    return sum(sum(r["bytes"].values()) for work in works for r in work.records.values())
 
 
 def _existing(path: Path) -> Path:

@@ -75,6 +75,26 @@ def bad_layers(
                 )
 
 
+def different_depths(
+    config: MergeConfiguration, models: Mapping[ModelReference, ModelFiles]
+) -> Iterator[str]:
+    """Find models whose number of layers is not that of the base, or of the first."""
+    for part in parts(config):
+        if part.is_slice:
+            continue
+        merged = [*([part.base] if part.base else []), *part.models]
+        counts = {model: models[model].layers(part.place[0]) for model in merged}
+        known = {model: count for model, count in counts.items() if count is not None}
+        first = next(iter(known), None)
+        for model, count in known.items():
+            if first is not None and count != known[first]:
+                yield (
+                    f"Model {model} has {count} layers, but {first} has {known[first]}, and "
+                    "`models:` merges each layer with those of the same number; write `slices:` "
+                    "instead, with the layer_range to take from each model."
+                )
+
+
 def same_models(base: ModelReference | None, models: Sequence[ModelFiles]) -> Iterator[str]:
     """Find models that are listed under two names."""
     seen: dict[frozenset[tuple[int, int]], ModelReference] = {}

@@ -8,8 +8,8 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods.base import OptionalTensorPolicy
 
 from mergekit_metagpt.core.granularities import GRANULARITIES, Granularity
+from mergekit_metagpt.measure.headers import FLOATS, Header
 from mergekit_metagpt.names import layer_of
-from mergekit_metagpt.planning.headers import FLOATS, Header
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import Outputs, OutputTensor
 from mergekit_metagpt.wording import counted

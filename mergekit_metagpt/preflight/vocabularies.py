@@ -1,30 +1,48 @@
-"""Tokenizers: whether a token id means the same to all models."""
+"""Tokenizers: whether a token id means the same to all models, and can be merged."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from mergekit.tokenizer import TokenizerInfo
+from mergekit.tokenizer.config import ModelTokenEmbedding
 
 from mergekit_metagpt.measure.vocabularies import Vocabulary, first_difference, load_vocabulary
 from mergekit_metagpt.planning.outputs import Outputs
 from mergekit_metagpt.preflight.tensors import TOKENIZER_WAY
+from mergekit_metagpt.wording import BadInputError
 
 
-def different_tokenizers(
+def bad_tokenizers(
     outputs: Outputs,
     base: ModelReference | None,
     options: MergeOptions,
     file: str,
 ) -> Iterator[str]:
-    """Find an id that stands for different tokens; models without a tokenizer are skipped."""
+    """Find tokenizers that are broken, missing, or give an id different tokens.
+
+    MergeKit takes a tokenizer that it cannot read for the base's. Models that have none are
+    skipped, but for the base if the config asks for a tokenizer.
+    """
     merged = [tensor for tensor in outputs.tensors if tensor.merge.vocabulary_axis is not None]
-    if not merged or merged[0].merge.vocabulary_is_aligned:
+    if not merged:
         return
     models = sorted(merged[0].merge.models, key=lambda model: (model != base, str(model)))
     first: tuple[ModelReference, Vocabulary] | None = None
     for model in models:
-        tokens = load_vocabulary(model, options.transformers_cache, options.trust_remote_code)
-        if not tokens:
+        try:
+            tokens = load_vocabulary(model, options.transformers_cache, options.trust_remote_code)
+        except BadInputError as error:
+            yield from error.args
+            continue
+        if not tokens and outputs.tokenizer and model == base:
+            yield (
+                f"The base {base} has no tokenizer, and {file} asks for one (tokenizer); copy the "
+                "files of its tokenizer into the base, or leave that setting out."
+            )
+        if not tokens or outputs.tokenizer:
             continue
         first = first or (model, tokens)
         id_ = first_difference(tokens, first[1])
@@ -34,3 +52,68 @@ def different_tokenizers(
                 f"{first[1][id_]!r} to that of {first[0]}, so that the rows of "
                 f"{merged[0].name} mean different things; {TOKENIZER_WAY.format(file=file)}."
             )
+
+
+def old_source(config: MergeConfiguration, file: str) -> Iterator[str]:
+    """Find the form ``model:PATH`` of early releases, which MergeKit takes for a path now."""
+    source = str(config.tokenizer_source or (config.tokenizer and config.tokenizer.source))
+    if source.startswith("model:"):
+        yield (
+            f"{file} names the tokenizer {source}, which MergeKit takes for a path now; write "
+            f"`tokenizer: {{source: {source.removeprefix('model:')}}}`."
+        )
+
+
+def bad_tokens(
+    outputs: Outputs, base: ModelReference | None, config: MergeConfiguration, file: str
+) -> Iterator[str]:
+    """Find tokens of the output's tokenizer that MergeKit has no row for, and fails on."""
+    info = outputs.tokenizer_info
+    if info is None:
+        return
+    settings = (config.tokenizer.tokens if config.tokenizer else None) or {}
+    vocabulary = info.tokenizer.get_vocab()
+    for model, rows in info.permutations.items():
+        lacking = [token for token, id_ in vocabulary.items() if id_ not in rows]
+        if lacking and model == base and lacking[0] in settings:
+            yield (
+                f"{file} adds the token {lacking[0]!r} to `tokenizer: {{source: base}}`, and "
+                "MergeKit fails on a token that the base does not have; write `source: union`."
+            )
+        elif lacking:
+            yield (
+                f"The tokenizer of model {model} has the token {lacking[0]!r}, for which the model "
+                "has no row; resize its embeddings (resize_token_embeddings of transformers), or "
+                "remove the token from its tokenizer."
+            )
+    for token, setting in settings.items():
+        needed = setting.force or any(
+            rows.get(vocabulary[token], -1) < 0 for rows in info.permutations.values()
+        )
+        if needed and (complaint := _complaint(setting.source, vocabulary[token], outputs, info)):
+            yield f"{file} is wrong at the token {token!r} of its tokenizer: {complaint}."
+
+
+def _complaint(source: Any, id_: int, outputs: Outputs, info: TokenizerInfo) -> str | None:
+    """Return what is wrong with the source of a token."""
+    if source is None:
+        return "it has no source; add one, such as `source: {kind: zero}`"
+    model = getattr(source, "model", None) if isinstance(source, ModelTokenEmbedding) else source
+    if not isinstance(model, ModelReference):
+        return None  # a row of zeros
+    if model not in info.permutations:
+        return f"model {model} is not in the merge; name a model that is"
+    if not isinstance(source, ModelTokenEmbedding):
+        has_it = info.permutations[model].get(id_, -1) >= 0
+        return None if has_it else f"model {model} does not have it; name a model that does"
+    known = info.original_vocabs.get(model, {})
+    if source.token is not None and source.token not in known:
+        return f"model {model} has no token {source.token!r}; name one that it has"
+    rows = min(
+        tensor.stored[model].shape[tensor.merge.vocabulary_axis]
+        for tensor in outputs.tensors
+        if tensor.merge.vocabulary_axis is not None and model in tensor.stored
+    )
+    if source.token_id is not None and not 0 <= source.token_id < rows:
+        return f"model {model} has {rows} rows, and none of number {source.token_id}"
+    return None

@@ -1,0 +1,132 @@
+"""Walks through a raw config, whether MergeKit can read it or not."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit.common import ModelPath, ModelReference
+from mergekit.config import (
+    ConditionalParameter,
+    InputModelDefinition,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+)
+from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, TokenizerConfig
+from pydantic import BaseModel
+
+# The keys of a config that name a model.
+_REFERENCES = ("model", "lora", "base_model", "source", "tokenizer_source")
+# The keys under which MergeKit reads mappings into classes of its own.
+_CHILDREN: dict[str, type[BaseModel]] = {
+    "models": InputModelDefinition,
+    "slices": OutputSliceDefinition,
+    "sources": InputSliceDefinition,
+    "modules": OutputModuleDefinition,
+    "tokenizer": TokenizerConfig,
+    "tokens": TokenEmbeddingConfig,
+    "parameters": ConditionalParameter,
+    **dict.fromkeys(_REFERENCES, ModelReference),
+}
+
+_HUB = "https://huggingface.co/"
+
+
+@dataclass(frozen=True)
+class Level:
+    """A mapping in a raw config that MergeKit reads into a class of its own."""
+
+    path: str
+    values: dict[Any, Any]
+    schema: type[BaseModel]
+
+    @property
+    def at(self) -> str:
+        """The place in words, with the model that it is about."""
+        model = self.values.get("model")
+        while isinstance(model, dict):  # {model: {path: PATH}}
+            model = model.get("model", model.get("path"))
+        return f" at {self.path}{f' ({model})' if model else ''}" if self.path else ""
+
+    @property
+    def is_input(self) -> bool:
+        """Whether it is about one model."""
+        return self.schema in (InputModelDefinition, InputSliceDefinition)
+
+
+def levels(
+    values: dict[Any, Any], schema: type[BaseModel] = MergeConfiguration, path: str = ""
+) -> Iterator[Level]:
+    """Yield a raw config and all levels within it, whether MergeKit can read them or not."""
+    yield Level(path, values, schema)
+    for key, child in _CHILDREN.items():
+        if key not in schema.model_fields:
+            continue
+        for index, member in _members(key, values.get(key)):
+            if isinstance(member, dict):
+                its = _of_reference(member, schema) if child is ModelReference else child
+                yield from levels(member, its, f"{path}.{key}{index}".lstrip("."))
+
+
+def settings(raw: dict[Any, Any]) -> Iterator[tuple[Level, str, Any]]:
+    """Yield every parameter that a raw config sets, and where."""
+    for level in levels(raw):
+        found = level.values.get("parameters")
+        for name, setting in found.items() if isinstance(found, dict) else ():
+            yield level, name, setting
+
+
+def is_within(inner: str, outer: str) -> bool:
+    """Return whether a place in a config is another one, or is inside it.
+
+    >>> is_within("slices[1].sources[0]", "slices[1]"), is_within("slices[11]", "slices[1]")
+    (True, False)
+    """
+    return inner == outer or not outer or inner.startswith((f"{outer}.", f"{outer}["))
+
+
+def _of_reference(value: dict[Any, Any], parent: type[BaseModel]) -> type[BaseModel]:
+    if parent is ModelReference:
+        return ModelPath
+    return ModelTokenEmbedding if "kind" in value else ModelReference
+
+
+def _members(key: str, value: Any) -> list[tuple[str, Any]]:
+    if key in ("modules", "tokens", "parameters"):
+        named = value.items() if isinstance(value, dict) else ()
+        if key != "parameters":
+            return [(f".{name}", member) for name, member in named]
+        its = ((name, _members("", setting)) for name, setting in named)
+        return [(f".{name}{index}", member) for name, found in its for index, member in found]
+    if isinstance(value, list):
+        return [(f"[{number}]", member) for number, member in enumerate(value)]
+    return [("", value)]
+
+
+def misread(raw: dict[Any, Any], file: str) -> Iterator[str]:
+    """Find names of models that MergeKit would take for something else than they are."""
+    for level in levels(raw):
+        for key in _REFERENCES:
+            value = level.values.get(key)
+            if key not in level.schema.model_fields or not isinstance(value, str):
+                continue
+            what = f"{file} names {value} at {f'{level.path}.{key}'.lstrip('.')}"
+            whole = os.path.expanduser(os.path.expandvars(value))
+            paths = [part.split("@") for part in value.split("+")]
+            is_split = len(paths) > 2 or any(len(path) > 2 for path in paths)
+            if is_split or (os.path.exists(value) and not os.path.exists(paths[0][0])):
+                quoted = json.dumps(value, ensure_ascii=False)
+                way = f"{{path: {quoted}}}"
+                way = way if level.schema is ModelReference else f"{{model: {way}}}"
+                yield (
+                    f"{what}, where MergeKit takes what follows a + for an adapter and what "
+                    f"follows an @ for a revision; write {key}: {way}."
+                )
+            elif whole != value and os.path.exists(whole) and not os.path.exists(value):
+                yield f"{what}, and MergeKit does not know what ~ and $ stand for; write {whole}."
+            elif value.startswith(_HUB):
+                name = "/".join(value.removeprefix(_HUB).split("/")[:2])
+                yield f"{what}, an address, where MergeKit wants the name; write {name}."

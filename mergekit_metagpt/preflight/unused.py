@@ -1,0 +1,120 @@
+"""Checks of whether a value in a config ever reaches a tensor."""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+from mergekit.config import MergeConfiguration
+
+from mergekit_metagpt.method.parameters import exponent_of
+from mergekit_metagpt.planning.config import parts
+from mergekit_metagpt.planning.levels import is_within, settings
+from mergekit_metagpt.planning.outputs import Outputs
+from mergekit_metagpt.wording import nearest
+
+_ALL = (None, "", "*")  # the filters that MergeKit takes for all tensors
+
+
+def hidden_values(raw: dict[str, Any], file: str) -> Iterator[str]:
+    """Find values that MergeKit never reaches: it takes the first whose filter fits."""
+    for level, name, setting in settings(raw):
+        path = f"{level.path}.parameters.{name}".lstrip(".")
+        if setting == []:
+            yield f"{file} has an empty list at {path}, which sets nothing; remove it."
+        entries = _entries(setting)
+        for number, entry in enumerate(entries):
+            if entry.get("value") == []:
+                yield (
+                    f"{file} has an empty list at {path}[{number}].value, which sets nothing; "
+                    "remove that entry."
+                )
+            wanted = entry.get("filter")
+            first = next((n for n in range(number) if _takes(entries[n], wanted)), None)
+            if first is not None:
+                takes = entries[first].get("filter")
+                which = "" if takes in _ALL else f" with {takes} in their name"
+                yield (
+                    f"{file} has a value at {path}[{number}] that is never used, since "
+                    f"{path}[{first}] before it takes all tensors{which}; "
+                    f"{'remove one of them' if wanted in _ALL else 'write the narrower one first'}."
+                )
+
+
+def idle_filters(
+    raw: dict[str, Any], file: str, config: MergeConfiguration, outputs: Outputs
+) -> Iterator[str]:
+    """Find filters that fit no tensor of the merge."""
+    for level, name, setting in settings(raw):
+        at = level.path
+        here = [p for p in parts(config) if is_within(p.path, at) or is_within(at, p.path)]
+        merges = [tensor.merge for tensor in outputs.tensors]
+        near = [merge for merge in merges if any(part.holds(merge.place) for part in here)]
+        names = sorted({name for merge in near for name in (merge.name, *merge.inputs.values())})
+        for entry in _entries(setting):
+            if names and not any(_fits(entry, name) for name in names):
+                yield (
+                    f"{file} has the filter {entry['filter']} in the parameter {name}{level.at}, "
+                    f"which no tensor there has in its name; {_fitting(entry['filter'], names)}."
+                )
+
+
+def idle_coefficients(raw: dict[str, Any], outputs: Outputs) -> Iterator[str]:
+    """Say where the parameters of coefficients change nothing."""
+    given = {name for _, name, _ in settings(raw)} & {"granularity", "exponent"}
+    merges = [t.merge for t in outputs.tensors if "granularity" in t.merge.parameters]
+    if not given or not merges:
+        return
+    if all(len(merge.models) <= 2 for merge in merges):
+        yield f"Of one expert, {' and '.join(sorted(given))} change nothing: its coefficient is 1."
+    elif "granularity" in given and not any(
+        merge.by_direction or exponent_of(merge.parameters) for merge in merges
+    ):
+        yield (
+            "At exponent 0 norms do not count, so granularity changes nothing but where an expert "
+            "equals the base."
+        )
+
+
+def _entries(setting: Any) -> list[dict[str, Any]]:
+    """Return the values of a setting that may have filters."""
+    found = setting if isinstance(setting, list) else [setting]
+    return [entry for entry in found if isinstance(entry, dict)]
+
+
+def _fits(entry: dict[str, Any], tensor: str | None) -> bool:
+    """Whether MergeKit takes a value for a tensor; None stands for all tensors."""
+    wanted = entry.get("filter")
+    return wanted in _ALL or (tensor is not None and str(wanted) in str(tensor))
+
+
+def _takes(entry: dict[str, Any], tensor: str | None) -> bool:
+    return entry.keys() <= {"filter", "value"} and _fits(entry, tensor)
+
+
+def _fitting(wanted: str, names: Sequence[str]) -> str:
+    """Say what to write instead of a filter that fits no name.
+
+    >>> _fitting("*mlp*", ["model.layers.0.mlp.up_proj.weight"])
+    'MergeKit takes a filter as plain text, so write mlp'
+    >>> _fitting("layers.7.mpl", ["model.layers.0.mlp.up_proj.weight"])
+    'write layers.0.mlp, as in model.layers.0.mlp.up_proj.weight'
+    >>> _fitting("modelnorm", ["model.norm.weight"])
+    'write model.norm, as in model.norm.weight'
+    >>> _fitting("experts", ["model.layers.0.mlp.up_proj.weight"])
+    'write a part of a name such as model.layers.0.mlp.up_proj.weight'
+    """
+    text = wanted.strip("*^$ ")
+    for name in names:
+        start = name.lower().find(text.lower())
+        if text and start >= 0:
+            found = name[start : start + len(text)]
+            return f"MergeKit takes a filter as plain text, so write {found}"
+    pieces: dict[str, str] = {}
+    for name in names:
+        words, count = name.split("."), text.strip(".").count(".") + 1
+        for start, end in product(range(len(words)), (count, count + 1)):
+            pieces.setdefault(".".join(words[start : start + end]), name)
+    close = nearest(text.strip("."), pieces)
+    if close:
+        return f"write {close}{'.' * text.endswith('.')}, as in {pieces[close]}"
+    return f"write a part of a name such as {names[len(names) // 2]}"

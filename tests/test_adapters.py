@@ -1,0 +1,248 @@
+"""Adapters that do not fit their base: one sentence, never a merge of a part of them."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import llama_config, merge_config, save_family, write_yaml
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
+
+from mergekit_metagpt.planning.models import find_model_files
+from mergekit_metagpt.preflight import inspect
+from mergekit_metagpt.preflight.adapters import bad_adapters
+
+CONFIG = "adapter_config.json"
+Damage = Callable[[Path], Any]
+Q = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+
+
+def save_adapter(
+    base: str, path: Path, settings: peft.PeftConfig, auto: Any = transformers.AutoModelForCausalLM
+) -> Path:
+    """Write an adapter of a base that changes it."""
+    model = peft.get_peft_model(auto.from_pretrained(base), settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    model.save_pretrained(path)
+    return path
+
+
+def lora(**changes: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj", "down_proj"], **changes})
+
+
+@pytest.fixture
+def problems(family, tmp_path) -> Callable[..., list[str]]:
+    """Check a merge with an adapter of the base; return what is wrong."""
+
+    def look(adapter: Path, base: str = family["base"]) -> list[str]:
+        config = merge_config(family)
+        config["models"].append({"model": f"{base}+{adapter}"})
+        options = MergeOptions(lora_merge_cache=str(tmp_path / "cache"))
+        return inspect(str(write_yaml(tmp_path / "merge.yml", config)), options=options).problems
+
+    return look
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
+    """Change the tensors of an adapter."""
+
+    def damage(adapter: Path) -> None:
+        held = load_file(adapter / "adapter_model.safetensors")
+        changed = change(held)
+        save_file(held if changed is None else changed, adapter / "adapter_model.safetensors")
+
+    return damage
+
+
+def settings(**changes: Any) -> Damage:
+    """Change an adapter's config; None removes a key."""
+
+    def damage(adapter: Path) -> None:
+        raw = {**json.loads((adapter / CONFIG).read_text()), **changes}
+        raw = {key: value for key, value in raw.items() if value is not None}
+        (adapter / CONFIG).write_text(json.dumps(raw))
+
+    return damage
+
+
+def renamed(old: str, new: str) -> Damage:
+    return tensors(lambda held: {re.sub(old, new, name): t for name, t in held.items()})
+
+
+def added(name: str, *shape: int) -> Damage:
+    return tensors(lambda held: held.update({name: torch.ones(shape)}))
+
+
+DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "half of its tensors have another name": (
+        renamed("q_proj", "wq"),
+        (
+            "self_attn.wq.lora_A.weight of shape [2, 32] and 5 more",
+            "no module model.layers.0.self_attn.wq",
+        ),
+    ),
+    "it has one layer too many": (
+        lambda adapter: [
+            added(Q.format(3, x), *s)(adapter) for x, s in [("A", (2, 32)), ("B", (32, 2))]
+        ],
+        (Q.format(3, "A"), "and 1 more", "[2, 32]", "no module model.layers.3.self_attn.q_proj"),
+    ),
+    "it trained a head that the base lacks": (
+        added("base_model.model.score.weight", 2, 32),
+        ("base_model.model.score.weight", "[2, 32]", "no module score", "trained on"),
+    ),
+    "one layer has a prefix": (
+        renamed(r"(?=model\.layers\.1)", "module."),
+        ("module.model.layers.1.mlp.down_proj.lora_A.weight", "no module module.model.layers.1"),
+    ),
+    "its config names a module more": (
+        settings(target_modules=["q_proj", "down_proj", "v_proj"]),
+        ("lacks tensor", "v_proj.lora_A.weight of shape [2, 32] and 5 more", "target_modules"),
+    ),
+    "its config names a module less": (
+        settings(target_modules=["q_proj"]),
+        ("holds tensor", "down_proj.lora_A.weight", "does not name that module", "target_modules"),
+    ),
+    "its config names no module of the base": (
+        settings(target_modules=["wq"]),
+        ("PEFT cannot apply", "Target modules {'wq'} not found in the base model", "trained on"),
+    ),
+    "its rank is another": (
+        settings(r=4),
+        ("lora_A.weight of shape [2, 48] and 11 more", "makes it [4, 48]", "correct r"),
+    ),
+    "the rank of one module is another": (
+        settings(rank_pattern={"down_proj": 3}),
+        ("lora_A.weight of shape [2, 48] and 5 more", "makes it [3, 48]", "rank_pattern"),
+    ),
+    "a tensor has another shape": (
+        tensors(lambda held: held.update({Q.format(0, "B"): torch.ones(40, 2)})),
+        (f"holds tensor {Q.format(0, 'B')} of shape [40, 2]", "needs [32, 2]", "trained on"),
+    ),
+    "its config says that it is another kind": (
+        settings(peft_type="IA3", feedforward_modules=[]),
+        ("of shape [2, 48] and 11 more", "of peft_type LORA", f"{CONFIG} says IA3"),
+    ),
+    "its kind is missing": (settings(peft_type=None), ("has no peft_type", '"peft_type": "LORA"')),
+    "its kind is misspelt": (settings(peft_type="LoRA"), ("peft_type LoRA", "write LORA instead")),
+    "its config is no mapping": (
+        lambda adapter: (adapter / CONFIG).write_text("[1]"),
+        (CONFIG, "corrupt (it holds no mapping"),
+    ),
+    "its settings are wrong": (
+        settings(task_type="CHAT"),
+        (CONFIG, "cannot be used by PEFT (Invalid task type: 'CHAT'"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_an_adapter_is_refused_if(what, family, problems, tmp_path):
+    adapter = save_adapter(family["base"], tmp_path / "lora", lora())
+    damage, parts = DAMAGES[what]
+    damage(adapter)
+    (sentence,) = problems(adapter)
+    assert sentence.endswith(".")
+    assert str(adapter) in sentence
+    for part in parts:
+        assert part in sentence
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lora(),
+        lora(rank_pattern={"layers.1.*q_proj": 4}, use_dora=True),
+        lora(target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"]),
+        lora(target_modules="all-linear", bias="all"),
+        lora(target_modules=["q_proj", "not_there"]),
+        peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        peft.LoHaConfig(r=2, target_modules=["q_proj"]),
+        peft.VeraConfig(r=2, target_modules=["q_proj"]),
+    ],
+)
+def test_whole_adapters_of_any_kind_are_no_problem(kind, family, problems, tmp_path):
+    assert problems(save_adapter(family["base"], tmp_path / "adapter", kind)) == []
+
+
+def test_another_vocabulary_needs_a_larger_base(problems, tmp_path):
+    larger = save_family(tmp_path / "larger", llama_config(vocab_size=66))["base"]
+    kind = lora(modules_to_save=["embed_tokens", "lm_head"])
+    (sentence,) = problems(save_adapter(larger, tmp_path / "lora", kind))
+    assert "[66, 32]" in sentence
+    assert "has a vocabulary of 64 and needs [64, 32]; resize the base first" in sentence
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        (
+            peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+            ("PROMPT_TUNING", "trains a prompt and no weights", "leave it out"),
+        ),
+        (
+            peft.PolyConfig(r=2, target_modules=["q_proj"]),
+            ("POLY", "PEFT cannot merge it into base", "leave it out"),
+        ),
+    ],
+)
+def test_what_peft_cannot_merge_is_refused(kind, parts, family, problems, tmp_path):
+    (sentence,) = problems(save_adapter(family["base"], tmp_path / "adapter", kind))
+    for part in parts:
+        assert part in sentence
+
+
+def test_a_whole_model_is_no_adapter(family, problems):
+    (sentence,) = problems(Path(family["a"]))
+    assert sentence.endswith("is a whole model; list it as a model of its own.")
+
+
+def test_what_peft_once_applied_in_part_is_refused_from_the_cache_too(family, tmp_path):
+    adapter = save_adapter(family["base"], tmp_path / "lora", lora())
+    renamed("q_proj", "wq")(adapter)
+    model = ModelReference.model_validate(f"{family['base']}+{adapter}")
+    with pytest.warns(UserWarning, match="Found missing adapter keys"):
+        model.merged(str(tmp_path / "cache"))
+    options = MergeOptions(lora_merge_cache=str(tmp_path / "cache"))
+    files = find_model_files(model, options)
+    assert (files.to_apply, files.problems) == (None, ())
+    (sentence,) = bad_adapters(files, options)
+    assert "has no module model.layers.0.self_attn.wq" in sentence
+
+
+def test_names_that_peft_knows_as_older_ones_are_no_problem(tmp_path):
+    """Transformers 4 kept each expert of a layer as a module of its own."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, **sizes
+    )
+    base = save_family(tmp_path, config)["base"]
+    adapter = save_adapter(base, tmp_path / "lora", lora(target_modules=["q_proj"]))
+    settings(target_modules=["w1", "w2", "w3"])(adapter)
+    stem = "base_model.model.model.layers.0.block_sparse_moe.experts"
+    shapes = {"w1": (48, 32), "w2": (32, 48), "w3": (48, 32)}
+    held = {
+        f"{stem}.{expert}.{name}.lora_{side}.weight": torch.ones(*shape)
+        for expert in range(2)
+        for name, (out, inner) in shapes.items()
+        for side, shape in (("A", (2, inner)), ("B", (out, 2)))
+    }
+    tensors(lambda _: held)(adapter)
+    files = find_model_files(ModelReference.model_validate(f"{base}+{adapter}"), MergeOptions())
+    assert list(bad_adapters(files, MergeOptions())) == []
+    held.pop(f"{stem}.1.w2.lora_B.weight")
+    tensors(lambda _: held)(adapter)
+    assert "has no module model.layers.0.block_sparse_moe.experts" in "".join(
+        bad_adapters(files, MergeOptions())
+    )

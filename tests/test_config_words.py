@@ -1,0 +1,323 @@
+"""Configs of strangers: each mistake gets one sentence with its line or place, and the way out."""
+
+import random
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+from conftest import llama_config, merge_config, save_family, slices_config, write_yaml
+from mergekit.config import MergeConfiguration
+from test_cli_check import save_tokenizer
+
+from mergekit_metagpt.planning.chat_template import most_frequent, with_chosen_template
+from mergekit_metagpt.planning.config import read_config
+from mergekit_metagpt.preflight import inspect
+from mergekit_metagpt.report.stock_config import stock_config
+from mergekit_metagpt.wording import BadInputError
+
+START = "merge_method: metagpt_ties\nbase_model: /m/base\nmodels:\n- model: /m/a\n"  # 4 lines
+
+# What is in a file, and what is said of it.
+TEXTS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
+    "a key twice": (
+        START + "parameters:\n  density: 0.5\n  density: 0.7\n",
+        ("sets density twice, in lines 6 and 7", "forget the first; remove one"),
+    ),
+    "a block twice": (START + START[START.index("models") :], ("models twice, in lines 3 and 5",)),
+    "a key twice in braces": ("a: {b: 1, c: 2,\n  b: 3}", ("sets b twice, in lines 1 and 2",)),
+    "a key twice below an alias": (
+        "x: &x {a: 1}\ny:\n  <<: *x\n  a: 2\n  a: 3\n",
+        ("sets a twice, in lines 4 and 5",),
+    ),
+    "an undefined alias": (
+        START + "parameters: *p\n",
+        ("uses the alias *p in line 5", "no anchor &p before it"),
+    ),
+    "an anchor twice": ("a: &m 1\nb: &m 2\n", ("the anchor &m twice, in lines 1 and 2", "another")),
+    "a last ---": (START + "---\n", ("with --- in line 5, which is empty; remove that line",)),
+    "a last --- and a comment": (START + "---\n# end\n\n", ("--- in line 5, which is empty",)),
+    "two merges": (START + "---\n" + START, ("several merges, the second from line 5 on",)),
+    "UTF-16": (START.encode("utf-16"), ("not in UTF-8, but in UTF-16 from line 1", "save it as")),
+    "Latin-1": ((START + "# é").encode("latin-1"), ("byte 0xe9 in line 5 shows", "save it as")),
+    "a control character": (START + "# \x07", ("U+0007 in line 5", "remove it")),
+    "a tab": (START + "  parameters:\n\t\tweight: 1\n", ("a tab in line 6", "indent with spaces")),
+    "a bare star": ("a:\n- filter: *\n", ("bare * in line 2, column 12", '"*" in quotes')),
+    "the fence of a card": ("```yaml\na: 1\n```\n", ("the ``` of a model card in line 1",)),
+    "a bare @": ("base_model: @x\n", ("bare @ in line 1, column 13", "put the text in quotes")),
+    "a drive in double quotes": ('base_model: "C:\\models"\n', ("backslash", "line 1", "single")),
+    "two colons": ("a: b: c\n", ("a colon in line 1, column 5", "in quotes")),
+    "uneven lines": ("a:\n  - b\n - c\n", ("indented otherwise in line 3, column 2", "align")),
+    "a placeholder": ("base_model: {{ base }}\n", ("in line 1", "a placeholder in {{ }}")),
+    "no date": ("a: 1\nb: 2024-13-01\n", ("is not YAML in line 2", "month")),
+    "a tag": ("a: !include x\n", ("is not YAML in line 1, column 4", "!include")),
+    "an endless list": ("a: &a [*a]\n", ("without an end; remove the alias",)),
+    "no end": ("a: [1", ("is not YAML in line 1, column 6",)),
+    "no mapping": ("", ("is not a mapping of keys",)),
+}
+
+
+def the_only(sentences: list[str], *parts: str) -> None:
+    (sentence,) = sentences
+    assert sentence.endswith(".")
+    for part in parts:
+        assert part in sentence
+
+
+@pytest.mark.parametrize("what", TEXTS)
+def test_what_is_not_one_yaml_mapping_is_told_with_its_line(what, tmp_path):
+    text, parts = TEXTS[what]
+    file = tmp_path / "m.yml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    the_only(inspect(str(file)).problems, f"Merge config {file} ", *parts)
+
+
+@pytest.mark.parametrize("text", ["\ufeffa: 1\n", "---\na: 1\n", "a: 1\n...\n", "a: 1\r\n", "a: 1"])
+def test_other_ways_to_write_a_document_are_none_of_these(text, tmp_path):
+    (tmp_path / "m.yml").write_bytes(text.encode())
+    assert read_config(str(tmp_path / "m.yml")).raw == {"a": 1}
+
+
+def test_merge_keys_may_be_overridden(tmp_path):
+    (tmp_path / "m.yml").write_text("x: &x {a: 1, b: 1}\ny: {<<: *x, a: 2}\nz: {<<: *x, a: 3}\n")
+    assert read_config(str(tmp_path / "m.yml")).raw["z"] == {"a": 3, "b": 1}
+
+
+# Changes of a config, and what is said of them; {a} is the path of a model.
+FORMS = {
+    "models: [{a}, {b}]": ("at models[0]; write - model: {a}.", "at models[1]; write - model: {b}"),
+    "models: {a}": ("has the text '{a}' at models; write a list, with - model: PATH",),
+    "models: {{model: {a}}}": ("has a mapping at models; write a list",),
+    "tokenizer: union": ("the text 'union' at tokenizer; write tokenizer: {{source: union}}.",),
+    "tokenizer: [base]": ("has a list at tokenizer; write tokenizer: {{source: union}}.",),
+    "tokenizer: {{tokens: {{x: base}}}}": ("at tokenizer.tokens.x; write source: and a model",),
+    "parameters: {{weight: [{{filter: [mlp], value: 1}}, {{value: 2}}]}}": (
+        "has a list at parameters.weight[0].filter; write a part of the tensors' names as text",
+    ),
+    "parameters: {{weight: [[0, 1], [1, 0]]}}": (
+        "has a list at parameters.weight[0]; write a num",
+        "has a list at parameters.weight[1]; write a num",
+    ),
+    "parameters: {{weight: [{{filter: mlp}}]}}": ("lacks parameters.weight[0].value; add it.",),
+    "parameters: {{weight: {{mlp: 0.5}}}}": (
+        "unknown key mlp at parameters.weight, which MergeKit ignores; write {{filter: mlp, value:",
+        "lacks parameters.weight.value",
+    ),
+    "parameters: {{weight: }}": ("nothing at parameters.weight; write a number", "or remove it"),
+    "parameters: {{weight: 0,5}}": ("the parameter 5,", "write a decimal point, not a comma"),
+    "parameters: [weight]": ("has a list at parameters; write names and values",),
+    "base_model: [{base}]": ("has a list at base_model; write a path",),
+    "base_model: {{path: {base}}}": ("write base_model: {{model: {{path: {base}}}}}.",),
+    "base_model: 7": ("has 7 at base_model; write a path",),
+    "dtype: 16": ("has 16 at dtype; write a name such as bfloat16",),
+    "chat_template: 2024-01-01": ("has 2024-01-01 at chat_template", "in quotes"),
+    "modules: [x]\nmodels:": ("has a list at modules; write the name of each module",),
+    "modules: {{x: [y]}}\nmodels:": ("has a list at modules.x; write models: or slices:",),
+    "slices: {{sources: []}}\nmodels:": ("has a mapping at slices; write a list",),
+    "slices: [{{sources: [{a}]}}]\nmodels:": ("sources[0]; write {{model: PATH, layer_range:",),
+    "slices: [{{sources: [{{model: {a}, layer_range: 0-3}}]}}]\nmodels:": (
+        "the text '0-3' at slices[0].sources[0].layer_range; write the first layer and the one",
+    ),
+    "slices: [{{sources: [{{model: {a}, layer_range: [3]}}]}}]\nmodels:": (
+        "has a list at slices[0].sources[0].layer_range; write the first layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", FORMS)
+def test_a_value_of_another_form_is_told_what_to_write(change, family, tmp_path):
+    config = {**merge_config(family, "metagpt_ties"), **yaml.safe_load(change.format(**family))}
+    found = inspect(str(write_yaml(tmp_path / "m.yml", config))).problems
+    said = "\n".join(found)
+    for part in FORMS[change]:
+        assert part.format(**family) in said
+    assert len(found) <= len(FORMS[change])
+    for word in ("Input should", "input should", "instance of", "ConditionalParameter", "valid"):
+        assert word not in said
+
+
+def parameters(**settings):
+    return lambda config: config.update(parameters=settings)
+
+
+def of_base(config):
+    base = {"model": config["base_model"], "parameters": {"weight": 0.2}}
+    config["models"].insert(0, base)
+
+
+MLP, ALL = {"filter": "mlp", "value": 0.5}, {"value": 1}
+IDLE = {
+    "a misspelt filter": (
+        parameters(density=[{**MLP, "filter": "mpl"}, ALL]),
+        ("the filter mpl in the parameter density", "write mlp, as in model.layers.0.mlp.down"),
+    ),
+    "two words in one": (
+        parameters(density=[{**MLP, "filter": "modelnorm"}, ALL]),
+        ("write model.norm, as in model.norm.weight",),
+    ),
+    "a filter in capitals": (parameters(density=[{**MLP, "filter": "MLP"}, ALL]), ("write mlp",)),
+    "a pattern": (
+        parameters(density=[{**MLP, "filter": "*.self_attn.*"}, ALL]),
+        ("as plain text, so write .self_attn.",),
+    ),
+    "a layer too high": (
+        parameters(density=[{**MLP, "filter": "layers.7.mlp"}, ALL]),
+        ("write layers.2.mlp, as in model.layers.2.mlp.down_proj.weight",),
+    ),
+    "a filter of another architecture": (
+        parameters(density=[{**MLP, "filter": "block_sparse_moe"}, ALL]),
+        ("a part of a name such as model.layers",),
+    ),
+    "a filter of a model": (
+        lambda c: c["models"][1].update(parameters={"weight": [{**MLP, "filter": "mpl"}, ALL]}),
+        ("the parameter weight at models[1] (/", "write mlp"),
+    ),
+    "after all tensors": (
+        parameters(density=[ALL, MLP]),
+        ("parameters.density[1] that is never used, since parameters.density[0] before it takes",
+         "all tensors; write the narrower one first"),
+    ),
+    "after a star": (
+        parameters(density=[{**ALL, "filter": "*"}, ALL]),
+        ("never used", "takes all tensors; remove one of them"),
+    ),
+    "after a part": (
+        parameters(density=[MLP, {**MLP, "filter": "mlp.down_proj"}, ALL]),
+        ("density[1] that is never used", "all tensors with mlp in their name; write the narrower"),
+    ),
+    "an empty list": (parameters(density=[]), ("empty list at parameters.density, which sets",)),
+    "an empty value": (
+        parameters(density=[{**MLP, "value": []}, ALL]),
+        ("empty list at parameters.density[0].value", "remove that entry"),
+    ),
+    "a misspelt key of a value": (
+        parameters(density=[{"fliter": "mlp", "value": 0.5}, ALL]),
+        ("unknown key fliter at parameters.density[0]", "write filter instead"),
+    ),
+    "a weight of the base": (of_base, ("weight at models[0] (/", "is the base; remove it")),
+    "a misspelt revision": (
+        lambda c: c["models"][0].update(
+            model={"model": {"path": c["models"][0]["model"], "revison": "x"}}
+        ),
+        ("unknown key revison at models[0].model.model", "write revision instead"),
+    ),
+    "a template that does not parse": (
+        lambda c: c.update(chat_template="{% for m in messages %}\n{{ m.content }}"),
+        ("chat_template that is no Jinja template", "in its line 2"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", IDLE)
+def test_a_setting_that_does_nothing_is_named(what, family, tmp_path):
+    change, parts = IDLE[what]
+    config = merge_config(family, "metagpt_ties")
+    change(config)
+    the_only(inspect(str(write_yaml(tmp_path / "m.yml", config))).problems, "m.yml", *parts)
+
+
+def test_filters_are_looked_for_where_they_stand(family, tmp_path):
+    config = slices_config(family, [[0, 1]], [[2, 3]])
+    density = {"weight": [{"filter": "layers.2.", "value": 0.5}, ALL]}
+    config["slices"][1]["sources"][1]["parameters"] = density
+    assert not inspect(str(write_yaml(tmp_path / "m.yml", config))).problems
+    config["slices"][0]["sources"][1]["parameters"] = density
+    found = inspect(str(write_yaml(tmp_path / "m.yml", config))).problems
+    the_only(found, "at slices[0].sources[1] (/", "write layers.0.")
+    config["slices"][0].update(residual_weight=0.5)
+    assert "residual_weight at slices[0], which MergeKit ignores" in str(
+        inspect(str(write_yaml(tmp_path / "m.yml", config))).problems
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "experts", "note"),
+    [
+        ({"exponent": 1, "granularity": "model"}, 1, "exponent and granularity change nothing"),
+        ({"exponent": 0, "granularity": "model"}, 2, "At exponent 0 norms do not count"),
+        ({"exponent": 0, "granularity": "direction"}, 2, None),
+        ({"exponent": 1, "granularity": "model"}, 2, None),
+        ({"exponent": 0}, 2, None),
+    ],
+)
+def test_coefficients_that_cannot_change_are_noted(settings, experts, note, family, tmp_path):
+    config = merge_config(family, parameters=settings)
+    del config["models"][experts:]
+    found = inspect(str(write_yaml(tmp_path / "m.yml", config)))
+    assert not found.problems
+    notes = found.costs.notes[1:]
+    assert note in notes[0] if note else not notes
+
+
+BASES, FIRST, SECOND = (f"{{{{ messages }}}} of the {name}" for name in ("base", "first", "second"))
+
+
+@pytest.fixture
+def templates(tmp_path):
+    """Make a family with these chat templates; return a config that leaves the choice."""
+
+    def make(*given: str | None) -> MergeConfiguration:
+        paths = save_family(tmp_path / "models", llama_config())
+        for path, template in zip(paths.values(), given, strict=True):
+            save_tokenizer(path, "the", "cat")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            tokenizer.chat_template = template
+            tokenizer.save_pretrained(path)
+        config = merge_config(paths, chat_template="auto")
+        return MergeConfiguration.model_validate(config)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ((BASES, FIRST, SECOND), BASES),
+        ((None, FIRST, SECOND), FIRST),
+        ((BASES, FIRST, None), BASES),
+        ((BASES, FIRST, FIRST), None),
+        ((None, None, SECOND), None),
+        ((None, None, None), None),
+    ],
+)
+def test_of_equally_frequent_templates_the_first_is_taken(given, chosen, templates):
+    config = templates(*given)
+    tie = most_frequent(config)
+    assert (tie and tie.template) == chosen
+    assert with_chosen_template(config).chat_template == (chosen or "auto")
+    config.models.reverse()
+    reversed_ = most_frequent(config)
+    assert (reversed_ and reversed_.template) == (SECOND if chosen == FIRST else chosen)
+
+
+def test_a_tie_is_noted_and_written_down(templates, tmp_path, monkeypatch):
+    from mergekit_metagpt import merge, plan
+
+    config = templates(BASES, FIRST, SECOND)
+    yml = write_yaml(tmp_path / "m.yml", yaml.safe_load(config.to_yaml()))
+    note = inspect(str(yml)).costs.notes[-1]
+    assert "3 are equally frequent; this package takes that of" in note
+    assert "set chat_template to one of" in note
+    assert yaml.safe_load(stock_config(plan(yml).forecast))["chat_template"] == BASES
+    # MergeKit's order is that of a set.
+    order = MergeConfiguration.referenced_models
+    shuffled = lambda self: random.sample(order(self), len(order(self)))  # noqa: E731
+    monkeypatch.setattr(MergeConfiguration, "referenced_models", shuffled)
+    for number in range(3):
+        out = merge(yml, tmp_path / str(number)).path
+        assert transformers.AutoTokenizer.from_pretrained(out).chat_template == BASES
+
+
+def test_a_tie_of_what_mergekit_takes_for_names_is_refused(templates):
+    with pytest.raises(BadInputError, match=r"name one, such as chat_template: chatml\.$"):
+        most_frequent(templates("{{ x }}", FIRST, SECOND))
+
+
+def test_the_built_in_templates_parse(family, tmp_path):
+    for template in (
+        "chatml",
+        "{% for m in messages %}{% generation %}{{ m.content | tojson }}{% endgeneration %}"
+        "{% if loop.last %}{% break %}{% endif %}{% endfor %}",
+    ):
+        yml = write_yaml(tmp_path / "m.yml", merge_config(family, chat_template=template))
+        assert not inspect(str(Path(yml))).problems

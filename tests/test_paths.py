@@ -1,0 +1,157 @@
+"""Models at any path: through every command and every function."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import mergekit.config
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from conftest import merge_config, on_posix, read, write_yaml
+from mergekit.common import ModelPath, ModelReference
+
+import mergekit_metagpt
+from mergekit_metagpt.cli import main
+from mergekit_metagpt.planning.config import ConfigFile
+from mergekit_metagpt.preflight import inspect
+
+PLAIN = 'it\'s a "quoted", [red] #1: 100% {x}' if os.name == "posix" else "it's a [red] #1 {x}"
+ODD = "C+D @home+ñ日本 ~"
+
+
+@pytest.fixture(params=[PLAIN, ODD])
+def odd(request, family, tmp_path) -> dict[str, str]:
+    """The family, in a directory of a strange name."""
+    shutil.copytree(Path(family["base"]).parent, tmp_path / request.param / "models")
+    return {name: str(tmp_path / request.param / "models" / name) for name in family}
+
+
+def references(paths: dict[str, str]) -> dict[str, object]:
+    """Return paths as a config has to name them."""
+    if "+" in paths["base"]:
+        return {name: {"model": {"path": path}} for name, path in paths.items()}
+    return dict(paths)
+
+
+def invoke(*words: object) -> str:
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.fixture
+def expected(family, merge) -> dict[str, torch.Tensor]:
+    return merge(merge_config(family))
+
+
+def assert_same(out: Path, expected: dict[str, torch.Tensor]) -> None:
+    merged = read(out)
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def test_every_command_takes_a_model_from_any_path(odd, expected):
+    where = Path(odd["base"]).parents[1]
+    yml = write_yaml(where / "merge it.yml", merge_config(references(odd)))
+    for words in (["check"], ["coefficients"], ["compare"], ["diagnose"]):
+        invoke(*words, yml)
+    known = json.loads(invoke("coefficients", yml, "--json"))["experts"]
+    assert [expert["model"] for expert in known] == [odd["a"], odd["b"]]
+    invoke("survey", *odd.values())
+    invoke("resolve", yml, "-o", where / "stock.yml")
+    invoke("check", where / "stock.yml")
+    for number, shards in enumerate(("5B", "20K")):
+        out = where / f"out {number}"
+        invoke("merge", yml, out, "--no-copy-tokenizer", "--out-shard-size", shards)
+        assert_same(out, expected)
+        invoke("check", out / "mergekit_config.yml")
+
+
+def test_every_function_takes_a_model_from_any_path(odd, expected, tmp_path):
+    given = merge_config(references(odd))
+    as_paths = merge_config({name: Path(path) for name, path in odd.items()})
+    parsed = mergekit.config.MergeConfiguration.model_validate(given)
+    as_references = merge_config(
+        {name: ModelReference(model=ModelPath(path=path)) for name, path in odd.items()}
+    )
+    for number, config in enumerate((given, as_paths, parsed, as_references)):
+        plan = mergekit_metagpt.plan(config)
+        assert [str(expert.model) for expert in plan.experts] == [odd["a"], odd["b"]]
+        assert_same(mergekit_metagpt.merge(config, tmp_path / str(number)).path, expected)
+        read_back = Path(tmp_path, str(number), "mergekit_config.yml").read_text("utf-8")
+        written = mergekit.config.MergeConfiguration.model_validate(yaml.safe_load(read_back))
+        assert written.base_model == parsed.base_model
+    base, *experts = map(Path, odd.values())
+    assert len(mergekit_metagpt.survey(base, experts).experts) == 2
+
+
+def test_numbers_of_numpy_and_dtypes_of_torch_may_stand_in_a_dictionary(family):
+    settings = {"weight": np.float32(0.5), "granularity": np.str_("model")}
+    config = merge_config(family, parameters=settings, dtype=torch.float32)
+    config["models"][0]["parameters"] = {"weight": np.array([0.5, 1.0])}
+    config["models"] = tuple(config["models"])
+    found = mergekit_metagpt.plan(config)
+    entry = found.forecast.summary.entries[0]
+    assert entry.granularity == "model"
+    assert entry.priors[1] == 0.5
+    with pytest.raises(ValueError, match=r"holds .* of type slice, which no merge config can;"):
+        mergekit_metagpt.plan({**config, "parameters": {"weight": slice(2)}})
+
+
+def test_a_name_that_mergekit_would_split_is_told_how_to_write_it(family, tmp_path):
+    place = tmp_path / "C+D"
+    shutil.copytree(Path(family["base"]).parent, place)
+    paths = {name: str(place / name) for name in family}
+    for config in (merge_config(paths), merge_config({**family, "b": "a+b+c"})):
+        found = inspect(str(write_yaml(tmp_path / "m.yml", config))).problems
+        path = config["models"][-1]["model"]
+        assert (
+            f"names {path} at models[1].model, where MergeKit takes what follows a +" in found[-1]
+        )
+        assert f'write model: {{model: {{path: "{path}"}}}}.' in found[-1]
+        with pytest.raises(ValueError, match="where MergeKit takes what follows"):
+            mergekit_metagpt.plan(config)
+
+
+def test_what_mergekit_reads_as_an_adapter_stays_one(family, tmp_path, monkeypatch):
+    """Although a directory has the whole name."""
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(family["base"])
+    Path("model+lora").mkdir()
+    config = ConfigFile("m.yml", "", merge_config({**family, "b": "model+lora"}))
+    assert config.parse().models[1].model.lora == ModelPath(path="lora")
+
+
+@on_posix
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("~/b", "does not know what ~ and $ stand for; write {b}"),
+        ("$HOME/b", "does not know what ~ and $ stand for; write {b}"),
+        ("https://huggingface.co/org/name/tree/main", "wants the name; write org/name"),
+        ("C:\\models\\b", "C:\\models\\b does not exist"),
+        ("/not/there/", "/not/there/ does not exist"),
+        ("{b}/model.safetensors", "is a file; name the directory"),
+        ("{b}/", None),
+        ("link", None),
+        ("./b", None),
+        ("../{here}/b/", None),
+    ],
+)
+def test_spellings_of_a_path(name, said, family, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    b = shutil.copytree(family["b"], tmp_path / "b")
+    Path("link").symlink_to(b)
+    named = {**family, "b": name.format(b=b, here=tmp_path.name)}
+    found = inspect(str(write_yaml(tmp_path / "m.yml", merge_config(named)))).problems
+    if said is None:
+        assert not found
+        assert len(mergekit_metagpt.plan(merge_config(named)).experts) == 2
+    else:
+        (sentence,) = found
+        assert said.format(b=b) in sentence

@@ -1,0 +1,107 @@
+"""Tokenizers that are broken or missing, and tokens that MergeKit has no row for."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import llama_config, merge_config, save_family, write_yaml
+from mergekit.common import ModelReference
+from test_cli_check import overwrite, remove, save_tokenizer
+
+from mergekit_metagpt.measure.vocabularies import tokenizers_agree
+from mergekit_metagpt.preflight import inspect
+from mergekit_metagpt.wording import BadInputError
+
+WORDS = [f"w{number}" for number in range(64)]
+
+
+@pytest.fixture
+def own(tmp_path) -> dict[str, str]:
+    """A family whose models have one tokenizer."""
+    paths = save_family(tmp_path / "models", llama_config(num_hidden_layers=1))
+    for path in paths.values():
+        save_tokenizer(path, *WORDS)
+    return paths
+
+
+@pytest.fixture
+def problems(own, tmp_path) -> Callable[..., list[str]]:
+    """Check the merge of the family; return what is wrong."""
+
+    def look(**changes: Any) -> list[str]:
+        return inspect(str(write_yaml(tmp_path / "m.yml", merge_config(own, **changes)))).problems
+
+    return look
+
+
+BROKEN: dict[str, tuple[Callable[[str], Any], str]] = {
+    "cut": (overwrite("tokenizer.json", b'{"a'), "(Unterminated string"),
+    "empty": (overwrite("tokenizer.json", b""), "(Expecting value"),
+    "broken settings": (overwrite("tokenizer_config.json", b"{"), "(Expecting property name"),
+    "without vocabulary": (remove("tokenizer.json"), "but no vocabulary such as tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("tokenizer", [None, {"source": "base"}, {"source": "union"}])
+@pytest.mark.parametrize("name", ["base", "b"])
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_tokenizer_that_cannot_be_read_is_a_problem(how, name, tokenizer, own, problems):
+    damage, said = BROKEN[how]
+    damage(own[name])
+    (problem,) = problems(tokenizer=tokenizer)
+    assert problem.startswith(f"The tokenizer of model {own[name]} cannot be read (")
+    assert said in problem
+    assert "download" in problem
+    pair = [ModelReference.model_validate(own[name]) for name in ("base", "b")]
+    tokenizers_agree.cache_clear()
+    with pytest.raises(BadInputError, match="cannot be read"):
+        tokenizers_agree(*pair, None, False)
+
+
+def test_a_model_without_a_tokenizer_is_skipped_but_for_the_base(own, problems):
+    for name in ("b", "base"):
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            Path(own[name], file).unlink()
+        assert problems() == []
+    (problem,) = problems(tokenizer={"source": "union"})
+    assert problem.startswith(f"The base {own['base']} has no tokenizer, and ")
+
+
+@pytest.mark.parametrize("key", ["tokenizer_source", "tokenizer"])
+def test_the_old_form_of_a_source_is_named_with_the_new_one(key, own, problems):
+    source = f"model:{own['a']}"
+    (problem,) = problems(**{key: {"source": source} if key == "tokenizer" else source})
+    assert f"write `tokenizer: {{source: {own['a']}}}`." in problem
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"kind": "zero"}, None),
+        ({"kind": "model_token", "model": "{a}", "token": "w3"}, None),
+        ({"kind": "model_token", "model": "{a}", "token_id": 63}, None),
+        ({"kind": "model_token", "model": "{a}", "token_id": 64}, "has 64 rows, and none of"),
+        ({"kind": "model_token", "model": "{a}", "token": "zzz"}, "has no token 'zzz'; name one"),
+        ("{a}", "does not have it; name a model that does"),
+        ("/not/there", "is not in the merge; name a model that is"),
+        (None, "has no source; add one, such as `source: {kind: zero}`"),
+    ],
+)
+def test_a_new_token_needs_a_row_to_start_from(source, said, own, problems, merge):
+    if isinstance(source, dict) and "model" in source:
+        source = {**source, "model": own["a"]}
+    source = own["a"] if source == "{a}" else source
+    tokens = {"new": {"source": source}}
+    found = problems(tokenizer={"source": "union", "tokens": tokens})
+    config = merge_config(own, tokenizer={"source": "union", "tokens": tokens})
+    if said is None:
+        assert found == []
+        assert len(merge(config)["lm_head.weight"]) == 65
+    else:
+        (problem,) = found
+        assert "is wrong at the token 'new' of its tokenizer: " in problem
+        assert said in problem
+        with pytest.raises((AssertionError, ValueError, NotImplementedError)):
+            merge(config)
+    assert "write `source: union`." in problems(tokenizer={"source": "base", "tokens": tokens})[0]
