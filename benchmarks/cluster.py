@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 import ray
 import torch
-from mergekit.config import MergeConfiguration
+import yaml
 from mergekit.options import MergeOptions
 
 from benchmarks.cluster_costs import Line, Machines, Model, Times, Work
@@ -27,8 +27,11 @@ from benchmarks.families import make_family, sized
 from benchmarks.machine import described
 from benchmarks.results_file import write_measured
 from benchmarks.timing import weight_bytes
-from mergekit_metagpt.measure.checkpoints import Checkpoints, set_up_worker
-from mergekit_metagpt.merging.whole import merge_whole
+from mergekit_metagpt.api.calls import merged
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.loaders import set_up_worker
+from mergekit_metagpt.planning.config import ConfigFile
+from mergekit_metagpt.planning.job import running
 from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
 
 EXPERTS = 3
@@ -67,17 +70,18 @@ class Family:
 
     def merge(self, mapper: RayMapper | None = None) -> None:
         """Merge at granularity tensor, which needs no survey."""
-        config = MergeConfiguration.model_validate(
-            {
-                "merge_method": "metagpt",
-                "base_model": str(self.models[0]),
-                "models": [{"model": str(path)} for path in self.models[1:]],
-                "out_dtype": "bfloat16",
-            }
-        )
-        with tempfile.TemporaryDirectory(dir=self.models[0].parent) as out:
-            merged = Path(out, "merged")
-            merge_whole(config, config.to_yaml(), merged, self.options, mapper=mapper)
+        raw = {
+            "merge_method": "metagpt",
+            "base_model": str(self.models[0]),
+            "models": [{"model": str(path)} for path in self.models[1:]],
+            "out_dtype": "bfloat16",
+        }
+        config = ConfigFile("the config", yaml.safe_dump(raw), raw)
+        with (
+            tempfile.TemporaryDirectory(dir=self.models[0].parent) as out,
+            running(config, self.options) as job,
+        ):
+            merged(job, Path(out, "merged"), mapper=mapper)
 
     @property
     def options(self) -> MergeOptions:

@@ -5,14 +5,13 @@ No other module uses such a name. Import the names of :data:`PRIVATE` from here:
     from mergekit_metagpt.mergekit_private import model_out_config
 
 They are looked up on first use, because MergeKit is half imported at registration. Details that
-are no names of a module, such as a writer's counters or the text of an error, have a function
-here. Each has a test. A new release of these libraries must pass these tests before
-``pyproject.toml`` allows it.
+are no names of a module, such as the text of an error, have a function here. Each has a test. A
+new release of these libraries must pass these tests before ``pyproject.toml`` allows it.
 """
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     import logging
 
     import click
-    from mergekit.io.tensor_writer import TensorWriter
     from torch import Tensor
 
 REQUIRED = "mergekit>=0.1.5,<0.1.6"
@@ -112,6 +110,9 @@ PRIVATE = {
         "convert_checkpoint_tensors",
         ("model_type", "source_tensors", "target_key"),
     ),
+    "compile_template": Private(
+        "transformers.utils.chat_template_utils", "_compile_jinja_template", ("chat_template",)
+    ),
     "chat_templates": Private("mergekit._data", "chat_templates"),
     # The parameters that mergekit-evolve searches, by method.
     "METHOD_PARAM_MAPS": Private("mergekit.evo.genome", "METHOD_PARAM_MAPS"),
@@ -134,31 +135,6 @@ def merge_options(function: Callable[..., Any]) -> "tuple[Callable[..., Any], li
     """
     decorated: Any = PRIVATE["add_merge_options"].find()(function)
     return decorated, list(reversed(decorated.__click_params__))
-
-
-def note_shard(writer: "TensorWriter", file: str, tensors: Iterable[str], size: int) -> None:
-    """Tell MergeKit's writer about a file from another process, so that ``finalize`` counts it.
-
-    Args:
-        writer: the writer; ``finalize`` renames the files and writes the index.
-        file: the file's name with its number, from :func:`shard_name`.
-        tensors: the names of the tensors in the file.
-        size: the size of the tensors, in bytes.
-    """
-    writer.weight_map.update(dict.fromkeys(tensors, file))
-    writer.total_size += size
-    writer.shards_written += 1
-
-
-def shard_name(only: str, number: int) -> str:
-    """Return the name that MergeKit's writer gives to a file before ``finalize``.
-
-    Args:
-        only: the name that it gives to a single file, such as ``model.safetensors``.
-        number: the number of the file, from 1.
-    """
-    stem, _, suffix = only.rpartition(".")
-    return f"{stem}-{number}.{suffix}"
 
 
 def wants_remote_code(error: BaseException) -> bool:

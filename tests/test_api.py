@@ -14,15 +14,9 @@ from mergekit.options import MergeOptions
 
 import mergekit_metagpt
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.method.session import SESSION
 from mergekit_metagpt.wording import BadInputError
 
 QUIET = MergeOptions(copy_tokenizer=False, quiet=True)
-
-
-@pytest.fixture(autouse=True)
-def unmeasured():
-    SESSION.surveys.clear()
 
 
 def survey(family: dict[str, str]) -> mergekit_metagpt.Survey:
@@ -39,13 +33,6 @@ def test_a_survey_gives_theorem_10(family):
     assert found.cosines[0][0] == pytest.approx(1)
 
 
-def test_a_saved_survey_is_the_file_of_the_command(family, tmp_path):
-    survey(family).save(tmp_path / "saved.json")
-    words = ["survey", *family.values(), "-o", str(tmp_path / "written.json")]
-    assert CliRunner().invoke(main, words).exit_code == 0
-    assert (tmp_path / "saved.json").read_bytes() == (tmp_path / "written.json").read_bytes()
-
-
 @pytest.mark.parametrize("form", ["path", "mapping", "configuration"])
 @pytest.mark.parametrize("granularity", ["model", "direction"])
 def test_a_plan_has_the_figures_of_the_command(form, granularity, family, tmp_path):
@@ -58,15 +45,6 @@ def test_a_plan_has_the_figures_of_the_command(form, granularity, family, tmp_pa
     assert found.as_json() == shown
     assert found.coefficients == {e["model"]: e["coefficient"] for e in shown["experts"]}
     assert raw == merge_config(family)
-
-
-def test_a_plan_takes_a_survey(family, tmp_path):
-    survey(family).save(tmp_path / "survey.json")
-    raw = merge_config(family, parameters={"granularity": "model"})
-    expected = mergekit_metagpt.plan(raw, options=QUIET)
-    SESSION.surveys.clear()
-    found = mergekit_metagpt.plan(raw, survey=tmp_path / "survey.json", options=QUIET)
-    assert found.as_json() == expected.as_json()
 
 
 def test_a_merge_is_that_of_the_command(family, tmp_path):
@@ -84,7 +62,7 @@ def test_a_merge_is_that_of_the_command(family, tmp_path):
     assert merged.warnings == []
 
 
-def test_a_merge_draws_a_seed(family, tmp_path):
+def test_a_merge_has_a_seed(family, tmp_path):
     merged = mergekit_metagpt.merge(merge_config(family), tmp_path / "out", options=QUIET)
     assert isinstance(merged.record["seed"], int)
     assert read(tmp_path / "out").keys() == read(family["base"]).keys()

@@ -68,6 +68,9 @@ def test_direction_has_a_row_of_its_own_when_it_is_asked_for(family, config, tmp
     assert (first["granularity"], first["exponent"], first["bound"]) == ("direction", "0", None)
     assert last["granularity"] == "model"
     assert found["advice"].startswith("Granularity direction keeps ")
+    assert "no other choice more than" in found["advice"]
+    alone = compared(config, "--granularity", "direction")["advice"]
+    assert alone == found["advice"].partition(",")[0] + "."
 
 
 def test_the_models_are_measured_once(config, passes):
@@ -88,6 +91,8 @@ def test_the_advice_follows_from_the_figures(family, config, tmp_path):
     )
     ties = write_yaml(tmp_path / "ties.yml", merge_config(family, "metagpt_ties"))
     assert compared(ties)["advice"] == "No expert dominates in these choices."
+    one = write_yaml(tmp_path / "one.yml", merge_config(paths, "metagpt_ties"))
+    assert compared(one)["advice"].endswith("; tensor, exponent 0 is not one of them.")
 
 
 def test_the_table_and_the_figure_show_every_choice(config, tmp_path):

@@ -9,7 +9,6 @@ import lm_eval
 import pytest
 from click.testing import CliRunner
 from conftest import llama_config, merge_config, put_nan, write_yaml
-from huggingface_hub import ModelCard
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
@@ -139,41 +138,22 @@ class TestTheResults:
         assert results["config"]["model_args"] == model_args
         assert make_table(results).count("word_perplexity") == 1
 
-    def test_they_become_the_scores_of_the_same_merge(self, folder):
-        shutil.rmtree(folder / "merged")
-        (file,) = files(folder, "merged")
-        words = [folder / "metagpt.yml", folder / "merged", "--model-index", file]
-        done = CliRunner().invoke(main, ["merge", *map(str, words), "--random-seed", "0"])
-        assert done.exit_code == 0, done.output
-        index = ModelCard.load(folder / "merged" / "README.md").data.eval_results
-        assert {(it.dataset_name, it.metric_type) for it in index} == {
-            ("agieval", "acc"), ("one", "acc"), ("one", "perplexity"), ("text", "word_perplexity"),
-        }  # fmt: skip
-
-    def test_they_are_not_made_twice(self, made):
-        assert scored(evaluate(made)) == ()
-        assert scored(evaluate(made, tasks="one")) == ()
-
-    def test_a_model_is_scored_again_if_its_weights_change(self, folder):
+    def test_a_model_is_scored_again_only_if_its_weights_change(self, folder):
+        assert scored(evaluate(folder, tasks="one")) == ()
         shutil.copy(folder / "b" / "model.safetensors", folder / "a")
         assert scored(evaluate(folder)) == ()  # b's weights are known, wherever they are
-        put_nan(str(folder / "a"), "lm_head.weight")
-        assert scored(evaluate(folder)) == ("expert a",)
+        put_nan(str(folder / "a"), "model.norm.weight")
+        (file,) = files(folder, "merged")
+        file.write_text(file.read_text()[:99])  # as if the run had been killed
+        assert scored(evaluate(folder)) == ("expert a", "merge")
 
-    def test_every_model_is_if_the_settings_change(self, folder):
+    def test_every_model_is_if_the_settings_or_the_tasks_change(self, folder):
         assert scored(evaluate(folder, "--limit", 4, tasks="one")) == MODELS
         assert scored(evaluate(folder, "--limit", 4, tasks="one")) == ()
         assert scored(evaluate(folder, "--limit", 4, "--shots", 1, tasks="one")) == MODELS
-
-    def test_every_model_is_if_the_tasks_change(self, folder):
         data = folder / "tasks" / "one.jsonl"
         data.write_text(data.read_text().replace("w7", "w8"))
-        assert scored(evaluate(folder, tasks="one")) == MODELS
-
-    def test_a_file_that_was_not_written_to_its_end_is_as_none(self, folder):
-        (file,) = files(folder, "merged")
-        file.write_text(file.read_text()[:99])
-        assert scored(evaluate(folder)) == ("merge",)
+        assert scored(evaluate(folder, "--limit", 4, tasks="one")) == MODELS
 
     def test_only_tasks_that_are_missing_are_run(self, folder, monkeypatch):
         run = []
@@ -196,49 +176,37 @@ class TestRefusals:
 
         monkeypatch.setattr(harness, "_task_manager", without_its_own)  # indexing takes seconds
         done = evaluate(made, tasks="agi_eval", status=1)
-        assert done.stderr == "Error: lm-eval has no task agi_eval; write agieval instead.\n"
+        assert done.stderr.endswith("lm-eval has no task agi_eval; write agieval instead.\n")
 
-    def test_a_task_whose_data_is_missing_is_named(self, folder):
+    def test_a_task_whose_data_is_missing_or_that_runs_code_is_named(self, folder):
         write_answers(folder / "tasks", "two", [])
         (folder / "tasks" / "two.jsonl").unlink()
         done = evaluate(folder, tasks="two", status=1)
-        assert "Error: lm-eval cannot load two (" in done.stderr
-
-    def test_a_task_that_runs_code_is_left_to_lm_eval(self, folder):
+        assert f"Error: lm-eval could not score {folder / 'base'} on two (" in done.stderr
         file = folder / "tasks" / "one.yaml"
         file.write_text(f"{file.read_text()}unsafe_code: true\n")
         done = evaluate(folder, tasks="one", status=1)
-        assert "Error: Task one executes code that the model writes; leave it out" in done.stderr
-        assert scored(done) == ()
+        assert "on one (Attempted to run task: one which is marked as unsafe)" in done.stderr
+        assert scored(done) == ("base",)
 
-    def test_without_a_merge_the_command_for_it_is_named(self, folder):
+    def test_without_merge_or_lm_eval_the_command_for_it_is_named(self, folder, monkeypatch):
+        assert "'many' is no number" in evaluate(folder, "--batch-size", "many", status=2).stderr
         shutil.rmtree(folder / "merged")
         done = evaluate(folder, status=1)
-        assert (
-            f"There is no merge in {folder / 'merged'}; run mergekit-metagpt merge" in done.stderr
-        )
-
-    def test_without_lm_eval_the_extra_is_named(self, made, monkeypatch):
+        assert f"There is no merge in {folder / 'merged'}; run mergekit-metagpt " in done.stderr
         monkeypatch.setitem(sys.modules, "lm_eval", None)
-        done = evaluate(made, status=1)
+        done = evaluate(folder, status=1)
         assert done.stderr == (
             "Error: Scoring needs lm-eval; run: pip install 'mergekit-metagpt[evaluate]'\n"
         )
 
-    def test_a_batch_size_is_a_number(self, made):
-        done = evaluate(made, "--batch-size", "many", status=2)
-        assert "'many' is no number" in done.stderr
-
-    def test_a_model_that_cannot_be_scored_is_named(self, folder):
+    def test_models_and_results_that_fail_are_named(self, folder):
         for file in (folder / "b").glob("tokenizer*"):
             file.unlink()
         shutil.rmtree(folder / "merged.scores")
         done = evaluate(folder, tasks="one", status=1)
         assert f"Error: lm-eval could not score {folder / 'b'} on one (" in done.stderr
         assert files(folder, "a")
-
-    def test_results_that_cannot_be_written_are_an_error(self, folder):
         shutil.rmtree(folder / "merged.scores")
         (folder / "merged.scores").touch()
-        done = evaluate(folder, status=1)
-        assert "could not be written to" in done.stderr
+        assert "could not be written to" in evaluate(folder, tasks="one", status=1).stderr

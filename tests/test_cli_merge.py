@@ -22,7 +22,7 @@ from conftest import (
 from huggingface_hub import ModelCard
 
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.planning.fingerprints import fingerprint
+from mergekit_metagpt.measure.identity import sha256_of
 
 QUIET = ("--quiet", "--no-copy-tokenizer")
 
@@ -63,7 +63,7 @@ def test_the_record_tells_inputs_and_coefficients(config, family, tmp_path):
     (file,) = record["inputs"][0]["files"]
     path = Path(record["inputs"][0]["model"], file["name"])
     assert file["bytes"] == path.stat().st_size
-    assert file["fingerprint"] == fingerprint(path)
+    assert file["sha256"] == sha256_of(path)
     assert {"mergekit", "torch", "transformers", "mergekit-metagpt"} <= record["versions"].keys()
     assert record["times"].keys() == {"started", "finished"}
 

@@ -30,7 +30,7 @@ def test_models_are_printed_as_they_are_called(command, tmp_path, monkeypatch):
         ("check", "Bytes read"),
         ("coefficients", "granularity tensor"),
         ("resolve", "merge_method: task_arithmetic"),
-        ("diagnose", "largest deviation"),
+        ("diagnose", "movement, logits"),
     ],
 )
 def test_an_output_that_is_not_unicode_is_no_reason_to_fail(

@@ -12,7 +12,7 @@ STOPPED = """
 import os, signal, sys
 from pathlib import Path
 from click.testing import CliRunner
-import mergekit_metagpt.api.running  # before what it imports is replaced
+import mergekit_metagpt.api.calls  # before what it imports is replaced
 import mergekit_metagpt.preflight as preflight
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.demo import models
@@ -35,9 +35,9 @@ Checkpoints.__init__ = Bench.missing = stop
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for words in (
-    ["survey", base, expert, "-o", "survey.json"],
-    ["coefficients", config, "--save-survey", "survey.json"],
-    ["compare", config, "--save-survey", "survey.json"],
+    ["survey", base, expert],
+    ["coefficients", config],
+    ["compare", config],
     ["check", config],
     ["diagnose", config],
     ["resolve", config, "-o", "stock.yml"],

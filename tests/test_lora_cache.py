@@ -15,8 +15,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.measure.checkpoints import forget_files
-from mergekit_metagpt.planning.fingerprints import fingerprint, with_fresh_lora_cache
+from mergekit_metagpt.measure.identity import sha256_of
+from mergekit_metagpt.planning.job import with_own_adapters
 from mergekit_metagpt.preflight import inspect
 
 
@@ -40,7 +40,6 @@ def merged(family, tmp_path) -> Callable[[str], torch.Tensor]:
     cache = ("--lora-merge-cache", str(tmp_path / "cache"))
 
     def run(name: str) -> torch.Tensor:
-        forget_files()  # as a new process
         out = tmp_path / name
         done = CliRunner().invoke(main, ["merge", str(yml), str(out), "--quiet", *cache])
         assert done.exit_code == 0, done.output
@@ -69,9 +68,7 @@ def test_the_record_names_the_adapter(family, merged, tmp_path):
     record = json.loads((tmp_path / "out" / "metagpt.json").read_text())
     (adapter,) = (entry["adapter"] for entry in record["inputs"] if "adapter" in entry)
     file = tmp_path / "lora" / "adapter_model.safetensors"
-    assert adapter == [
-        {"name": file.name, "bytes": file.stat().st_size, "fingerprint": fingerprint(file)}
-    ]
+    assert adapter == [{"name": file.name, "bytes": file.stat().st_size, "sha256": sha256_of(file)}]
 
 
 def test_every_command_finds_the_same_directory(family, merged, tmp_path):
@@ -81,7 +78,6 @@ def test_every_command_finds_the_same_directory(family, merged, tmp_path):
     words = ("--quiet", "--lora-merge-cache", str(tmp_path / "cache"))
     before = sorted((tmp_path / "cache").rglob("*"))
     for command in ("coefficients", "resolve", "diagnose", "check"):
-        forget_files()
         done = CliRunner().invoke(main, [command, yml, *words])
         assert done.exit_code == 0, done.output
     found = inspect(yml, options=MergeOptions(lora_merge_cache=str(tmp_path / "cache")))
@@ -94,8 +90,8 @@ class TestTheDirectory:
     def key(self, config: dict[str, Any], **options: Any) -> str | None:
         given = MergeOptions(**{"lora_merge_cache": "cache", **options})
         parsed = MergeConfiguration.model_validate(config)
-        found = with_fresh_lora_cache(given, parsed)
-        assert with_fresh_lora_cache(found, parsed) == found
+        found = with_own_adapters(given, parsed)
+        assert with_own_adapters(found, parsed) == found
         return found.lora_merge_cache
 
     def test_it_depends_on_the_files_and_the_dtype(self, family, tmp_path, monkeypatch):

@@ -15,11 +15,10 @@ from conftest import llama_config
 from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
-from mergekit.io.tensor_writer import TensorWriter
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.mergekit_private import PRIVATE, Private
@@ -79,30 +78,6 @@ def test_mergekits_options_are_collected_in_their_order():
         "merge_options": MergeOptions(random_seed=3),
         "own": "kept",
     }
-
-
-def test_a_writer_takes_over_files_that_it_has_not_written(tmp_path):
-    tensors = {"a": torch.ones(3), "b": torch.zeros(2)}
-    writer = TensorWriter(str(tmp_path))
-    for number, (name, tensor) in enumerate(tensors.items(), start=1):
-        file = mergekit_private.shard_name("model.safetensors", number)
-        save_file({name: tensor}, tmp_path / file)
-        mergekit_private.note_shard(writer, file, [name], tensor.nbytes)
-    writer.finalize()
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 20
-    for name, file in index["weight_map"].items():
-        assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
-
-
-def test_a_writer_numbers_its_files_as_expected(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.rename", lambda *names: None)  # skips the last step
-    writer = TensorWriter(str(tmp_path), max_shard_size=8)
-    for name in "ab":
-        writer.save_tensor(name, torch.ones(2))
-    writer.finalize()
-    written = {path.name for path in tmp_path.glob("*.safetensors")}
-    assert written == {mergekit_private.shard_name("model.safetensors", n) for n in (1, 2)}
 
 
 def test_a_squared_difference_is_written_in_place():

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub
-import mergekit.merge
 import pytest
 import reference
 import torch
@@ -15,7 +14,7 @@ from click.testing import CliRunner
 from conftest import llama_config, merge_config, put_nan, read, save_family, write_yaml
 
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.merging import whole
+from mergekit_metagpt.merging import by_shard, whole
 
 WEIGHTS = {"model.safetensors", "config.json", "mergekit_config.yml", "metagpt.json"}
 WHOLE = WEIGHTS | {"README.md", "coefficients.png"}
@@ -102,7 +101,7 @@ class TestADirectoryThatExists:
         real = os.rename
 
         def rename(source, target):
-            if Path(target).parent == out:
+            if Path(target).parent == out and Path(target).suffix != ".removed":
                 order.append(Path(target).name)
             real(source, target)
 
@@ -111,14 +110,14 @@ class TestADirectoryThatExists:
         assert set(order) >= names(out)
         assert order[-2:] == ["model.safetensors.index.json", "config.json"]
 
-    def test_a_move_that_fails_is_undone(self, config, family, out, rename_fails):
+    def test_a_move_that_fails_is_undone(self, config, family, out, rename_fails, caplog):
         out.mkdir(parents=True)
         rename_fails(out / "config.json", errno.EIO)
-        done = merge(config, out, status=1)
+        merge(config, out, status=1)
         (kept,) = out.iterdir()
-        assert str(kept) in done.stderr
-        assert names(kept) == WHOLE
-        assert_merge_of(kept, family)
+        assert str(kept) in caplog.text
+        assert names(kept / "merged") == WHOLE
+        assert_merge_of(kept / "merged", family)
 
     def test_what_others_put_there_meanwhile_is_not_written_over(self, config, out, monkeypatch):
         out.mkdir(parents=True)
@@ -143,49 +142,38 @@ class TestADirectoryThatExists:
 class TestACompleteMerge:
     """Once the weights are there, no failure of a later step removes them."""
 
-    def test_it_is_kept_where_it_cannot_be_renamed(self, config, family, out, rename_fails):
-        rename_fails(out, errno.EXDEV)
-        done = merge(config, out, status=1)
+    def test_it_is_kept_where_it_cannot_be_renamed_and_then_only_published(
+        self, config, family, out, rename_fails, caplog, monkeypatch
+    ):
+        with monkeypatch.context():
+            rename_fails(out, errno.EXDEV)
+            done = merge(config, out, status=1)
         (kept,) = out.parent.iterdir()
-        assert f"complete and kept in {kept}, but" in done.stderr
-        assert str(out) in done.stderr
+        assert f"kept in {kept}; run the same command again" in caplog.text
         assert "Invalid cross-device link" in done.stderr
         assert done.stderr.count("\n") == 1
-        assert names(kept) == WHOLE
-        assert_merge_of(kept, family)
-
-    def test_the_next_merge_does_not_remove_it(self, config, out, rename_fails, monkeypatch):
-        with monkeypatch.context():
-            rename_fails(out)
-            merge(config, out, status=1)
+        assert names(kept / "merged") == WHOLE
+        assert_merge_of(kept / "merged", family)
         monkeypatch.undo()
-        (kept,) = out.parent.iterdir()
+        monkeypatch.setattr("mergekit_metagpt.merging.shard.ShardMerge.write", None)
         merge(config, out)
-        assert names(out.parent) == {"merged", kept.name}
-        assert names(kept) == WHOLE
+        assert names(out.parent) == {"merged"}
+        assert_merge_of(out, family)
 
+    @pytest.mark.parametrize("error", [RuntimeError("no such luck"), KeyboardInterrupt()])
     @pytest.mark.parametrize(
-        ("module", "step"), [(whole, "merge_record"), (mergekit.merge, "_copy_tagalong_files")]
+        ("module", "step"), [(whole, "merge_record"), (by_shard, "copy_tagalong_files")]
     )
-    def test_it_is_kept_if_a_step_after_it_fails(
-        self, module, step, config, family, out, monkeypatch
+    def test_it_is_kept_if_a_step_after_it_fails_or_is_stopped(
+        self, module, step, error, config, family, out, monkeypatch
     ):
         def fail(*_, **__):
-            raise RuntimeError("no such luck")
+            raise error
 
         monkeypatch.setattr(module, step, fail)
-        assert "(no such luck)" in merge(config, out, status=1).stderr
+        assert str(error) in merge(config, out, status=1).stderr
         (kept,) = out.parent.iterdir()
-        assert_merge_of(kept, family)
-
-    def test_it_is_kept_if_it_is_stopped_by_then(self, config, family, out, monkeypatch):
-        def stop(*_):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(whole, "merge_record", stop)
-        assert "kept in" in merge(config, out, status=1).stderr
-        (kept,) = out.parent.iterdir()
-        assert_merge_of(kept, family)
+        assert_merge_of(kept / "merged", family)
 
 
 class TestTheCard:
@@ -221,7 +209,7 @@ class TestTheCard:
         def fail(*_, **__):
             raise RuntimeError("no font is here")
 
-        monkeypatch.setattr("mergekit_metagpt.api.running.comparison_figure", fail)
+        monkeypatch.setattr("mergekit_metagpt.api.calls.comparison_figure", fail)
         merge(config, out)
         assert "coefficients.png could not be drawn (no font is here)" in caplog.text
         assert names(out) == WHOLE - {"coefficients.png"}
@@ -232,16 +220,13 @@ class TestTheCard:
         assert names(out) == WEIGHTS - {"mergekit_config.yml"}
 
 
-def test_a_seed_is_drawn_that_repeats_the_merge(family, out, tmp_path, monkeypatch):
-    monkeypatch.setattr("secrets.randbits", lambda bits: 2**bits - 1)
+def test_a_seed_follows_from_the_merge_and_repeats_it(family, out, tmp_path):
     config = merge_config(family, "metagpt_dare_linear", parameters={"density": 0.5})
     yml = write_yaml(tmp_path / "metagpt.yml", config)
     merge(yml, out)
     seed = json.loads((out / "metagpt.json").read_text())["seed"]
-    assert seed == 2**32 - 1
     assert f"--random-seed {seed}" in (out / "README.md").read_text()
-    monkeypatch.setattr("secrets.randbits", lambda bits: 7)
-    merge(yml, tmp_path / "other")
+    merge(yml, tmp_path / "other", "--random-seed", seed - 1)
     merge(yml, tmp_path / "again", "--random-seed", seed)
     first, other, again = map(read, (out, tmp_path / "other", tmp_path / "again"))
     assert all(torch.equal(again[name], first[name]) for name in first)
@@ -254,18 +239,18 @@ def test_a_weight_file_that_changes_while_it_is_merged_is_named_and_nothing_stay
     """Also where the merge could not see it, after the last tensor was read."""
     paths = save_family(tmp_path, llama_config())
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
-    run_merge = whole.run_merge
+    merge_by_shard = whole.merge_by_shard
 
     def then_replace(*args):
-        run_merge(*args)
+        merge_by_shard(*args)
         file = Path(paths["b"], "model.safetensors")
         shutil.copy(file, tmp_path / "copy")
         os.replace(tmp_path / "copy", file)
 
-    monkeypatch.setattr(whole, "run_merge", then_replace)
+    monkeypatch.setattr(whole, "merge_by_shard", then_replace)
     done = merge(config, out, status=1)
     assert f"Weight file {paths['b']}/model.safetensors has changed since this merge" in done.stderr
     assert not names(out.parent)
-    monkeypatch.setattr(whole, "run_merge", run_merge)
+    monkeypatch.setattr(whole, "merge_by_shard", merge_by_shard)
     merge(config, out)
     assert names(out) == WHOLE

@@ -1,6 +1,8 @@
 """What the Python functions return: figures, a table for notebooks, and a plot."""
 
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,29 +10,46 @@ from mergekit.common import ModelReference
 
 from mergekit_metagpt.measure import survey as measured
 from mergekit_metagpt.method.advice import share, warnings
-from mergekit_metagpt.method.summary import Entry, Expert, Summary
+from mergekit_metagpt.method.summary import Expert, Summary
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.forecast import Forecast
 from mergekit_metagpt.report.html import coefficients_html
-from mergekit_metagpt.report.tables import as_json, forecast_warnings, kept
+from mergekit_metagpt.report.tables import as_json, forecast_warnings, whole_models
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Title, coefficients, cosines in the order of ``Summary.ids``, and warnings.
+Figures = tuple[str, Summary, Sequence[Sequence[float]], list[str]]
 
-@dataclass(frozen=True)
-class Survey:
+
+class Shown(ABC):
+    """What notebooks show as a table, and other places as a line."""
+
+    @abstractmethod
+    def _figures(self) -> Figures:
+        """Return what is shown."""
+
+    def __repr__(self) -> str:
+        title, summary, *_ = self._figures()
+        named = zip(short_names(summary.ids), summary.experts, strict=True)
+        return f"<{title}: {', '.join(f'{name} {share(expert.mean)}' for name, expert in named)}>"
+
+    def _repr_html_(self) -> str:
+        return coefficients_html(*self._figures())
+
+
+@dataclass(frozen=True, repr=False)
+class Survey(Shown):
     """The task vectors of whole models, measured.
 
     Attributes:
         base: θ_0.
         figures: norms and inner products for each tensor, and their sums.
-        text: the content of the survey's file.
     """
 
     base: ModelReference
     figures: measured.Survey
-    text: str = field(repr=False)
 
     @property
     def experts(self) -> list[str]:
@@ -50,39 +69,22 @@ class Survey:
     @property
     def summary(self) -> Summary:
         """The coefficients that Theorem 10 gives whole models."""
-        experts, norms = self.figures.experts, self.figures.model
-        priors = (1.0,) * len(experts)
-        size = self.figures.parameters
-        return Summary([Entry("model", "model", experts, norms, priors, 2.0, size)])
-
-    def save(self, path: Path | str) -> None:
-        """Write the survey to a file, which commands and functions take as ``survey``."""
-        Path(path).write_text(self.text, encoding="utf-8")
+        return whole_models(self.figures)
 
     def plot(self) -> "Figure":
         """Draw the coefficients of whole models, and the cosines; needs matplotlib."""
         from mergekit_metagpt.report.plots import coefficients_figure
 
-        cosines = _ordered(self.figures, self.summary)
-        return coefficients_figure("metagpt", self.base, self.summary, cosines)
+        _, summary, cosines, _ = self._figures()
+        return coefficients_figure("metagpt", self.base, summary, cosines)
 
-    @property
-    def _title(self) -> str:
-        return f"Survey of {len(self.experts)} experts of {self.base}"
-
-    def __repr__(self) -> str:
-        return _line(self._title, self.summary)
-
-    def _repr_html_(self) -> str:
-        return coefficients_html(
-            self._title,
-            self.summary,
-            cosines=_ordered(self.figures, self.summary),
-        )
+    def _figures(self) -> Figures:
+        title = f"Survey of {len(self.experts)} experts of {self.base}"
+        return title, self.summary, self.figures.in_order_of(self.summary.ids).cosines, []
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """The coefficients that a merge will use.
 
     Attributes:
@@ -114,31 +116,19 @@ class Plan:
         """Draw the coefficients, those of each layer, and the cosines; needs matplotlib."""
         from mergekit_metagpt.report.plots import coefficients_figure
 
-        found = self.forecast
+        _, summary, cosines, _ = self._figures()
         return coefficients_figure(
-            found.method.spec.name, found.base, found.summary, found.survey.cosines
+            self.forecast.method.spec.name, self.forecast.base, summary, cosines
         )
 
-    @property
-    def _title(self) -> str:
-        found = self.forecast
-        return f"{found.method.spec.name}, granularity {' and '.join(found.summary.granularities)}"
-
-    def __repr__(self) -> str:
-        return _line(self._title, self.forecast.summary)
-
-    def _repr_html_(self) -> str:
-        return coefficients_html(
-            self._title,
-            self.forecast.summary,
-            kept=kept(self.forecast),
-            cosines=self.forecast.survey.cosines,
-            notes=self.warnings,
-        )
+    def _figures(self) -> Figures:
+        summary = self.forecast.summary
+        title = f"{self.forecast.method.spec.name}, granularity {summary.granularity}"
+        return title, summary, self.forecast.survey.cosines, self.warnings
 
 
-@dataclass(frozen=True)
-class Merged:
+@dataclass(frozen=True, repr=False)
+class Merged(Shown):
     """A merge that is complete.
 
     Attributes:
@@ -156,21 +146,5 @@ class Merged:
         """What to look at before you rely on it, one sentence each."""
         return warnings(self.summary)
 
-    @property
-    def _title(self) -> str:
-        return f"Merged into {self.path}"
-
-    def __repr__(self) -> str:
-        return _line(self._title, self.summary)
-
-    def _repr_html_(self) -> str:
-        return coefficients_html(self._title, self.summary, notes=self.warnings)
-
-
-def _line(title: str, summary: Summary) -> str:
-    shares = zip(short_names(summary.ids), summary.experts, strict=True)
-    return f"<{title}: {', '.join(f'{name} {share(expert.mean)}' for name, expert in shares)}>"
-
-
-def _ordered(survey: measured.Survey, summary: Summary) -> list[list[float]]:
-    return survey.in_order_of(summary.ids).cosines
+    def _figures(self) -> Figures:
+        return f"Merged into {self.path}", self.summary, (), self.warnings

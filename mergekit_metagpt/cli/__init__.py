@@ -11,8 +11,8 @@ from mergekit_metagpt.cli._signals import stopped_once
 from mergekit_metagpt.wording import nearest
 
 # To add a subcommand, add its name here, and the file `NAME.py` with the function `NAME` to
-# this folder. Import torch and MergeKit only inside functions of that file: `--help` imports
-# it, and must be fast.
+# this folder. Import torch and MergeKit only inside functions of that file: the list of all
+# commands imports it, and must be fast.
 _COMMANDS = (
     "survey",
     "coefficients",

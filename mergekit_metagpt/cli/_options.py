@@ -1,27 +1,40 @@
 """MergeKit's own options, for every command that touches models."""
 
 import logging
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+import textwrap
+import traceback
+from collections.abc import Callable
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import click
 
-from mergekit_metagpt.cli._mergekit_options import SHOWN
 from mergekit_metagpt.mergekit_private import DTYPE_LOGGER, MERGE_LOGGER, is_about_dtype
+from mergekit_metagpt.wording import BadInputError
 
-_KNOWN = f"{__name__}.known"
+_PACKAGE = __name__.partition(".")[0]
+_ISSUES = "https://github.com/mergekit-metagpt/mergekit-metagpt/issues"
+_KEPT = "measured models are found again by themselves, so leave it out"
+_REMOVED = {
+    "--survey": _KEPT,
+    "--save-survey": _KEPT,
+    "--keep": "leave it out; merge downloads the models",
+    "--model-index": "add scores with hf's own tools, and leave it out",
+    "--resume": "the same command goes on by itself, so leave it out",
+}
+_LONGEST = 500  # characters of a message that other libraries wrote
 
 
 class MergeCommand(click.Command):
     """A command that also takes every option of MergeKit, as ``mergekit-yaml`` does.
 
     Its function gets them as ``merge_options``, of MergeKit's own class. Loading these options
-    imports torch, which is slow. They are therefore loaded only when one of them is given or
-    when the command runs, not for ``--help``, a missing argument or a misspelt option.
+    imports torch, which is slow. So they are loaded when the command is used, not when it is
+    listed.
 
     If the command raises an exception, the user sees one sentence, or with ``--verbose`` the
-    traceback.
+    traceback. An exception that nobody has foreseen is shown with what was being done.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -31,42 +44,28 @@ class MergeCommand(click.Command):
         )
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return the command's own parameters, and MergeKit's once they are loaded."""
-        # For completion, names are enough.
-        known = ctx.meta.get(_KNOWN, SHOWN if ctx.resilient_parsing else [])
-        return self._own(ctx) + self._besides(ctx, known)
+        """Return the command's own parameters, then those of MergeKit that it has not itself."""
+        own = super().get_params(ctx)
+        names = {parameter.name for parameter in own}
+        return [*own, *(option for option in _merge_options()[1] if option.name not in names)]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments; load MergeKit's options only if one is not the command's own."""
+        """Parse the arguments; say what to do about an option of an earlier version."""
         try:
-            return super().parse_args(ctx, list(args))
+            return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            theirs = _flags(SHOWN)
-            if error.option_name in theirs and _KNOWN not in ctx.meta:
-                _, ctx.meta[_KNOWN] = _merge_options()
-                return self.parse_args(ctx, args)
-            known = [*_flags(self._own(ctx)), *theirs]
-            close = get_close_matches(error.option_name, known, cutoff=0.75)
-            raise click.NoSuchOption(error.option_name, possibilities=close, ctx=ctx) from None
+            if way := _REMOVED.get(error.option_name):
+                raise click.UsageError(f"{error.option_name} is gone; {way}.", ctx) from None
+            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Show the command's own options, and MergeKit's below them."""
-        own, theirs = self._own(ctx), self._besides(ctx, SHOWN)
-        for title, options in (("Options", own), ("MergeKit's options", theirs)):
-            shown = [option for option in options if isinstance(option, click.Option)]
-            records = [option.get_help_record(ctx) for option in shown]
+        parameters, own = self.get_params(ctx), len(super().get_params(ctx))
+        sections = {"Options": parameters[:own], "MergeKit's options": parameters[own:]}
+        for title, shown in sections.items():
+            records = [parameter.get_help_record(ctx) for parameter in shown]
             with formatter.section(title):
                 formatter.write_dl([record for record in records if record])
-
-    def _own(self, ctx: click.Context) -> list[click.Parameter]:
-        return super().get_params(ctx)
-
-    def _besides(
-        self, ctx: click.Context, options: Iterable[click.Parameter]
-    ) -> list[click.Parameter]:
-        """Return those options that the command does not have itself."""
-        names = {parameter.name for parameter in self._own(ctx)}
-        return [option for option in options if option.name not in names]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command with ``merge_options``."""
@@ -84,12 +83,30 @@ class MergeCommand(click.Command):
         except Exception as error:
             if verbose:
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise click.ClickException(reason) from error
+            raise click.ClickException(_told(error) or self._failure(ctx, error)) from error
+
+    def _failure(self, ctx: click.Context, error: Exception) -> str:
+        """Say what was being done when something failed that nobody has foreseen."""
+        given = [ctx.params.get(p.name) for p in self.params if isinstance(p, click.Argument)]
+        values = [value if isinstance(value, tuple) else (value,) for value in given if value]
+        command = " ".join(map(str, (ctx.command_path, *chain(*values))))
+        if isinstance(error, OSError) and error.strerror:
+            of = f": {error.filename}" if error.filename else ""
+            return f"{command} failed ({error.strerror}{of}); correct that, and run it again."
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", _LONGEST).rstrip(".: ")
+        return (
+            f"{command} failed ({why}); run it again with --verbose for the traceback, and if "
+            f"that does not help, report it at {_ISSUES}."
+        )
 
 
-def _flags(options: Iterable[click.Parameter]) -> list[str]:
-    return [flag for option in options for flag in (*option.opts, *option.secondary_opts)]
+def _told(error: Exception) -> str | None:
+    """Return the text of an exception that this package wrote for the user, or None."""
+    said = " ".join(str(error).split())
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    own = frame.f_globals.get("__name__", "").startswith(f"{_PACKAGE}.")
+    whole = said.endswith(".") or "pip install" in said or isinstance(error, ConnectionError)
+    return said if isinstance(error, BadInputError) or (own and whole) else None
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
@@ -112,6 +129,7 @@ def _require_device(name: str) -> None:
         raise click.ClickException(f"There is no {kind} device here; use --device cpu.")
 
 
+@cache
 def _merge_options() -> tuple[Callable[..., dict[str, Any]], list[click.Option]]:
     """Return a function that builds ``merge_options`` from parameters, and MergeKit's options."""
     from mergekit_metagpt.mergekit_private import merge_options

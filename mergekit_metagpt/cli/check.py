@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mergekit_metagpt.cli._config import warn
 from mergekit_metagpt.cli._options import MergeCommand
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def check(config: str, out: str | None, merge_options: "MergeOptions") -> None:
 def require_sound(
     config: "ConfigFile | str", out: str | None, options: "MergeOptions"
 ) -> "Preflight":
-    """Return what was found of a merge without problems; else print them and exit with 1."""
+    """Warn, and return what was found; if there are problems, print them and exit with 1."""
     from mergekit_metagpt.preflight import inspect
 
     found = inspect(config, out, options)
@@ -50,6 +51,7 @@ def require_sound(
         click.echo(problem, err=True)
     if found.problems:
         raise click.exceptions.Exit(1)
+    warn(found.warnings)
     return found
 
 

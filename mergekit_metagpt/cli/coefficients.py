@@ -8,9 +8,7 @@ import click
 from mergekit_metagpt.cli._config import (
     config_argument,
     forecast_config,
-    keep_option,
     ray_option,
-    survey_options,
     warn,
 )
 from mergekit_metagpt.cli._options import MergeCommand
@@ -33,23 +31,18 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Draw coefficients, coefficients by layer and cosines to this file, such as FILE.png.",
 )
-@survey_options
-@keep_option
 @ray_option
 def coefficients(
     config: str,
     granularity: str | None,
     as_json: bool,
     plot: Path | None,
-    survey: str | None,
-    save_survey: str | None,
-    keep: bool,
     ray: str | None,
     merge_options: "MergeOptions",
 ) -> None:
     """Measure the task vectors of CONFIG and print the coefficients its merge will use.
 
-    Reads the checkpoints once and merges nothing.
+    Reads the checkpoints once, unless it has measured them before, and merges nothing.
 
     \b
     Example:
@@ -62,9 +55,7 @@ def coefficients(
 
     if plot is not None:
         plots.require_plotting(plot)
-    forecast = forecast_config(
-        config, merge_options, ray, survey, save_survey, granularity, keep=keep
-    )
+    (forecast,) = forecast_config(config, merge_options, ray, [granularity])
     if as_json:
         click.echo(json.dumps(tables.as_json(forecast)))
     else:

@@ -9,9 +9,7 @@ import click
 from mergekit_metagpt.cli._config import (
     config_argument,
     forecast_config,
-    keep_option,
     ray_option,
-    survey_options,
 )
 from mergekit_metagpt.cli._options import MergeCommand
 from mergekit_metagpt.core.granularities import GRANULARITIES
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from mergekit.common import ModelReference
     from mergekit.options import MergeOptions
 
-_NUMBERS = [name for name, granularity in GRANULARITIES.items() if not granularity.has_matrices]
+_NUMBERS = [name for name, granularity in GRANULARITIES.items() if not granularity.by_direction]
 # In quotes, since the class of older versions of click is not generic.
 _WEIGHT: "click.ParamType[float]" = click.FloatRange(min=0)
 
@@ -33,7 +31,7 @@ _WEIGHT: "click.ParamType[float]" = click.FloatRange(min=0)
     multiple=True,
     type=click.Choice(list(GRANULARITIES)),
     help=f"Compare these; may be repeated. Without it: {', '.join(_NUMBERS)}. For direction, "
-    "matrices are multiplied.",
+    "the models are read once more.",
 )
 @click.option(
     "--exponent",
@@ -56,8 +54,6 @@ _WEIGHT: "click.ParamType[float]" = click.FloatRange(min=0)
     type=click.Path(dir_okay=False, path_type=Path),
     help="Draw the coefficients by layer of every choice to this file, such as FILE.png.",
 )
-@survey_options
-@keep_option
 @ray_option
 def compare(
     config: str,
@@ -66,15 +62,12 @@ def compare(
     weights: tuple[str, ...],
     as_json: bool,
     plot: Path | None,
-    survey: str | None,
-    save_survey: str | None,
-    keep: bool,
     ray: str | None,
     merge_options: "MergeOptions",
 ) -> None:
     """Compare the coefficients that CONFIG would get from other parameters.
 
-    The models are measured once, or not at all with --survey. Nothing is merged.
+    The models are measured once. Nothing is merged.
 
     \b
     Example:
@@ -87,12 +80,7 @@ def compare(
 
     if plot is not None:
         plots.require_plotting(plot)
-    forecasts = []
-    for granularity in granularities or _NUMBERS:
-        forecasts.append(
-            forecast_config(config, merge_options, ray, survey, save_survey, granularity, keep=keep)
-        )
-        survey = save_survey = None  # this process now has the survey
+    forecasts = forecast_config(config, merge_options, ray, granularities or _NUMBERS)
     priors = [_priors(given, forecasts[0].experts) for given in weights]
     compared = comparison.choices(forecasts, exponents, priors)
     if as_json:

@@ -1,10 +1,9 @@
 """``mergekit-metagpt evaluate``: score a merge beside its base and its experts."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,21 +14,18 @@ from mergekit_metagpt.cli._output import console
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
     from mergekit.options import MergeOptions
-    from rich.table import Table
 
-    from mergekit_metagpt.evaluation.bench import Bench
-    from mergekit_metagpt.evaluation.scoreboard import Scoreboard
+_AVERAGES = {  # their titles and digits, by their keys in JSON
+    "absolute_average": ("Abs. Avg", 4),
+    "normalized_average": ("Nor. Avg", 3),
+    "average_loss_difference": ("ALD, nats", 3),
+}
 
 
 @click.command(cls=MergeCommand)
 @config_argument
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--tasks",
-    required=True,
-    metavar="TASK[,...]",
-    help="Tasks or groups of lm-eval.",
-)
+@click.option("--tasks", required=True, metavar="TASK[,...]", help="Tasks or groups of lm-eval.")
 @click.option("--limit", type=click.IntRange(min=1), help="Questions per task; all by default.")
 @click.option(
     "--shots",
@@ -78,8 +74,8 @@ def evaluate(
         )
     if batch_size != "auto" and not batch_size.isdecimal():
         raise click.BadParameter(f"{batch_size!r} is no number.", param_hint="--batch-size")
+    from mergekit_metagpt.evaluation.averages import Column, averages
     from mergekit_metagpt.evaluation.bench import Bench
-    from mergekit_metagpt.evaluation.scoreboard import Column, Scoreboard
 
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     models = _models(config, out, merge_options)
@@ -87,44 +83,70 @@ def evaluate(
         folder=out.absolute().with_name(f"{out.absolute().name}.scores"),
         tasks=list(dict.fromkeys(filter(None, tasks.split(",")))),
         task_folder=include_path,
-        shots=shots,
-        limit=limit,
-        batch_size=batch_size,
-        device=merge_options.device or "cpu",
-        trust_remote_code=merge_options.trust_remote_code,
+        deciding={"shots": shots, "limit": limit},
+        hardware={"batch_size": batch_size, "device": merge_options.device or "cpu"},
+        model_args={"trust_remote_code": True} if merge_options.trust_remote_code else {},
         progress=wants_progress(merge_options),
     )
-    _score(bench, models, merge_options.quiet)
-    kept = {name: bench.kept(model) for name, model in models.items()}
+    for name, model in models.items():
+        if bench.missing(model):
+            if not merge_options.quiet:
+                click.echo(f"Scoring {name}", err=True)
+            bench.score(model)
+    scored = {name: bench.results(model) for name, model in models.items()}
     experts = [name for name in models if name.startswith("expert ")]
-    board = Scoreboard(
-        [
-            Column.of(task, {name: found[task][1] for name, found in kept.items()}, experts)
-            for task in bench.tasks
-        ]
-    )
-    files = sorted({str(file) for file, _ in kept["merge"].values()})
+    columns = [
+        Column.of(task, {name: own[task][1] for name, own in scored.items()}, experts)
+        for task in bench.tasks
+    ]
+    files = sorted({str(scored["merge"][task][0]) for task in bench.tasks})
     if as_json:
-        click.echo(json.dumps(_as_json(board, list(models), files)))
+        shown = ("task", "metric", "higher_is_better", "expert")
+        report = {
+            "tasks": [{key: getattr(column, key) for key in shown} for column in columns],
+            "models": [
+                {
+                    "model": name,
+                    "scores": [column.scores[name] for column in columns],
+                    "losses": [column.losses[name] for column in columns],
+                    **averages(columns, name),
+                }
+                for name in models
+            ],
+            "results": files,
+        }
+        click.echo(json.dumps(report))
         return
-    console().print(_table(board, list(models)))
+    from mergekit_metagpt.report.tables import table
+
+    cells: dict[str, list[str]] = {"model": list(models)}
+    for column in columns:
+        arrow = "" if column.higher_is_better else " ↓"
+        cells[f"{column.task}\n{column.metric.removesuffix(',none')}{arrow}"] = [
+            f"{column.scores[name]:.4f}{'*' if name == column.expert else ' '}" for name in models
+        ]
+    for key, (title, digits) in _AVERAGES.items():
+        figures = [averages(columns, name)[key] for name in models]
+        cells[title] = ["n/a" if it is None else f"{it:.{digits}f}" for it in figures]
+    console().print(table(cells))
+    click.echo("* the best expert on this task: Nor. Avg and ALD compare with it")
     for file in files:
         click.echo(f"The scores of the merge are in {file}.")
 
 
-def _models(config: str, out: Path, options: "MergeOptions") -> "dict[str, ModelReference]":
+def _models(config: str, out: Path, options: "MergeOptions") -> "Mapping[str, ModelReference]":
     """Return the base, the experts and the merge, in this order, by the names of their rows."""
     from mergekit.common import ModelPath, ModelReference
     from mergekit.io.tasks import LoaderCache
 
     from mergekit_metagpt.names import short_names
     from mergekit_metagpt.planning.config import base_and_experts, read_config
-    from mergekit_metagpt.planning.fingerprints import with_fresh_lora_cache
+    from mergekit_metagpt.planning.job import with_own_adapters
     from mergekit_metagpt.planning.models import require_models
     from mergekit_metagpt.wording import BadInputError
 
     parsed = read_config(config).parse()
-    options = with_fresh_lora_cache(options, parsed)
+    options = with_own_adapters(options, parsed)
     LoaderCache().setup(options)
     base, experts = base_and_experts(parsed)
     require_models((base, *experts), options)
@@ -135,77 +157,3 @@ def _models(config: str, out: Path, options: "MergeOptions") -> "dict[str, Model
     merge = ModelReference(model=ModelPath(path=str(out.absolute())))
     named = zip(short_names(experts), experts, strict=True)
     return {"base": base, **{f"expert {name}": it for name, it in named}, "merge": merge}
-
-
-def _score(bench: "Bench", models: "Mapping[str, ModelReference]", quiet: bool) -> None:
-    """Score the models that have not been scored yet."""
-    missing = {name: model for name, model in models.items() if bench.missing(model)}
-    if missing:
-        bench.require_tasks()
-    for name, model in missing.items():
-        if not quiet:
-            click.echo(f"Scoring {name}", err=True)
-        bench.score(model)
-
-
-def _table(board: "Scoreboard", models: Sequence[str]) -> "Table":
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        box=box.SIMPLE,
-        caption="* the best expert on this task: Nor. Avg and ALD compare with it",
-        caption_justify="left",
-    )
-    table.add_column("model", overflow="fold")
-    for column in board.columns:
-        arrow = "" if column.higher_is_better else " ↓"
-        metric = column.metric.removesuffix(",none")
-        table.add_column(f"{column.task}\n{metric}{arrow}", justify="right", overflow="fold")
-    averages = []
-    if any(column.higher_is_better for column in board.columns):
-        averages += [("Abs. Avg", board.absolute_average, ".4f")]
-        averages += [("Nor. Avg", board.normalized_average, ".3f")]
-    if any(column.best.loss is not None for column in board.columns):
-        averages += [("ALD, nats", board.loss_difference, ".3f")]
-    for title, _, _ in averages:
-        table.add_column(title, justify="right")
-    for model in models:
-        cells = [
-            f"{column.scores[model].value:.4f}{'*' if model == column.expert else ' '}"
-            for column in board.columns
-        ]
-        figures = [(of(model), digits) for _, of, digits in averages]
-        cells += ["n/a" if math.isnan(it) else f"{it:{digits}}" for it, digits in figures]
-        table.add_row(Text(model), *cells)
-    return table
-
-
-def _as_json(board: "Scoreboard", models: Sequence[str], files: Sequence[str]) -> dict[str, Any]:
-    def number(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
-    return {
-        "tasks": [
-            {
-                "task": column.task,
-                "metric": column.metric,
-                "higher_is_better": column.higher_is_better,
-                "expert": column.expert,
-            }
-            for column in board.columns
-        ],
-        "models": [
-            {
-                "model": model,
-                "scores": [number(column.scores[model].value) for column in board.columns],
-                "losses": [column.scores[model].loss for column in board.columns],
-                "absolute_average": number(board.absolute_average(model)),
-                "normalized_average": number(board.normalized_average(model)),
-                "average_loss_difference": number(board.loss_difference(model)),
-            }
-            for model in models
-        ],
-        "results": list(files),
-    }

@@ -7,9 +7,7 @@ import click
 from mergekit_metagpt.cli._config import (
     config_argument,
     forecast_config,
-    keep_option,
     ray_option,
-    survey_options,
 )
 from mergekit_metagpt.cli._options import MergeCommand
 from mergekit_metagpt.cli._output import write_text
@@ -27,15 +25,10 @@ if TYPE_CHECKING:
     default="-",
     help="Write to this file instead of standard output.",
 )
-@survey_options
-@keep_option
 @ray_option
 def resolve(
     config: str,
     output: str,
-    survey: str | None,
-    save_survey: str | None,
-    keep: bool,
     ray: str | None,
     merge_options: "MergeOptions",
 ) -> None:
@@ -53,7 +46,5 @@ def resolve(
     """
     from mergekit_metagpt.report.stock_config import stock_config
 
-    forecast = forecast_config(
-        config, merge_options, ray, survey, save_survey, numbers_only=True, keep=keep
-    )
+    (forecast,) = forecast_config(config, merge_options, ray, numbers_only=True)
     write_text(output, stock_config(forecast))

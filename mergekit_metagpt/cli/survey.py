@@ -1,11 +1,11 @@
-"""``mergekit-metagpt survey``: measure models once, and keep the figures in a file."""
+"""``mergekit-metagpt survey``: how far experts moved from their base, and in which directions."""
 
 from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_metagpt.cli._config import keep_option, ray_mapper, ray_option, wants_progress
+from mergekit_metagpt.cli._config import ray_mapper, ray_option, wants_progress
 from mergekit_metagpt.cli._options import MergeCommand
 
 if TYPE_CHECKING:
@@ -15,59 +15,36 @@ if TYPE_CHECKING:
 @click.command(cls=MergeCommand)
 @click.argument("base")
 @click.argument("experts", nargs=-1, required=True, metavar="EXPERT...")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False),
-    default="survey.json",
-    show_default=True,
-    help="Write the survey to this file.",
-)
-@keep_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
 @ray_option
 def survey(
     base: str,
     experts: tuple[str, ...],
-    output: str,
-    keep: bool,
+    as_json: bool,
     ray: str | None,
     merge_options: "MergeOptions",
 ) -> None:
-    """Measure the task vectors of each EXPERT, a fine-tune of BASE, and write them to a file.
+    """Measure the task vectors of each EXPERT, a fine-tune of BASE.
 
-    Models are named as in a config: model, model@revision or model+lora. Other commands take the
-    file as --survey, for a config with the same base and any of these experts. They then read
-    no weights, and refuse the file if a weight file has changed.
+    Models are named as in a config: model, model@revision or model+lora. A small cache keeps the
+    figures: no command measures the same models again, nor any of these experts alone. Models on
+    the hub are read tensor by tensor, and not stored.
 
     \b
     Example:
-      mergekit-metagpt survey path/to/base path/to/math path/to/code -o survey.json
-      mergekit-metagpt compare metagpt.yml --survey survey.json
+      mergekit-metagpt survey path/to/base path/to/math path/to/code
     """
-    from mergekit.config import MergeConfiguration
+    import json
 
-    from mergekit_metagpt.api.running import measured
-    from mergekit_metagpt.cli._output import console, write_text
-    from mergekit_metagpt.planning.fingerprints import with_fresh_lora_cache
-    from mergekit_metagpt.report.tables import survey_tables
+    from mergekit_metagpt.api.calls import comparing, measured
+    from mergekit_metagpt.cli._output import console
+    from mergekit_metagpt.planning.job import running
+    from mergekit_metagpt.report.tables import survey_as_json, survey_tables
 
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
-    config = MergeConfiguration.model_validate(
-        {
-            "merge_method": "metagpt",
-            "base_model": base,
-            "models": [{"model": model} for model in experts],
-        }
-    )
-    options = with_fresh_lora_cache(merge_options, config)
-    found, _, text = measured(
-        config,
-        options,
-        keep=keep,
-        progress=wants_progress(options),
-        mapper=None if ray is None else partial(ray_mapper, ray),
-    )
-    write_text(output, text)
-    if output != "-":
-        console().print(survey_tables(found))
-        click.echo(f"The survey is in {output}.")
+    with running(comparing(base, experts), merge_options, wants_progress(merge_options)) as job:
+        figures = measured(job, None if ray is None else partial(ray_mapper, ray))
+    if as_json:
+        click.echo(json.dumps({"base": base, **survey_as_json(figures)}))
+    else:
+        console().print(survey_tables(figures))

@@ -10,44 +10,39 @@ built, the models are surveyed.
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import tqdm
-from mergekit import merge_methods
 from mergekit.architecture import ModelArchitecture
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
-from mergekit.io.tensor_writer import TensorWriter
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import TokenizerInfo
 
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.mergekit_private import (
     copy_tagalong_files,
     copy_tokenizer,
     model_out_config,
-    note_shard,
     set_chat_template,
     update_config_vocab,
 )
-from mergekit_metagpt.merging.journal import Facts, Journal
+from mergekit_metagpt.merging.inputs import Inputs
 from mergekit_metagpt.merging.ranges import may_overflow
-from mergekit_metagpt.merging.shard import UNFINISHED, Shard, ShardMerge
-from mergekit_metagpt.method.merge_method import MetaGPTMerge, register
-from mergekit_metagpt.method.session import SESSION
+from mergekit_metagpt.merging.shard import Shard, ShardMerge, Written
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.planning.destination import Partial
+from mergekit_metagpt.planning.directory import Work
+from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.planning.models import find_model_files
 from mergekit_metagpt.planning.outputs import (
     Outputs,
@@ -60,8 +55,6 @@ from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
 
 LOG = logging.getLogger(__name__)
 
-_FILE = "the merge config"  # as messages call it
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -69,142 +62,116 @@ class Plan:
 
     Attributes:
         outputs: what it writes.
-        files: what MergeKit's writer would put into each file.
+        files: by name, what MergeKit's writer would put into each file, in its order.
     """
 
     outputs: Outputs
-    files: list[list[OutputTensor]]
+    files: dict[str, list[OutputTensor]]
 
     @classmethod
-    def of(
-        cls, config: MergeConfiguration, options: MergeOptions, outputs: Outputs | None
-    ) -> "Plan":
+    def of(cls, job: Job, outputs: Outputs | None) -> "Plan":
         """Plan a merge.
 
         Args:
-            config: what to merge.
-            options: MergeKit's options.
+            job: what to merge.
             outputs: what it writes, if that is known; it must hold for the models with their
                 adapters applied.
         """
-        outputs = outputs or _plan(config, options)
-        rows = output_rows(outputs, config.tokenizer, _FILE)
-        return cls(outputs, output_shards(outputs.tensors, rows, options.out_shard_size))
+        config, options = job.parsed, job.options
+        if outputs is None:
+            models = config.referenced_models()
+            for model in models:
+                LoaderCache().get(model)  # applies its adapter, or downloads it
+            known = {model: find_model_files(model, options) for model in models}
+            outputs = plan_outputs(config, options, known, job.config.name)
+        rows = output_rows(outputs, config.tokenizer, job.config.name)
+        shards = output_shards(outputs.tensors, rows, options.out_shard_size)
+        stem, suffix = _only_file(options)
+        if len(shards) == 1:
+            return cls(outputs, {f"{stem}.{suffix}": shards[0]})
+        names = (f"{stem}-{n:05}-of-{len(shards):05}.{suffix}" for n in range(1, len(shards) + 1))
+        return cls(outputs, dict(zip(names, shards, strict=True)))
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The SHA-256 of the output's tokenizer; MergeKit may order its tokens anew in each run."""
+        info = self.outputs.tokenizer_info
+        if info is None:
+            return None
+        maps = {str(model): sorted(pairs.items()) for model, pairs in info.permutations.items()}
+        known = json.dumps([info.tokenizer.get_vocab(), maps], sort_keys=True)
+        return hashlib.sha256(known.encode()).hexdigest()
+
+
+def _only_file(options: MergeOptions) -> tuple[str, str]:
+    """Return stem and suffix of the weight file that MergeKit writes if it is the only one."""
+    return ("model", "safetensors") if options.safe_serialization else ("pytorch_model", "bin")
 
 
 def merge_by_shard(
-    config: MergeConfiguration,
-    options: MergeOptions,
-    plan: Plan,
-    journal: Journal,
-    mapper: RayMapper | None = None,
+    job: Job, plan: Plan, work: Work, inputs: Inputs, mapper: RayMapper | None = None
 ) -> None:
     """Merge file by file of the output; the bytes are those of MergeKit's ``run_merge``.
 
-    Files that the journal knows are not merged again. On a cluster, each task runs with the number
+    Files that are complete are not merged again. On a cluster, each task runs with the number
     of threads that PyTorch has in this process (``--num-threads``), and reserves that many CPUs.
 
     Args:
-        config: what to merge, by a method of this package.
-        options: MergeKit's options.
+        job: what to merge, by a method of this package.
         plan: the plan of the merge.
-        journal: where to write, and what is there; for a cluster, storage that all its machines
+        work: where to write, and what is there; for a cluster, storage that all its machines
             share.
+        inputs: the weight files that it reads.
         mapper: the cluster; None for this process.
 
     Raises:
-        ChangedError: if the merge was begun before, and something has changed since.
         ValueError: if an input or the result is not finite.
         FileNotFoundError: if a machine does not see the directory.
     """
-    outputs, directory = plan.outputs, journal.partial.path
+    outputs, config, options = plan.outputs, job.parsed, job.options
     info, dtypes = outputs.tokenizer_info, {tensor.merged_dtype for tensor in outputs.tensors}
-    known = journal.begin(_facts(plan), config.referenced_models())
-    files = dict(enumerate(plan.files, start=1))
-    to_do = {number: file for number, file in files.items() if number not in known}
-    surveys = _take_surveys(to_do.values(), options, mapper or in_this_process)
+    models = {str(model): model for model in config.referenced_models()}
+    known = {name: Written.of(record, models) for name, record in work.records.items()}
+    to_do = {name: file for name, file in plan.files.items() if name not in known}
+    surveys = _take_surveys(to_do.values(), job, mapper or in_this_process)
     merge = ShardMerge(
-        directory=directory,
+        work=work,
+        inputs={} if mapper else inputs.stats,  # other machines may have copies
         options=options,
         out_dtype=config.out_dtype if may_overflow(config.out_dtype, dtypes) else None,
         seed=torch.initial_seed() if options.random_seed is None else options.random_seed,
         threads=torch.get_num_threads(),
         surveys=surveys if mapper else {},  # this process has them
         tokenizer={outputs.tokenizer: info} if outputs.tokenizer and info else {},
-        quiet=options.quiet or mapper is not None,
+        quiet=mapper is not None or not job.progress,
     )
     shards = [Shard(n, tuple(tensor.merge.save for tensor in file)) for n, file in to_do.items()]
     tasks = mapper.submit(merge.write, shards, cpus=merge.threads) if mapper else []
     written = mapper.results(tasks) if mapper else map(merge.write, shards)
-    writer = TensorWriter(str(directory), safe_serialization=options.safe_serialization)
-    noted = []
-    ending = _ending_with(mapper, tasks, journal.partial) if mapper else nullcontext()
-    with ending, ThreadPoolExecutor(1) as disk:  # waits for it while the next file is merged
-        for number in tqdm.tqdm(files, "Merging", unit="file", disable=options.quiet or not mapper):
-            if number in known:
-                shard = known[number]
-            else:
-                shard = next(written)
-                noted.append(disk.submit(journal.note, shard))
-            if mapper or number in known:
-                SESSION.note(shard.entries)
-            note_shard(writer, shard.file, shard.tensors, shard.size)
-    for each in noted:
-        each.result()
-    for leftover in directory.glob(f"{UNFINISHED}*"):  # of workers that died
-        shutil.rmtree(leftover)
-    writer.finalize()  # type: ignore[no-untyped-call]
-    _write_model_files(config, directory, options, outputs.architecture, info)
-
-
-def _facts(plan: Plan) -> Facts:
-    """Return what the bytes of a merge depend on, besides config, models and options."""
-    info = plan.outputs.tokenizer_info
-    merges = [tensor.merge for tensor in plan.outputs.tensors]
-    facts: Facts = {"the list of tensors": [[t.name for t in file] for file in plan.files]}
-    if info is not None:
-        maps = {str(model): sorted(found.items()) for model, found in info.permutations.items()}
-        known = json.dumps([info.tokenizer.get_vocab(), maps], sort_keys=True)
-        facts["the tokenizer"] = hashlib.sha256(known.encode()).hexdigest()
-    if any(merge.has_matrices for merge in merges):  # the last bits of products depend on it
-        facts["the number of threads"] = torch.get_num_threads()
-    return facts
+    pieces: list[Written] = []
+    with _ending_with(mapper, tasks, work) if mapper else nullcontext():
+        silent = not (mapper and job.progress)
+        for name in tqdm.tqdm(plan.files, "Merging", unit="file", disable=silent):
+            pieces.append(known[name] if name in known else next(written))
+    job.entries.extend(chain.from_iterable(piece.entries for piece in pieces))
+    if len(pieces) > 1:
+        _write_index(work.merged, pieces, options)
+    _write_model_files(config, work.merged, options, outputs.architecture, info)
 
 
 @contextmanager
-def _ending_with(mapper: RayMapper, tasks: Sequence[Any], partial: Partial) -> Iterator[None]:
-    """After an exception, end the tasks before it is raised: what has not begun finds no place."""
+def _ending_with(mapper: RayMapper, tasks: Sequence[Any], work: Work) -> Iterator[None]:
+    """After an exception, end the tasks before it is raised."""
     try:
         yield
-    except Exception:
-        os.rename(partial.path, partial.removed)
-        mapper.wait(tasks)
-        os.rename(partial.removed, partial.path)
+    except BaseException:
+        with work.stopped():
+            mapper.wait(tasks)
         raise
 
 
-def is_own(config: MergeConfiguration) -> bool:
-    """Return whether a config is merged by a method of this package.
-
-    Only these can be merged in parts: the random numbers of MergeKit's own methods depend on the
-    order of the tensors.
-    """
-    register()
-    return isinstance(merge_methods.get(config.merge_method), MetaGPTMerge)
-
-
-def _plan(config: MergeConfiguration, options: MergeOptions) -> Outputs:
-    """Plan the merge of the models with their adapters applied."""
-    LoaderCache().setup(options)
-    models = config.referenced_models()
-    for model in models:
-        LoaderCache().get(model)  # applies its adapter, or downloads it
-    found = {model: find_model_files(model, options) for model in models}
-    return plan_outputs(config, options, found, _FILE)
-
-
 def _take_surveys(
-    files: Iterable[list[OutputTensor]], options: MergeOptions, mapper: Mapper
+    files: Iterable[list[OutputTensor]], job: Job, mapper: Mapper
 ) -> dict[Checkpoints, Survey]:
     """Take all surveys that the merge of some files will need."""
     wanted = set()
@@ -216,10 +183,20 @@ def _take_surveys(
         if base in tensor.stored and experts and tensor.merged_dtype.is_floating_point:
             assert base is not None
             wanted.add(Checkpoints(base, experts))
-    for checkpoints in wanted:
-        device, progress = options.device or "cpu", not options.quiet
-        SESSION.surveys.survey_of(checkpoints, device, progress, mapper)
-    return SESSION.surveys.share(wanted)
+    device = job.options.device or "cpu"
+    return {each: SURVEYS.survey_of(each, device, job.progress, mapper) for each in wanted}
+
+
+def _write_index(directory: Path, pieces: Sequence[Written], options: MergeOptions) -> None:
+    """Write the index of several weight files, as MergeKit's writer does."""
+    weight_map = {name: file for p in pieces for file in p.files for name in p.tensors}
+    metadata = {
+        "total_size": sum(piece.size for piece in pieces),
+        "mergekit_version": version("mergekit"),
+    }
+    index = directory / f"{'.'.join(_only_file(options))}.index.json"
+    content = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
+    index.write_text(content, encoding="utf-8")
 
 
 def _write_model_files(

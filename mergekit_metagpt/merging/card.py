@@ -4,18 +4,16 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from mergekit.card import CARD_TEMPLATE, method_md
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from mergekit_metagpt.merging.hub_names import HUB_NAME
-from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.names import canonical
 
 PICTURE = "coefficients.png"
@@ -48,30 +46,13 @@ _CITATION = """\
 """  # noqa: E501
 
 
-@dataclass(frozen=True)
-class Publication:
-    """What is told about a merge, besides what the merge itself tells.
-
-    Attributes:
-        names: the models' names on the hub, by their paths in the config.
-        draw: writes a picture of coefficients to a PNG file; None if there is to be none.
-        scores: how well the merge does.
-        scored: the fingerprints of the weights with these scores; None if they are not known.
-    """
-
-    names: Mapping[str, str] = field(default_factory=dict)
-    draw: Callable[[Path, Summary], None] | None = None
-    scores: Sequence[EvalResult] = ()
-    scored: Sequence[str] | None = None
-
-
 def write_card(
     path: Path,
     name: str,
     config: MergeConfiguration,
     source: str,
     record: dict[str, Any],
-    published: Publication,
+    names: Iterable[str],
 ) -> None:
     """Write MergeKit's model card, with usage, metadata, and the coefficients if there are any.
 
@@ -83,9 +64,9 @@ def write_card(
         config: what was merged, with the names that the card shows.
         source: its YAML.
         record: the record of the merge.
-        published: of this, the names and the scores.
+        names: on the hub, for models that the config had paths of.
     """
-    known = {name.partition("@")[0] for name in published.names.values()}
+    known = {name.partition("@")[0] for name in names}
     models = _Models(config, known)
     tags = ["mergekit", "merge", *(["metagpt-merge"] if record["experts"] else [])]
     data = ModelCardData(
@@ -93,8 +74,6 @@ def write_card(
         base_model_relation="merge",
         library_name="transformers",
         tags=tags,
-        model_name=name if published.scores else None,
-        eval_results=list(published.scores) or None,
     )
     base = models.base
     text = CARD_TEMPLATE.format(
@@ -190,7 +169,7 @@ def _coefficients(directory: Path, models: _Models, record: dict[str, Any]) -> s
     words = ["mergekit-yaml", "mergekit_config.yml", "merged", *seed, *record["options"]]
     lines += [
         "",
-        "All of them, the norms, and a fingerprint of every input are recorded in "
+        "All of them, the norms, and the SHA-256 of every input are recorded in "
         "`metagpt.json`. To repeat the merge:",
         "",
         "```sh",

@@ -1,20 +1,13 @@
 """Names of models on the hub, which stand for paths of this machine in what is published."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
-from mergekit.common import ModelReference
-
-from mergekit_metagpt.method.summary import Entry
+from mergekit_metagpt.measure.identity import on_hub
 from mergekit_metagpt.wording import BadInputError, instead
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-# A snapshot in the hub's cache, which is named after its repository; "--" is in no name.
-_CACHED = re.compile(r"(?:^|/)models--([^/]+)/snapshots/([0-9a-f]{40})/?$")
 
 
 def hub_names(config: Any, given: Sequence[str]) -> dict[str, str]:
@@ -28,11 +21,7 @@ def hub_names(config: Any, given: Sequence[str]) -> dict[str, str]:
         BadInputError: if a path is not in the config, or a name is none of the hub.
     """
     paths = set(_paths(config))
-    names = {
-        path: f"{found[1].replace('--', '/')}@{found[2]}"
-        for path in paths
-        if (found := _CACHED.search(path))
-    }
+    names = {path: "@".join(cached) for path in paths if (cached := on_hub(path))}
     for pair in given:
         path, _, name = pair.rpartition("=")
         if path not in paths:
@@ -58,37 +47,6 @@ def named(value: Any, names: Mapping[str, str]) -> Any:
         parts = (part.partition("@") for part in value.split("+"))
         return "+".join(names.get(path, path) + at + revision for path, at, revision in parts)
     return value
-
-
-def named_source(source: str, names: Mapping[str, str]) -> str:
-    """Return a config's YAML with names in place of paths, also in its comments.
-
-    If the text cannot be edited safely, it is written anew, without comments.
-
-    >>> named_source("base_model: /m/a  # not /m/ab\\n", {"/m/a": "org/a"})
-    'base_model: org/a  # not /m/ab\\n'
-    """
-    text = source
-    for path in sorted(names, key=len, reverse=True):
-        whole = rf"(?<![\w./~-]){re.escape(path)}(?![\w-]|[./][\w.])"
-        text = re.sub(whole, lambda _, name=names[path]: name, text)  # type: ignore[misc]
-    wanted = named(yaml.safe_load(source), names)
-    if yaml.safe_load(text) != wanted:
-        text = yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True)
-    return text
-
-
-def named_entries(entries: Iterable[Entry], names: Mapping[str, str]) -> list[Entry]:
-    """Return what a merge noted, with the names of its experts in place of their paths."""
-    return [
-        replace(
-            entry,
-            experts=tuple(
-                ModelReference.model_validate(named(str(expert), names)) for expert in entry.experts
-            ),
-        )
-        for entry in entries
-    ]
 
 
 def _paths(value: Any) -> Iterator[str]:

@@ -9,7 +9,8 @@ from mergekit.common import ModelPath, ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 
-from mergekit_metagpt.planning.headers import read_weights
+from mergekit_metagpt.measure.locations import Directory
+from mergekit_metagpt.measure.weights import read_weights
 from mergekit_metagpt.wording import BadInputError
 
 
@@ -34,7 +35,8 @@ def dtypes_merged(config: MergeConfiguration) -> set[torch.dtype]:
     found = set()
     for model in config.referenced_models():
         directory = str(LoaderCache().get(model).index.base_path)
-        found |= {header.torch_dtype for header in read_weights(directory, model).tensors.values()}
+        weights = read_weights(Directory(directory, str(model)))
+        found |= {header.torch_dtype for header in weights.tensors.values()}
     return {dtype for dtype in found if dtype is not None}
 
 

@@ -8,9 +8,9 @@ import torch
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.merging.inputs import Inputs
 from mergekit_metagpt.method.summary import Entry, Summary
-from mergekit_metagpt.planning.survey_file import SCHEMA
+
+_SCHEMA = 2  # of metagpt.json
 
 # MergeKit's options, besides the seed, that change what is written.
 _DECIDING = (
@@ -28,7 +28,7 @@ _DECIDING = (
 def merge_record(
     config: MergeConfiguration,
     source: str,
-    inputs: Inputs,
+    inputs: list[dict[str, Any]],
     entries: Sequence[Entry],
     options: MergeOptions,
 ) -> dict[str, Any]:
@@ -37,19 +37,20 @@ def merge_record(
     Args:
         config: what was merged.
         source: its YAML, as it was written.
-        inputs: the models, as they were before the merge.
+        inputs: the models, as they were before the merge; JSON types.
         entries: what the merge noted.
         options: MergeKit's options of the run.
     """
+    summary = Summary(entries)
     return {
-        "schema_version": SCHEMA,
+        "schema_version": _SCHEMA,
         "config": source,
         "method": config.merge_method,
         "base": None if config.base_model is None else str(config.base_model),
-        **Summary(entries).as_json(),
-        "inputs": inputs.models,
+        **summary.as_json(),
+        "inputs": inputs,
         "seed": options.random_seed,
-        "options": deciding_options(config, options, entries),
+        "options": deciding_options(config, options, by_direction=summary.by_direction),
         "versions": versions(),
     }
 
@@ -61,7 +62,7 @@ def versions() -> dict[str, str]:
 
 
 def deciding_options(
-    config: MergeConfiguration, options: MergeOptions, entries: Sequence[Entry]
+    config: MergeConfiguration, options: MergeOptions, *, by_direction: bool
 ) -> list[str]:
     """Return the command's options, besides the seed, that the bytes of the output depend on."""
     defaults = MergeOptions()
@@ -77,6 +78,6 @@ def deciding_options(
     if any(model.lora for model in config.referenced_models()):
         words += ["--lora-merge-cache", "lora-cache"]
     # The last bits of MergeKit's sums, and of matrix products, depend on it.
-    if config.merge_method != "metagpt" or any(entry.directions for entry in entries):
+    if config.merge_method != "metagpt" or by_direction:
         words += ["--num-threads", str(torch.get_num_threads())]
     return words

@@ -1,47 +1,78 @@
 """One weight file of the output, which any process can merge and write."""
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from socket import gethostname
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from mergekit.common import ModelReference
 from mergekit.graph import Executor, TaskUniverse
 from mergekit.io.tasks import FinalizeModel, SaveTensor, TensorWriterTask
 from mergekit.io.tensor_writer import TensorWriter
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
+from pydantic import TypeAdapter
 
 from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.identity import Stat, require_unchanged
 from mergekit_metagpt.measure.survey import Survey
-from mergekit_metagpt.mergekit_private import shard_name
+from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.merging.ranges import require_in_range
-from mergekit_metagpt.method.merge_method import register
-from mergekit_metagpt.method.session import SESSION
+from mergekit_metagpt.method.registration import register
+from mergekit_metagpt.method.session import noted
 from mergekit_metagpt.method.summary import Entry
-
-UNFINISHED = "unfinished-"
+from mergekit_metagpt.planning.directory import Work
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of the output: its number, from 1, and MergeKit's tasks that fill it."""
+    """A file of the output.
 
-    number: int
+    Attributes:
+        file: its name in the output.
+        saves: MergeKit's tasks that fill it.
+    """
+
+    file: str
     saves: tuple[SaveTensor, ...]
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a task has done: its file, the tensors in it, their bytes, and an entry for each."""
+    """A merge, or a file of it, that is complete.
 
-    number: int
-    file: str
-    tensors: tuple[str, ...]
+    Attributes:
+        files: the names of its weight files.
+        tensors: the tensors in them, if it is one file.
+        size: their bytes.
+        entries: how each was merged.
+    """
+
+    files: Sequence[str]
+    tensors: Sequence[str]
     size: int
     entries: Sequence[Entry]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return JSON types, with the names of models."""
+        named = [replace(e, experts=tuple(map(str, e.experts))) for e in self.entries]
+        return asdict(replace(self, entries=named))
+
+    @classmethod
+    def of(cls, record: dict[str, Any], models: Mapping[str, ModelReference]) -> "Written":
+        """Read what ``as_json`` has returned."""
+        written = _WRITTEN.validate_python(record)
+        entries = [
+            replace(entry, experts=tuple(models[str(name)] for name in entry.experts))
+            for entry in written.entries
+        ]
+        return replace(written, entries=entries)
+
+
+_WRITTEN = TypeAdapter(Written)
 
 
 @dataclass(frozen=True)
@@ -49,7 +80,8 @@ class ShardMerge:
     """What a worker needs to know to merge any part of the plan.
 
     Attributes:
-        directory: where the output is gathered.
+        work: where the output is gathered.
+        inputs: the weight files of this machine as they were when the merge began.
         options: MergeKit's.
         out_dtype: the config's, if numbers can be too large for it; else None.
         seed: the seed of the random numbers.
@@ -59,7 +91,8 @@ class ShardMerge:
         quiet: whether MergeKit's progress bar is off.
     """
 
-    directory: Path
+    work: Work
+    inputs: dict[str, Stat]
     options: MergeOptions
     out_dtype: str | None
     seed: int
@@ -69,26 +102,30 @@ class ShardMerge:
     quiet: bool
 
     def write(self, shard: Shard) -> Written:
-        """Merge the tensors of one file, which appears when it is complete."""
-        if not self.directory.is_dir():
+        """Merge the tensors of one file, which appears, with its record, when it is complete."""
+        if not self.work.path.is_dir():
             raise FileNotFoundError(
-                f"Machine {gethostname()} of the cluster does not see {self.directory}; choose an "
+                f"Machine {gethostname()} of the cluster does not see {self.work.path}; choose an "
                 "output directory on storage that all machines share."
             )
+        if self.work.is_stopped:
+            raise InterruptedError("The merge has been stopped.")
         register()
         torch.manual_seed(self.seed)
         torch.set_num_threads(self.threads)
-        SESSION.surveys.adopt(self.surveys)
+        SURVEYS.adopt(self.surveys)
         with (
-            TemporaryDirectory(prefix=UNFINISHED, dir=self.directory) as unfinished,
-            SESSION.journal() as entries,
+            TemporaryDirectory(prefix="unfinished-", dir=self.work.path) as unfinished,
+            noted() as entries,
         ):
             writer = self._execute(shard, unfinished)
             require_in_range(Path(unfinished), self.out_dtype)
             (path,) = Path(unfinished).iterdir()
-            file = shard_name(path.name, shard.number)
-            os.replace(path, self.directory / file)
-        return Written(shard.number, file, tuple(writer.weight_map), writer.total_size, entries)
+            file = path.rename(path.with_name(shard.file))
+            written = Written([file.name], list(writer.weight_map), writer.total_size, entries)
+            require_unchanged(self.inputs)
+            self.work.keep(file.name, written.as_json(), [file])
+        return written
 
     def _execute(self, shard: Shard, directory: str) -> TensorWriter:
         """Run MergeKit's executor and writer; return the writer, which knows what it wrote."""
@@ -107,6 +144,6 @@ class ShardMerge:
             storage_device=device if self.options.low_cpu_memory else torch.device("cpu"),
             cached_values={universe.add_task(task): info for task, info in self.tokenizer.items()},
         )
-        results = executor.run(quiet=self.quiet, desc=f"Merging file {shard.number}")
+        results = executor.run(quiet=self.quiet, desc=f"Merging {shard.file}")
         writer: TensorWriter = dict(results)[writer_task]
         return writer

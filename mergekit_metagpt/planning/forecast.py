@@ -4,7 +4,7 @@ MergeKit reads the config: its planner applies filters, gradients, slices and mo
 module then computes the coefficients of the plan with the same functions as the merge.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,6 +13,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt.core.coefficients import kept_of_parts
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
@@ -72,7 +73,25 @@ class Forecast:
     @cached_property
     def summary(self) -> Summary:
         """The coefficients, summarized."""
-        return Summary(tensor.entry for tensor in self.tensors)
+        entries = [tensor.entry for tensor in self.tensors]
+        return Summary(entries, None if self.in_place is None else kept_of_parts(self.in_place))
+
+    @cached_property
+    def in_place(self) -> list[tuple[Sequence[Sequence[float]], list[float]]] | None:
+        """Inner products and coefficients of each surveyed tensor, if the merge adds those up.
+
+        Otherwise, with a sparsified method, or by directions, or if slices move
+        layers, None.
+        """
+        merged = {t.name: t for t in self.tensors if set(t.inputs.values()) == {t.name}}
+        grams = self.survey.grams or {}
+        by_direction = any(tensor.entry.directions for tensor in self.tensors)
+        if by_direction or not self.method.is_plain or grams.keys() - merged.keys():
+            return None
+        return [
+            (gram, [merged[name].scale * c for c in merged[name].entry.row(self.experts)])
+            for name, gram in grams.items()
+        ]
 
     def changed(
         self, exponent: float | None = None, priors: Mapping[ModelReference, float] | None = None
@@ -84,12 +103,12 @@ class Forecast:
             priors: w_t for some experts, in every tensor.
 
         Raises:
-            ValueError: if experts have matrices of coefficients, which would change too.
+            ValueError: if directions have coefficients, which would change too.
         """
         if exponent is None and priors is None:
             return self
         if any(tensor.entry.directions for tensor in self.tensors):
-            raise ValueError("Matrices of coefficients have to be measured again.")
+            raise ValueError("Directions have to be measured again.")
         changed = [replace(t, entry=t.entry.changed(exponent, priors or {})) for t in self.tensors]
         return replace(self, tensors=changed)
 
@@ -109,7 +128,7 @@ def forecast(
         config: any config whose method is one of this package's; it is not changed.
         options: MergeKit's options.
         granularity: used in place of the config's.
-        numbers_only: refuse matrices of coefficients, before anything is measured.
+        numbers_only: refuse granularity direction, before anything is measured.
         progress: whether a progress bar is shown.
         mapper: where the models are measured: in this process, or on a cluster.
 
@@ -123,7 +142,7 @@ def forecast(
             parameters.pop("granularity", None)
         config.parameters = {**(config.parameters or {}), "granularity": granularity}
     merges = Planner(config, options).tensor_merges()
-    if numbers_only and any(merge.has_matrices for merge in merges):
+    if numbers_only and any(merge.by_direction for merge in merges):
         raise BadInputError(
             "A stock config has one weight per expert and tensor, so it cannot express "
             "granularity: direction; merge with mergekit-metagpt merge, or choose granularity: "

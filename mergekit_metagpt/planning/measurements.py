@@ -17,7 +17,8 @@ from mergekit_metagpt.core.directions import Directions
 from mergekit_metagpt.core.task_vectors import working_dtype
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.survey import Survey, TensorInputs
-from mergekit_metagpt.method.merge_method import by_directions
+from mergekit_metagpt.measure.surveys import SURVEYS
+from mergekit_metagpt.method.directions import by_directions
 from mergekit_metagpt.method.session import SESSION
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.planner import TensorMerge
@@ -35,7 +36,7 @@ class Measured:
         size: how many elements it has.
         dtype: the dtype that it is merged in.
         in_place: whether every model contributes its own tensor of this name.
-        directions: what matrices of coefficients come to, if the merge uses them.
+        directions: what the tensor comes to if every direction has a coefficient.
     """
 
     name: str
@@ -78,7 +79,7 @@ class Measurements:
         return self.surveys[experts]
 
     def _take_survey(self, experts: Sequence[ModelReference], products: bool) -> Survey:
-        return SESSION.surveys.survey_of(
+        return SURVEYS.survey_of(
             Checkpoints(self.base, tuple(experts)),
             self.options.device or "cpu",
             self.progress,
@@ -89,7 +90,7 @@ class Measurements:
     def take(self, merges: Sequence[TensorMerge]) -> None:
         """Take each tensor's norms from the survey, or else measure it as MergeKit loads it.
 
-        A matrix of coefficients follows from the tensors, so those are always loaded.
+        Coefficients of directions follow from the tensors, so those are always loaded.
         """
         others: dict[Task[Any], list[TensorMerge]] = {}
         for merge in merges:
@@ -100,14 +101,14 @@ class Measurements:
                 and merge.reads_checkpoints_as_they_are
                 and experts == self.experts
                 and _calculates_alike(merge, stored)
-                and not merge.has_matrices
+                and not merge.by_direction
             ):
                 norms, size = self.survey.squared_norms[merge.name], self.survey.sizes[merge.name]
                 self.tensors[merge.name] = Measured(merge.name, experts, norms, size, stored)
             else:
                 others.setdefault(merge.task.gather_tensors, []).append(merge)
         executor = Executor(list(others), math_device=torch.device(self.options.device or "cpu"))
-        quiet = not (self.progress and any(merge.has_matrices for merge in merges))
+        quiet = not (self.progress and any(merge.by_direction for merge in merges))
         for task, tensors in executor.run(quiet=quiet):
             for merge in others[task]:
                 self._measure(merge, tensors)
@@ -125,7 +126,7 @@ class Measurements:
         inputs = TensorInputs.of(group)
         experts: Any = inputs.ids
         directions = None
-        if merge.has_matrices:
+        if merge.by_direction:
             shape_of = SESSION.shapes_beside(inputs)
             directions = by_directions(inputs, shape_of, merge.method_parameters(experts))
         norms = directions.squared_norms if directions else inputs.squared_norms

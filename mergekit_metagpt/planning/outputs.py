@@ -18,12 +18,12 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from mergekit.tokenizer.config import TokenizerConfig
 
+from mergekit_metagpt.measure.headers import Header
 from mergekit_metagpt.mergekit_private import convert_checkpoint_tensors, open_loaders
 from mergekit_metagpt.names import number_of_layer
-from mergekit_metagpt.planning.headers import Header
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.planner import Planner, TensorMerge
-from mergekit_metagpt.wording import BadInputError, instead, reason
+from mergekit_metagpt.wording import BadInputError, instead, one_of, reason
 
 LOG = logging.getLogger(__name__)
 
@@ -149,20 +149,27 @@ def _refusal(error: Exception, models: Mapping[ModelReference, ModelFiles], file
             f"MergeKit does not describe {guessed[0]}, and fails to guess how these models are "
             f"built ({reason(error)}); merge their weight files with mergekit-pytorch."
         )
+    if not isinstance(error, (ValueError, RuntimeError)):  # which MergeKit raises on purpose
+        kinds = one_of(sorted({files.architecture for files in models.values()}))
+        return (
+            f"MergeKit fails to plan a merge of {kinds} ({reason(error)}); merge the weight files "
+            "with mergekit-pytorch, which needs no plan."
+        )
     return f"MergeKit cannot plan the merge of {file} ({reason(error)}); correct that."
 
 
 @contextmanager
 def _loaders_of(models: Mapping[ModelReference, ModelFiles]) -> Iterator[None]:
     """Give these headers to MergeKit, so that it opens no models and applies no adapters."""
-    before = dict(open_loaders)
+    before = {model: open_loaders[model] for model in models if model in open_loaders}
     open_loaders.update(
         {model: LazyTensorLoader(files.weights.index) for model, files in models.items()}
     )
     try:
         yield
     finally:
-        open_loaders.clear()
+        for model in models:
+            open_loaders.pop(model, None)
         open_loaders.update(before)
 
 

@@ -69,10 +69,10 @@ class TensorMerge:
         return {**self.parameters, "weight": priors}
 
     @property
-    def has_matrices(self) -> bool:
-        """Whether each expert has a matrix of coefficients."""
+    def by_direction(self) -> bool:
+        """Whether every direction has a coefficient."""
         granularity = GRANULARITIES.get(self.parameters.get("granularity", ""))
-        return granularity is not None and granularity.has_matrices
+        return granularity is not None and granularity.by_direction
 
     @property
     def vocabulary_axis(self) -> int | None:

@@ -1,0 +1,159 @@
+"""What the commands and the Python functions share: all but their arguments and reports."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.hub import HubModel, find_on_hub, is_looked_up, reading_from_hub
+from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.measure.surveys import SURVEYS
+from mergekit_metagpt.merging.hub_names import hub_names
+from mergekit_metagpt.merging.whole import merge_whole
+from mergekit_metagpt.method.summary import Summary
+from mergekit_metagpt.planning.config import ConfigFile, reference
+from mergekit_metagpt.planning.forecast import Forecast, forecast, own_method
+from mergekit_metagpt.planning.job import Job
+from mergekit_metagpt.planning.models import require_models
+from mergekit_metagpt.planning.outputs import Outputs
+from mergekit_metagpt.planning.yaml_file import plain
+from mergekit_metagpt.preflight import ignored, inspect
+from mergekit_metagpt.report.plots import comparison_figure
+from mergekit_metagpt.wording import BadInputError
+from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
+
+# Tells the user of sentences; and, once the options are known, where the models are measured.
+Warn = Callable[[Iterable[str]], None]
+MapperOf = Callable[[MergeOptions, Sequence[HubModel]], Mapper]
+
+
+def forecasts(
+    job: Job,
+    granularities: Sequence[str | None],
+    *,
+    numbers_only: bool = False,
+    mapper: MapperOf | None = None,
+    warn: Warn,
+) -> list[Forecast]:
+    """Return the coefficients that a merge will use.
+
+    Args:
+        job: what would be merged.
+        granularities: a forecast is made for each, in place of the config's unless it is None.
+        numbers_only: refuse granularity direction.
+        mapper: where the models are measured, if not in this process.
+        warn: is told of what MergeKit ignores in the config.
+    """
+    with _explained(job, warn):
+        own_method(job.parsed)  # before the hub is asked for anything
+        with _from_hub(job) as on_hub:
+            where = mapper(job.options, on_hub) if mapper else in_this_process
+            return [
+                forecast(
+                    job.parsed,
+                    job.options,
+                    granularity=granularity,
+                    numbers_only=numbers_only,
+                    progress=job.progress,
+                    mapper=where,
+                )
+                for granularity in granularities
+            ]
+
+
+def comparing(base: str | ModelReference, experts: Sequence[str | ModelReference]) -> ConfigFile:
+    """Return a config that compares models, named as MergeKit writes them."""
+    raw = plain(
+        {
+            "merge_method": "metagpt",
+            "base_model": reference(base),
+            "models": [{"model": reference(model)} for model in experts],
+        }
+    )
+    return ConfigFile("the command", yaml.safe_dump(raw, allow_unicode=True), raw)
+
+
+def measured(job: Job, mapper: MapperOf | None = None) -> Survey:
+    """Return the survey of the base and the experts of a job, with inner products.
+
+    Args:
+        job: any config with one base.
+        mapper: where the models are measured, if not in this process.
+    """
+    models = job.parsed.referenced_models()
+    require_models([model for model in models if not is_looked_up(model)], job.options)
+    base, experts = job.base_and_experts
+    checkpoints = Checkpoints(base, tuple(experts))
+    with _from_hub(job) as on_hub:
+        SURVEYS.begin(checkpoints)
+        where = mapper(job.options, on_hub) if mapper else in_this_process
+        device = job.options.device or "cpu"
+        return SURVEYS.survey_of(checkpoints, device, job.progress, where, products=True)
+
+
+def merged(
+    job: Job,
+    out: Path,
+    *,
+    names: Sequence[str] = (),
+    outputs: Outputs | None = None,
+    mapper: RayMapper | None = None,
+) -> dict[str, Any]:
+    """Merge, and return the record; ``job.entries`` then says how each tensor was merged.
+
+    Args:
+        job: what to merge; it has no problems.
+        out: the directory to make.
+        names: PATH=USER/NAME, for paths in the config.
+        outputs: what will be written, if that is known.
+        mapper: the cluster that merges; None for this process.
+    """
+    return merge_whole(
+        job,
+        out,
+        names=hub_names(job.config.raw, names),
+        draw=_draw if find_spec("matplotlib") else None,
+        outputs=outputs,
+        mapper=mapper,
+    )
+
+
+@contextmanager
+def _from_hub(job: Job) -> Iterator[Sequence[HubModel]]:
+    """Let MergeKit read models of the hub tensor by tensor, unless they are here."""
+    models = job.parsed.referenced_models()
+    try:
+        on_hub = find_on_hub(models, job.options)
+    except BadInputError:
+        raise
+    except Exception:
+        require_models(models, job.options)  # says what is wrong
+        raise
+    with reading_from_hub(on_hub):
+        yield on_hub
+
+
+@contextmanager
+def _explained(job: Job, warn: Warn) -> Iterator[None]:
+    """Warn of what MergeKit ignores in a config; explain a failure by the problems of ``check``."""
+    known = ignored(job.config)
+    warn(known)
+    try:
+        yield
+    except BadInputError:
+        raise
+    except Exception as error:
+        problems = inspect(job.config, options=job.options).problems
+        if set(problems) - set(known):
+            raise BadInputError(*problems) from error
+        raise
+
+
+def _draw(path: Path, summary: Summary) -> None:
+    comparison_figure([("Coefficients by layer", summary)]).savefig(path)

@@ -1,0 +1,145 @@
+"""A job: one merge, plan or survey, made once from a config and options.
+
+MergeKit keeps its loaders, and torch its random numbers and threads, once per process. So jobs
+run one at a time, each with loaders of its own, and leave the process as they found it.
+"""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import RLock
+from typing import Any
+
+import numpy
+import torch
+from mergekit.common import ModelPath, ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+
+from mergekit_metagpt.measure.identity import digest, identity_of
+from mergekit_metagpt.measure.locations import Directory, locate
+from mergekit_metagpt.mergekit_private import SimpleLoaderCache, open_loaders
+from mergekit_metagpt.method.summary import Entry
+from mergekit_metagpt.names import canonical
+from mergekit_metagpt.planning.config import ConfigFile, base_and_experts, parts
+from mergekit_metagpt.wording import BadInputError
+
+_ONE_AT_A_TIME = RLock()
+
+
+@dataclass
+class Job:
+    """A config and options, read once, and what comes of them.
+
+    Attributes:
+        config: the config as it was written.
+        options: MergeKit's; adapters are applied in a directory that belongs to their files.
+        progress: whether progress bars are shown.
+        entries: how each tensor was merged, by this job only.
+    """
+
+    config: ConfigFile
+    options: MergeOptions
+    progress: bool = False
+    entries: list[Entry] = field(default_factory=list)
+
+    @cached_property
+    def parsed(self) -> MergeConfiguration:
+        """The config as MergeKit reads it.
+
+        Raises:
+            BadInputError: with a sentence for each value that MergeKit cannot read.
+        """
+        return self.config.parse()
+
+    @cached_property
+    def base_and_experts(self) -> tuple[ModelReference, list[ModelReference]]:
+        """The base, and the experts in canonical order.
+
+        Raises:
+            BadInputError: if there is not one base, or no expert.
+        """
+        return base_and_experts(self.parsed)
+
+
+@contextmanager
+def running(config: ConfigFile, options: MergeOptions, progress: bool = False) -> Iterator[Job]:
+    """Run a job. Another thread's job waits until it ends.
+
+    Raises:
+        BadInputError: if MergeKit cannot read the config.
+    """
+    with alone():
+        job = Job(config, options, progress)
+        job.options = with_own_adapters(options, job.parsed)
+        if options.num_threads:
+            torch.set_num_threads(options.num_threads)
+        _forget_files(job.parsed)
+        LoaderCache().setup(job.options)
+        try:
+            yield job
+        finally:
+            _forget_files(job.parsed)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Wait for other jobs; at the end, give the caller back its random numbers and threads."""
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        threads, loading = torch.get_num_threads(), LoaderCache()
+        states, settings = (random.getstate(), numpy.random.get_state()), dict(vars(loading))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
+            vars(loading).clear()
+            vars(loading).update(settings)
+
+
+def _forget_files(config: MergeConfiguration) -> None:
+    """Close the weight files of a config's models. MergeKit knows open ones by name only."""
+    for model in _models(config):
+        open_loaders.pop(model, None)
+        SimpleLoaderCache().loaders.pop(model.model.path, None)
+
+
+def _models(config: MergeConfiguration) -> list[ModelReference]:
+    named = {*config.referenced_models(), *(part.base for part in parts(config))}
+    return canonical(model for model in named if model is not None)
+
+
+def with_own_adapters(options: MergeOptions, config: MergeConfiguration) -> MergeOptions:
+    """Return options whose LoRA cache belongs to the adapters and bases as they are now.
+
+    MergeKit names the entries of this cache after the paths of the models. So it would reuse
+    an old entry for an adapter that was trained again, or for another project's ``./lora``.
+    The returned options therefore use a subdirectory of the cache, named after what the models
+    are. Options that use it already stay as they are.
+    """
+    adapted = [model for model in _models(config) if model.lora]
+    if not (options.lora_merge_cache and adapted):
+        return options
+    paths = [path for model in adapted for path in (model.model, model.lora) if path]
+    identities = [_identity(path, options) for path in paths]
+    key = digest(options.lora_merge_dtype, identities)[:16]
+    if os.path.basename(options.lora_merge_cache) == key:
+        return options
+    cache = os.path.join(options.lora_merge_cache, key)
+    return options.model_copy(update={"lora_merge_cache": cache})
+
+
+def _identity(model: ModelPath, options: MergeOptions) -> list[Any]:
+    """Return what a model or an adapter is, before MergeKit has opened it; JSON types."""
+    try:
+        place = locate(model, options)
+    except BadInputError:  # the preflight says why
+        return [str(model)]
+    if isinstance(place, Directory):
+        return [str(model), *identity_of(place.path)]
+    return [str(model), place.commit]

@@ -1,0 +1,370 @@
+"""A merge's output: complete or absent, locked, and resumed by itself with the same bytes."""
+
+import errno
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import llama_config, merge_config, on_posix, run, save_family, write_yaml
+from filelock import FileLock
+from mergekit.options import MergeOptions
+from test_cli_check import save_tokenizer
+from test_merging_whole import WHOLE, files, merge, names
+
+import mergekit_metagpt
+from mergekit_metagpt.merging.shard import ShardMerge
+from mergekit_metagpt.planning.directory import Output
+
+SHARDS = ("--out-shard-size", 30000)
+SHARD = "model-0000{}-of-00005.safetensors".format
+RANDOM = {"granularity": "model", "density": 0.5}
+KEY = "0123456789abcdef"
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from click.testing import CliRunner
+from mergekit_metagpt.cli import main
+from mergekit_metagpt.merging import by_shard, shard, whole
+from mergekit_metagpt.planning import directory
+
+config, place = sys.argv[1], Path(sys.argv[2])
+
+def before(module, name, number=1):
+    # Let the process die in place of a call.
+    real, calls = getattr(module, name), []
+    def function(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(module, name, function)
+
+moments = {
+    "before anything is complete": lambda: before(shard, "require_in_range"),
+    "while the third file is written": lambda: before(shard, "require_in_range", 3),
+    "before the third file has its record": lambda: before(directory, "_write_whole", 4),
+    "when all files are complete": lambda: before(by_shard, "_write_index"),
+    "before it is published": lambda: before(directory.Output, "publish"),
+    "in the middle of its move": lambda: before(directory.os, "rename", 12),
+    "while the rest goes": lambda: before(directory, "_remove"),
+}
+for moment, prepare in moments.items():
+    out = place / moment.replace(" ", "-") / "merged"
+    out.mkdir(parents=True) if "move" in moment else out.parent.mkdir(parents=True)
+    child = os.fork()
+    if not child:
+        prepare()
+        words = ["merge", config, str(out), "--quiet", "--no-copy-tokenizer"]
+        CliRunner().invoke(main, [*words, "--out-shard-size", "30000"])
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status == signal.SIGKILL, moment
+"""
+MOMENTS = {
+    "before-anything-is-complete": 0,
+    "while-the-third-file-is-written": 2,
+    "before-the-third-file-has-its-record": 2,
+    "when-all-files-are-complete": 5,
+    "before-it-is-published": 5,
+    "in-the-middle-of-its-move": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def config(family, tmp_path_factory):
+    yml = tmp_path_factory.mktemp("config") / "metagpt.yml"
+    return write_yaml(yml, merge_config(family, "metagpt_dare_linear", parameters=RANDOM))
+
+
+@pytest.fixture(scope="module")
+def whole_merge(config, tmp_path_factory):
+    """The files of a merge that nobody stopped."""
+    out = tmp_path_factory.mktemp("whole") / "merged"
+    merge(config, out, *SHARDS)
+    return files(out)
+
+
+@pytest.fixture(scope="module")
+def killed(config, tmp_path_factory):
+    """A directory with an output for each moment at which a merge was killed."""
+    place = tmp_path_factory.mktemp("killed")
+    done = run(sys.executable, "-c", KILLED, config, place)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "place" / "merged"
+
+
+@pytest.fixture
+def merged_now(monkeypatch) -> list[str]:
+    """The files that are merged from now on."""
+    merged: list[str] = []
+    write = ShardMerge.write
+    monkeypatch.setattr(
+        ShardMerge, "write", lambda self, shard: merged.append(shard.file) or write(self, shard)
+    )
+    return merged
+
+
+@pytest.fixture
+def stopped(config, out, monkeypatch):
+    """Let a merge stop with two of its five files; return what it said."""
+
+    def stop(error: BaseException, yml: Path = config, *words) -> str:
+        write = ShardMerge.write
+
+        def until_the_third(self, shard):
+            if "00003" in shard.file:
+                raise error
+            return write(self, shard)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardMerge, "write", until_the_third)
+            return merge(yml, out, *SHARDS, *words, status=1).stderr
+
+    return stop
+
+
+FULL = OSError("No space left")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
+class TestKilled:
+    @pytest.mark.parametrize(("moment", "complete"), MOMENTS.items())
+    def test_the_same_command_goes_on_and_ends_with_the_same_bytes(
+        self, moment, complete, config, killed, whole_merge, merged_now
+    ):
+        out = killed / moment / "merged"
+        merge(config, out, *SHARDS)
+        assert merged_now == [SHARD(number) for number in range(complete + 1, 6)]
+        assert files(out) == whole_merge
+        assert names(out.parent) == {"merged"}
+
+    def test_after_it_is_published_it_is_complete(self, config, killed, whole_merge):
+        out = killed / "while-the-rest-goes" / "merged"
+        assert files(out) == whole_merge
+        assert "holds an older merge" in merge(config, out, *SHARDS, status=1).stderr
+
+
+class TestStopped:
+    @pytest.mark.parametrize(
+        "error",
+        [FULL, KeyboardInterrupt("stopped by SIGTERM"), RuntimeError("no luck"), ValueError("NaN")],
+    )
+    def test_no_exception_deletes_what_is_complete(
+        self, error, stopped, config, out, whole_merge, merged_now, caplog
+    ):
+        assert str(error) in stopped(error)
+        (work,) = Output.of(out).works()
+        assert f"(2 of its weight files) is kept in {work.path}; run the same" in caplog.text
+        assert set(work.records) == names(work.merged) == {SHARD(1), SHARD(2)}
+        del merged_now[:]
+        merge(config, out, *SHARDS)
+        assert merged_now == [SHARD(3), SHARD(4), SHARD(5)]
+        assert files(out) == whole_merge
+        assert names(out.parent) == {"merged"}
+
+    def test_with_nothing_complete_nothing_is_left(self, config, out, monkeypatch):
+        monkeypatch.setattr("mergekit_metagpt.merging.shard.require_in_range", 1 / 1)
+        merge(config, out, *SHARDS, status=1)
+        assert not names(out.parent)
+
+    def test_a_file_that_lost_its_end_is_merged_again(self, stopped, config, out, whole_merge):
+        stopped(FULL)
+        (work,) = Output.of(out).works()
+        os.truncate(work.merged / SHARD(2), 20000)
+        assert set(work.records) == {SHARD(1)}
+        merge(config, out, *SHARDS)
+        assert files(out) == whole_merge
+
+    def test_a_stock_method_is_not_merged_again_if_only_its_tokenizer_failed(
+        self, family, out, tmp_path, monkeypatch
+    ):
+        yml = write_yaml(
+            tmp_path / "ties.yml", merge_config(family, "ties", parameters={"weight": 1})
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr("mergekit_metagpt.merging.whole.merge_record", None)
+            merge(yml, out, status=1)
+        monkeypatch.setattr("mergekit_metagpt.merging.whole.run_merge", None)
+        merge(yml, out)
+        assert names(out.parent) == {"merged"}
+
+
+def another_seed(paths, yml):
+    return ("--random-seed", 8)
+
+
+def other_threads(paths, yml):
+    return ("--num-threads", 2)
+
+
+def another_config(paths, yml):
+    yml.write_text(yml.read_text().replace("0.5", "0.6"))
+
+
+def a_model_trained_on(paths, yml):
+    shutil.copy(f"{paths['a']}/model.safetensors", f"{paths['b']}/model.safetensors")
+
+
+def another_tokenizer(paths, yml):
+    save_tokenizer(paths["base"], *reversed(WORDS))
+
+
+WORDS = [f"w{number}" for number in range(63)]
+CHANGES = [another_seed, other_threads, another_config, a_model_trained_on, another_tokenizer]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_merge_has_another_directory_and_deletes_nothing(
+    change, stopped, out, tmp_path, caplog, merged_now
+):
+    paths = save_family(tmp_path, llama_config())
+    for path in paths.values():
+        save_tokenizer(path, *WORDS)
+    raw = merge_config(paths, "metagpt_dare_linear", parameters=RANDOM)
+    yml = write_yaml(tmp_path / "metagpt.yml", {**raw, "tokenizer": {"source": "base"}})
+    stopped(FULL, yml)
+    (work,) = Output.of(out).works()
+    before = {path: path.read_bytes() for path in work.path.rglob("*") if path.is_file()}
+    threads = torch.get_num_threads()
+    del merged_now[:]
+    words = change(paths, yml) or ()
+    merge(yml, out, *SHARDS, *words)
+    torch.set_num_threads(threads)
+    assert len(merged_now) == 5
+    assert f"{work.path} holds another merge that has not been finished" in caplog.text
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_without_a_seed_the_same_merge_has_the_same_one(family, tmp_path):
+    raw = merge_config(family, "metagpt_dare_linear", parameters=RANDOM)
+    options = MergeOptions(quiet=True, copy_tokenizer=False)
+    seeds = [
+        mergekit_metagpt.merge(config, tmp_path / name, options=options).record["seed"]
+        for name, config in {"a": raw, "b": raw, "c": {**raw, "dtype": "bfloat16"}}.items()
+    ]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert files(tmp_path / "a").keys() == files(tmp_path / "c").keys()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_file_and_its_record_are_on_the_disk_before_they_count(config, out, monkeypatch):
+    """After a power cut, a record stands for a file that is whole, under its name."""
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        events.append(("synced", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def replaced(source, target):
+        events.append(("replaced", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    merge(config, out, *SHARDS)
+    for file in map(SHARD, range(1, 6)):
+        start = events.index(("synced", file))
+        record = file.replace(".safetensors", ".safetensors.part")
+        assert events[start : start + 6] == [
+            ("synced", file),
+            ("replaced", file),
+            ("synced", "merged"),
+            ("synced", record),
+            ("replaced", f"{file}.json"),
+            ("synced", "complete"),
+        ]
+
+
+class TestTheLock:
+    @pytest.mark.parametrize("exists", [False, True])
+    def test_a_second_merge_into_the_same_output_says_so_at_once(self, exists, config, out):
+        (out if exists else out.parent).mkdir(parents=True)
+        place = Output.of(out).workplace
+        with FileLock(place / "merged.metagpt-lock"):
+            (place / f"merged.metagpt-{KEY}").mkdir()
+            before = names(place)
+            done = merge(config, out, status=1)
+            assert done.stderr.startswith(f"Error: Another merge is writing {out}; wait")
+            assert names(place) == before
+
+    @on_posix
+    def test_without_locks_it_merges_and_warns(self, config, out, monkeypatch, caplog):
+        def flock(*_):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+        monkeypatch.setattr("fcntl.flock", flock)
+        merge(config, out)
+        assert f"{out} cannot be locked" in caplog.text
+        assert names(out) == WHOLE
+
+    def test_only_directories_of_this_output_are_its_work(self, config, out):
+        for name in (f"merged.metagpt-{KEY}x", f"else.metagpt-{KEY}", "merged.metagpt-backup"):
+            (out.parent / name).mkdir(parents=True)
+        before = names(out.parent)
+        assert Output.of(out).works() == []
+        merge(config, out)
+        assert names(out.parent) == before | {"merged"}
+
+
+STOPPED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from click.testing import CliRunner
+from mergekit_metagpt.cli import main
+from mergekit_metagpt.method.session import SESSION
+
+config, out = sys.argv[1], Path(sys.argv[2])
+words = ["merge", config, str(out), "--quiet", "--no-copy-tokenizer"]
+rmtree = shutil.rmtree
+
+def stop(*_):
+    os.kill(os.getpid(), number)
+    raise AssertionError("still running")
+
+def again(*args, **options):
+    os.kill(os.getpid(), number)
+    rmtree(*args, **options)
+
+def merge():
+    done = CliRunner().invoke(main, words)
+    print(done.exit_code, done.stderr.strip(), len(list(out.parent.iterdir())))
+
+shutil.rmtree = again
+real, SESSION.note = SESSION.note, stop
+# The tests may have been started with nohup, or in the background.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    before = signal.getsignal(number)
+    merge()
+    assert signal.getsignal(number) == before
+def hang_up(entry):
+    os.kill(os.getpid(), signal.SIGHUP)
+    real(entry)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+SESSION.note = hang_up
+merge()
+"""
+
+
+@on_posix
+def test_a_signal_ends_it_in_one_sentence_and_a_second_one_leaves_nothing_either(config, out):
+    out.parent.mkdir()
+    done = run(sys.executable, "-c", STOPPED, config, out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "1 Error: This command was stopped by SIGINT. 0",
+        "1 Error: This command was stopped by SIGTERM. 0",
+        "1 Error: This command was stopped by SIGHUP. 0",
+        "0  1",  # one that was started with nohup
+    ]
