@@ -17,23 +17,19 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.diagnosis import linearity, running
+from mergekit_metagpt.diagnosis import linearity
 from mergekit_metagpt.diagnosis.linearity import (
     ALPHAS,
     Linearity,
-    Probe,
+    incomparable,
+    interpolated,
+    load,
+    logits,
     measure_linearity,
-    sample_tokens,
 )
-from mergekit_metagpt.diagnosis.running import incomparable, interpolate, load
 from mergekit_metagpt.measure.checkpoints import survey_checkpoints
 
-Models = tuple[transformers.PreTrainedModel, ...]
-
-
-def prompts(seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return list(torch.randint(VOCABULARY, (4, 10), generator=generator))
+PROMPTS = list(torch.randint(VOCABULARY, (4, 10), generator=torch.Generator().manual_seed(0)))
 
 
 def measured(paths: dict[str, str], **options: Any) -> list[Linearity]:
@@ -42,7 +38,7 @@ def measured(paths: dict[str, str], **options: Any) -> list[Linearity]:
     return measure_linearity(
         ModelReference.parse(base),
         survey,
-        prompts(),
+        PROMPTS,
         options=MergeOptions(**options),
         progress=False,
     )
@@ -57,84 +53,73 @@ def edited(directory: Path, source: str, change: Callable[[Any], None]) -> str:
     return str(directory)
 
 
-def loaded(paths: dict[str, str], dtype: torch.dtype = torch.float32) -> Models:
+def loaded(paths: dict[str, str], dtype: torch.dtype = torch.float32) -> list[Any]:
     """Load the base as the model to run, then every model of a family, in this dtype."""
     names = ["base", *paths]
-    return tuple(load(ModelReference.parse(paths[n]), dtype, MergeOptions()) for n in names)
+    return [load(ModelReference.parse(paths[n]), dtype, MergeOptions()) for n in names]
 
 
-def result(outputs: list[list[float]]) -> Linearity:
-    """Return outputs at one place, from one list per α."""
-    return Linearity(
-        ModelReference.parse("expert"), torch.tensor(outputs, dtype=torch.float64)[:, None]
-    )
+def of(*outputs: list[float]) -> Linearity:
+    """Return outputs of one prompt, each given for all α."""
+    return Linearity(torch.tensor(outputs, dtype=torch.float64).T[:, None])
 
 
 def test_a_task_vector_in_the_head_alone_is_linear(family, tmp_path):
     def change(model: Any) -> None:
-        model.lm_head.weight += 0.1 * torch.randn(
-            model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
-        )
+        shape, generator = model.lm_head.weight.shape, torch.Generator().manual_seed(0)
+        model.lm_head.weight += 0.1 * torch.randn(shape, generator=generator)
 
     paths = {"base": family["base"], "a": edited(tmp_path / "a", family["base"], change)}
-    (found,) = measured(paths)
-    assert found.movement > 0.01
-    assert found.r_squared == pytest.approx(1, abs=1e-6)
-    assert found.largest_deviation < 1e-4
+    (line,) = measured(paths)
+    assert line.movement > 0.01
+    assert line.r_squared == pytest.approx(1, abs=1e-6)
 
 
 def test_the_longer_the_task_vector_the_less_linear(tmp_path):
     small, large = measured(save_family(tmp_path, llama_config(), scales=(0.0002, 0.05)))
     assert 0.99 < small.r_squared < 1
     assert large.r_squared < 0.9
-    assert large.largest_deviation > 10 * small.largest_deviation
+
+
+MIXTRAL = transformers.MixtralConfig(  # its files have one tensor per expert, which are fused
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    num_attention_heads=4,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_key_value_heads=2,
+    num_local_experts=4,
+)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dtype"),
+    ("config", "dtype", "shards"),
     [
-        ("Llama", torch.float32),
-        ("Llama", torch.bfloat16),
-        ("tied Llama", torch.bfloat16),
-        ("sharded Llama", torch.float32),
-        ("Mixtral", torch.bfloat16),
+        (llama_config(), torch.float32, {"max_shard_size": "20KB"}),
+        (llama_config(tie_word_embeddings=True), torch.bfloat16, {}),
+        (MIXTRAL, torch.bfloat16, {}),
     ],
 )
-def test_the_ends_are_the_base_and_the_expert_bit_for_bit(architecture, dtype, tmp_path):
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4}
-    config = {
-        "tied Llama": llama_config(tie_word_embeddings=True),
-        # The files have one tensor per expert, which transformers fuses.
-        "Mixtral": transformers.MixtralConfig(
-            **sizes,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_key_value_heads=2,
-            num_local_experts=4,
-        ),
-    }.get(architecture, llama_config())
-    shards = {"max_shard_size": "20KB"} if architecture == "sharded Llama" else {}
+def test_the_ends_are_the_base_and_the_expert_bit_for_bit(config, dtype, shards, tmp_path):
     paths = save_family(tmp_path, config, scales=(0.02,), dtype=dtype, **shards)
     model, *_ = loaded(paths)
     _, base, expert = loaded(paths, dtype)
-    probe = Probe.sample(prompts(), seed=0)
-    for alpha, path in ((0.0, paths["base"]), (1.0, paths["a"])):
-        interpolate(model, base, expert, 0.4)
-        interpolate(model, base, expert, alpha)
-        whole = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        assert torch.equal(probe.logits(model), probe.logits(whole))
-
-    (found,) = measured(paths)
-    tokens = sample_tokens(*(probe.logits(m.float()) for m in (base, expert)), seed=0)
-    assert torch.equal(
-        found.outputs[[0, -1]],
-        torch.stack([probe.logits(m.float()).gather(-1, tokens) for m in (base, expert)]).double(),
-    )
+    ends = []
+    for alpha, name in ((0.0, "base"), (1.0, "a")):
+        interpolated(model, base, expert, 0.4)
+        ends.append(logits(interpolated(model, base, expert, alpha), PROMPTS))
+        whole = transformers.AutoModelForCausalLM.from_pretrained(paths[name], dtype=torch.float32)
+        assert torch.equal(ends[-1], logits(whole.eval(), PROMPTS))
+    # Followed are the tokens that both find likely.
+    tokens = (ends[0] + ends[1]).argsort(descending=True)[:, :16]
+    (line,) = measured(paths)
+    for followed, end in zip((line.outputs[0], line.outputs[-1]), ends, strict=True):
+        assert torch.equal(followed, end.gather(-1, tokens).double())
 
 
 def test_in_between_lies_the_weighted_mean(family):
     model, base, expert, _ = loaded(family)
-    interpolate(model, base, expert, 0.3, held=("model.norm.weight",))
+    interpolated(model, base, expert, 0.3, held=("model.norm.weight",))
     for (name, parameter), start, end in zip(
         model.named_parameters(), base.parameters(), expert.parameters(), strict=True
     ):
@@ -149,23 +134,19 @@ def test_a_lora_is_an_expert(family, tmp_path):
     options = {"lora_merge_cache": str(tmp_path / "cache"), "lora_merge_dtype": "float32"}
     LoaderCache().setup(MergeOptions(**options))
     paths = {"base": family["base"], "lora": f"{family['base']}+{tmp_path / 'lora'}"}
-    (found,) = measured(paths, **options)
-    assert found.movement > 0.01
-    assert str(found.expert) == paths["lora"]
+    (line,) = measured(paths, **options)
+    assert line.movement > 0.01
 
 
-def test_a_vocabulary_of_another_size_stays_at_the_bases(family, tmp_path):
+def test_what_cannot_be_compared_stays_at_the_bases(family, tmp_path):
     bigger = edited(tmp_path / "a", family["a"], lambda m: m.resize_token_embeddings(72))
-    (found,) = measured({"base": family["base"], "a": bigger})
-    assert found.held == ("model.embed_tokens.weight", "lm_head.weight")
-    assert found.movement > 0.01
-
-
-def test_tensors_that_a_survey_left_out_stay_at_the_bases(family):
+    (line,) = measured({"base": family["base"], "a": bigger})
+    assert line.held == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert line.movement > 0.01
     _, base, expert, _ = loaded(family)
-    assert incomparable(base, expert) == ()
-    assert incomparable(base, expert, ["embed_tokens.weight"]) == ("model.embed_tokens.weight",)
-    assert incomparable(base, expert, ["tokens.weight"]) == ()
+    assert incomparable(base, expert) == []
+    assert incomparable(base, expert, ["embed_tokens.weight"]) == ["model.embed_tokens.weight"]
+    assert incomparable(base, expert, ["tokens.weight"]) == []
 
 
 def test_an_expert_with_a_head_of_its_own_does_not_fit_a_base_with_a_tied_one(tmp_path):
@@ -178,63 +159,19 @@ def test_an_expert_with_a_head_of_its_own_does_not_fit_a_base_with_a_tied_one(tm
         incomparable(base, expert)
 
 
-def test_r_squared_pools_the_outputs_before_it_divides():
-    line = [10 * alpha for alpha in ALPHAS]
+def test_r_squared_is_the_documented_one_and_pools_before_it_divides():
+    curve = [alpha**2 for alpha in ALPHAS]
+    misfit = sum((z - alpha) ** 2 for z, alpha in zip(curve, ALPHAS, strict=True))
+    spread = sum((z - math.fsum(curve) / 11) ** 2 for z in curve)
+    assert of(curve).r_squared == pytest.approx(1 - misfit / spread)
+    assert of(curve).movement == 1
     # The R² of this output alone is far below 0. It hardly moves, so it must hardly count.
     noise = [1e-3 * (-1) ** step for step in range(11)]
-    found = result([[a, b] for a, b in zip(line, noise, strict=True)])
-    assert found.r_squared == pytest.approx(1, abs=1e-6)
-    assert result([[b] for b in noise]).movement == 0
-
-
-def test_r_squared_and_the_largest_deviation_are_the_documented_ones():
-    outputs = [alpha**2 for alpha in ALPHAS]
-    mean = math.fsum(outputs) / 11
-    misfit = sum((z - alpha) ** 2 for z, alpha in zip(outputs, ALPHAS, strict=True))
-    found = result([[z] for z in outputs])
-    assert found.r_squared == pytest.approx(1 - misfit / sum((z - mean) ** 2 for z in outputs))
-    assert found.largest_deviation == pytest.approx(0.25)
-    assert found.movement == 1
-
-
-@pytest.mark.parametrize("movement", [0.0, 1e-6])
-def test_outputs_that_do_not_move_have_no_r_squared(movement):
-    found = result([[1 + movement * alpha] for alpha in ALPHAS])
-    assert not found.moves
-    assert math.isnan(found.r_squared)
-    assert math.isnan(found.largest_deviation)
-
-
-def test_a_probe_looks_at_distinct_places_and_follows_the_seed():
-    long = [torch.arange(50) + number for number in range(40)]
-    probe = Probe.sample(long, seed=1)
-    assert len(probe.prompts) <= 16
-    assert sum(map(len, probe.positions)) == 32
-    assert all(len(set(at)) == len(at) for at in probe.positions)
-    assert all(len(ids) == max(at) + 1 for ids, at in zip(*vars(probe).values(), strict=True))
-    assert probe.positions == Probe.sample(long, seed=1).positions
-    assert probe.positions != Probe.sample(long, seed=2).positions
-    assert Probe.sample([torch.tensor([3])], seed=0).positions == ((0,),)
-
-
-@pytest.mark.parametrize("vocabulary", [2, 4, 64])
-def test_tokens_are_the_favourites_and_others(vocabulary):
-    base, expert = torch.randn(2, 9, vocabulary, generator=torch.Generator().manual_seed(0))
-    tokens = sample_tokens(base, expert, seed=0)
-    assert tokens.shape == (9, min(4, vocabulary))
-    assert all(len(set(row)) == len(row) for row in tokens.tolist())
-    assert torch.equal(tokens[:, 0], base.argmax(-1))
-    agree = base.argmax(-1) == expert.argmax(-1)
-    assert torch.equal(tokens[~agree, 1], expert.argmax(-1)[~agree])
-
-
-def test_results_depend_on_the_seed_but_not_on_the_order_of_the_experts(family):
-    first = {str(found.expert): found.outputs for found in measured(family)}
-    turned = {name: family[name] for name in ("base", "b", "a")}
-    for found in measured(turned):
-        assert torch.equal(found.outputs, first[str(found.expert)])
-    for found in measured(family, random_seed=7):
-        assert not torch.equal(found.outputs, first[str(found.expert)])
+    assert of([10 * alpha for alpha in ALPHAS], noise).r_squared == pytest.approx(1, abs=1e-6)
+    for rest in (0.0, 1e-6):
+        still = of([1 + rest * alpha for alpha in ALPHAS])
+        assert not still.moves
+        assert math.isnan(still.r_squared)
 
 
 def test_outputs_that_overflow_are_refused(family):
@@ -242,7 +179,7 @@ def test_outputs_that_overflow_are_refused(family):
     with torch.no_grad():
         model.lm_head.weight.fill_(math.inf)
     with pytest.raises(ValueError, match="overflow"):
-        Probe.sample(prompts(), seed=0).logits(model)
+        logits(model, PROMPTS)
 
 
 def test_one_model_runs_and_one_expert_is_open_at_a_time(tmp_path, monkeypatch):
@@ -250,7 +187,7 @@ def test_one_model_runs_and_one_expert_is_open_at_a_time(tmp_path, monkeypatch):
     alive: list[weakref.ref[Any]] = []
     most = 0
 
-    def counting(*arguments: Any) -> transformers.PreTrainedModel:
+    def counting(*arguments: Any) -> Any:
         nonlocal most
         model = load(*arguments)
         alive.append(weakref.ref(model))
@@ -268,23 +205,15 @@ def test_base_and_expert_are_mapped_files_which_stay_as_they_are(tmp_path):
     paths = save_family(tmp_path, llama_config(), scales=(0.1,), dtype=torch.bfloat16)
     files = [Path(path, "model.safetensors") for path in paths.values()]
     before = [hashlib.sha256(file.read_bytes()).digest() for file in files]
-    model = load(ModelReference.parse(paths["base"]), torch.bfloat16, MergeOptions())
+    runs, base, expert = loaded(paths, torch.bfloat16)
     areas = [
         [int(end, 16) for end in line.split()[0].split("-")]
         for line in Path("/proc/self/maps").read_text().splitlines()
         if line.endswith(str(files[0]))
     ]
-    for parameter in model.parameters():
+    for parameter in base.parameters():
         assert any(start <= parameter.data_ptr() < end for start, end in areas)
-
     # The running model is changed in place. This must not change the file.
-    runs, base, expert = loaded(paths, torch.bfloat16)
-    interpolate(runs, base, expert, 0.5)
+    interpolated(runs, base, expert, 0.5)
     assert not torch.equal(runs.lm_head.weight, base.lm_head.weight)
     assert before == [hashlib.sha256(file.read_bytes()).digest() for file in files]
-
-
-def test_loading_leaves_transformers_progress_bars_as_they_were(family):
-    transformers.utils.logging.enable_progress_bar()  # another test may have switched them off
-    running.load(ModelReference.parse(family["base"]), torch.float32, MergeOptions())
-    assert transformers.utils.logging.is_progress_bar_enabled()

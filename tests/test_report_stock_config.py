@@ -1,5 +1,8 @@
 """Stock configs with explicit weights, merged by MergeKit alone."""
 
+import shutil
+from itertools import cycle
+
 import pytest
 import torch
 import yaml
@@ -9,7 +12,9 @@ from mergekit.merge_methods import registered_methods
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
+from mergekit_metagpt.planning.config import ConfigFile
 from mergekit_metagpt.planning.forecast import forecast
+from mergekit_metagpt.preflight import inspect
 from mergekit_metagpt.report.stock_config import stock_config
 
 DETERMINISTIC = [
@@ -21,8 +26,8 @@ GRANULARITIES = ["tensor", "layer", "model"]
 
 
 def resolved(config) -> str:
-    found = forecast(MergeConfiguration.model_validate(config), MergeOptions(), progress=False)
-    return stock_config(found)
+    parsed = MergeConfiguration.model_validate(config)
+    return stock_config(forecast(parsed, MergeOptions(), progress=False))
 
 
 def assert_same_bytes(merge, config) -> None:
@@ -43,8 +48,9 @@ def assert_within_two_rounding_steps(merge, config) -> None:
         torch.testing.assert_close(tensor, stock[name], rtol=0, atol=2 * step)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("method", DETERMINISTIC)
+@pytest.mark.parametrize(
+    ("method", "granularity"), zip(DETERMINISTIC, cycle(GRANULARITIES), strict=False)
+)
 def test_sparsified_methods_give_the_same_bytes(method, granularity, family, merge):
     parameters = {"density": 0.6, "lambda": 0.9, "granularity": granularity}
     config = merge_config(family, method, parameters=parameters)
@@ -116,6 +122,36 @@ def test_ten_and_more_layers_are_not_confused(tmp_path, merge):
     for granularity in ("tensor", "layer"):
         parameters = {"granularity": granularity}
         assert_same_bytes(merge, merge_config(paths, "metagpt_ties", parameters=parameters))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parameters": {"densitty": 0.4, "granularity": "layer", "exponent": 1}},
+        {"models": {"lambda": 0.3, "granularity": "model", "weight": [0.5, 1.0], "densitty": 1}},
+        {"base": {"weight": 2.0, "density": 0.5}},
+        {"equal": ["a"], "parameters": {"exponent": 0}},
+        {"equal": ["a", "b"]},
+        {"equal": ["a", "b"], "parameters": {"granularity": "model", "exponent": 0}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["metagpt", "metagpt_ties", "metagpt_breadcrumbs"])
+def test_what_is_written_passes_the_check_and_merges_to_the_same(
+    method, changes, family, merge, tmp_path
+):
+    equal = changes.get("equal", [])
+    paths = {n: shutil.copytree(family["base"] if n in equal else p, tmp_path / n)
+             for n, p in family.items()}  # fmt: skip
+    config = merge_config({n: str(p) for n, p in paths.items()}, method)
+    config["parameters"] = {**changes.get("parameters", {})}
+    config["models"][0]["parameters"] = {**changes.get("models", {})}
+    if "base" in changes:
+        base = {"model": config["base_model"], "parameters": changes["base"]}
+        config["models"].insert(0, base)
+    text = resolved(config)
+    assert inspect(ConfigFile("stock.yml", text, yaml.safe_load(text))).problems == []
+    assert_within_two_rounding_steps(merge, config)
 
 
 def test_another_method_is_refused(family):

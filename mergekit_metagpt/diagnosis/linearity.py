@@ -1,163 +1,81 @@
-"""Property 5 on the user's own models: how linear outputs are between base and expert."""
+"""Property 5 on the user's own models: how linear outputs are between base and expert.
+
+One model runs. The files of base and expert are mapped into memory and read tensor by tensor.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
-from typing import ClassVar, cast
+from functools import reduce
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import tqdm
-import transformers
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, get_auto_cls
 from mergekit.options import MergeOptions
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from mergekit_metagpt.core.task_vectors import working_dtype
-from mergekit_metagpt.diagnosis.running import incomparable, interpolate, load
 from mergekit_metagpt.measure.survey import Survey
-from mergekit_metagpt.measure.vocabularies import tokenizers_agree
-
-Names = tuple[str, ...]
+from mergekit_metagpt.measure.vocabularies import load_tokenizer, tokenizers_agree
 
 ALPHAS = tuple(step / 10 for step in range(11))
-
-# At most 16 forward passes for each α, and 32 positions × 4 tokens = 128 outputs.
-_PROMPTS, _POSITIONS, _TOKENS = 16, 32, 4
-
+_TOKENS = 16  # for each prompt: those that base and expert find most likely
 # Smaller movements, relative to the size of the outputs, show rounding, not a task vector.
 _RESOLUTION = 1e-5
+_CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+# Neutral texts of several kinds: facts, stories, sums, code, questions, instructions.
+BUILT_IN_PROMPTS = [
+    "The capital of France is the city of Paris, which lies on the river",
+    "Water boils at a lower temperature in the mountains because the air pressure",
+    "She opened the letter slowly, read the first line, and began to",
+    "A train leaves at nine and arrives at noon. The journey takes three",
+    "If x + 3 = 10, then x is equal to",
+    "def add(a, b):\n    return a",
+    "Question: Which planet is closest to the sun? Answer:",
+    "To make tea, heat the water, pour it over the leaves, and wait a few",
+]
+# Each prompt takes a forward pass for each α, and a long document takes minutes.
+_MOST_PROMPTS, _MOST_TOKENS = 32, 256
 
 
 @dataclass(frozen=True)
 class Linearity:
-    """The sampled outputs z_o(α) = f_o(θ_0 + α (θ_t − θ_0)) of one expert.
+    """The outputs z(α) = f(θ_0 + α (θ_t − θ_0)) of one expert.
 
     Attributes:
-        alphas: the values of α.
-        expert: θ_t.
-        outputs: z, float64 of shape [11, P, 4]: the α of ``ALPHAS``, the P places of a probe,
-            and the tokens sampled at each place. An output is one logit.
+        outputs: z, logits in float64, of shape [11 values of α, P prompts, tokens].
         held: parameters that could not be compared and keep the base's values.
     """
 
-    alphas: ClassVar[tuple[float, ...]] = ALPHAS
-
-    expert: ModelReference
     outputs: Tensor
-    held: Names = ()
-
-    @cached_property
-    def line(self) -> Tensor:
-        """z_o(0) + α (z_o(1) − z_o(0)), equation 8; of the outputs' shape."""
-        alphas = torch.tensor(ALPHAS, dtype=self.outputs.dtype)[:, None, None]
-        return torch.lerp(self.outputs[:1], self.outputs[-1:], alphas)
+    held: Sequence[str] = ()
 
     @property
     def movement(self) -> float:
-        """The root mean square of z_o(1) − z_o(0), in logits."""
+        """The root mean square of z(1) − z(0), in logits."""
         return (self.outputs[-1] - self.outputs[0]).square().mean().sqrt().item()
 
     @property
     def moves(self) -> bool:
         """Whether the outputs move by more than the rounding of float32."""
-        size = self.outputs.square().mean().sqrt().item()
-        return self.movement > _RESOLUTION * size
+        return self.movement > _RESOLUTION * self.outputs.square().mean().sqrt().item()
 
     @property
     def r_squared(self) -> float:
-        """R² of the straight lines between the ends, pooled over the outputs.
+        """R² of straight lines: 1 − Σ (z − line)² / Σ (z − mean of z over α)², NaN at rest.
 
-        ::
-
-            R² = 1 − Σ_o Σ_α (z_o(α) − line_o(α))² / Σ_o Σ_α (z_o(α) − mean_α z_o)²
-
-        The sums run over all outputs before the division, because the R² of a single output
-        that hardly moves is noise. At most 1; NaN if the outputs do not move.
+        Each sum is over all outputs and α, since the R² of an output that hardly moves is noise.
         """
-        misfit = (self.outputs - self.line).square().sum().item()
+        alphas = torch.tensor(ALPHAS, dtype=self.outputs.dtype)[:, None, None]
+        line = torch.lerp(self.outputs[:1], self.outputs[-1:], alphas)
+        misfit = (self.outputs - line).square().sum().item()
         spread = (self.outputs - self.outputs.mean(dim=0)).square().sum().item()
         return 1 - misfit / spread if self.moves else math.nan
-
-    @property
-    def largest_deviation(self) -> float:
-        """Max |z_o(α) − line_o(α)| / max |z_o(1) − z_o(0)|, NaN if the outputs do not move."""
-        deviation = (self.outputs - self.line).abs().max().item()
-        most = (self.outputs[-1] - self.outputs[0]).abs().max().item()
-        return deviation / most if self.moves else math.nan
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The P places where outputs are read.
-
-    Attributes:
-        prompts: token ids, int64 of shape [L] each.
-        positions: for each prompt, the positions where the logits of the next token are read.
-    """
-
-    prompts: tuple[Tensor, ...]
-    positions: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def sample(cls, prompts: Sequence[Tensor], seed: int) -> "Probe":
-        """Draw at most 16 prompts, and at most 32 positions in them."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(len(prompts), generator=generator).tolist()[:_PROMPTS]
-        places = [(number, at) for number in sorted(drawn) for at in range(len(prompts[number]))]
-        order = torch.randperm(len(places), generator=generator).tolist()[:_POSITIONS]
-        chosen: dict[int, list[int]] = {}
-        for number, at in sorted(places[index] for index in order):
-            chosen.setdefault(number, []).append(at)
-        return cls(
-            # Tokens after the last of these positions have no influence on the outputs.
-            tuple(prompts[number][: max(at) + 1] for number, at in chosen.items()),
-            tuple(map(tuple, chosen.values())),
-        )
-
-    @torch.no_grad()
-    def logits(self, model: transformers.PreTrainedModel) -> Tensor:
-        """Return the logits of the next token at every place, of shape [P, vocabulary].
-
-        They are on the CPU.
-
-        Raises:
-            ValueError: if a logit is not finite.
-        """
-        # One prompt at a time, because architectures treat padding differently.
-        logits = torch.cat(
-            [
-                model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, at].cpu()
-                for ids, at in zip(self.prompts, map(list, self.positions), strict=True)
-            ]
-        )
-        if not logits.isfinite().all():
-            raise ValueError(
-                f"The outputs of {model.name_or_path} overflow on the line to an "
-                "expert; check that the base and its experts generate text."
-            )
-        return logits
-
-
-def sample_tokens(base: Tensor, expert: Tensor, seed: int) -> Tensor:
-    """Choose the tokens whose logits are followed: the most likely ones, and random ones.
-
-    Args:
-        base: logits at α = 0, of shape [P, vocabulary].
-        expert: logits at α = 1, of the same shape.
-        seed: for the random tokens.
-
-    Returns:
-        int64 of shape [P, 4]: the base's most likely token, the expert's most likely other
-        token, and two more at random, all different. A vocabulary of fewer than 4 tokens
-        gives fewer columns.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(base.shape, generator=generator)
-    first = base.argmax(dim=-1, keepdim=True)
-    second = expert.scatter(-1, first, -math.inf).argmax(dim=-1, keepdim=True)
-    scores.scatter_(-1, second, 2.0).scatter_(-1, first, 3.0)
-    return scores.topk(min(_TOKENS, base.shape[-1]), dim=-1).indices
 
 
 def measure_linearity(
@@ -168,65 +86,141 @@ def measure_linearity(
     options: MergeOptions,
     progress: bool = True,
 ) -> list[Linearity]:
-    """Measure outputs on the line from a base to each of its experts.
+    """Follow the next token's logits on the line from a base to each expert of its survey.
 
-    The model runs in float32, or in float64 if it is stored in float64. Half precision would
-    round away small steps along a task vector and add noise to the outputs. In float32 this
-    takes 4 bytes of memory per parameter. Base and expert are memory-mapped files.
-
-    Args:
-        base: θ_0, a decoder-only language model.
-        survey: the survey of the base and its T experts. Tensors that it left out keep the
-            base's values.
-        prompts: token ids, int64 of shape [L] each; at least one.
-        options: MergeKit's options. The device, the random seed, the caches, and whether to
-            trust remote code are used.
-        progress: whether to show a progress bar.
-
-    Returns:
-        T results, in the order of the survey's experts.
+    The model runs in float32, or in float64 if it is stored so: half precision would round away
+    small steps along a task vector.
 
     Raises:
         ValueError: if a model has a parameter that another lacks, or if outputs overflow.
     """
-    seed = options.random_seed or 0
-    probe = Probe.sample(prompts, seed)
+    known = options.transformers_cache, options.trust_remote_code
     stored = reduce(torch.promote_types, survey.dtypes.values())
-    model = load(base, working_dtype(stored), options, options.device or "cpu")
+    model = load(base, working_dtype(stored), options).to(torch.device(options.device or "cpu"))
     start = load(base, stored, options)
-    found = []
-    with tqdm.tqdm(
-        total=1 + len(survey.experts) * (len(ALPHAS) - 1),
-        desc="Running the models",
-        unit="model",
-        disable=not progress,
-    ) as bar:
-
-        def outputs(end: transformers.PreTrainedModel, alpha: float, held: Names = ()) -> Tensor:
-            interpolate(model, start, end, alpha, held)
-            bar.update()
-            return probe.logits(model)
-
-        first = outputs(start, 0.0)
-        for expert in cast("tuple[ModelReference, ...]", survey.experts):
-            end = load(expert, stored, options)
-            held = incomparable(start, end, _left_out(survey, base, expert, options))
-            last = outputs(end, 1.0, held)
-            tokens = sample_tokens(first, last, seed)
-            # Between the ends, only the logits of the sampled tokens are kept, to save memory.
-            between = [outputs(end, alpha, held).gather(-1, tokens) for alpha in ALPHAS[1:-1]]
-            rows = [first.gather(-1, tokens), *between, last.gather(-1, tokens)]
-            found.append(Linearity(expert, torch.stack(rows).double(), held))
-            del end  # frees it before the next expert is loaded
-    return found
+    first, measured = logits(model, prompts), []
+    experts = cast("tuple[ModelReference, ...]", survey.experts)
+    for expert in tqdm.tqdm(experts, "Running the models", unit="expert", disable=not progress):
+        end = load(expert, stored, options)
+        # Different shapes need no list: the models themselves show them.
+        left_out = () if tokenizers_agree(base, expert, *known) else survey.left_out
+        held = incomparable(start, end, left_out)
+        last = logits(interpolated(model, start, end, 1.0, held), prompts)
+        tokens = (first + last).topk(min(_TOKENS, first.shape[-1])).indices
+        # One by one, since the logits of all tokens at all α would take much memory.
+        between = (logits(interpolated(model, start, end, a, held), prompts) for a in ALPHAS[1:-1])
+        rows = [row.gather(-1, tokens) for row in chain([first], between, [last])]
+        measured.append(Linearity(torch.stack(rows).double(), held))
+        del end  # frees it before the next expert is loaded
+    return measured
 
 
-def _left_out(
-    survey: Survey, base: ModelReference, expert: ModelReference, options: MergeOptions
-) -> Names:
-    """Return the tensors that the survey left out because this expert's tokens differ.
+@torch.no_grad()
+def logits(model: Any, prompts: Sequence[Tensor]) -> Tensor:
+    """Return the logits of the token after each of P prompts, on the CPU: [P, vocabulary]."""
+    # One prompt at a time, because architectures treat padding differently.
+    passes = (model(input_ids=ids[None].to(model.device), use_cache=False) for ids in prompts)
+    outputs = torch.stack([done.logits[0, -1].cpu() for done in passes])
+    if not outputs.isfinite().all():
+        raise ValueError(
+            f"The outputs of {model.name_or_path} overflow on the line to an expert; check that "
+            "the base and its experts generate text."
+        )
+    return outputs
 
-    Different shapes need no list: the running models show them.
+
+@torch.no_grad()
+def interpolated(
+    model: Any, base: Any, expert: Any, alpha: float, held: Collection[str] = ()
+) -> Any:
+    """Set a model to θ_0 + α (θ_t − θ_0), but the parameters ``held`` to θ_0, and return it."""
+    starts, ends = base.state_dict(), expert.state_dict()
+    for name, parameter in model.named_parameters():
+        start = starts[name].to(parameter)
+        end = start if name in held else ends[name].to(parameter)
+        torch.lerp(start, end, alpha, out=parameter)  # unlike the formula, exact at both ends
+    return model
+
+
+def incomparable(base: Any, expert: Any, left_out: Collection[str] = ()) -> list[str]:
+    """Return the parameters that keep the base's values; ``left_out`` has MergeKit's names."""
+    parameters, tensors = dict(base.named_parameters()), expert.state_dict()
+    # A tied weight is in the parameters once, and in a state_dict under each of its names.
+    own = dict(expert.named_parameters()).keys() - parameters.keys()
+    for name in sorted(own | (parameters.keys() - tensors.keys())):
+        owner, other = (expert, base) if name in own else (base, expert)
+        raise ValueError(
+            f"Parameter {name} of {owner.name_or_path} is missing from {other.name_or_path}, or "
+            "tied to another one there; diagnose fine-tunes of one base."
+        )
+    return [
+        name
+        for name, parameter in parameters.items()
+        if parameter.shape != tensors[name].shape
+        # MergeKit leaves out some prefixes: wte.weight for transformer.wte.weight.
+        or any(f".{name}".endswith(f".{tensor}") for tensor in left_out)
+    ]
+
+
+def language_model_config(model: ModelReference, trust: bool) -> PretrainedConfig:
+    """Return a model's config; refuse a model that does not return the logits of a next token."""
+    config = model.config(trust)
+    architecture = (config.architectures or ["no architecture"])[0]
+    if config.is_encoder_decoder or not architecture.endswith(_CAUSAL_SUFFIXES):
+        raise ValueError(
+            f"{model} is a {architecture}, which yields no logits of a next token; diagnose "
+            "tests decoder-only language models."
+        )
+    return config
+
+
+def load(model: ModelReference, dtype: torch.dtype, options: MergeOptions) -> Any:
+    """Load a model, with its LoRA merged; its files are mapped if they are stored in ``dtype``."""
+    trust = options.trust_remote_code
+    merged = model.merged(options.lora_merge_cache, trust, options.lora_merge_dtype)
+    (architecture, *_) = language_model_config(model, trust).architectures or [""]
+    cached = {"revision": merged.model.revision, "cache_dir": options.transformers_cache}
+    loaded: Any = get_auto_cls(architecture).from_pretrained(
+        merged.model.path, trust_remote_code=trust, dtype=dtype, **cached
+    )
+    return loaded.eval()
+
+
+def token_ids(
+    file: Path | None, base: ModelReference, vocabulary: int, options: MergeOptions
+) -> tuple[list[Tensor], str]:
+    """Return prompts as token ids, int64 of shape [L] each, and a description in words.
+
+    They are the first lines of a file, or else built in; random ids if there is no tokenizer.
     """
-    cache, trust = options.transformers_cache, options.trust_remote_code
-    return () if tokenizers_agree(base, expert, cache, trust) else survey.left_out
+    tokenizer = load_tokenizer(base, options.transformers_cache, options.trust_remote_code)
+    prompts = _lines(file)[:_MOST_PROMPTS] if file else BUILT_IN_PROMPTS
+    source = f"prompts from {file}" if file else "built-in prompts"
+    if tokenizer is None:
+        if file:
+            raise ValueError(
+                f"No tokenizer could be loaded for {base}, but {file} needs one; add the "
+                "tokenizer files, or leave out --prompts to use random token ids."
+            )
+        generator = torch.Generator().manual_seed(options.random_seed or 0)
+        rows = list(torch.randint(vocabulary, (32, 16), generator=generator))
+        source = f"prompts of random token ids, since no tokenizer could be loaded for {base}"
+    else:
+        ids = (tokenizer(prompt)["input_ids"][:_MOST_TOKENS] for prompt in prompts)
+        rows = [torch.tensor(row).long() for row in ids if row]
+    if not rows or max(row.max().item() for row in rows) >= vocabulary:
+        raise ValueError(
+            f"The tokenizer of {base} does not fit the model, which knows {vocabulary} tokens; "
+            "download its tokenizer files again."
+        )
+    return rows, f"{len(rows)} {source}"
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from None
+    if not any(lines):
+        raise ValueError(f"{file} holds no prompts; write one prompt per line.")
+    return list(filter(None, lines))

@@ -4,10 +4,10 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import lm_eval
 from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -38,8 +38,7 @@ def evaluate(
     times as long as a small task.
 
     Args:
-        checkpoint: a directory with model and tokenizer, or a name on the hub. It is loaded in
-            its stored dtype.
+        checkpoint: a directory with model and tokenizer, or a name on the hub.
         tasks: names of tasks or groups of lm-eval.
         task_folder: a folder of YAML tasks; see :func:`load_tasks`.
         shots: the number of solved examples before each question; None takes the task's own.
@@ -50,12 +49,9 @@ def evaluate(
         unsafe_code: allow tasks that execute code written by the model (HumanEval, MBPP).
         progress: show lm-eval's progress bars and warnings.
         model_args: other arguments of lm-eval's class ``HFLM``.
-
-    Raises:
-        BadInputError: if a task does not exist.
-        ValueError: if a task runs code and ``unsafe_code`` is not set.
     """
-    with _redirected(sys.stderr if progress else io.StringIO()):
+    shown = sys.stderr if progress else io.StringIO()
+    with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(shown):
         loaded = load_tasks(tasks, task_folder, unsafe_code)
         for task in loaded["tasks"].values():
             own = task.get_config("num_fewshot") or 0
@@ -74,23 +70,13 @@ def evaluate(
     return report
 
 
-@contextlib.contextmanager
-def _redirected(stream: TextIO) -> Iterator[None]:
-    """Send all output of lm-eval to one stream, also what it prints to stdout."""
-    with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(stream):
-        yield
-
-
 def load_tasks(
     tasks: Sequence[str], task_folder: Path | None = None, unsafe_code: bool = False
 ) -> TaskDict:
     """Load tasks and their data as :func:`evaluate` does, to fail early if one cannot be loaded.
 
-    Args:
-        tasks: names of tasks or groups of lm-eval.
-        task_folder: a folder of YAML tasks, which replace lm-eval's own of the same names. With
-            ``dataset_path: json`` and absolute ``data_files``, the hub is not used.
-        unsafe_code: allow tasks that execute code written by the model (HumanEval, MBPP).
+    The YAML tasks of a folder replace lm-eval's own of the same names. With ``dataset_path: json``
+    and absolute ``data_files``, the hub is not used.
 
     Raises:
         BadInputError: if a task does not exist.

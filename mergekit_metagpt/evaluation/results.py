@@ -1,11 +1,11 @@
-"""The results files of lm-eval, ``results_*.json``, as far as they are read here."""
+"""The results files of lm-eval, ``results_*.json``."""
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mergekit_metagpt.wording import BadInputError, reason
 
@@ -17,31 +17,23 @@ _PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
 
 
 class Results(BaseModel):
-    """The scores of one model.
+    """The scores of one model, as far as they are read here.
 
     Attributes:
         results: the figures of each task and group, among other things.
         group_subtasks: the members of each group.
-        configs: the definition of each task.
-        shots: the number of solved examples before each question, by task.
         higher_is_better: of each metric, by task; None where members of a group disagree.
         config: the model, and the settings of the run.
     """
 
     results: dict[str, dict[str, Any]]
     group_subtasks: dict[str, list[str]] = {}
-    configs: dict[str, dict[str, Any]] = {}
-    shots: dict[str, Any] = Field({}, alias="n-shot")
     higher_is_better: dict[str, dict[str, bool | None]] = {}
     config: dict[str, Any] = {}
 
     @classmethod
     def read(cls, file: Path) -> "Results":
-        """Return what a file holds.
-
-        Raises:
-            BadInputError: if it cannot be read, or is no results file.
-        """
+        """Return what a file holds."""
         try:
             return cls.model_validate_json(file.read_bytes())
         except (OSError, ValidationError) as error:
@@ -61,24 +53,19 @@ class Results(BaseModel):
         """Return the metric that a task is judged by, and whether higher is better.
 
         It is the first for which higher is better, or else the first.
-
-        Raises:
-            BadInputError: if the task has no figures.
         """
         keys = list(self.metrics(task))
-        known = self.higher_is_better.get(task, {})
-        for key in keys:
-            if known.get(key.partition(",")[0]):
-                return key, True
         if not keys:
             raise BadInputError(f"lm-eval gives no figure for {task}; name its subtasks.")
-        return keys[0], False
+        known = self.higher_is_better.get(task, {})
+        higher = [key for key in keys if known.get(key.partition(",")[0])]
+        return (*higher, *keys)[0], bool(higher)
 
     def loss(self, task: str) -> float | None:
         """Return the logarithm of a task's perplexity in nats, if it has one."""
         by_name = {key.partition(",")[0]: value for key, value in self.metrics(task).items()}
-        found = [by_name[name] for name in _PERPLEXITIES if name in by_name]
-        return math.log(found[0]) if found else None
+        perplexities = [by_name[name] for name in _PERPLEXITIES if name in by_name]
+        return math.log(perplexities[0]) if perplexities else None
 
 
 def metrics(report: Mapping[str, Any]) -> Metrics:

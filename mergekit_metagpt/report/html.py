@@ -3,65 +3,41 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from mergekit_metagpt.method.advice import share
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.names import short_names
+from mergekit_metagpt.report.tables import COSINES, Columns, expert_columns, matrix_columns
 
-_BAR = 120, 10  # pixels
+_WIDTH, _HEIGHT = 120, 10  # of a bar, in pixels
 _COLOUR = "#0072B2"
 
 
 def coefficients_html(
-    title: str,
-    summary: Summary,
-    *,
-    kept: Sequence[float | None] | None = None,
-    cosines: Sequence[Sequence[float]] = (),
-    notes: Iterable[str] = (),
+    title: str, summary: Summary, cosines: Sequence[Sequence[float]], notes: Iterable[str]
 ) -> str:
-    """Return a table of the experts of a merge, and the cosines of their task vectors.
+    """Return a table of the experts of a merge, their cosines if known, and notes below.
 
-    Args:
-        title: its heading.
-        summary: the coefficients.
-        kept: how much of each task vector is in the merge, if it is known.
-        cosines: T x T cosines, in the order of ``summary.ids``.
-        notes: sentences to put below.
+    The T x T cosines are in the order of ``summary.ids``.
     """
-    names = short_names(summary.ids)
-    parts = kept or [expert.kept for expert in summary.experts]
-    by_direction = summary.by_direction
-    name = "kept" if by_direction else "λ"
-    columns = ["expert", "‖τ‖", name, "", *(["least", "largest"] if summary.varies else [])]
-    if not by_direction and any(part is not None for part in parts):
-        columns.append("kept")
-    rows = []
-    for name, expert, part in zip(names, summary.experts, parts, strict=True):
-        cells = [escape(name), f"{expert.norm:.4g}", share(expert.mean), _bar(expert.mean)]
-        cells += [share(expert.least), share(expert.largest)] if summary.varies else []
-        cells += ["" if part is None else f"{part:.1%}"] if columns[-1] == "kept" else []
-        rows.append(cells)
-    body = f"<p><b>{escape(title)}</b></p>{_table(columns, rows)}"
+    bars = [_bar(expert.mean) for expert in summary.experts]
+    body = f"<p><b>{escape(title)}</b></p>{_table(expert_columns(summary), bars)}"
     if len(cosines) > 1:
-        numbered = [f"{number}  {escape(name)}" for number, name in enumerate(names, 1)]
-        figures = [[f"{round(value, 2) + 0.0:.2f}" for value in row] for row in cosines]
-        rows = [[name, *row] for name, row in zip(numbered, figures, strict=True)]
-        columns = ["", *map(str, range(1, len(names) + 1))]
-        body += f"<p>Cosines of the task vectors</p>{_table(columns, rows)}"
+        body += f"<p>{COSINES}</p>{_table(matrix_columns(short_names(summary.ids), cosines))}"
     return body + "".join(f"<p>{escape(note)}</p>" for note in notes)
 
 
-def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+def _table(columns: Columns, bars: Sequence[str] = ()) -> str:
+    head = "".join(f"<th>{escape(title)}</th>" for title in columns) + "<th></th>" * bool(bars)
+    rows = [[escape(cell) for cell in row] for row in zip(*columns.values(), strict=True)]
+    rows = [[*row, drawn] for row, drawn in zip(rows, bars, strict=True)] if bars else rows
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _bar(part: float) -> str:
-    """Return a number from 0 to 1 as a bar; more fills it."""
-    width, height = _BAR
+    """Return a number from 0 to 1 as a bar; more fills it, and less leaves it empty."""
     return (
-        f'<svg width="{width}" height="{height}" role="img" aria-label="{part:.3f}">'
-        f'<rect width="{width}" height="{height}" fill="currentColor" opacity="0.1"/>'
-        f'<rect width="{min(part, 1.0) * width:.1f}" height="{height}" fill="{_COLOUR}"/></svg>'
+        f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{part:.3f}">'
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="currentColor" opacity="0.1"/>'
+        f'<rect width="{max(0.0, min(part, 1.0)) * _WIDTH:.1f}" height="{_HEIGHT}" '
+        f'fill="{_COLOUR}"/></svg>'
     )

@@ -4,14 +4,15 @@ from typing import Any
 
 import torch
 import yaml
-from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, ConfigYamlDumper
-from pydantic import BaseModel
+from mergekit.merge_methods.base import ParameterScope
 
 from mergekit_metagpt import __version__
 from mergekit_metagpt.names import layer_of
+from mergekit_metagpt.planning.chat_template import most_frequent
 from mergekit_metagpt.planning.config import Part, parameter_sets, parts
-from mergekit_metagpt.planning.forecast import Forecast, TensorForecast
+from mergekit_metagpt.planning.forecast import Forecast
+from mergekit_metagpt.planning.yaml_file import plain
 
 Weight = float | list[ConditionalParameter]
 
@@ -25,76 +26,47 @@ def stock_config(forecast: Forecast) -> str:
     """
     config = forecast.config.model_copy(deep=True)
     config.merge_method = forecast.method.stock.spec.name
-    own = {"weight", "granularity", "exponent"}
+    specs = {parameter.name: parameter for parameter in forecast.method.stock.spec.parameters}
     for parameters in parameter_sets(config):
-        for name in own & parameters.keys():
+        for name in parameters.keys() - (specs.keys() - {"weight"}):
             del parameters[name]
+    for part in parts(config):
+        for entry in part.inputs:  # where MergeKit ignores what all models share
+            its = (entry.parameters or {}).items()
+            entry.parameters = {
+                n: v for n, v in its if specs[n].scope is not ParameterScope.SHARED
+            } or None
     if forecast.method.is_plain:
         # Normalizing changes nothing in the plain method, but the stock one would round once more.
         config.parameters = {**(config.parameters or {}), "normalize": False}
     _set_dtypes(config, forecast)
+    if tie := most_frequent(config):
+        config.chat_template = tie.template
 
     for part in list(parts(config)):
         _set_weights(part, forecast)
-    document = _plain(config)
+    document = plain(config)
     return _header(forecast) + yaml.dump(document, Dumper=ConfigYamlDumper, sort_keys=False)
-
-
-def _plain(value: Any) -> Any:
-    """Return a part of a config as plain YAML types, without defaults.
-
-    MergeKit's own serializer fails for a model path that contains a space. If the path contains
-    a + or @, the text that it writes is read back as a different model.
-    """
-    if isinstance(value, ModelReference) and _reads_back(value):
-        return str(value)
-    if isinstance(value, BaseModel):
-        fields = type(value).model_fields
-        set_ones = {name: getattr(value, name) for name in fields}
-        return {n: _plain(v) for n, v in set_ones.items() if v != fields[n].default}
-    if isinstance(value, dict):
-        return {key: _plain(member) for key, member in value.items()}
-    return [_plain(member) for member in value] if isinstance(value, list | tuple) else value
-
-
-def _reads_back(model: ModelReference) -> bool:
-    try:
-        return bool(ModelReference.model_validate(str(model)) == model)
-    except RuntimeError:  # more than one + or @
-        return False
 
 
 def _set_weights(part: Part, forecast: Forecast) -> None:
     """Set the weights of every expert in a part; sort its models into canonical order."""
     entries: dict[Any, Any] = {entry.model: entry for entry in part.inputs}
-    tensors = [tensor for tensor in forecast.tensors if _is_of(tensor, part)]
+    tensors = [tensor for tensor in forecast.tensors if part.holds(tensor.place)]
+    # If no expert differs from the base, any weights give the base, but not all may be 0.
+    moves = any(any(tensor.entry.squared_norms) for tensor in forecast.tensors)
     for expert in entries.keys() & set(forecast.experts):
         weights = {
-            tensor.inputs[expert]: dict(
-                zip(tensor.entry.experts, tensor.entry.coefficients, strict=True)
-            ).get(expert, 0.0)
+            tensor.inputs[expert]: tensor.entry.row([expert])[0] if moves else 1.0
             for tensor in tensors
             if expert in tensor.inputs
         }
-        entry = entries[expert]
         own = {"weight": _setting(weights, forecast.buffers)}
-        entry.parameters = {**own, **(entry.parameters or {})}
+        entries[expert].parameters = {**own, **(entries[expert].parameters or {})}
     if forecast.base in entries:
         entries[forecast.base].parameters = None
     order = [*forecast.experts, forecast.base]  # stock methods add in the order of the list
     part.replace_inputs(sorted(entries.values(), key=lambda entry: order.index(entry.model)))
-
-
-def _is_of(tensor: TensorForecast, part: Part) -> bool:
-    """Return whether a part of a config merges a tensor.
-
-    MergeKit's planner puts tensors in modules even if the config has none. A part without a
-    module therefore matches every module.
-    """
-    module, number = part.place
-    if not module and not part.is_slice:
-        return True
-    return tensor.place[1] == number and module in ("", tensor.place[0])
 
 
 def _setting(weights: dict[str, float], buffers: list[str]) -> Weight:
@@ -104,26 +76,23 @@ def _setting(weights: dict[str, float], buffers: list[str]) -> Weight:
     """
     if len(set(weights.values())) == 1:
         return next(iter(weights.values()))
-    by_layer: dict[str, set[float]] = {}
+    by_layer: dict[str | None, set[float]] = {}
     for name, weight in weights.items():
-        by_layer.setdefault(layer_of(name) or "", set()).add(weight)
-    brief = {}
-    for name, weight in weights.items():
-        layer = layer_of(name)
-        brief[f"{layer}." if layer and len(by_layer[layer]) == 1 else name] = weight
+        by_layer.setdefault(layer_of(name), set()).add(weight)
+    even = {layer for layer, own in by_layer.items() if layer and len(own) == 1}
+    brief = {f"{it}." if (it := layer_of(name)) in even else name: w for name, w in weights.items()}
+    settings: dict[str, float] = {}
     for filters in (brief, weights):
-        # Longest first: a filter must not match a longer name that contains it.
-        ordered = sorted(filters, key=len, reverse=True)
-        if all(
-            filters[next(f for f in ordered if f in name)] == weight
-            for name, weight in weights.items()
-        ):
+        overlap = any(a != b and a in b for a in filters for b in filters)
+        # Longest first, where one would match a longer name that contains it.
+        ordered = sorted(filters, key=len, reverse=True) if overlap else filters
+        settings = {name: filters[name] for name in ordered}
+        matched = {name: next(f for f in settings if f in name) for name in weights}
+        if all(settings[matched[name]] == weight for name, weight in weights.items()):
             break
-    shown = [f for f in filters if f in ordered]
-    if any(a != b and a in b for a in shown for b in shown):
-        shown = ordered
     # MergeKit requires a weight even for tensors that it only copies.
-    settings = {**{f: filters[f] for f in shown}, **dict.fromkeys(buffers, 0.0)}
+    copied = [name for name in buffers if not any(f in name for f in settings)]
+    settings |= dict.fromkeys(copied, 0.0)
     return [ConditionalParameter(filter=name, value=weight) for name, weight in settings.items()]
 
 
@@ -139,11 +108,10 @@ def _set_dtypes(config: Any, forecast: Forecast) -> None:
 
 def _header(forecast: Forecast) -> str:
     summary = forecast.summary
-    exponents = " and ".join(f"{k:g}" for k in sorted({e.exponent for e in summary.entries}))
     lines = [
         f"Written by mergekit-metagpt {__version__} (MetaGPT, https://arxiv.org/abs/2406.11385).",
-        f"merge_method: {forecast.method.spec.name}, "
-        f"granularity: {' and '.join(summary.granularities)}, exponent: {exponents}.",
+        f"merge_method: {forecast.method.spec.name}, granularity: {summary.granularity}, "
+        f"exponent: {summary.exponent}.",
         "Each weight is w_t ‖τ_t‖^k / Σ_j w_j ‖τ_j‖^k, from the task vectors τ_t = θ_t - θ_0.",
         f"Base: {forecast.base}; the L2 norms and coefficients are:",
     ]
