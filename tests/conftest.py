@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import huggingface_hub
 import pytest
@@ -14,7 +15,7 @@ import torch
 import transformers
 import yaml
 from hypothesis import settings
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -22,7 +23,6 @@ from safetensors.torch import load_file, save_file
 
 import mergekit_metagpt
 from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.method.session import SESSION
 
 # Each xdist worker uses one thread, so that workers do not compete for cores.
 torch.set_num_threads(1)
@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--fuzz",
         type=int,
         metavar="N",
-        help="run N random cases of test_fuzz.py, not a few hundred",
+        help="run N random cases of test_fuzz.py or test_sequences.py, not a few hundred",
     )
 
 
@@ -184,7 +184,7 @@ def merge(tmp_path: Path) -> Callable[..., dict[str, torch.Tensor]]:
 
 def read(model: Path | str) -> dict[str, torch.Tensor]:
     """Return all tensors of a checkpoint directory."""
-    loader = ModelReference.model_validate(str(model)).lazy_loader()
+    loader = ModelReference(model=ModelPath(path=str(model))).lazy_loader()
     return {name: loader.get_tensor(name) for name in loader.index.tensor_paths}
 
 
@@ -210,7 +210,7 @@ def write_yaml(path: Path, *documents: dict[str, Any]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[str]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Ray cluster on this machine, which this process is connected to.
 
     Ray only counts its one CPU: if a task takes 1 / n of it, n tasks run at a time. Tests that
@@ -223,6 +223,7 @@ def cluster() -> Iterator[str]:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cluster")))
         context = ray.init(
             "local", num_cpus=1, include_dashboard=False, log_to_driver=False,
             object_store_memory=100 * 2**20, logging_level="ERROR",
@@ -231,10 +232,16 @@ def cluster() -> Iterator[str]:
     ray.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    """No test finds surveys that another one has taken."""
+    folder = tmp_path_factory.getbasetemp() / "caches" / uuid4().hex
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+
+
 @pytest.fixture
 def passes(monkeypatch):
     """Count how often checkpoints are read for a survey."""
-    SESSION.surveys.clear()
     taken = []
     original = Checkpoints.survey
 

@@ -1,6 +1,5 @@
 """Architectures, each as a tiny randomly initialised checkpoint."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import reference
 import torch
 import transformers
 from click.testing import CliRunner
-from conftest import llama_config, merge_config, read, save_family, write_yaml
+from conftest import merge_config, read, save_family, write_yaml
 from mergekit.scripts import merge_raw_pytorch, run_yaml
 from transformers import (
     AutoModel,
@@ -19,51 +18,23 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-
-def bert() -> transformers.BertConfig:
-    sizes = {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}
-    return transformers.BertConfig(**sizes)
-
-
-ARCHITECTURES: dict[str, tuple[Callable[[], transformers.PretrainedConfig], Any]] = {
-    "Llama": (llama_config, AutoModelForCausalLM),
-    "Mistral": (lambda: transformers.MistralConfig(**_SIZES), AutoModelForCausalLM),
-    "Qwen3": (lambda: transformers.Qwen3Config(**_SIZES, head_dim=8), AutoModelForCausalLM),
-    "Gemma 3": (lambda: transformers.Gemma3TextConfig(**_SIZES, head_dim=8), AutoModelForCausalLM),
-    "GPT-2": (
-        lambda: transformers.GPT2Config(
-            vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64
-        ),
-        AutoModelForCausalLM,
-    ),
-    "Mixtral": (
-        lambda: transformers.MixtralConfig(**_SIZES, num_local_experts=4),
-        AutoModelForCausalLM,
-    ),
-    "BERT classifier": (bert, AutoModelForSequenceClassification),
-    "T5": (
-        lambda: transformers.T5Config(
-            vocab_size=64,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",  # the one form of T5 that MergeKit describes
-            tie_word_embeddings=False,
-        ),
-        AutoModelForSeq2SeqLM,
-    ),
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+BERT = transformers.BertConfig(**SIZES)
+GPT2 = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+MIXTRAL = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)
+T5 = transformers.T5Config(
+    vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+    feed_forward_proj="gated-gelu",  # the one form of T5 that MergeKit describes
+    tie_word_embeddings=False,
+)  # fmt: skip
+ARCHITECTURES: dict[str, tuple[transformers.PretrainedConfig, Any]] = {
+    "GPT-2": (GPT2, AutoModelForCausalLM),
+    "Mixtral": (MIXTRAL, AutoModelForCausalLM),
+    "BERT classifier": (BERT, AutoModelForSequenceClassification),
+    "T5": (T5, AutoModelForSeq2SeqLM),
 }
 
 
@@ -79,7 +50,7 @@ def mergekit_yaml(config: dict[str, Any], directory: Path) -> Exception | None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_architecture_merges_and_loads(architecture, granularity, tmp_path):
     config, auto = ARCHITECTURES[architecture]
-    paths = save_family(tmp_path, config(), auto=auto)
+    paths = save_family(tmp_path, config, auto=auto)
     assert not mergekit_yaml(merge_config(paths, parameters={"granularity": granularity}), tmp_path)
     model, loading = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not loading["missing_keys"]
@@ -103,7 +74,7 @@ def test_an_architecture_merges_and_loads(architecture, granularity, tmp_path):
 def test_bert_encoders_merge_with_mergekit_pytorch_where_mergekit_yaml_fails_on_any_method(
     auto, granularity, tmp_path
 ):
-    paths = save_family(tmp_path, bert(), auto=auto)
+    paths = save_family(tmp_path, BERT, auto=auto)
     stock = mergekit_yaml(
         merge_config(paths, "task_arithmetic", parameters={"weight": 0.5}), tmp_path
     )

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -19,11 +20,13 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from mergekit.scripts import run_yaml
 from paper_stand_ins import save_models, save_tasks
 
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.merges import merge, with_local_models
 from benchmarks.paper.tables import Row, read_table, table_numbers
+from mergekit_metagpt.evaluation import harness
 from mergekit_metagpt.evaluation.averages import absolute_average, normalized_average
 from mergekit_metagpt.evaluation.harness import evaluate
 from mergekit_metagpt.evaluation.results import metrics
@@ -36,6 +39,7 @@ ROWS = [
 ]
 MERGES = [case for case in ROWS if isinstance(case.values[0].source, dict)]
 SAFE_COLUMNS = [column for column in read_table(1).columns if not column.runs_code]
+FIRST_ROWS = [f"--only={row}" for row in ("LM", "Math", "Code", "DARE", "MetaGPT")]
 EXAMPLES = Path(__file__).parents[1] / "example_configs"
 
 
@@ -59,6 +63,17 @@ Paper = Callable[..., Result]
 
 
 @pytest.fixture(scope="session")
+def of_lm_eval() -> TaskManager:
+    """lm-eval's own tasks. To index them takes seconds."""
+    return TaskManager()
+
+
+def in_this_process(words: list[str]) -> SimpleNamespace:
+    """Run mergekit-yaml here; a merge that fails is made in a process of its own, too."""
+    return SimpleNamespace(returncode=CliRunner().invoke(run_yaml.main, words[1:]).exit_code)
+
+
+@pytest.fixture(scope="session")
 def paper(models: Path, tasks: Path) -> Paper:
     """Run the command on the stand-ins, with the words and the options that a test wants."""
 
@@ -69,6 +84,7 @@ def paper(models: Path, tasks: Path) -> Paper:
             patch.setenv("HF_HUB_OFFLINE", "1")
             patch.setenv("OMP_NUM_THREADS", "1")
             patch.setenv("HF_ALLOW_CODE_EVAL", "0")
+            patch.setattr("benchmarks.paper.merges.subprocess.run", in_this_process)
             return CliRunner().invoke(main, [*map(str, words), *options])
 
     return invoke
@@ -84,8 +100,7 @@ def first_run(paper: Paper, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     for remains in ("metagpt/merged-partial", "dare/merged"):
         (out / "llama-2-7b" / remains).mkdir(parents=True)
         (out / "llama-2-7b" / remains / "mergekit_config.yml").write_text("merge_method: linear")
-    rows = ("LM", "Math", "Code", "DARE", "MetaGPT")
-    done = paper("1", *(f"--only={row}" for row in rows), out=out)
+    done = paper("1", *FIRST_ROWS, out=out)
     assert done.exit_code == 0, done.output
     return out, done
 
@@ -128,25 +143,19 @@ def test_nothing_stands_against_a_merge_of_the_tables(
     assert inspect(str(write_yaml(tmp_path / "merge.yml", config))).problems == []
 
 
-@pytest.mark.parametrize(
-    ("number", "row", "example"),
-    [
-        (1, "MetaGPT", "llama-2-7b"),
-        (2, "MetaGPT", "mistral-7b"),
-        (3, "MetaGPT", "llama-2-13b"),
-        (4, "Ties + MetaGPT", "ties"),
-        (4, "DARE + MetaGPT", "dare"),
-        (5, "MetaGPT", "llama-2-7b"),
-    ],
-)
-def test_a_merge_with_metagpt_is_the_example_config(number: int, row: str, example: str) -> None:
-    (config,) = (it.source for it in read_table(number).rows if it.name == row)
-    assert config == yaml.safe_load((EXAMPLES / f"{example}.yml").read_text())
-
-
-def test_the_experts_are_the_models_of_the_example_config() -> None:
-    for number in table_numbers():
+def test_a_merge_with_metagpt_is_the_example_config_and_has_its_experts() -> None:
+    examples = {
+        (1, "MetaGPT"): "llama-2-7b",
+        (2, "MetaGPT"): "mistral-7b",
+        (3, "MetaGPT"): "llama-2-13b",
+        (4, "Ties + MetaGPT"): "ties",
+        (4, "DARE + MetaGPT"): "dare",
+        (5, "MetaGPT"): "llama-2-7b",
+    }
+    for (number, row), example in examples.items():
         table = read_table(number)
+        (config,) = (it.source for it in table.rows if it.name == row)
+        assert config == yaml.safe_load((EXAMPLES / f"{example}.yml").read_text())
         models = [model["model"] for model in table.rows[-1].source["models"]]
         assert [table.experts[name].source for name in ("LM", "Math", "Code")] == models
 
@@ -162,8 +171,9 @@ def test_the_weight_average_is_the_mean_of_the_experts_without_the_base(
         torch.testing.assert_close(tensor, mean.to(tensor.dtype))
 
 
-def test_lm_eval_has_the_tasks_and_their_metrics() -> None:
-    index = TaskManager().task_index
+@pytest.mark.xdist_group("paper")
+def test_lm_eval_has_the_tasks_and_their_metrics(of_lm_eval: TaskManager) -> None:
+    index = of_lm_eval.task_index
     columns = {column.name: column for n in table_numbers() for column in read_table(n).columns}
     assert [name for name, column in columns.items() if not column.tasks] == ["FinanceIQ"]
     for column in columns.values():
@@ -180,7 +190,7 @@ def test_lm_eval_has_the_tasks_and_their_metrics() -> None:
 
 
 @pytest.mark.xdist_group("paper")
-@pytest.mark.parametrize("name", ["DARE", "MetaGPT", "Math"])
+@pytest.mark.parametrize("name", ["DARE", "Math"])
 def test_a_row_is_measured_on_its_own_merge_and_printed_beside_the_papers_figures(
     name: str, first_run: tuple[Path, Result], models: Path, tasks: Path, tmp_path: Path
 ) -> None:
@@ -189,34 +199,44 @@ def test_a_row_is_measured_on_its_own_merge_and_printed_beside_the_papers_figure
     checkpoint = row.source if name == "Math" else merged_here(row, tmp_path / "merged")
     measured, published = printed(first.stdout, name)
     for number, column in enumerate(SAFE_COLUMNS):
-        report = evaluate(
-            checkpoint,
-            column.tasks,
-            task_folder=tasks,
-            shots=column.shots,
-            shot_answer=column.shot_answer,
-        )
-        (task,) = column.tasks
-        score = 100 * metrics(report)[task][column.metric]
+        wanted = {"shots": column.shots, "shot_answer": column.shot_answer}
+        report = evaluate(checkpoint, column.tasks, task_folder=tasks, **wanted)
+        score = 100 * metrics(report)[column.tasks[0]][column.metric]
         assert results(out)[f"{name.lower()}/{column.name}"]["score"] == pytest.approx(score)
         assert measured[number] == f"{score:.2f}"
         assert published[number] == f"{row.scores[number]:.2f}"
 
 
 @pytest.mark.xdist_group("paper")
-def test_both_averages_are_over_the_columns_that_were_measured(
+def test_averages_are_over_what_was_measured_and_merges_are_deleted_when_scored(
     first_run: tuple[Path, Result],
 ) -> None:
     out, first = first_run
     stored = results(out)
     scores = [stored[f"metagpt/{column.name}"]["score"] for column in SAFE_COLUMNS]
     at_home = [stored[f"{column.expert.lower()}/{column.name}"]["score"] for column in SAFE_COLUMNS]
-    assert printed(first.stdout, "MetaGPT")[0][6:] == [
-        f"{absolute_average(scores):.2f}",
-        f"{normalized_average(scores, at_home):.3f}",
-    ]
+    normalized = normalized_average(scores, at_home)
+    expected = [f"{absolute_average(scores):.2f}", f"{normalized:.3f}"]
+    assert printed(first.stdout, "MetaGPT")[0][6:] == expected
     # The paper's MetaGPT on WinoGrande, AGIEval, GSM8k and MATH.
     assert printed(first.stdout, "MetaGPT")[1][6:] == ["37.54", "1.550"]
+    assert first.stderr.count("merging with mergekit-yaml") == 2
+    left = {path.name for path in out.rglob("*") if path.suffix != ".json"}
+    assert left == {"llama-2-7b", "lm", "math", "code", "dare", "metagpt", "merge.yml"}
+
+
+@pytest.mark.xdist_group("paper")
+def test_a_second_run_and_another_table_take_up_what_was_measured(
+    first_run: tuple[Path, Result], paper: Paper
+) -> None:
+    out, first = first_run
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    done = paper("1", *FIRST_ROWS, out=out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert (done.stdout, done.stderr) == (first.stdout, "")
+    done = paper("4", "--only=DARE", out=out)
+    assert "merging" not in done.stderr
+    assert printed(done.stdout, "DARE") == printed(first.stdout, "DARE")
 
 
 @pytest.mark.xdist_group("paper")
@@ -232,55 +252,22 @@ def test_code_is_run_only_when_asked_for(
     assert "Not run" not in done.stdout
 
 
-@pytest.mark.xdist_group("paper")
-def test_a_second_run_neither_merges_nor_measures(
-    first_run: tuple[Path, Result], paper: Paper
-) -> None:
-    out, first = first_run
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    rows = ("LM", "Math", "Code", "DARE", "MetaGPT")
-    done = paper("1", *(f"--only={row}" for row in rows), out=out)
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    assert (done.stdout, done.stderr) == (first.stdout, "")
-
-
-@pytest.mark.xdist_group("paper")
-def test_table_4_takes_up_what_table_1_measured(
-    first_run: tuple[Path, Result], paper: Paper
-) -> None:
-    out, first = first_run
-    done = paper("4", "--only=DARE", out=out)
-    assert "merging" not in done.stderr
-    assert printed(done.stdout, "DARE") == printed(first.stdout, "DARE")
-
-
-@pytest.mark.xdist_group("paper")
-def test_a_merge_is_deleted_when_its_row_is_scored(first_run: tuple[Path, Result]) -> None:
-    out, first = first_run
-    assert first.stderr.count("merging with mergekit-yaml") == 2
-    left = {path.name for path in out.rglob("*") if path.suffix != ".json"}
-    assert left == {"llama-2-7b", "lm", "math", "code", "dare", "metagpt", "merge.yml"}
-
-
-def test_a_whole_merge_that_an_interrupted_run_left_is_not_made_again(
+def test_a_whole_merge_is_not_made_again_and_one_that_fails_leaves_its_config(
     models: Path, tmp_path: Path
 ) -> None:
     row = local_row(2, "MetaGPT", models)
-    merged = merged_here(row, tmp_path / "merged")
+    whole = merged_here(row, tmp_path / "whole" / "merged")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    merge(row, merged)
+    merge(row, whole)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
-def test_a_merge_that_fails_leaves_nothing_but_its_config(models: Path, tmp_path: Path) -> None:
-    row = local_row(1, "MetaGPT", models)
     broken = replace(row, source={**row.source, "merge_method": "no_such_method"})
+    (tmp_path / "broken").mkdir()
     with pytest.raises(click.ClickException, match=r"could not merge .*merge\.yml \(exit status 1"):
-        merge(broken, tmp_path / "merged")
-    assert [path.name for path in tmp_path.iterdir()] == ["merge.yml"]
+        merge(broken, tmp_path / "broken" / "merged")
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["merge.yml"]
 
 
-def test_scores_of_a_few_questions_are_kept_apart_from_those_of_all(
+def test_a_few_questions_are_kept_apart_and_what_lm_eval_lacks_is_said(
     paper: Paper, tmp_path: Path
 ) -> None:
     few = paper("5", "--only=LM", "--limit=3", out=tmp_path)
@@ -290,63 +277,41 @@ def test_scores_of_a_few_questions_are_kept_apart_from_those_of_all(
     whole = paper("5", "--only=LM", out=tmp_path)
     assert "LM: MedQA" in whole.stderr
     assert len(results(tmp_path)) == 4
-    assert paper("5", "--only=LM", "--limit=3", out=tmp_path).stdout == few.stdout
-
-
-def test_what_lm_eval_lacks_is_said_and_left_out_of_the_averages(
-    paper: Paper, tmp_path: Path
-) -> None:
-    done = paper("5", "--only=LM", out=tmp_path)
-    measured, published = printed(done.stdout, "LM")
+    measured, published = printed(whole.stdout, "LM")
     assert measured[1] == "-"
     assert published == ["31.32", "32.83", "30.20", "30.76"]
-    assert "Not in lm-eval: FinanceIQ." in done.stdout
+    assert "Not in lm-eval: FinanceIQ." in whole.stdout
     parts = results(tmp_path)["lm/JEC-QA"]
     accuracies = [metrics["acc,none"] for metrics in parts["metrics"].values()]
     assert len(accuracies) == 2
     assert parts["score"] == pytest.approx(50 * sum(accuracies))
 
 
-def test_a_row_that_a_table_lacks_is_refused_with_those_it_has(
-    paper: Paper, tmp_path: Path
-) -> None:
-    done = paper("4", "--only=Fisher", out=tmp_path / "out")
-    assert done.exit_code == 2
-    assert "its rows are Ties Merging, Ties + MetaGPT, DARE, DARE + MetaGPT." in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
+@pytest.mark.xdist_group("paper")
 @pytest.mark.parametrize(
-    ("folder", "sentence"),
+    ("words", "changes", "sentence"),
     [
-        ("models", "has no checkpoint of meta-llama/Llama-2-7b-chat-hf; put it there as"),
-        ("tasks", "lm-eval cannot load winogrande (WinoGrande):"),
+        (["4", "--only=Fisher"], {}, "its rows are Ties Merging, Ties + MetaGPT, DARE, DARE + M"),
+        (["1"], {"models": "empty"}, "has no checkpoint of meta-llama/Llama-2-7b-chat-hf; put it"),
+        (["1"], {"tasks": "empty"}, "lm-eval cannot load winogrande (WinoGrande):"),
+        (["5", "--only=LM"], {"models": "copy"}, "Error: lm-eval could not measure LM on JEC-QA: "),
+        (["1", "--only=LM"], {}, "pip install 'mergekit-metagpt[benchmarks]'"),
     ],
+    ids=["no row", "no models", "no tasks", "no tokenizers", "no lm-eval"],
 )
-def test_what_a_folder_lacks_is_said_before_anything_is_merged(
-    folder: str, sentence: str, paper: Paper, tmp_path: Path
-) -> None:
+def test_what_is_missing_is_one_sentence_before_anything_is_written(
+    words: list[str], changes: dict[str, str], sentence: str, paper: Paper, models: Path,
+    of_lm_eval: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     (tmp_path / "empty").mkdir()
-    done = paper("1", out=tmp_path / "out", **{folder: tmp_path / "empty"})
-    assert done.exit_code == 1
+    if changes.get("models") == "copy":
+        shutil.copytree(models, tmp_path / "copy", ignore=shutil.ignore_patterns("tokenizer*"))
+    if "pip install" in sentence:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    if "lm-eval cannot" in sentence:
+        monkeypatch.setattr(harness, "_task_manager", lambda folder, own: of_lm_eval)
+    folders = {option: tmp_path / folder for option, folder in changes.items()}
+    done = paper(*words, out=tmp_path / "out", **folders)
+    assert done.exit_code == (2 if "rows" in sentence else 1)
     assert sentence in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_model_that_cannot_be_measured_is_named(
-    paper: Paper, models: Path, tmp_path: Path
-) -> None:
-    copy = shutil.copytree(models, tmp_path / "models", ignore=shutil.ignore_patterns("tokenizer*"))
-    done = paper("5", "--only=LM", out=tmp_path / "out", models=copy)
-    assert done.exit_code == 1
-    assert "Error: lm-eval could not measure LM on JEC-QA: " in done.stderr
     assert results(tmp_path / "out") == {}
-
-
-def test_without_lm_eval_the_extra_is_named(
-    paper: Paper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    done = paper("1", "--only=LM", out=tmp_path / "out")
-    assert done.exit_code == 1
-    assert "pip install 'mergekit-metagpt[benchmarks]'" in done.stderr

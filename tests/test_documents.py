@@ -55,7 +55,3 @@ def test_every_link_within_the_repository_leads_somewhere(document):
 def test_the_readme_links_by_absolute_addresses_which_pypi_can_follow():
     for link in LINK.findall((ROOT / "README.md").read_text("utf-8")):
         assert link.startswith("https://"), link
-
-
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 180

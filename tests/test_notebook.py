@@ -1,6 +1,5 @@
 """The notebook of example_configs runs, and shows what it showed when it was run."""
 
-from base64 import b64decode
 from itertools import groupby
 from pathlib import Path
 
@@ -33,14 +32,6 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     there = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(run, kernel_name="python3", timeout=300, resources=there).execute()
     assert kinds(run) == kinds(saved)
-    assert (tmp_path / "metagpt-demo" / "from-notebook" / "metagpt.json").is_file()
-
-
-def test_what_the_notebook_shows_is_small_and_names_no_folder_of_its_author():
-    cells = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    shown = [output.get("data", {}) for cell in cells for output in cell.outputs]
-    (plot,) = (b64decode(data["image/png"]) for data in shown if "image/png" in data)
-    assert len(plot) < 40_000
-    assert NOTEBOOK.stat().st_size < 60_000
     assert str(Path.home()) not in NOTEBOOK.read_text("utf-8")
+    assert NOTEBOOK.stat().st_size < 60_000
+    assert (tmp_path / "metagpt-demo" / "from-notebook" / "metagpt.json").is_file()

@@ -1,16 +1,14 @@
-"""The rooms of the package: imports go down the floors, and there is no import cycle."""
+"""The packages and their layers: imports go down, and there is no import cycle."""
 
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mergekit_metagpt"
 
-# From the top. A module may import from its own room and from the floors below.
-FLOORS = [
+# From the top. A module may import from its own package and from the layers below.
+LAYERS = [
     {"cli"},
     {"api"},
     {"merging", "preflight", "report", "demo", "evaluation"},
@@ -20,16 +18,14 @@ FLOORS = [
     {"core"},
     {"top"},  # the files at the package's top, which import nothing but each other
 ]
-# Entry points of Python and MergeKit. They may import every room, but no room imports them.
-DOORS = {"__init__", "__main__", "startup"}
+# Entry points of Python and MergeKit. They may import every package, and none imports them.
+ENTRY_POINTS = {"__init__", "__main__", "startup"}
 
-
-def modules() -> dict[str, Path]:
-    return {
-        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
-        for path in PACKAGE.rglob("*.py")
-        if path.relative_to(PACKAGE).stem not in DOORS or path.parent != PACKAGE
-    }
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.stem not in ENTRY_POINTS or path.parent != PACKAGE
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -42,52 +38,38 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: import by the full name"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     own = {name.removeprefix("mergekit_metagpt.") for name in found if "mergekit_metagpt" in name}
-    known = modules()
     resolved = set()
     for name in own:
-        while name and name not in known and f"{name}.__init__" not in known:
+        while name and name not in FILES and f"{name}.__init__" not in FILES:
             name = name.rpartition(".")[0]
         if name:
-            resolved.add(name if name in known else f"{name}.__init__")
+            resolved.add(name if name in FILES else f"{name}.__init__")
     return resolved
 
 
-def room(module: str) -> str:
+def package(module: str) -> str:
     return module.partition(".")[0] if "." in module else "top"
 
 
-def floor(module: str) -> int:
-    return next(number for number, rooms in enumerate(FLOORS) if room(module) in rooms)
+def layer(module: str) -> int:
+    return next(number for number, packages in enumerate(LAYERS) if package(module) in packages)
 
 
-@pytest.mark.parametrize("module", modules())
-def test_imports_go_down(module):
-    for imported in imports(modules()[module]):
-        assert room(imported) == room(module) or floor(imported) > floor(module), (
-            f"{module} imports {imported}, which is not on a floor below"
-        )
-
-
-def test_there_is_no_circle():
-    graph = {module: imports(path) - {module} for module, path in modules().items()}
+def test_imports_go_down_and_in_no_circle():
+    graph = {module: imports(path) - {module} for module, path in FILES.items()}
+    for module, imported in graph.items():
+        for other in imported:
+            goes_down = package(other) == package(module) or layer(other) > layer(module)
+            assert goes_down, f"{module} imports {other}, which is not in a layer below"
     assert list(TopologicalSorter(graph).static_order())
+    assert set(map(package, FILES)) == set().union(*LAYERS)
 
 
-def test_every_room_has_a_floor():
-    assert {room(module) for module in modules()} == set().union(*FLOORS)
-
-
-@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "mergekit_metagpt/README.md"])
-def test_the_map_names_every_folder(document):
-    text = (ROOT / document).read_text("utf-8")
-    for folder in set().union(*FLOORS) - {"top"}:
-        assert f"{folder}/" in text
-
-
-def test_the_map_names_every_file_at_the_top():
-    text = (PACKAGE / "README.md").read_text("utf-8")
-    for module in modules():
-        assert "." in module or f"{module}.py" in text
+def test_the_maps_name_every_folder_and_every_file_at_the_top():
+    for document in ("CONTRIBUTING.md", "mergekit_metagpt/README.md"):
+        text = (ROOT / document).read_text("utf-8")
+        assert all(f"{folder}/" in text for folder in set().union(*LAYERS) - {"top"})
+    assert all("." in module or f"{module}.py" in text for module in FILES)  # in the package's
 
 
 def test_private_names_are_used_in_one_module_only():
@@ -96,7 +78,7 @@ def test_private_names_are_used_in_one_module_only():
 
     listed = {private.path.rpartition(".")[2] for private in PRIVATE.values()}
     promised = {"_execute"}  # overridden; only the class itself calls it
-    for module, path in modules().items():
+    for module, path in FILES.items():
         if module == "mergekit_private":
             continue
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
