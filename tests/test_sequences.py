@@ -269,7 +269,7 @@ class Sequences(RuleBasedStateMachine):
             def start() -> None:
                 work = (self.run, other, "y") if what == "merge" else (self.planned, other)
                 running.append(pool.submit(*work))
-                wait(running, timeout=2)
+                wait(running, timeout=0.1)
 
             with self.at_file(0, start):
                 record = self.run(setup, "x")
@@ -291,7 +291,7 @@ def test_no_sequence_goes_wrong(request):
     run_state_machine_as_test(
         Sequences,
         settings=settings(
-            max_examples=wanted or 60,
+            max_examples=wanted or 20,
             stateful_step_count=12,
             derandomize=not wanted,
             suppress_health_check=list(HealthCheck),

@@ -104,7 +104,7 @@ def merge(
         raise BadInputError(*looked_at.problems)
     _log(looked_at.warnings)
     with running(written, options, not options.quiet) as job:
-        record = merged(job, Path(out))
+        record = merged(job, Path(out), outputs=looked_at.outputs)
         return Merged(Path(out), Summary(job.entries), record)
 
 
