@@ -104,15 +104,15 @@ MUTANTS = [
     ),
     (
         "planning/job.py",
-        "        _forget_files(job.parsed)\n        LoaderCache()",
-        "        LoaderCache()",
-        "test_lora_cache.py",
+        "            vars(loading).update(settings)",
+        "            pass",
+        "test_api.py",
     ),
     (
         "planning/job.py",
         "            torch.set_num_threads(threads)",
         "            pass",
-        "test_merging_directory.py",
+        "test_api.py",
     ),
     (
         "planning/job.py",
@@ -169,7 +169,7 @@ MUTANTS = [
     (
         "report/stock_config.py",
         "key=lambda entry: order.index(entry.model)",
-        "key=lambda entry: str(entry.model)",
+        "key=lambda entry: -order.index(entry.model)",
         "test_report_stock_config.py",
     ),
 ]

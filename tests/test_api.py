@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from conftest import command, merge_config, put_nan, read, run, save_family, write_yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 import mergekit_metagpt
@@ -66,6 +68,15 @@ def test_a_merge_has_a_seed(family, tmp_path):
     merged = mergekit_metagpt.merge(merge_config(family), tmp_path / "out", options=QUIET)
     assert isinstance(merged.record["seed"], int)
     assert read(tmp_path / "out").keys() == read(family["base"]).keys()
+
+
+def test_the_caller_keeps_its_loader_options_and_threads(family):
+    before, options = torch.get_num_threads(), QUIET.model_copy(update={"num_threads": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoaderCache(), "lora_cache_dir", "of the caller", raising=False)
+        mergekit_metagpt.plan(merge_config(family), options=options)
+        assert LoaderCache().lora_cache_dir == "of the caller"
+    assert torch.get_num_threads() == before != 2
 
 
 def test_bad_input_is_one_error_with_a_sentence(family, tmp_path):

@@ -21,7 +21,7 @@ from conftest import (
     slices_config,
     write_yaml,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from test_cli_check import save_tokenizer
 
 import mergekit_metagpt
@@ -47,10 +47,11 @@ def own(tmp_path):
 
 
 def rewrite(path: str, name: str = "model.norm.weight", factor: float = 3.0) -> None:
-    """Change one small tensor of a checkpoint in place: same names, same size."""
+    """Change one small tensor of a checkpoint in place: the same inode, names and size."""
     tensors = load_file(f"{path}/model.safetensors")
     tensors[name] = tensors[name] * factor
-    save_file(tensors, f"{path}/model.safetensors", metadata={"format": "pt"})
+    with open(f"{path}/model.safetensors", "r+b") as file:
+        file.write(save(tensors, metadata={"format": "pt"}))
 
 
 def cached() -> list[Path]:
@@ -153,6 +154,22 @@ def test_experts_that_a_survey_says_too_little_of_are_measured(own, tmp_path, pa
         caplog.clear()
         invoke("survey", *own.values(), third)
         assert "the rows of lm_head.weight different meanings; the tensor does not" in caplog.text
+
+
+def test_tensors_that_only_some_experts_tie_are_measured_for_those(own, tmp_path, passes):
+    """Of all three experts the head counts by itself; of two it is the embeddings again."""
+    third = str(shutil.copytree(own["a"], tmp_path / "c"))
+    for path in (*own.values(), third):
+        tensors = load_file(f"{path}/model.safetensors")
+        if path != third:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, f"{path}/model.safetensors", metadata={"format": "pt"})
+    invoke("survey", *own.values(), third)
+    config = merge_config(own, parameters={"granularity": "model"})
+    norms = [expert.squared_norm for expert in mergekit_metagpt.plan(config).experts]
+    exact = survey_checkpoints(own["base"], [own["a"], own["b"]], progress=False)
+    assert tuple(norms) == exact.model
+    assert "lm_head.weight" in exact.tied
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"experts": 3}', "cut"])
