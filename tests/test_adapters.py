@@ -16,6 +16,7 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
+import mergekit_metagpt
 from mergekit_metagpt.planning.models import find_model_files
 from mergekit_metagpt.preflight import inspect
 from mergekit_metagpt.preflight.adapters import bad_adapters
@@ -248,3 +249,18 @@ def test_names_that_peft_knows_as_older_ones_are_no_problem(tmp_path):
     assert "has no module model.layers.0.block_sparse_moe.experts" in "".join(
         bad_adapters(files, MergeOptions())
     )
+
+
+def test_nothing_is_measured_of_an_adapter_that_fits_in_part(family, tmp_path):
+    adapter = save_adapter(family["base"], tmp_path / "lora", lora())
+    tensors(lambda held: {name.replace("q_proj", "wq"): held[name] for name in held})(adapter)
+    expert = f"{family['base']}+{adapter}"
+    options = MergeOptions(lora_merge_cache=str(tmp_path / "cache"), quiet=True)
+    config = merge_config({"base": family["base"], "lora": expert})
+    for measure in (
+        lambda: mergekit_metagpt.plan(config, options=options),
+        lambda: mergekit_metagpt.survey(family["base"], [expert], options=options),
+    ):
+        with pytest.raises(ValueError, match="wq"):
+            measure()
+    assert not (tmp_path / "cache").exists()

@@ -20,10 +20,11 @@ from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.planning.config import ConfigFile, reference
 from mergekit_metagpt.planning.forecast import Forecast, forecast, own_method
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.models import require_models
+from mergekit_metagpt.planning.models import find_model_files, require_models
 from mergekit_metagpt.planning.outputs import Outputs
 from mergekit_metagpt.planning.yaml_file import plain
 from mergekit_metagpt.preflight import ignored, inspect
+from mergekit_metagpt.preflight.adapters import bad_adapters
 from mergekit_metagpt.report.plots import comparison_figure
 from mergekit_metagpt.wording import BadInputError
 from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
@@ -52,6 +53,7 @@ def forecasts(
     """
     with _explained(job, warn):
         own_method(job.parsed)  # before the hub is asked for anything
+        _require_adapters(job)
         with _from_hub(job) as on_hub:
             where = mapper(job.options, on_hub) if mapper else in_this_process
             return [
@@ -88,6 +90,7 @@ def measured(job: Job, mapper: MapperOf | None = None) -> Survey:
     """
     models = job.parsed.referenced_models()
     require_models([model for model in models if not is_looked_up(model)], job.options)
+    _require_adapters(job)
     base, experts = job.base_and_experts
     checkpoints = Checkpoints(base, tuple(experts))
     with _from_hub(job) as on_hub:
@@ -122,6 +125,16 @@ def merged(
         outputs=outputs,
         mapper=mapper,
     )
+
+
+def _require_adapters(job: Job) -> None:
+    """Refuse adapters that PEFT would apply in part, without a word if it has done so before."""
+    adapted = [model for model in job.parsed.referenced_models() if model.lora]
+    files = [find_model_files(model, job.options) for model in adapted]
+    if problems := [
+        p for each in files for p in (*each.problems, *bad_adapters(each, job.options))
+    ]:
+        raise BadInputError(*problems)
 
 
 @contextmanager
