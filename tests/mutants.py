@@ -120,13 +120,13 @@ MUTANTS = [
         "    key = digest(identities)[:16]",
         "test_lora_cache.py",
     ),
-    ("planning/directory.py", "            _sync(file)\n", "", "test_merging_directory.py"),
-    ("planning/directory.py", "    _sync(part)\n", "", "test_merging_directory.py"),
-    ("planning/directory.py", "        _sync(self.merged)\n", "", "test_merging_directory.py"),
+    ("planning/directory.py", "            sync(file)\n", "", "test_merging_directory.py"),
+    ("planning/durable.py", "    sync(part)\n", "", "test_merging_directory.py"),
+    ("planning/directory.py", "        sync(self.merged)\n", "", "test_merging_directory.py"),
     (
         "planning/directory.py",
-        "f.exists() and f.stat().st_size == sizes[name]",
-        "f.exists()",
+        "file.exists() and file.stat().st_size == size",
+        "file.exists()",
         "test_merging_directory.py",
     ),
     (

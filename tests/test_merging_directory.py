@@ -46,7 +46,7 @@ def before(module, name, number=1):
 moments = {
     "before anything is complete": lambda: before(shard, "require_in_range"),
     "while the third file is written": lambda: before(shard, "require_in_range", 3),
-    "before the third file has its record": lambda: before(directory, "_write_whole", 4),
+    "before the third file has its record": lambda: before(directory, "write_whole", 4),
     "when all files are complete": lambda: before(by_shard, "_write_index"),
     "before it is published": lambda: before(directory.Output, "publish"),
     "in the middle of its move": lambda: before(directory.os, "rename", 12),
@@ -184,6 +184,25 @@ class TestStopped:
         merge(config, out, *SHARDS)
         assert files(out) == whole_merge
 
+    def test_a_record_that_was_damaged_is_none(self, stopped, config, out, whole_merge):
+        stopped(FULL)
+        (work,) = Output.of(out).works()
+        (work.path / "complete" / f"{SHARD(2)}.json").write_text("")
+        merge(config, out, *SHARDS)
+        assert files(out) == whole_merge
+
+    def test_a_folder_beside_the_weights_does_not_stop_the_next(self, stopped, config, out):
+        stopped(FULL)
+        (work,) = Output.of(out).works()
+        (work.merged / "additional_chat_templates").mkdir()
+        (work.merged / "additional_chat_templates" / "tool.jinja").touch()
+        merge(config, out, *SHARDS)
+
+    def test_another_way_of_merging_is_another_merge(self, stopped, config, out, caplog):
+        stopped(FULL)
+        merge(config, out, *SHARDS, "--async-write")
+        assert "holds another merge that has not been finished" in caplog.text
+
     def test_a_stock_method_is_not_merged_again_if_only_its_tokenizer_failed(
         self, family, out, tmp_path, monkeypatch
     ):
@@ -291,7 +310,7 @@ class TestTheLock:
         (out if exists else out.parent).mkdir(parents=True)
         place = Output.of(out).workplace
         with FileLock(place / "merged.metagpt-lock"):
-            (place / f"merged.metagpt-{KEY}").mkdir()
+            (place / f"merged.metagpt-{KEY}" / "complete").mkdir(parents=True)
             before = names(place)
             done = merge(config, out, status=1)
             assert done.stderr.startswith(f"Error: Another merge is writing {out}; wait")
@@ -308,7 +327,13 @@ class TestTheLock:
         assert names(out) == WHOLE
 
     def test_only_directories_of_this_output_are_its_work(self, config, out):
-        for name in (f"merged.metagpt-{KEY}x", f"else.metagpt-{KEY}", "merged.metagpt-backup"):
+        for name in (
+            f"merged.metagpt-{KEY}",
+            f"merged.metagpt-{KEY}.removed",
+            f"merged.metagpt-{KEY}x",
+            f"else.metagpt-{KEY}",
+            "merged.metagpt-backup",
+        ):
             (out.parent / name).mkdir(parents=True)
         before = names(out.parent)
         assert Output.of(out).works() == []

@@ -41,7 +41,7 @@ def place(tmp_path):
 
 
 def test_what_a_killed_merge_left_is_nothing_and_anything_else_is_something(problems, place):
-    (place / "out" / f"out.metagpt-{KEY}").mkdir()
+    (place / "out" / f"out.metagpt-{KEY}" / "complete").mkdir(parents=True)
     (place / "out" / "out.metagpt-lock").touch()
     assert problems(place / "out") == []
     (place / "out" / "metagpt.txt").touch()

@@ -110,6 +110,16 @@ def test_slices_of_fewer_experts_take_their_part(three, tmp_path, passes):
     assert len(passes) == 1
 
 
+def rewrite_below(path: str) -> None:
+    """Move the weights below, as an index may have it, and change them there."""
+    below = Path(path, "w")
+    below.mkdir(exist_ok=True)
+    os.replace(f"{path}/model.safetensors", below / "model.safetensors")
+    rewrite(str(below))
+    names = dict.fromkeys(load_file(below / "model.safetensors"), "w/model.safetensors")
+    Path(path, "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
 CHANGES = {
     "a norm alone": lambda path: rewrite(path),
     "another file of the same name": lambda path: os.replace(
@@ -172,7 +182,23 @@ def test_tensors_that_only_some_experts_tie_are_measured_for_those(own, tmp_path
     assert "lm_head.weight" in exact.tied
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"experts": 3}', "cut"])
+def test_a_file_that_an_index_finds_in_a_folder_below_counts(own, passes):
+    rewrite_below(own["b"])
+    config = merge_config(own, parameters={"granularity": "model"})
+    mergekit_metagpt.plan(config)
+    rewrite(f"{own['b']}/w")
+    mergekit_metagpt.plan(config)
+    assert len(passes) == 2
+
+
+def test_models_in_folders_of_one_snapshot_are_different_ones(family, tmp_path, passes):
+    snapshot = tmp_path / "models--org--both" / "snapshots" / ("0123456789" * 4)
+    paths = {name: str(shutil.copytree(path, snapshot / name)) for name, path in family.items()}
+    norms = [mergekit_metagpt.survey(paths["base"], [paths[n]]).squared_norms for n in "ab"]
+    assert len(passes) == len(set(norms)) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"null", b'{"experts": 3}', "cut"])
 def test_a_damaged_cache_is_no_cache(damage, family, passes):
     expected = invoke("survey", *family.values(), "--json").stdout
     (file,) = cached()

@@ -20,8 +20,8 @@ from torch import Tensor
 from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.measure.headers import Header, read_header
 from mergekit_metagpt.measure.hub import HubLoader
-from mergekit_metagpt.measure.identity import identity_of
-from mergekit_metagpt.measure.loaders import load_task
+from mergekit_metagpt.measure.identity import identity_of, on_hub, stat_of
+from mergekit_metagpt.measure.loaders import load_task, weight_files
 from mergekit_metagpt.measure.read_ahead import AHEAD
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.tensors import Device, Measured, TensorMeasurer
@@ -99,6 +99,8 @@ class Checkpoints:
             identity: list[Any] = [model.model.path, loader.commit]
         else:
             identity = identity_of(loader.index.base_path)
+            if not on_hub(loader.index.base_path):  # an index may name files in folders below
+                identity += [[str(path), stat_of(path)] for path in weight_files(model)]
         if model.lora and os.path.isdir(model.model.path):
             identity += identity_of(model.model.path)
         return [*identity, LoaderCache().trust_remote_code]

@@ -19,7 +19,7 @@ from mergekit_metagpt.wording import BadInputError
 Stat = tuple[int, int, int] | None
 
 # A snapshot in the hub's cache: its repository and its commit. "--" is in no name.
-_SNAPSHOT = re.compile(r"[/\\]models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]|$)")
+_SNAPSHOT = re.compile(r"[/\\]models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?")
 # There, a large file is a link to one whose name is its SHA-256.
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1 << 22
@@ -49,8 +49,8 @@ def require_unchanged(before: dict[str, Stat]) -> None:
 
 
 def on_hub(directory: str) -> tuple[str, str] | None:
-    """Return repository and commit of a directory in the hub's cache; None for any other."""
-    cached = _SNAPSHOT.search(directory)
+    """Return repository and commit of a model in the hub's cache; None for any other directory."""
+    cached = re.search(f"{_SNAPSHOT.pattern}$", directory)
     return (cached[1].replace("--", "/"), cached[2]) if cached else None
 
 
@@ -72,7 +72,7 @@ def digest(*facts: Any) -> str:
 def sha256_of(path: str | Path) -> str:
     """Return the SHA-256 of a file's content; the same file is read only once by a process."""
     blob = os.path.basename(os.path.realpath(path))
-    if on_hub(os.path.abspath(path)) and _SHA256.fullmatch(blob):
+    if _SNAPSHOT.search(os.path.abspath(path)) and _SHA256.fullmatch(blob):
         return blob
     return _sha256(os.path.realpath(path), stat_of(path))
 

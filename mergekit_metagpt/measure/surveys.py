@@ -169,7 +169,7 @@ class _Kept:
         for file in (self.file, *others):
             try:
                 survey = _from_json(json.loads(file.read_text("utf-8"))).of_some(self.experts)
-            except (OSError, ValueError, LookupError, TypeError):
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
                 continue  # there is none, or it was damaged
             if survey:
                 return replace(survey, experts=checkpoints.experts, source=checkpoints)

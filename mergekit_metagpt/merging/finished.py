@@ -55,7 +55,7 @@ def describe(directory: Path, config: MergeConfiguration, options: MergeOptions)
 
 def _untie(said: dict[str, Any], model: ModelFiles, weights: Weights) -> None:
     """Say that the head is not the embeddings, if both are stored and differ."""
-    loader = LazyTensorLoader(weights.index)
+    loader = LazyTensorLoader(weights.index, lazy_unpickle=False)
     for pair in _ties(model, weights) if model.is_tied else []:
         one, other = (cast(torch.Tensor, loader.get_tensor(name)) for name in pair)
         if one.shape != other.shape or (one != other).any():

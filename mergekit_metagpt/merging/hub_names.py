@@ -29,6 +29,8 @@ def hub_names(config: Any, given: Sequence[str]) -> dict[str, str]:
             raise BadInputError(f"{pair} names no path of the config; {instead(path, local)}.")
         if not HUB_NAME.fullmatch(name):
             raise BadInputError(f"{pair} gives no name of the hub; write {path}=USER/NAME.")
+        if name in names.values():
+            raise BadInputError(f"{pair} gives two models one name; write each model's own.")
         names[path] = name
     return names
 

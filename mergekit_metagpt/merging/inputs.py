@@ -42,9 +42,10 @@ class Inputs:
     @property
     def identity(self) -> list[Any]:
         """What the models are now, as JSON types."""
+        directories = {m: str(LoaderCache().get(m).index.base_path) for m in self.models}
         return [
-            [str(model), *identity_of(str(LoaderCache().get(model).index.base_path))]
-            for model in self.models
+            *([str(model), *identity_of(path)] for model, path in directories.items()),
+            self.stats,  # an index may name files in folders below
         ]
 
     def require_unchanged(self) -> None:

@@ -99,6 +99,7 @@ def _facts(job: Job, inputs: Inputs, way: "_Way") -> dict[str, Any]:
         "options": deciding_options(job.parsed, job.options, by_direction=way.by_direction),
         "versions": versions(),
         "inputs": inputs.identity,
+        "file by file": way.plan is not None,
         "tokenizer": way.plan and way.plan.tokenizer,
     }
 
@@ -148,15 +149,18 @@ class _Way:
                 _run_merge(job, work.merged)
             self._correct(work)
             inputs.require_unchanged()
-            files = [path for path in work.merged.iterdir() if path.is_file()]
+            files = [path for path in work.merged.rglob("*") if path.is_file()]
             written = Written([path.name for path in files], [], 0, entries)
             work.keep("all", written.as_json(), files)
             records = work.records
         job.entries.extend(Written.of(records["all"], models).entries)
 
     def _correct(self, work: Work) -> None:
-        for sentence in describe(work.merged, self.job.parsed, self.job.options):
-            LOG.warning("%s", sentence)
+        try:
+            for sentence in describe(work.merged, self.job.parsed, self.job.options):
+                LOG.warning("%s", sentence)
+        except Exception as error:  # the weights are complete, and may have taken hours
+            LOG.warning("config.json could not be compared with the weights (%s).", reason(error))
 
 
 def _run_merge(job: Job, directory: Path) -> None:

@@ -21,11 +21,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from mergekit_metagpt.planning.durable import sync, write_whole
 from mergekit_metagpt.wording import BadInputError, reason
 
 LOG = logging.getLogger(__name__)
 
-_WORK = re.compile(r"(.*)\.metagpt-[0-9a-f]{16}(\.removed)?")
+_WORK = re.compile(r"(.*)\.metagpt-[0-9a-f]{16}(\.removed)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,13 @@ class Work:
     @property
     def records(self) -> dict[str, dict[str, Any]]:
         """The records of complete files, by name; JSON types."""
-        read = {path.stem: json.loads(path.read_text("utf-8")) for path in self._written_records()}
-        return {name: record for name, record in read.items() if self._has(record["bytes"])}
+        records = {}
+        for path in self._written_records():
+            with suppress(ValueError, LookupError, TypeError, AttributeError):  # it is damaged
+                record = json.loads(path.read_text("utf-8"))
+                if all(self._has(name, size) for name, size in record["bytes"].items()):
+                    records[path.stem] = record
+        return records
 
     def keep(self, name: str, record: dict[str, Any], files: Sequence[Path]) -> None:
         """Count files as complete, once they and their record are on the disk.
@@ -53,12 +59,14 @@ class Work:
             record: of JSON types.
             files: files of the work directory, which move to ``merged`` if they are not there.
         """
+        sizes = {}
         for file in files:
-            _sync(file)
-            os.replace(file, self.merged / file.name)
-        _sync(self.merged)
-        sizes = {file.name: (self.merged / file.name).stat().st_size for file in files}
-        _write_whole(self.path / "complete" / f"{name}.json", {**record, "bytes": sizes})
+            its = file.relative_to(self.merged) if self.merged in file.parents else file.name
+            sync(file)
+            os.replace(file, self.merged / its)
+            sizes[str(its)] = (self.merged / its).stat().st_size
+        sync(self.merged)
+        write_whole(self.path / "complete" / f"{name}.json", {**record, "bytes": sizes})
 
     def prepare(self, facts: dict[str, Any]) -> None:
         """Make the directory, or clear it of everything that is not complete."""
@@ -72,10 +80,10 @@ class Work:
             if path.stem not in records:
                 path.unlink()
         complete = {file for record in records.values() for file in record["bytes"]}
-        for file in self.merged.iterdir():
-            if file.name not in complete:
+        for file in list(self.merged.rglob("*")):
+            if file.is_file() and str(file.relative_to(self.merged)) not in complete:
                 file.unlink()
-        _write_whole(self.path / "merge.json", facts)
+        write_whole(self.path / "merge.json", facts)
 
     @property
     def is_stopped(self) -> bool:
@@ -103,15 +111,17 @@ class Work:
     def moved(self) -> list[str]:
         """The files that may be in the output already, moved there by a merge that was killed."""
         with suppress(FileNotFoundError):
-            return list(json.loads((self.path / "moved.json").read_text("utf-8")))
+            names = list(json.loads((self.path / "moved.json").read_text("utf-8")))
+            if (self.merged / "config.json").exists():  # it is moved last
+                return names
         return []
 
     def _written_records(self) -> list[Path]:
         return sorted((self.path / "complete").glob("*.json"))
 
-    def _has(self, sizes: dict[str, int]) -> bool:
-        files = {name: self.merged / name for name in sizes}
-        return all(f.exists() and f.stat().st_size == sizes[name] for name, f in files.items())
+    def _has(self, name: str, size: int) -> bool:
+        file = self.merged / name
+        return file.exists() and file.stat().st_size == size
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,8 @@ class Output:
         if self.workplace.is_dir():
             for path in sorted(self.workplace.iterdir()):
                 name = _WORK.fullmatch(path.name)
-                if name and name[1] == self.path.name:
+                is_own = name and name[1] == self.path.name and (path / "complete").is_dir()
+                if name and is_own:
                     yield path, bool(name[2])
 
     def contents(self) -> set[Path]:
@@ -219,13 +230,16 @@ class Output:
 
     def publish(self, work: Work) -> None:
         """Move a complete merge to the output; if that fails, it stays where it is."""
-        if self.workplace != self.path:
+        if self.workplace != self.path and not self.path.exists():
             os.rename(work.merged, self.path)
             return
-        if self.contents():
-            raise FileExistsError(f"{self.path} is no longer empty")
+        if self.workplace != self.path or self.contents():
+            raise FileExistsError(
+                f"{self.path} is no longer empty, or was made while the merge ran; remove it, and "
+                "run the same command again."
+            )
         files = sorted(work.merged.iterdir(), key=lambda file: (_rank(file.name), file.name))
-        _write_whole(work.path / "moved.json", [file.name for file in files])
+        write_whole(work.path / "moved.json", [file.name for file in files])
         try:
             for file in files:
                 os.rename(file, self.path / file.name)
@@ -268,26 +282,6 @@ class Output:
 def _rank(name: str) -> int:
     """Move last what a model cannot be loaded without."""
     return 2 if name == "config.json" else 1 if name.endswith(".index.json") else 0
-
-
-def _write_whole(path: Path, content: Any) -> None:
-    """Write JSON that is on the disk when this returns, and never half there."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    _sync(part)
-    os.replace(part, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    if os.name != "posix" and path.is_dir():
-        return  # Windows opens no directories
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
