@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from click.testing import CliRunner, Result
 from hypothesis import settings
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
@@ -22,6 +23,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 import mergekit_metagpt
+from mergekit_metagpt.cli import main
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 
 # Each xdist worker uses one thread, so that workers do not compete for cores.
@@ -48,6 +50,13 @@ def pytest_configure() -> None:
             f"The tests would run {tested}, where {differing[0]} is not as it is here. Install the "
             "package again: pip install '.[test]'"
         )
+
+
+def invoke(*words: object, status: int = 0, **settings: Any) -> Result:
+    """Run ``mergekit-metagpt`` in this process, and check its exit status."""
+    done = CliRunner().invoke(main, [str(word) for word in words], **settings)
+    assert done.exit_code == status, done.output
+    return done
 
 
 def differing_files(tree: Path, installed: Path) -> list[str]:

@@ -7,9 +7,9 @@ import pytest
 import reference
 import torch
 import yaml
-from click.testing import CliRunner
 from conftest import (
     command,
+    invoke,
     llama_config,
     merge_config,
     put_nan,
@@ -21,14 +21,7 @@ from conftest import (
 )
 from safetensors.torch import save_file
 
-from mergekit_metagpt.cli import main
 from mergekit_metagpt.method.session import noted
-
-
-def invoke(*words, status: int = 0):
-    done = CliRunner().invoke(main, [str(word) for word in words])
-    assert done.exit_code == status, done.output
-    return done
 
 
 @pytest.fixture

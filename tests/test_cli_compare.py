@@ -3,16 +3,7 @@
 import json
 
 import pytest
-from click.testing import CliRunner
-from conftest import llama_config, merge_config, save_family, write_yaml
-
-from mergekit_metagpt.cli import main
-
-
-def invoke(*words, status: int = 0):
-    done = CliRunner().invoke(main, [str(word) for word in words])
-    assert done.exit_code == status, done.output
-    return done
+from conftest import invoke, llama_config, merge_config, save_family, write_yaml
 
 
 def compared(config, *words):

@@ -5,9 +5,9 @@ import threading
 
 import pytest
 import torch
-from click.testing import CliRunner
 from conftest import (
     command,
+    invoke,
     llama_config,
     merge_config,
     on_posix,
@@ -18,15 +18,7 @@ from conftest import (
     write_yaml,
 )
 
-from mergekit_metagpt.cli import main
-
 COMMANDS = ("check", "coefficients", "resolve", "diagnose", "merge")
-
-
-def invoke(*words, status: int = 0, **settings):
-    done = CliRunner().invoke(main, [str(word) for word in words], **settings)
-    assert done.exit_code == status, done.output
-    return done
 
 
 @pytest.fixture

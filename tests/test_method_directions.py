@@ -10,6 +10,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from conftest import (
+    invoke,
     llama_config,
     merge_config,
     put_nan,
@@ -21,7 +22,6 @@ from conftest import (
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.scripts import merge_raw_pytorch
 
-from mergekit_metagpt.cli import main
 from mergekit_metagpt.core.directions import Directions, Rule, merge_directions
 from mergekit_metagpt.core.roles import Role
 from mergekit_metagpt.method.advice import warnings
@@ -34,12 +34,6 @@ SETTINGS = {"granularity": "direction", "exponent": 1.0}
 
 def config_of(family, **parameters):
     return merge_config(family, parameters={"granularity": "direction", **parameters})
-
-
-def invoke(*words, status=0):
-    done = CliRunner().invoke(main, [str(word) for word in words])
-    assert done.exit_code == status, done.output
-    return done
 
 
 def assert_merged(merged, base, experts, rule, scale=1.0, roles=None):

@@ -9,9 +9,9 @@ import platformdirs
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
 from conftest import (
     command,
+    invoke,
     llama_config,
     merge_config,
     put_nan,
@@ -25,14 +25,7 @@ from safetensors.torch import load_file, save, save_file
 from test_cli_check import save_tokenizer
 
 import mergekit_metagpt
-from mergekit_metagpt.cli import main
 from mergekit_metagpt.measure.checkpoints import Checkpoints, survey_checkpoints
-
-
-def invoke(*words, status: int = 0):
-    done = CliRunner().invoke(main, [str(word) for word in words])
-    assert done.exit_code == status, done.output
-    return done
 
 
 @pytest.fixture(scope="module")

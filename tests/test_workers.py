@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from conftest import (
     command,
+    invoke,
     llama_config,
     merge_config,
     on_posix,
@@ -24,7 +24,6 @@ from conftest import (
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
-from mergekit_metagpt.cli import main
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.loaders import set_up_worker
 from mergekit_metagpt.workers import RayMapper, in_this_process
@@ -55,12 +54,6 @@ def survey(paths, mapper=in_this_process, **options):
 
 def on_ray(**options):
     return RayMapper(None, partial(set_up_worker, MergeOptions()), **options)
-
-
-def invoke(*words, status: int = 0):
-    done = CliRunner().invoke(main, [str(word) for word in words])
-    assert done.exit_code == status, done.output
-    return done
 
 
 def test_any_number_of_workers_measures_the_same_bits(family, sharded):

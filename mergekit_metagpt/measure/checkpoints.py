@@ -21,7 +21,7 @@ from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.measure.headers import Header, read_header
 from mergekit_metagpt.measure.hub import HubLoader
 from mergekit_metagpt.measure.identity import identity_of, on_hub, stat_of
-from mergekit_metagpt.measure.loaders import load_task, weight_files
+from mergekit_metagpt.measure.loaders import forget_models, load_task, weight_files
 from mergekit_metagpt.measure.read_ahead import AHEAD
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.tensors import Device, Measured, TensorMeasurer
@@ -83,9 +83,7 @@ class Checkpoints:
 
     def forget_files(self) -> None:
         """Close the weight files, and forget which files the models have."""
-        for model in self.models:
-            mergekit_private.open_loaders.pop(model, None)
-            mergekit_private.SimpleLoaderCache().loaders.pop(model.model.path, None)
+        forget_models(self.models)
 
     def identity(self, model: ModelReference) -> list[Any]:
         """Return what a model is: its files, or those of the model with its adapter applied.

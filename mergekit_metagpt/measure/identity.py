@@ -34,18 +34,22 @@ def stat_of(path: str | Path) -> Stat:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
+def changed_files(before: dict[str, Stat]) -> list[str]:
+    """Return the sorted paths of files that are not what they were."""
+    return sorted(path for path, stat in before.items() if stat != stat_of(path))
+
+
 def require_unchanged(before: dict[str, Stat]) -> None:
     """Refuse a merge if one of its weight files has changed.
 
     Raises:
         BadInputError: if so; names the first of them.
     """
-    for path, stat in sorted(before.items()):
-        if stat != stat_of(path):
-            raise BadInputError(
-                f"Weight file {path} has changed since this merge began, which would mix two "
-                "models; merge again when no program writes to it."
-            )
+    if changed := changed_files(before):
+        raise BadInputError(
+            f"Weight file {changed[0]} has changed since this merge began, which would mix two "
+            "models; merge again when no program writes to it."
+        )
 
 
 def on_hub(directory: str) -> tuple[str, str] | None:

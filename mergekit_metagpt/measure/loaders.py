@@ -1,6 +1,6 @@
 """MergeKit's loaders, which it keeps once per process: their files, and how to forget them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mergekit.architecture import WeightInfo
@@ -24,6 +24,13 @@ def forget_files() -> None:
     """Forget open files and tokenizers, so that every thread reads the models again."""
     mergekit_private.open_loaders.clear()
     tokenizers_agree.cache_clear()
+
+
+def forget_models(models: Iterable[ModelReference]) -> None:
+    """Close the weight files of models. MergeKit knows open ones by the model's name only."""
+    for model in models:
+        mergekit_private.open_loaders.pop(model, None)
+        mergekit_private.SimpleLoaderCache().loaders.pop(model.model.path, None)
 
 
 def set_up_worker(options: MergeOptions, on_hub: Sequence[HubModel] = ()) -> None:

@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 import torch
 
-from mergekit_metagpt.measure.identity import Stat, digest, require_unchanged, stat_of
+from mergekit_metagpt.measure.identity import (
+    Stat,
+    changed_files,
+    digest,
+    require_unchanged,
+    stat_of,
+)
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.workers import Mapper, in_this_process
 
@@ -41,10 +47,6 @@ class _Begun:
     looked: float
     survey: Survey | None = None
 
-    @property
-    def is_changed(self) -> bool:
-        return any(stat != stat_of(path) for path, stat in self.files.items())
-
 
 class Surveys:
     """The surveys of the merges that this process runs; thread-safe."""
@@ -57,9 +59,10 @@ class Surveys:
         """Prepare for a merge: record its weight files, and close what has changed before."""
         with self._lock:
             for known, begun in list(self._begun.items()):
-                if begun.is_changed:
+                changed = changed_files(begun.files)
+                if changed:
                     known.forget_files()
-                if begun.is_changed or known == checkpoints:
+                if changed or known == checkpoints:
                     del self._begun[known]
             self._begin(checkpoints)
 

@@ -7,7 +7,6 @@ complete. Work that all tasks share is done once: LoRA adapters are applied, the
 built, the models are surveyed.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from mergekit.tokenizer import TokenizerInfo
 
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.identity import digest
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.mergekit_private import (
@@ -99,8 +99,7 @@ class Plan:
         if info is None:
             return None
         maps = {str(model): sorted(pairs.items()) for model, pairs in info.permutations.items()}
-        known = json.dumps([info.tokenizer.get_vocab(), maps], sort_keys=True)
-        return hashlib.sha256(known.encode()).hexdigest()
+        return digest(info.tokenizer.get_vocab(), maps)
 
 
 def _only_file(options: MergeOptions) -> tuple[str, str]:

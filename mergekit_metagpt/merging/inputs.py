@@ -12,6 +12,7 @@ from mergekit.io.tasks import LoaderCache
 
 from mergekit_metagpt.measure.identity import (
     Stat,
+    changed_files,
     identity_of,
     on_hub,
     require_unchanged,
@@ -58,7 +59,7 @@ class Inputs:
 
     def are_unchanged(self) -> bool:
         """Return whether no file has changed since the merge began."""
-        return all(stat == stat_of(path) for path, stat in self.stats.items())
+        return not changed_files(self.stats)
 
     def as_json(self) -> list[dict[str, Any]]:
         """Return each model's name, commit and files with their SHA-256, as JSON types."""

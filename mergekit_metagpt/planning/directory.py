@@ -223,21 +223,22 @@ class Output:
                     complete,
                     work.path,
                 )
-                raise
-            _remove(work.path)
+            else:
+                _remove(work.path)
             raise
         _remove(work.path)
 
     def publish(self, work: Work) -> None:
         """Move a complete merge to the output; if that fails, it stays where it is."""
-        if self.workplace != self.path and not self.path.exists():
-            os.rename(work.merged, self.path)
-            return
-        if self.workplace != self.path or self.contents():
+        is_inside = self.workplace == self.path
+        if self.contents() if is_inside else self.path.exists():
             raise FileExistsError(
                 f"{self.path} is no longer empty, or was made while the merge ran; remove it, and "
                 "run the same command again."
             )
+        if not is_inside:
+            os.rename(work.merged, self.path)
+            return
         files = sorted(work.merged.iterdir(), key=lambda file: (_rank(file.name), file.name))
         write_whole(work.path / "moved.json", [file.name for file in files])
         try:

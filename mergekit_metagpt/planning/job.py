@@ -21,8 +21,8 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.measure.identity import digest, identity_of
+from mergekit_metagpt.measure.loaders import forget_models
 from mergekit_metagpt.measure.locations import Directory, locate
-from mergekit_metagpt.mergekit_private import SimpleLoaderCache, open_loaders
 from mergekit_metagpt.method.summary import Entry
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.config import ConfigFile, base_and_experts, parts
@@ -78,12 +78,12 @@ def running(config: ConfigFile, options: MergeOptions, progress: bool = False) -
         job.options = with_own_adapters(options, job.parsed)
         if options.num_threads:
             torch.set_num_threads(options.num_threads)
-        _forget_files(job.parsed)
+        forget_models(_models(job.parsed))
         LoaderCache().setup(job.options)
         try:
             yield job
         finally:
-            _forget_files(job.parsed)
+            forget_models(_models(job.parsed))
 
 
 @contextmanager
@@ -100,13 +100,6 @@ def alone() -> Iterator[None]:
             numpy.random.set_state(states[1])
             vars(loading).clear()
             vars(loading).update(settings)
-
-
-def _forget_files(config: MergeConfiguration) -> None:
-    """Close the weight files of a config's models. MergeKit knows open ones by name only."""
-    for model in _models(config):
-        open_loaders.pop(model, None)
-        SimpleLoaderCache().loaders.pop(model.model.path, None)
 
 
 def _models(config: MergeConfiguration) -> list[ModelReference]:
