@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import mergekit_metagpt
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.surveys import SURVEYS
 
 # Each xdist worker uses one thread, so that workers do not compete for cores.
 torch.set_num_threads(1)
@@ -243,7 +244,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path_factory):
-    """No test finds surveys that another one has taken."""
+    """No test finds surveys that another one has taken, on disk or in this process."""
+    monkeypatch.setattr(SURVEYS, "_begun", {})
     folder = tmp_path_factory.getbasetemp() / "caches" / uuid4().hex
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
