@@ -68,7 +68,7 @@ class Family:
         checkpoints = Checkpoints.of(str(self.models[0]), [str(path) for path in self.models[1:]])
         checkpoints.survey("cpu", False, mapper=mapper)
 
-    def merge(self, mapper: RayMapper | None = None) -> None:
+    def merge(self, ray: str | None = None) -> None:
         """Merge at granularity tensor, which needs no survey."""
         raw = {
             "merge_method": "metagpt",
@@ -81,7 +81,7 @@ class Family:
             tempfile.TemporaryDirectory(dir=self.models[0].parent) as out,
             running(config, self.options) as job,
         ):
-            merged(job, Path(out, "merged"), mapper=mapper)
+            merged(job, Path(out, "merged"), ray=ray)
 
     @property
     def options(self) -> MergeOptions:
@@ -110,7 +110,7 @@ def here(family: Family) -> Times:
 def on_ray(family: Family) -> Times:
     """Time the cluster that this process is connected to."""
     mapper = RayMapper(None, partial(set_up_worker, family.options))
-    return Times(seconds(lambda: family.survey(mapper)), seconds(lambda: family.merge(mapper)))
+    return Times(seconds(lambda: family.survey(mapper)), seconds(lambda: family.merge("")))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The model card of a merge: what people read, and what the hub reads."""
+"""The model card of a merge, and the names that stand for paths in what is published."""
 
 import json
 import shutil
@@ -7,34 +7,32 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner
-from conftest import llama_config, merge_config, write_yaml
+from conftest import invoke, llama_config, merge_config, write_yaml
 from huggingface_hub import ModelCard, ModelCardData
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from paper_stand_ins import save_model
 
-from mergekit_metagpt.cli import main
 from mergekit_metagpt.merging.card import write_card
+from mergekit_metagpt.merging.hub_names import named
 
 README = Path(__file__).parents[1] / "README.md"
 NAMES = {"base": "jane/llama", "a": "jane/llama-math", "b": "jane/llama-code"}
 
 
 def merge(*words, status=0):
-    done = CliRunner().invoke(main, ["merge", *map(str, words), "--quiet"])
-    assert done.exit_code == status, done.output
-    return done
+    return invoke("merge", *words, status=status)
 
 
-def names_of(paths):
-    return [f"--name-of={path}={NAMES[name]}" for name, path in paths.items()]
+def code_blocks(text, language):
+    return [b.partition("```")[0] for b in text.split(f"```{language}\n")[1:]]
 
 
-@pytest.fixture
-def models(tmp_path):
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
     """A base and two experts with tokenizers, by their paths."""
-    paths = {name: str(tmp_path / "private" / name) for name in NAMES}
+    place = tmp_path_factory.mktemp("private")
+    paths = {name: str(place / name) for name in NAMES}
     for path in paths.values():
         save_model(Path(path), tokens=llama_config().vocab_size)
     return paths
@@ -45,52 +43,62 @@ def yml(models, tmp_path):
     return write_yaml(tmp_path / "metagpt.yml", merge_config(models))
 
 
+@pytest.fixture(scope="module")
+def published(models, tmp_path_factory):
+    """A merge of models that all have a name on the hub."""
+    place = tmp_path_factory.mktemp("published")
+    text = yaml.safe_dump(merge_config(models), sort_keys=False)
+    (place / "c.yml").write_text(f"# {models['a']} is better than {models['b']}.\n{text}")
+    given = [f"--name-of={path}={NAMES[name]}" for name, path in models.items()]
+    merge(place / "c.yml", place / "merged", *given)
+    return place / "merged"
+
+
 class TestNames:
-    def test_they_stand_in_all_that_is_published_and_no_path_does(self, models, tmp_path):
-        config = tmp_path / "metagpt.yml"
-        text = yaml.safe_dump(merge_config(models), sort_keys=False)
-        config.write_text(f"# {models['a']} is better than {models['b']}.\n{text}")
-        out = tmp_path / "merged"
-        merge(config, out, *names_of(models))
-        for file in out.iterdir():
+    def test_they_stand_in_all_that_is_published_and_no_path_does(self, published):
+        for file in published.iterdir():
             assert b"private" not in file.read_bytes(), file
-        card = ModelCard.load(out / "README.md")
-        assert card.data.base_model == sorted(NAMES.values())
+        card = ModelCard.load(published / "README.md")
         assert "using [jane/llama](https://huggingface.co/jane/llama) as a base." in card.text
         assert "\n* [jane/llama-math](https://huggingface.co/jane/llama-math)\n" in card.text
         assert "\n| [jane/llama-code](https://huggingface.co/jane/llama-code) |" in card.text
-        written = (out / "mergekit_config.yml").read_text()
+        written = (published / "mergekit_config.yml").read_text()
         assert written in card.text
         assert yaml.safe_load(written) == merge_config(NAMES)
-        record = json.loads((out / "metagpt.json").read_text())
-        assert record["config"] == written
+        record = json.loads((published / "metagpt.json").read_text())
+        assert (record["config"], record["base"]) == (written, "jane/llama")
         assert {model["model"] for model in record["inputs"]} == set(NAMES.values())
         assert [e["model"] for e in record["experts"]] == ["jane/llama-math", "jane/llama-code"]
 
-    def test_each_stands_for_its_own_model(self, models, yml, tmp_path):
-        merge(yml, tmp_path / "named", *names_of(models))
-        merge(yml, tmp_path / "not")
-        named, plain = (
-            json.loads((tmp_path / out / "metagpt.json").read_text()) for out in ("named", "not")
-        )
-        for record in (named, plain):
-            record["by model"] = {e.pop("model"): e for e in record["experts"]}
-        for name in ("a", "b"):
-            assert named["by model"][NAMES[name]] == plain["by model"][models[name]]
-        for tensor, row in named["coefficients"].items():
-            assert row["coefficients"] == plain["coefficients"][tensor]["coefficients"]
+    def test_each_stands_for_its_own_model(self, published, models, yml, tmp_path, monkeypatch):
+        """As a merge without names shows; nor has it a picture or code to load it."""
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        merge(yml, tmp_path / "plain", "--no-copy-tokenizer")
+        records = [
+            json.loads((out / "metagpt.json").read_text())
+            for out in (published, tmp_path / "plain")
+        ]
+        there, here = ({e.pop("model"): e for e in record["experts"]} for record in records)
+        assert all(there[NAMES[name]] == here[models[name]] for name in ("a", "b"))
+        assert records[0]["coefficients"] == records[1]["coefficients"]
+        card = ModelCard.load(tmp_path / "plain" / "README.md")
+        assert card.data.base_model is None
+        assert "coefficients.png" not in card.text
+        assert not (tmp_path / "plain" / "coefficients.png").exists()
+        assert code_blocks(card.text, "python") == []
 
-    def test_a_snapshot_in_the_hubs_cache_has_one(self, models, tmp_path):
+    def test_a_snapshot_in_the_hubs_cache_has_one_and_a_path_stays(self, models, tmp_path):
         revision = "0123456789" * 4
         cached = tmp_path / "hub" / "models--joe--fine-tune" / "snapshots" / revision
         shutil.copytree(models["a"], cached)
-        config = merge_config({**models, "a": str(cached)})
-        merge(write_yaml(tmp_path / "metagpt.yml", config), tmp_path / "merged")
+        config = write_yaml(tmp_path / "m.yml", merge_config({**models, "a": str(cached)}))
+        merge(config, tmp_path / "merged", f"--name-of={models['b']}=jane/llama-code")
         card = ModelCard.load(tmp_path / "merged" / "README.md")
-        assert card.data.base_model == ["joe/fine-tune"]
+        assert sorted(card.data.base_model) == ["jane/llama-code", "joe/fine-tune"]
         assert "\n* [joe/fine-tune](https://huggingface.co/joe/fine-tune)\n" in card.text
         assert f"- model: joe/fine-tune@{revision}\n" in card.text
         assert str(cached) not in (tmp_path / "merged" / "metagpt.json").read_text()
+        assert models["base"] in card.text.replace("\\", "")
 
     def test_one_that_exists_here_too_is_of_the_hub(self, models, tmp_path, monkeypatch):
         for name, path in models.items():
@@ -100,24 +108,42 @@ class TestNames:
         merge(write_yaml(tmp_path / "metagpt.yml", merge_config(NAMES)), "merged", *given)
         assert ModelCard.load("merged/README.md").data.base_model == sorted(NAMES.values())
 
-    def test_without_one_a_path_stays_and_is_no_base_model(self, models, yml, tmp_path):
-        merge(yml, tmp_path / "merged", f"--name-of={models['a']}=jane/llama-math")
-        card = ModelCard.load(tmp_path / "merged" / "README.md")
-        assert card.data.base_model == ["jane/llama-math"]
-        assert models["base"] in card.text.replace("\\", "")
+    def test_they_stand_for_models_only(self):
+        config = {
+            "merge_method": "ties",
+            "models": [{"model": "ties+lora@main"}, {"model": {"model": {"path": "ties"}}}],
+            "parameters": {"weight": [{"filter": "ties", "value": 1}]},
+            "tokenizer": {"source": "base", "tokens": {"ties": {"source": "base+ties"}}, 5: "ties"},
+        }
+        names = {"ties": "joe/ties", "base": "joe/base", "lora": "joe/lora"}
+        assert named(config, names) == {
+            **config,
+            "models": [
+                {"model": "joe/ties+joe/lora@main"},
+                {"model": {"model": {"path": "joe/ties"}}},
+            ],
+            "tokenizer": {
+                "source": "base",
+                "tokens": {"ties": {"source": "joe/base+joe/ties"}},
+                5: "ties",
+            },
+        }
 
     @pytest.mark.parametrize(
         ("given", "sentence"),
         [
-            ("{a}x=jane/math", "names no path of the config; write {a} instead."),
-            ("{a}=math", "gives no name of the hub; write {a}=USER/NAME."),
-            ("{a}=https://huggingface.co/jane/math", "gives no name of the hub"),
+            (["{a}x=jane/math"], "names no path of the config; write {a} instead."),
+            (["metagpt=jane/math"], "names no path of the config"),
+            (["{a}=math"], "gives no name of the hub; write {a}=USER/NAME."),
+            (["{a}=https://huggingface.co/jane/math"], "gives no name of the hub"),
+            (["{a}=jane/x", "{b}=jane/x"], "{b}=jane/x gives two models one name"),
         ],
     )
     def test_a_wrong_one_is_refused_before_anything_is_merged(
         self, given, sentence, models, yml, tmp_path
     ):
-        done = merge(yml, tmp_path / "out", "--name-of", given.format(**models), status=1)
+        words = [f"--name-of={name.format(**models)}" for name in given]
+        done = merge(yml, tmp_path / "out", *words, status=1)
         assert sentence.format(**models) in done.stderr
         assert not (tmp_path / "out").exists()
 
@@ -150,50 +176,25 @@ class TestTheText:
         assert "mergekit-yaml mergekit_config.yml merged --lora-merge-dtype bfloat16" in text
         assert "### Usage" not in text  # there is no model beside it
 
-    def test_its_code_loads_the_merge(self, yml, tmp_path):
-        out = tmp_path / "merged"
-        merge(yml, out)
-        (code,) = code_blocks((out / "README.md").read_text(), "python")
+    def test_its_code_loads_the_merge(self, published):
+        (code,) = code_blocks((published / "README.md").read_text(), "python")
         assert len(code.replace("\n\n", "\n").splitlines()) == 4
         scope = {}
-        exec(code.replace("USER/NAME", str(out)), scope)
+        exec(code.replace("USER/NAME", str(published)), scope)
         assert scope["model"].config.vocab_size == len(scope["tokenizer"])
 
-    def test_without_a_tokenizer_there_is_no_code(self, yml, tmp_path):
-        merge(yml, tmp_path / "merged", "--no-copy-tokenizer")
-        assert code_blocks((tmp_path / "merged" / "README.md").read_text(), "python") == []
-
-    def test_it_cites_the_paper_as_the_readme_does(self, yml, tmp_path):
-        merge(yml, tmp_path / "merged")
-        (cited,) = code_blocks((tmp_path / "merged" / "README.md").read_text(), "bibtex")
+    def test_it_cites_the_paper_as_the_readme_does(self, published):
+        (cited,) = code_blocks((published / "README.md").read_text(), "bibtex")
         assert cited in README.read_text("utf-8")
 
-    def test_it_shows_the_picture_beside_it(self, yml, tmp_path):
-        merge(yml, tmp_path / "merged")
-        assert "by layer](coefficients.png)" in (tmp_path / "merged" / "README.md").read_text()
-        picture = (tmp_path / "merged" / "coefficients.png").read_bytes()
+    def test_it_shows_the_picture_beside_it(self, published):
+        assert "by layer](coefficients.png)" in (published / "README.md").read_text()
+        picture = (published / "coefficients.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
         assert len(picture) < 100_000
 
-    def test_without_matplotlib_there_is_none(self, yml, tmp_path, monkeypatch):
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
-        merge(yml, tmp_path / "merged")
-        assert "coefficients.png" not in (tmp_path / "merged" / "README.md").read_text()
-        assert not (tmp_path / "merged" / "coefficients.png").exists()
-
-    def test_the_card_of_a_stock_method_has_no_coefficients(self, models, tmp_path):
-        config = merge_config(models, "task_arithmetic", parameters={"weight": 0.3})
-        merge(write_yaml(tmp_path / "m.yml", config), tmp_path / "merged")
-        card = ModelCard.load(tmp_path / "merged" / "README.md")
-        assert card.data.tags == ["mergekit", "merge"]
-        assert "Scaling coefficients" not in card.text
-        assert "### Usage" in card.text
-
-
-class TestTheMetadata:
-    def test_the_hubs_own_classes_read_it(self, models, yml, tmp_path):
-        merge(yml, tmp_path / "merged", *names_of(models))
-        data = ModelCard.load(tmp_path / "merged" / "README.md").data
+    def test_the_hubs_own_classes_read_its_metadata(self, published):
+        data = ModelCard.load(published / "README.md").data
         assert data.to_dict() == {
             "base_model": sorted(NAMES.values()),
             "base_model_relation": "merge",
@@ -202,6 +203,13 @@ class TestTheMetadata:
         }
         assert ModelCardData(**yaml.safe_load(data.to_yaml())).to_dict() == data.to_dict()
 
-
-def code_blocks(text, language):
-    return [b.partition("```")[0] for b in text.split(f"```{language}\n")[1:]]
+    def test_that_of_a_stock_method_has_no_coefficients(self, models, tmp_path):
+        config = merge_config(models, "task_arithmetic", parameters={"weight": 0.3})
+        out = tmp_path / "merged"
+        done = merge(write_yaml(tmp_path / "m.yml", config), out)
+        published = f"The merge is in {out}. To publish it:\nhf upload USER/NAME {out}\n"
+        assert done.stdout == published  # nor are any printed
+        card = ModelCard.load(out / "README.md")
+        assert card.data.tags == ["mergekit", "merge"]
+        assert "Scaling coefficients" not in card.text
+        assert "### Usage" in card.text

@@ -1,4 +1,4 @@
-"""Surveys on a Ray cluster: the same bits as here, whatever becomes of the workers."""
+"""Surveys on a Ray cluster: the same bits as here, and a command that can be stopped."""
 
 import json
 import os
@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 from conftest import (
-    command,
     invoke,
     llama_config,
     merge_config,
     on_posix,
-    put_nan,
     read,
     run,
     save_family,
@@ -33,104 +31,72 @@ ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("cluster")]
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    """Tied embeddings and several shards."""
-    paths = save_family(
-        tmp_path_factory.mktemp("sharded"),
-        llama_config(tie_word_embeddings=True, num_hidden_layers=6),
-        scales=(0.01, 0.02, 0.03),
-        max_shard_size="60KB",
-    )
-    assert len(list(Path(paths["base"]).glob("*.safetensors"))) > 2
-    return paths
-
-
-def survey(paths, mapper=in_this_process, **options):
+def survey(paths, mapper=in_this_process, products=True):
     checkpoints = Checkpoints.of(paths["base"], [p for n, p in paths.items() if n != "base"])
-    options = {"device": "cpu", "progress": False, "products": True, **options}
-    return checkpoints.survey(mapper=mapper, **options)
+    return checkpoints.survey("cpu", False, products, mapper)
 
 
-def on_ray(**options):
-    return RayMapper(None, partial(set_up_worker, MergeOptions()), **options)
+@pytest.fixture
+def on_ray():
+    return RayMapper(None, partial(set_up_worker, MergeOptions()))
 
 
-def test_any_number_of_workers_measures_the_same_bits(family, sharded):
-    for paths in (family, sharded):
-        expected = survey(paths)
-        for workers in (1, 3):
-            mapper = on_ray(cpus=1 / workers)
-            assert survey(paths, mapper) == expected
-        assert survey(paths, mapper, products=False) == survey(paths, products=False)
+def test_any_number_of_workers_measures_the_same_bits(tmp_path, on_ray):
+    """Of tied embeddings and several shards."""
+    config = llama_config(tie_word_embeddings=True, num_hidden_layers=6)
+    paths = save_family(tmp_path, config, scales=(0.01, 0.02, 0.03), max_shard_size="60KB")
+    assert len(list(Path(paths["base"]).glob("*.safetensors"))) > 2
+    expected = survey(paths)
+    assert survey(paths, on_ray) == expected
+    assert survey(paths, partial(on_ray, cpus=1 / 2)) == expected
+    assert survey(paths, on_ray, products=False) == survey(paths, products=False)
 
 
-def test_a_worker_that_is_killed_is_replaced_and_changes_nothing(sharded, tmp_path):
-    died, workers = tmp_path / "died", tmp_path / "workers"
-    workers.mkdir()
+def test_a_worker_is_set_up_once_for_each_call(tmp_path):
+    def set_up():
+        with open(tmp_path / "set up", "a") as file:
+            file.write(f"{os.getpid()} ")
 
-    def dying(measure):
-        def measured(weight):
-            (workers / str(os.getpid())).touch()
-            if "layers.3.mlp" in weight.name and not died.exists():
-                died.write_text(weight.name)
-                os._exit(1)
-            return measure(weight)
-
-        return measured
-
-    def mapper(measure, weights, progress):
-        return on_ray()(dying(measure), weights, progress)
-
-    assert survey(sharded, mapper) == survey(sharded)
-    assert "layers.3.mlp" in died.read_text()
-    assert len(list(workers.iterdir())) >= 2
+    mapper = RayMapper(None, set_up)
+    for calls in (1, 2):
+        assert list(mapper(abs, range(-20, 0))) == [*range(20, 0, -1)]
+        workers = (tmp_path / "set up").read_text().split()
+        assert len(workers) <= calls * len(set(workers))
 
 
-def test_changed_files_are_read_anew_by_the_same_workers(tmp_path):
+def test_changed_files_are_read_anew_by_the_same_workers(tmp_path, on_ray):
     paths = save_family(tmp_path, llama_config())
-    mapper = on_ray()
-    before = survey(paths, mapper)
+    before = survey(paths, on_ray)
     file = Path(paths["a"], "model.safetensors")
     tensors = {name: tensor * 1.5 for name, tensor in load_file(file).items()}
     save_file(tensors, tmp_path / "new", metadata={"format": "pt"})
     os.replace(tmp_path / "new", file)
-    after = survey(paths, mapper)
+    after = survey(paths, on_ray)
     assert after != before
     assert after.squared_norms["model.norm.weight"][0] == pytest.approx(
         (tensors["model.norm.weight"] - read(paths["base"])["model.norm.weight"]).norm() ** 2
     )
 
 
-def test_vocabularies_that_differ_are_left_out_and_logged_here(tmp_path, caplog):
+def test_vocabularies_that_differ_are_left_out_and_logged_here(tmp_path, on_ray):
     paths = save_family(tmp_path, llama_config())
     larger = save_family(tmp_path / "larger", llama_config(vocab_size=80))
     mixed = {**paths, "b": larger["b"]}
-    found = survey(mixed, on_ray())
+    found = survey(mixed, on_ray)
     assert all("has shape [80, 32]" in why for why in found.left_out.values())
     assert len(found.left_out) == 2
     assert found == survey(mixed)
 
 
-def test_the_command_prints_the_same_bytes(family, cluster, tmp_path, monkeypatch):
+def test_the_command_prints_the_same_bytes(family, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(family["base"]).parent)
     names = {name: name for name in family}  # relative paths, which workers are to find
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(names))
     words = ["coefficients", config, "--json", "--granularity", "model"]
-    expected = invoke(*words).stdout
-    assert json.loads(expected)["parameters"]
-    assert invoke(*words, "--ray").stdout == expected
-    done = run(command("mergekit-metagpt"), *words, "--ray", cluster)
-    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
-
-
-def test_what_a_worker_refuses_is_the_sentence_of_here(tmp_path):
-    paths = save_family(tmp_path, llama_config())
-    put_nan(paths["a"], "model.norm.weight")
-    config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
-    here = invoke("coefficients", config, status=1).stderr
-    assert "model.norm.weight" in here
-    assert invoke("coefficients", config, "--ray", status=1).stderr == here
+    found = invoke(*words, "--ray").stdout
+    assert json.loads(found)["parameters"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where no survey is kept
+    assert invoke(*words).stdout == found
 
 
 def test_without_ray_or_a_cluster_there_is_one_sentence(family, tmp_path, monkeypatch):
@@ -156,7 +122,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's
 
 @click.command()
 def stopped():
-    mapper, here = RayMapper(address, set_up, cpus=0.1), os.getpid()
+    mapper, here = RayMapper(address, set_up), os.getpid()
     def work(item):
         if item:
             failed.touch()
@@ -165,8 +131,7 @@ def stopped():
             time.sleep(0.01)
         os.kill(here, number)
         time.sleep(600)  # the cluster ends the tasks of a process that is gone
-    tasks = mapper.submit(work, [0, 1])
-    print(list(mapper.results(tasks)))
+    print(list(mapper(work, [0, 1], run=1, cpus=0.1)))
 
 def set_up():
     pass

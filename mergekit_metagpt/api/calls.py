@@ -1,17 +1,23 @@
-"""What the commands and the Python functions share: all but their arguments and reports."""
+"""What the commands and the Python functions share: all but their arguments and reports.
+
+``ray`` is the address of a Ray cluster, empty for the one that is found or else started; None
+for this process.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from mergekit.common import ModelReference
-from mergekit.options import MergeOptions
 
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.hub import HubModel, find_on_hub, is_looked_up, reading_from_hub
+from mergekit_metagpt.measure.loaders import set_up_worker
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.merging.hub_names import hub_names
@@ -29,18 +35,14 @@ from mergekit_metagpt.report.plots import comparison_figure
 from mergekit_metagpt.wording import BadInputError
 from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
 
-# Tells the user of sentences; and, once the options are known, where the models are measured.
-Warn = Callable[[Iterable[str]], None]
-MapperOf = Callable[[MergeOptions, Sequence[HubModel]], Mapper]
-
 
 def forecasts(
     job: Job,
     granularities: Sequence[str | None],
     *,
     numbers_only: bool = False,
-    mapper: MapperOf | None = None,
-    warn: Warn,
+    ray: str | None = None,
+    warn: Callable[[Iterable[str]], None],
 ) -> list[Forecast]:
     """Return the coefficients that a merge will use.
 
@@ -48,14 +50,12 @@ def forecasts(
         job: what would be merged.
         granularities: a forecast is made for each, in place of the config's unless it is None.
         numbers_only: refuse granularity direction.
-        mapper: where the models are measured, if not in this process.
+        ray: where the models are measured.
         warn: is told of what MergeKit ignores in the config.
     """
     with _explained(job, warn):
         own_method(job.parsed)  # before the hub is asked for anything
-        _require_adapters(job)
-        with _from_hub(job) as on_hub:
-            where = mapper(job.options, on_hub) if mapper else in_this_process
+        with _measuring(job, ray) as mapper:
             return [
                 forecast(
                     job.parsed,
@@ -63,7 +63,7 @@ def forecasts(
                     granularity=granularity,
                     numbers_only=numbers_only,
                     progress=job.progress,
-                    mapper=where,
+                    mapper=mapper,
                 )
                 for granularity in granularities
             ]
@@ -81,23 +81,16 @@ def comparing(base: str | ModelReference, experts: Sequence[str | ModelReference
     return ConfigFile("the command", yaml.safe_dump(raw, allow_unicode=True), raw)
 
 
-def measured(job: Job, mapper: MapperOf | None = None) -> Survey:
-    """Return the survey of the base and the experts of a job, with inner products.
-
-    Args:
-        job: any config with one base.
-        mapper: where the models are measured, if not in this process.
-    """
+def measured(job: Job, ray: str | None = None) -> Survey:
+    """Return the survey of the base and the experts of a job, with inner products."""
     models = job.parsed.referenced_models()
     require_models([model for model in models if not is_looked_up(model)], job.options)
-    _require_adapters(job)
     base, experts = job.base_and_experts
     checkpoints = Checkpoints(base, tuple(experts))
-    with _from_hub(job) as on_hub:
+    with _measuring(job, ray) as mapper:
         SURVEYS.begin(checkpoints)
-        where = mapper(job.options, on_hub) if mapper else in_this_process
         device = job.options.device or "cpu"
-        return SURVEYS.survey_of(checkpoints, device, job.progress, where, products=True)
+        return SURVEYS.survey_of(checkpoints, device, job.progress, mapper, products=True)
 
 
 def merged(
@@ -106,7 +99,7 @@ def merged(
     *,
     names: Sequence[str] = (),
     outputs: Outputs | None = None,
-    mapper: RayMapper | None = None,
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """Merge, and return the record; ``job.entries`` then says how each tensor was merged.
 
@@ -115,7 +108,7 @@ def merged(
         out: the directory to make.
         names: PATH=USER/NAME, for paths in the config.
         outputs: what will be written, if that is known.
-        mapper: the cluster that merges; None for this process.
+        ray: where the files are merged.
     """
     return merge_whole(
         job,
@@ -123,24 +116,28 @@ def merged(
         names=hub_names(job.config.raw, names),
         draw=_draw if find_spec("matplotlib") else None,
         outputs=outputs,
-        mapper=mapper,
+        mapper=None if ray is None else _ray_mapper(ray, job),
     )
 
 
-def _require_adapters(job: Job) -> None:
-    """Refuse adapters that PEFT would apply in part, without a word if it has done so before."""
-    adapted = [model for model in job.parsed.referenced_models() if model.lora]
-    files = [find_model_files(model, job.options) for model in adapted]
-    if problems := [
-        p for each in files for p in (*each.problems, *bad_adapters(each, job.options))
-    ]:
-        raise BadInputError(*problems)
+def _ray_mapper(ray: str, job: Job, on_hub: Sequence[HubModel] = ()) -> RayMapper:
+    """Return a cluster, whose workers read the models ``on_hub`` from there."""
+    on_cuda = torch.device(job.options.device or "cpu").type == "cuda"
+    return RayMapper(ray or None, partial(set_up_worker, job.options, on_hub), int(on_cuda))
 
 
 @contextmanager
-def _from_hub(job: Job) -> Iterator[Sequence[HubModel]]:
-    """Let MergeKit read models of the hub tensor by tensor, unless they are here."""
+def _measuring(job: Job, ray: str | None) -> Iterator[Mapper]:
+    """Say where the models are measured; those on the hub are read tensor by tensor.
+
+    Adapters that PEFT would apply in part are refused; if it has done so before, it is silent.
+    """
     models = job.parsed.referenced_models()
+    adapted = [find_model_files(model, job.options) for model in models if model.lora]
+    if problems := [
+        p for each in adapted for p in (*each.problems, *bad_adapters(each, job.options))
+    ]:
+        raise BadInputError(*problems)
     try:
         on_hub = find_on_hub(models, job.options)
     except BadInputError:
@@ -149,11 +146,11 @@ def _from_hub(job: Job) -> Iterator[Sequence[HubModel]]:
         require_models(models, job.options)  # says what is wrong
         raise
     with reading_from_hub(on_hub):
-        yield on_hub
+        yield in_this_process if ray is None else _ray_mapper(ray, job, on_hub)
 
 
 @contextmanager
-def _explained(job: Job, warn: Warn) -> Iterator[None]:
+def _explained(job: Job, warn: Callable[[Iterable[str]], None]) -> Iterator[None]:
     """Warn of what MergeKit ignores in a config; explain a failure by the problems of ``check``."""
     known = ignored(job.config)
     warn(known)

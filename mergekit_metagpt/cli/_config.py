@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -10,9 +9,7 @@ import click
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
-    from mergekit_metagpt.measure.hub import HubModel
     from mergekit_metagpt.planning.forecast import Forecast
-    from mergekit_metagpt.workers import RayMapper
 
 config_argument = click.argument(
     "config", type=click.Path(exists=True, dir_okay=False, allow_dash=True)
@@ -36,20 +33,6 @@ def warn(sentences: Iterable[str]) -> None:
     """Print warnings to standard error."""
     for sentence in sentences:
         click.secho(f"Warning: {sentence}", fg="yellow", err=True)
-
-
-def ray_mapper(ray: str, options: "MergeOptions", on_hub: "Sequence[HubModel]" = ()) -> "RayMapper":
-    """Return the cluster that the value of ``--ray`` names; connect to it or start it.
-
-    Its workers read the models ``on_hub`` from there.
-    """
-    import torch
-
-    from mergekit_metagpt.measure.loaders import set_up_worker
-    from mergekit_metagpt.workers import RayMapper
-
-    on_cuda = torch.device(options.device or "cpu").type == "cuda"
-    return RayMapper(ray or None, partial(set_up_worker, options, on_hub), gpus=int(on_cuda))
 
 
 def forecast_config(
@@ -78,6 +61,6 @@ def forecast_config(
             job,
             granularities,
             numbers_only=numbers_only,
-            mapper=None if ray is None else partial(ray_mapper, ray),
+            ray=ray,
             warn=warn,
         )

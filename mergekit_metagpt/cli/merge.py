@@ -8,7 +8,6 @@ import click
 
 from mergekit_metagpt.cli._config import (
     config_argument,
-    ray_mapper,
     ray_option,
     wants_progress,
     warn,
@@ -60,8 +59,7 @@ def merge(
     written = read_config(config)
     sound = require_sound(written, str(out), merge_options)
     with running(written, merge_options, wants_progress(merge_options)) as job:
-        mapper = None if ray is None else ray_mapper(ray, job.options)
-        merged(job, out, names=names_of, outputs=sound.outputs, mapper=mapper)
+        merged(job, out, names=names_of, outputs=sound.outputs, ray=ray)
         summary = Summary(job.entries)
     warn(warnings(summary))
     if not merge_options.quiet:

@@ -1,11 +1,10 @@
 """``mergekit-metagpt survey``: how far experts moved from their base, and in which directions."""
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_metagpt.cli._config import ray_mapper, ray_option, wants_progress
+from mergekit_metagpt.cli._config import ray_option, wants_progress
 from mergekit_metagpt.cli._options import MergeCommand
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def survey(
 
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     with running(comparing(base, experts), merge_options, wants_progress(merge_options)) as job:
-        figures = measured(job, None if ray is None else partial(ray_mapper, ray))
+        figures = measured(job, ray)
     if as_json:
         click.echo(json.dumps({"base": base, **survey_as_json(figures)}))
     else:

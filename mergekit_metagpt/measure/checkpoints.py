@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import tqdm
 from mergekit.architecture import WeightInfo, get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -223,7 +224,14 @@ class Checkpoints:
         tieable: list[WeightInfo] = []
         weights, tied = named_once(self)
         one = TensorMeasurer(self.base, self.experts, self.load, device, products)
-        for weight, tensor in zip(weights, mapper(one, weights, progress), strict=True):
+        bar = tqdm.tqdm(
+            mapper(one, weights),
+            "Measuring task vectors",
+            len(weights),
+            unit="tensor",
+            disable=not progress,
+        )
+        for weight, tensor in zip(weights, bar, strict=True):
             if isinstance(tensor, DifferentVocabularyError):
                 left_out[weight.name] = str(tensor)
                 continue

@@ -9,8 +9,8 @@ built, the models are surveyed.
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -19,15 +19,12 @@ from typing import Any
 
 import torch
 import tqdm
-from mergekit.architecture import ModelArchitecture
-from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from mergekit.tokenizer import TokenizerInfo
 
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.measure.identity import digest
+from mergekit_metagpt.measure.identity import Stat, digest
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.mergekit_private import (
@@ -37,9 +34,8 @@ from mergekit_metagpt.mergekit_private import (
     set_chat_template,
     update_config_vocab,
 )
-from mergekit_metagpt.merging.inputs import Inputs
-from mergekit_metagpt.merging.ranges import may_overflow
-from mergekit_metagpt.merging.shard import Shard, ShardMerge, Written
+from mergekit_metagpt.merging.ranges import too_narrow
+from mergekit_metagpt.merging.shard import Shard, ShardMerge, entries_of
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.directory import Work
 from mergekit_metagpt.planning.job import Job
@@ -58,25 +54,14 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a merge writes, and into which files.
-
-    Attributes:
-        outputs: what it writes.
-        files: by name, what MergeKit's writer would put into each file, in its order.
-    """
+    """What a merge writes, and which tensors MergeKit's writer would put into each file."""
 
     outputs: Outputs
     files: dict[str, list[OutputTensor]]
 
     @classmethod
     def of(cls, job: Job, outputs: Outputs | None) -> "Plan":
-        """Plan a merge.
-
-        Args:
-            job: what to merge.
-            outputs: what it writes, if that is known; it must hold for the models with their
-                adapters applied.
-        """
+        """Plan a merge; ``outputs``, if known, must hold for models with adapters applied."""
         config, options = job.parsed, job.options
         if outputs is None:
             models = config.referenced_models()
@@ -108,7 +93,7 @@ def _only_file(options: MergeOptions) -> tuple[str, str]:
 
 
 def merge_by_shard(
-    job: Job, plan: Plan, work: Work, inputs: Inputs, mapper: RayMapper | None = None
+    job: Job, plan: Plan, work: Work, inputs: dict[str, Stat], mapper: RayMapper | None
 ) -> None:
     """Merge file by file of the output; the bytes are those of MergeKit's ``run_merge``.
 
@@ -127,46 +112,42 @@ def merge_by_shard(
         ValueError: if an input or the result is not finite.
         FileNotFoundError: if a machine does not see the directory.
     """
-    outputs, config, options = plan.outputs, job.parsed, job.options
-    info, dtypes = outputs.tokenizer_info, {tensor.merged_dtype for tensor in outputs.tensors}
-    models = {str(model): model for model in config.referenced_models()}
-    known = {name: Written.of(record, models) for name, record in work.records.items()}
-    to_do = {name: file for name, file in plan.files.items() if name not in known}
+    outputs, options, records = plan.outputs, job.options, work.records
+    info = outputs.tokenizer_info
+    to_do = {name: file for name, file in plan.files.items() if name not in records}
     surveys = _take_surveys(to_do.values(), job, mapper or in_this_process)
     merge = ShardMerge(
         work=work,
-        inputs={} if mapper else inputs.stats,  # other machines may have copies
+        inputs={} if mapper else inputs,  # other machines may have copies
         options=options,
-        out_dtype=config.out_dtype if may_overflow(config.out_dtype, dtypes) else None,
+        out_dtype=too_narrow(job.parsed),
         seed=torch.initial_seed() if options.random_seed is None else options.random_seed,
         threads=torch.get_num_threads(),
         surveys=surveys if mapper else {},  # this process has them
         tokenizer={outputs.tokenizer: info} if outputs.tokenizer and info else {},
         quiet=mapper is not None or not job.progress,
     )
-    shards = [Shard(n, tuple(tensor.merge.save for tensor in file)) for n, file in to_do.items()]
-    tasks = mapper.submit(merge.write, shards, cpus=merge.threads) if mapper else []
-    written = mapper.results(tasks) if mapper else map(merge.write, shards)
-    pieces: list[Written] = []
-    with _ending_with(mapper, tasks, work) if mapper else nullcontext():
-        silent = not (mapper and job.progress)
-        for name in tqdm.tqdm(plan.files, "Merging", unit="file", disable=silent):
-            pieces.append(known[name] if name in known else next(written))
-    job.entries.extend(chain.from_iterable(piece.entries for piece in pieces))
-    if len(pieces) > 1:
-        _write_index(work.merged, pieces, options)
-    _write_model_files(config, work.merged, options, outputs.architecture, info)
-
-
-@contextmanager
-def _ending_with(mapper: RayMapper, tasks: Sequence[Any], work: Work) -> Iterator[None]:
-    """After an exception, end the tasks before it is raised."""
-    try:
-        yield
-    except BaseException:
-        with work.stopped():
-            mapper.wait(tasks)
-        raise
+    shards = [Shard(name, [it.merge.save for it in file]) for name, file in to_do.items()]
+    if mapper:
+        written = mapper(merge.write, shards, run=1, cpus=merge.threads, stopping=work.stopped)
+    else:
+        written = in_this_process(merge.write, shards)
+    bar = tqdm.tqdm(
+        written,
+        "Merging",
+        len(plan.files),
+        initial=len(records),
+        unit="file",
+        disable=not (mapper and job.progress),
+    )
+    with closing(written):
+        for shard, record in zip(shards, bar, strict=True):
+            records[shard.file] = record
+    in_order = {name: records[name] for name in plan.files}
+    job.entries.extend(entries_of(in_order.values(), job.parsed))
+    if len(in_order) > 1:
+        _write_index(work.merged, in_order, options)
+    _write_model_files(job, outputs, work.merged)
 
 
 def _take_surveys(
@@ -186,11 +167,13 @@ def _take_surveys(
     return {each: SURVEYS.survey_of(each, device, job.progress, mapper) for each in wanted}
 
 
-def _write_index(directory: Path, pieces: Sequence[Written], options: MergeOptions) -> None:
+def _write_index(
+    directory: Path, records: Mapping[str, dict[str, Any]], options: MergeOptions
+) -> None:
     """Write the index of several weight files, as MergeKit's writer does."""
-    weight_map = {name: file for p in pieces for file in p.files for name in p.tensors}
+    weight_map = {name: file for file, it in records.items() for name in it["tensors"]}
     metadata = {
-        "total_size": sum(piece.size for piece in pieces),
+        "total_size": sum(record["size"] for record in records.values()),
         "mergekit_version": version("mergekit"),
     }
     index = directory / f"{'.'.join(_only_file(options))}.index.json"
@@ -198,15 +181,11 @@ def _write_index(directory: Path, pieces: Sequence[Written], options: MergeOptio
     index.write_text(content, encoding="utf-8")
 
 
-def _write_model_files(
-    config: MergeConfiguration,
-    directory: Path,
-    options: MergeOptions,
-    architecture: ModelArchitecture,
-    info: TokenizerInfo | None,
-) -> None:
+def _write_model_files(job: Job, outputs: Outputs, directory: Path) -> None:
     """Write all files but the weights, with the functions and in the order of ``run_merge``."""
+    config, options, architecture = job.parsed, job.options, outputs.architecture
     model_config = model_out_config(config, architecture, options.trust_remote_code)
+    info = outputs.tokenizer_info
     if info is not None:
         multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
         update_config_vocab(model_config, architecture, info.tokenizer, multiple)

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,64 +66,45 @@ def write_card(
         record: the record of the merge.
         names: on the hub, for models that the config had paths of.
     """
+    models = canonical(config.referenced_models())  # so that two runs write the same card
+    base = None if config.merge_method == "slerp" else config.base_model
     known = {name.partition("@")[0] for name in names}
-    models = _Models(config, known)
-    tags = ["mergekit", "merge", *(["metagpt-merge"] if record["experts"] else [])]
+    paths = [path for model in models for path in _paths(model)]
+    on_hub = [path for path in dict.fromkeys(paths) if _is_on_hub(path, known)]
+    shown = {model: " + ".join(_md(path, on_hub) for path in _paths(model)) for model in models}
     data = ModelCardData(
-        base_model=models.on_hub or None,  # the hub accepts no empty list
+        base_model=on_hub or None,  # the hub accepts no empty list
         base_model_relation="merge",
         library_name="transformers",
-        tags=tags,
+        tags=["mergekit", "merge", *(["metagpt-merge"] if record["experts"] else [])],
     )
-    base = models.base
     text = CARD_TEMPLATE.format(
         metadata=data.to_yaml(),
         name=_escaped(name),
         merge_method=method_md(config.merge_method),
-        base_text=f" using {models.md(base)} as a base" if base else "",
-        model_list="\n".join(f"* {models.md(it)}" for it in models.all if it != base),
+        base_text=f" using {shown[base]} as a base" if base else "",
+        model_list="\n".join(f"* {md}" for model, md in shown.items() if model != base),
         config_yaml=source,
     )
     sections = [_USAGE] if _is_language_model(path.parent) else []
     if record["experts"]:
-        sections += [_coefficients(path.parent, models, record), _CITATION]
+        by_name = {str(model): md for model, md in shown.items()}
+        sections += [_coefficients(path.parent, by_name, record), _CITATION]
     ModelCard("\n".join((f"{text.rstrip()}\n", *sections))).save(path)
 
 
-class _Models:
-    """The models of a config, and how the card shows them.
-
-    Attributes:
-        all: in canonical order, so that two runs write the same card.
-        base: θ_0, if the method has one.
-        on_hub: the names of models and adapters on the hub.
-    """
-
-    def __init__(self, config: MergeConfiguration, named: set[str]) -> None:
-        self._named = named
-        self.all = canonical(config.referenced_models())
-        self.base = None if config.merge_method == "slerp" else config.base_model
-        found = [path for model in self.all for path in _paths(model) if self._is_on_hub(path)]
-        self.on_hub = list(dict.fromkeys(found))
-
-    def md(self, model: ModelReference) -> str:
-        """Return the name of a model as Markdown."""
-        return " + ".join(
-            f"[{_escaped(path)}](https://huggingface.co/{path})"
-            if self._is_on_hub(path)
-            else _escaped(path)
-            for path in _paths(model)
-        )
-
-    def _is_on_hub(self, path: str) -> bool:
-        """Return whether a path is one of the hub, without asking it."""
-        return path in self._named or (bool(HUB_NAME.fullmatch(path)) and not os.path.exists(path))
+def _paths(model: ModelReference) -> list[str]:
+    return [path.path for path in (model.model, model.lora) if path]
 
 
-def _paths(model: ModelReference) -> Iterator[str]:
-    for path in (model.model, model.lora):
-        if path:
-            yield path.path
+def _is_on_hub(path: str, known: set[str]) -> bool:
+    """Return whether a path is one of the hub, without asking it."""
+    return path in known or (bool(HUB_NAME.fullmatch(path)) and not os.path.exists(path))
+
+
+def _md(path: str, on_hub: Sequence[str]) -> str:
+    shown = _escaped(path)
+    return f"[{shown}](https://huggingface.co/{path})" if path in on_hub else shown
 
 
 def _escaped(name: str) -> str:
@@ -144,23 +125,22 @@ def _is_language_model(directory: Path) -> bool:
     return str(architectures[0]).endswith("ForCausalLM")
 
 
-def _coefficients(directory: Path, models: _Models, record: dict[str, Any]) -> str:
-    by_name = {str(model): model for model in models.all}
-    varies = any(expert["least"] != expert["largest"] for expert in record["experts"])
-    columns = ["mean coefficient", "least", "largest"] if varies else ["coefficient"]
-    columns = ["expert", "L2 norm of τ", *columns]
+def _coefficients(directory: Path, shown: dict[str, str], record: dict[str, Any]) -> str:
+    """Return the section about the coefficients; ``shown`` is the Markdown of each model."""
+    columns = {"norm": "L2 norm of τ", "coefficient": "coefficient"}
+    if any(expert["least"] != expert["largest"] for expert in record["experts"]):
+        columns |= {"coefficient": "mean coefficient", "least": "least", "largest": "largest"}
     lines = [
         "### Scaling coefficients",
         "",
         f"Chosen by the closed form of [MetaGPT](https://arxiv.org/abs/2406.11385) from the task "
         f"vectors τ = θ - θ_0, at granularity `{' and '.join(record['granularity'])}`.",
         "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
+        f"| expert | {' | '.join(columns.values())} |",
+        "|---" * (1 + len(columns)) + "|",
     ]
     for expert in record["experts"]:
-        keys = ["norm", "coefficient", *(["least", "largest"] if varies else [])]
-        cells = [models.md(by_name[expert["model"]]), *(f"{expert[key]:.6g}" for key in keys)]
+        cells = [shown[expert["model"]], *(f"{expert[key]:.6g}" for key in columns)]
         lines.append(f"| {' | '.join(cells)} |")
     if (directory / PICTURE).exists():
         lines += ["", f"![Coefficients of each expert, by layer]({PICTURE})"]

@@ -10,15 +10,7 @@ from typing import Any
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
-from mergekit_metagpt.measure.identity import (
-    Stat,
-    changed_files,
-    identity_of,
-    on_hub,
-    require_unchanged,
-    sha256_of,
-    stat_of,
-)
+from mergekit_metagpt.measure.identity import Stat, identity_of, on_hub, sha256_of, stat_of
 from mergekit_metagpt.measure.loaders import weight_files
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.job import Job
@@ -29,13 +21,11 @@ class Inputs:
     """The models of a merge as they were before it began.
 
     Attributes:
-        models: the models, in canonical order.
-        files: the weight files of each model and of its adapter.
+        files: the weight files of each model, and of its adapter; in canonical order.
         stats: the state of each file, to see whether it has changed.
         contents: the SHA-256 of each file, which a thread takes while the merge reads it.
     """
 
-    models: list[ModelReference]
     files: dict[ModelReference, tuple[list[Path], list[Path]]]
     stats: dict[str, Stat]
     contents: dict[Path, "Future[str]"]
@@ -43,41 +33,32 @@ class Inputs:
     @property
     def identity(self) -> list[Any]:
         """What the models are now, as JSON types."""
-        directories = {m: str(LoaderCache().get(m).index.base_path) for m in self.models}
         return [
-            *([str(model), *identity_of(path)] for model, path in directories.items()),
+            *([str(model), *identity_of(_directory(model))] for model in self.files),
             self.stats,  # an index may name files in folders below
         ]
 
-    def require_unchanged(self) -> None:
-        """Refuse a merge whose files changed while it ran.
-
-        Raises:
-            BadInputError: names the first of them.
-        """
-        require_unchanged(self.stats)
-
-    def are_unchanged(self) -> bool:
-        """Return whether no file has changed since the merge began."""
-        return not changed_files(self.stats)
-
     def as_json(self) -> list[dict[str, Any]]:
         """Return each model's name, commit and files with their SHA-256, as JSON types."""
-        return [self._described(model) for model in self.models]
-
-    def _described(self, model: ModelReference) -> dict[str, Any]:
-        weights, adapter = self.files[model]
-        cached = on_hub(str(LoaderCache().get(model).index.base_path))
-        return {
-            "model": str(model),
-            "revision": cached[1] if cached else model.model.revision,
-            "files": [self._file(path) for path in weights],  # with the adapter applied
-            **({"adapter": [self._file(path) for path in adapter]} if model.lora else {}),
-        }
+        return [
+            {
+                "model": str(model),
+                "revision": cached[1]
+                if (cached := on_hub(_directory(model)))
+                else model.model.revision,
+                "files": [self._file(path) for path in weights],  # with the adapter applied
+                **({"adapter": [self._file(path) for path in adapter]} if model.lora else {}),
+            }
+            for model, (weights, adapter) in self.files.items()
+        ]
 
     def _file(self, path: Path) -> dict[str, Any]:
         content = self.contents[path].result()
         return {"name": path.name, "bytes": path.stat().st_size, "sha256": content}
+
+
+def _directory(model: ModelReference) -> str:
+    return str(LoaderCache().get(model).index.base_path)
 
 
 @contextmanager
@@ -89,7 +70,7 @@ def opened(job: Job) -> Iterator[Inputs]:
     reader = ThreadPoolExecutor(1)
     try:
         contents = {path: reader.submit(sha256_of, path) for path in dict.fromkeys(paths)}
-        yield Inputs(models, files, {str(path): stat_of(path) for path in paths}, contents)
+        yield Inputs(files, {str(path): stat_of(path) for path in paths}, contents)
     finally:
         reader.shutdown(wait=False, cancel_futures=True)
 

@@ -1,6 +1,5 @@
 """Checks that a merge does not overflow the dtype that MergeKit rounds it to, unchecked."""
 
-from collections.abc import Iterable
 from operator import itemgetter
 from pathlib import Path
 
@@ -14,30 +13,26 @@ from mergekit_metagpt.measure.weights import read_weights
 from mergekit_metagpt.wording import BadInputError
 
 
-def may_overflow(out_dtype: str | None, merged: Iterable[torch.dtype]) -> bool:
-    """Return whether numbers of the merged dtypes can be too large for the output's dtype.
+def too_narrow(config: MergeConfiguration) -> str | None:
+    """Return the ``out_dtype`` of a config if merged numbers can be too large for it.
 
     For float16, numbers of any dtype can. For bfloat16, float32 numbers above 3.39e38 are too
     large, but no model has them, and to find them every such merge would be read back. So they
     are ignored.
     """
-    dtype = dtype_from_name(out_dtype)
-    if dtype is None or not dtype.is_floating_point:
-        return False
-    return dtype == torch.float16 or (dtype != torch.float64 and torch.float64 in merged)
+    out = dtype_from_name(config.out_dtype)
+    if out == torch.float16:
+        return config.out_dtype
+    if out is None or not out.is_floating_point or out == torch.float64:
+        return None
+    merged = {dtype_from_name(config.dtype)} if config.dtype else _stored_dtypes(config)
+    return config.out_dtype if torch.float64 in merged else None
 
 
-def dtypes_merged(config: MergeConfiguration) -> set[torch.dtype]:
-    """Return the dtypes that a merge of this process has computed in."""
-    dtype = dtype_from_name(config.dtype)
-    if dtype is not None:
-        return {dtype}
-    found = set()
-    for model in config.referenced_models():
-        directory = str(LoaderCache().get(model).index.base_path)
-        weights = read_weights(Directory(directory, str(model)))
-        found |= {header.torch_dtype for header in weights.tensors.values()}
-    return {dtype for dtype in found if dtype is not None}
+def _stored_dtypes(config: MergeConfiguration) -> set[torch.dtype | None]:
+    places = {str(it): LoaderCache().get(it).index.base_path for it in config.referenced_models()}
+    weights = [read_weights(Directory(str(path), model)) for model, path in places.items()]
+    return {header.torch_dtype for each in weights for header in each.tensors.values()}
 
 
 def require_in_range(merged: Path, out_dtype: str | None) -> None:
@@ -52,9 +47,9 @@ def require_in_range(merged: Path, out_dtype: str | None) -> None:
     overflowing = _overflowing(merged)  # by now its files are closed: Windows removes no open ones
     if overflowing:
         name, dtype = overflowing
+        wider = "bfloat16 or float32" if dtype == torch.float16 else "float64"
         raise BadInputError(
-            f"Merging tensor {name} overflows {dtype}; set a wider one (out_dtype: "
-            f"{_wider(dtype)})."
+            f"Merging tensor {name} overflows {dtype}; set a wider one (out_dtype: {wider})."
         )
 
 
@@ -68,7 +63,3 @@ def _overflowing(merged: Path) -> tuple[str, torch.dtype] | None:
         if tensor is not None and not tensor.isfinite().all():
             return name, tensor.dtype
     return None
-
-
-def _wider(dtype: torch.dtype) -> str:
-    return "bfloat16 or float32" if dtype == torch.float16 else "float64"

@@ -1,14 +1,17 @@
 """The record of a merge: what went in, which coefficients it used, and how to repeat it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import torch
+import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.method.summary import Entry, Summary
+from mergekit_metagpt.merging.hub_names import named
+from mergekit_metagpt.method.summary import Summary
+from mergekit_metagpt.planning.job import Job
 
 _SCHEMA = 2  # of metagpt.json
 
@@ -26,23 +29,21 @@ _DECIDING = (
 
 
 def merge_record(
-    config: MergeConfiguration,
-    source: str,
-    inputs: list[dict[str, Any]],
-    entries: Sequence[Entry],
-    options: MergeOptions,
+    job: Job, inputs: list[dict[str, Any]], names: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the record of a merge that has just run in this process, as JSON types.
+    """Return the record of a job that has just merged, as JSON types.
 
     Args:
-        config: what was merged.
-        source: its YAML, as it was written.
+        job: what was merged, and how.
         inputs: the models, as they were before the merge; JSON types.
-        entries: what the merge noted.
-        options: MergeKit's options of the run.
+        names: of models on the hub, which stand for their paths.
     """
-    summary = Summary(entries)
-    return {
+    config, options, summary = job.parsed, job.options, Summary(job.entries)
+    source = job.config.text
+    if names:
+        raw = named(job.config.raw, names)
+        source = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    record: dict[str, Any] = {
         "schema_version": _SCHEMA,
         "config": source,
         "method": config.merge_method,
@@ -53,6 +54,7 @@ def merge_record(
         "options": deciding_options(config, options, by_direction=summary.by_direction),
         "versions": versions(),
     }
+    return record | {key: named(record[key], names, key) for key in ("base", "inputs", "experts")}
 
 
 def versions() -> dict[str, str]:

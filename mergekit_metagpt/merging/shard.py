@@ -1,14 +1,14 @@
 """One weight file of the output, which any process can merge and write."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from socket import gethostname
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, TaskUniverse
 from mergekit.io.tasks import FinalizeModel, SaveTensor, TensorWriterTask
 from mergekit.io.tensor_writer import TensorWriter
@@ -26,53 +26,14 @@ from mergekit_metagpt.method.session import noted
 from mergekit_metagpt.method.summary import Entry
 from mergekit_metagpt.planning.directory import Work
 
+_ENTRIES = TypeAdapter(list[Entry])
 
-@dataclass(frozen=True)
-class Shard:
-    """A file of the output.
 
-    Attributes:
-        file: its name in the output.
-        saves: MergeKit's tasks that fill it.
-    """
+class Shard(NamedTuple):
+    """The name of a file of the output, and MergeKit's tasks that fill it."""
 
     file: str
-    saves: tuple[SaveTensor, ...]
-
-
-@dataclass(frozen=True)
-class Written:
-    """A merge, or a file of it, that is complete.
-
-    Attributes:
-        files: the names of its weight files.
-        tensors: the tensors in them, if it is one file.
-        size: their bytes.
-        entries: how each was merged.
-    """
-
-    files: Sequence[str]
-    tensors: Sequence[str]
-    size: int
-    entries: Sequence[Entry]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return JSON types, with the names of models."""
-        named = [replace(e, experts=tuple(map(str, e.experts))) for e in self.entries]
-        return asdict(replace(self, entries=named))
-
-    @classmethod
-    def of(cls, record: dict[str, Any], models: Mapping[str, ModelReference]) -> "Written":
-        """Read what ``as_json`` has returned."""
-        written = _WRITTEN.validate_python(record)
-        entries = [
-            replace(entry, experts=tuple(models[str(name)] for name in entry.experts))
-            for entry in written.entries
-        ]
-        return replace(written, entries=entries)
-
-
-_WRITTEN = TypeAdapter(Written)
+    saves: Sequence[SaveTensor]
 
 
 @dataclass(frozen=True)
@@ -101,8 +62,8 @@ class ShardMerge:
     tokenizer: Mapping[BuildTokenizer, TokenizerInfo]
     quiet: bool
 
-    def write(self, shard: Shard) -> Written:
-        """Merge the tensors of one file, which appears, with its record, when it is complete."""
+    def write(self, shard: Shard) -> dict[str, Any]:
+        """Merge the tensors of one file, which appears when it is complete; return its record."""
         if not self.work.path.is_dir():
             raise FileNotFoundError(
                 f"Machine {gethostname()} of the cluster does not see {self.work.path}; choose an "
@@ -122,10 +83,14 @@ class ShardMerge:
             require_in_range(Path(unfinished), self.out_dtype)
             (path,) = Path(unfinished).iterdir()
             file = path.rename(path.with_name(shard.file))
-            written = Written([file.name], list(writer.weight_map), writer.total_size, entries)
+            record = {
+                "tensors": list(writer.weight_map),
+                "size": writer.total_size,
+                "entries": as_json(entries),
+            }
             require_unchanged(self.inputs)
-            self.work.keep(file.name, written.as_json(), [file])
-        return written
+            self.work.keep(file.name, record, [file])
+        return record
 
     def _execute(self, shard: Shard, directory: str) -> TensorWriter:
         """Run MergeKit's executor and writer; return the writer, which knows what it wrote."""
@@ -147,3 +112,18 @@ class ShardMerge:
         results = executor.run(quiet=self.quiet, desc=f"Merging {shard.file}")
         writer: TensorWriter = dict(results)[writer_task]
         return writer
+
+
+def as_json(entries: Iterable[Entry]) -> list[dict[str, Any]]:
+    """Return entries as JSON types, with the names of models."""
+    return [asdict(replace(it, experts=tuple(map(str, it.experts)))) for it in entries]
+
+
+def entries_of(records: Iterable[Mapping[str, Any]], config: MergeConfiguration) -> list[Entry]:
+    """Return the entries in the records of files, with the models of a config."""
+    models = {str(model): model for model in config.referenced_models()}
+    return [
+        replace(entry, experts=tuple(models[str(name)] for name in entry.experts))
+        for record in records
+        for entry in _ENTRIES.validate_python(record["entries"])
+    ]
