@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mergekit_metagpt.api.functions import merge, plan, survey
     from mergekit_metagpt.api.results import Merged, Plan, Survey
     from mergekit_metagpt.core.coefficients import scaling_coefficients
-    from mergekit_metagpt.method.registration import register
+    from mergekit_metagpt.startup import register
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ _HOMES = {
     "Survey": "api.results",
     "merge": "api.functions",
     "plan": "api.functions",
-    "register": "method.registration",
+    "register": "startup",
     "scaling_coefficients": "core.coefficients",
     "survey": "api.functions",
 }

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
+    from mergekit_metagpt.method.merge_method import MetaGPTMerge
+
 _SWITCH = "MERGEKIT_METAGPT_AUTOLOAD"
 _REGISTRY = "mergekit.merge_methods.registry"
 _STOCK_CLASS = "GeneralizedTaskArithmeticMerge"
@@ -40,6 +42,39 @@ def install() -> None:
     registry = sys.modules.get(_REGISTRY)
     if registry is not None and not getattr(registry.__spec__, "_initializing", False):
         _run(_register, registry)  # MergeKit came before this package
+
+
+def register() -> None:
+    """Register ``metagpt`` and every ``metagpt_X`` with MergeKit. A second call changes nothing.
+
+    The start-up file of this package calls this when MergeKit is imported. Call it yourself
+    only where Python does not read start-up files: ``pip install --target``, ``python -S``.
+    """
+    registry = _registry()
+    known = {method.spec.name for method in registry.registered_methods()}
+    for method in _methods():
+        if method.spec.name not in known:
+            registry.register(method)
+
+
+def _methods() -> "list[MetaGPTMerge]":
+    """Return a counterpart for every task-vector method of MergeKit."""
+    # Submodules only: at registration the package `mergekit.merge_methods` is half imported.
+    from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+
+    from mergekit_metagpt.measure.provider import PROVIDER
+    from mergekit_metagpt.method.merge_method import MetaGPTMerge
+
+    stock = _registry().registered_methods()
+    own = [method for method in stock if isinstance(method, GeneralizedTaskArithmeticMerge)]
+    return [MetaGPTMerge(method, PROVIDER) for method in own]
+
+
+def _registry() -> "Any":
+    """Return MergeKit's registry: at each call, since it may be reloaded or imported anew."""
+    from importlib import import_module
+
+    return import_module(_REGISTRY)
 
 
 class _Finder:
@@ -121,8 +156,6 @@ def _register(registry: "ModuleType") -> None:
         for name in [n for n in sys.modules if n.startswith("mergekit_metagpt.")]:
             if name != __name__:
                 del sys.modules[name]
-    from mergekit_metagpt.method.registration import register
-
     register()
     if not any(method.spec.name == "metagpt" for method in registry.registered_methods()):
         raise RuntimeError("it has no task arithmetic")
@@ -136,9 +169,9 @@ def _check(merge_methods: "ModuleType") -> None:
 
 def _teach_evolve(genome: "ModuleType") -> None:
     from mergekit_metagpt.mergekit_private import METHOD_PARAM_MAPS
-    from mergekit_metagpt.method.registration import evolvable_parameters
 
-    METHOD_PARAM_MAPS.update(evolvable_parameters())
+    for method in _methods():
+        METHOD_PARAM_MAPS[method.spec.name] = ["weight"] + ["density"] * (not method.is_plain)
 
 
 _HOOKS = {

@@ -21,7 +21,7 @@ from conftest import (
 )
 from safetensors.torch import save_file
 
-from mergekit_metagpt.method.session import noted
+from mergekit_metagpt.method.notes import noted
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from mergekit.scripts import run_yaml
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.core import buffers, task_vectors
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
-from mergekit_metagpt.method.session import noted
+from mergekit_metagpt.method.notes import noted
 
 StateDict = dict[str, torch.Tensor]
 SPARSIFIED = [m for m in registered_methods() if isinstance(m, MetaGPTMerge) and not m.is_plain]

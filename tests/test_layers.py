@@ -13,8 +13,7 @@ LAYERS = [
     {"api"},
     {"merging", "preflight", "report", "demo", "evaluation"},
     {"planning", "diagnosis"},
-    {"method"},
-    {"measure"},
+    {"method", "measure"},
     {"core"},
     {"top"},  # the files at the package's top, which import nothing but each other
 ]

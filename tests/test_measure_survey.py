@@ -30,7 +30,7 @@ from mergekit_metagpt.measure import surveys
 from mergekit_metagpt.measure.checkpoints import Checkpoints, survey_checkpoints
 from mergekit_metagpt.measure.survey import Survey, survey_groups
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
-from mergekit_metagpt.method.session import noted
+from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.names import canonical, layer_of
 
 

@@ -346,7 +346,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 from click.testing import CliRunner
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.method.session import SESSION
+from mergekit_metagpt.method import merge_method
 
 config, out = sys.argv[1], Path(sys.argv[2])
 words = ["merge", config, str(out), "--quiet", "--no-copy-tokenizer"]
@@ -365,7 +365,7 @@ def merge():
     print(done.exit_code, done.stderr.strip(), len(list(out.parent.iterdir())))
 
 shutil.rmtree = again
-real, SESSION.note = SESSION.note, stop
+real, merge_method.note = merge_method.note, stop
 # The tests may have been started with nohup, or in the background.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -373,11 +373,11 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     before = signal.getsignal(number)
     merge()
     assert signal.getsignal(number) == before
-def hang_up(entry):
+def hang_up(*merged):
     os.kill(os.getpid(), signal.SIGHUP)
-    real(entry)
+    real(*merged)
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-SESSION.note = hang_up
+merge_method.note = hang_up
 merge()
 """
 

@@ -25,9 +25,8 @@ from mergekit.scripts import merge_raw_pytorch
 from mergekit_metagpt.core.directions import Directions, Rule, merge_directions
 from mergekit_metagpt.core.roles import Role
 from mergekit_metagpt.method.advice import warnings
-from mergekit_metagpt.method.session import noted
+from mergekit_metagpt.method.notes import Watch, noted
 from mergekit_metagpt.method.summary import Entry, Summary
-from mergekit_metagpt.method.watch import Watch
 
 SETTINGS = {"granularity": "direction", "exponent": 1.0}
 
@@ -303,19 +302,22 @@ def test_a_sum_of_experts_at_right_angles_has_stretch_1():
         (entry(norms=(1.0, 0.0), directions=None, granularity="tensor"), None),  # a single mover
     ],
 )
-def test_an_expert_that_is_hardly_kept_and_a_stretched_merge_are_warned_of(its, said):
+def test_an_expert_that_is_hardly_kept_and_a_stretched_merge_are_warned_of(its, said, caplog):
     sentences = [w for w in warnings(Summary([its])) if its.directions]
     assert len(sentences) == bool(said)
     assert all(said in sentence for sentence in sentences)
-    assert len(list(Watch(parameters=1).add(its))) == bool(said)
+    Watch().look_at(its, enough=1)
+    assert len(caplog.records) == bool(said)
 
 
-def test_a_warning_waits_for_a_tenth_of_the_parameters():
-    watch, stretched = Watch(parameters=100), entry(length=40.0, size=6)
-    assert not list(watch.add(stretched))
-    (sentence,) = watch.add(stretched)
-    assert "moves more than 1.5 times as far" in sentence
-    assert not list(watch.add(stretched))
+def test_a_warning_waits_for_enough_parameters(caplog):
+    watch, stretched = Watch(), entry(length=40.0, size=6)
+    watch.look_at(stretched, enough=10)
+    assert not caplog.records
+    for _ in range(2):
+        watch.look_at(stretched, enough=10)
+        (record,) = caplog.records
+        assert "moves more than 1.5 times as far" in record.getMessage()
 
 
 def test_the_stock_command_warns_once_of_what_dominates_or_is_hardly_kept(

@@ -11,9 +11,9 @@ from mergekit.merge_methods import get, merge_state_dicts, merge_tensors, regist
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 
+from mergekit_metagpt import register
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
-from mergekit_metagpt.method.registration import register
-from mergekit_metagpt.method.session import noted
+from mergekit_metagpt.method.notes import noted
 
 STOCK = [m for m in registered_methods() if isinstance(m, GeneralizedTaskArithmeticMerge)]
 OURS = [m for m in registered_methods() if isinstance(m, MetaGPTMerge)]
@@ -238,7 +238,7 @@ def test_one_group_may_be_merged_directly():
 def test_a_stock_merge_logs_once_what_it_uses_and_nothing_that_it_cannot_know(
     merge, tmp_path, caplog
 ):
-    logger = "mergekit_metagpt.method.session"
+    logger = "mergekit_metagpt.method.notes"
     caplog.set_level(logging.INFO, logger=logger)
     paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.1, 0.0))
 

@@ -23,13 +23,12 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 )
 from mergekit.sparsify import SparsificationMethod, rescaled_masked_tensor, sparsify
 
+from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import working_dtype
-from mergekit_metagpt.measure.survey import TensorInputs
 from mergekit_metagpt.method import sparsified
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
-from mergekit_metagpt.method.random_streams import own_stream
-from mergekit_metagpt.method.session import noted
-from mergekit_metagpt.method.sparsified import merge_sparsified
+from mergekit_metagpt.method.notes import noted
+from mergekit_metagpt.method.sparsified import merge_sparsified, own_stream
 
 OURS = [m for m in registered_methods() if isinstance(m, MetaGPTMerge) and not m.is_plain]
 BY_RANK = [m for m in OURS if m.stock.sparsification_method == SparsificationMethod.della_magprune]
@@ -345,6 +344,7 @@ def test_methods_that_others_derive_are_left_to_mergekit():
 
     settings_ = (ConsensusMethod.count, None, False, False, "own", "Own", None)
     base, experts = family((61, 83), torch.bfloat16)
-    assert_same_bytes(MetaGPTMerge(GeneralizedTaskArithmeticMerge(*settings_)), base, experts)
-    own = MetaGPTMerge(Own(*settings_))
+    stock, provider = GeneralizedTaskArithmeticMerge(*settings_), OURS[0].provider
+    assert_same_bytes(MetaGPTMerge(stock, provider), base, experts)
+    own = MetaGPTMerge(Own(*settings_), provider)
     assert torch.equal(ours_and_coefficients(own, base, experts)[0], base.float().add(1).bfloat16())

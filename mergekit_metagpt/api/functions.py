@@ -10,9 +10,9 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt import register
 from mergekit_metagpt.api.calls import comparing, forecasts, measured, merged
 from mergekit_metagpt.api.results import Merged, Plan, Survey
-from mergekit_metagpt.method.registration import register
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.planning.config import ConfigFile, read_config, reference
 from mergekit_metagpt.planning.job import running

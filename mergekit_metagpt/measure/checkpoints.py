@@ -201,10 +201,10 @@ class Checkpoints:
         indexes = [self.loader(model).index for model in self.models]
         return [os.path.join(i.base_path, shard.filename) for i in indexes for shard in i.shards]
 
-    def load_base(self, name: str) -> Tensor | None:
-        """Return a tensor of the base as it is stored; ``name`` is its name in the survey."""
-        weight = self._weights_by_name.get(name)
-        return None if weight is None else self.load(self.base, weight, "cpu")
+    def stored(self, model: ModelReference, name: str | None) -> Tensor | None:
+        """Return a weight as it is stored, or None if there is none of this name."""
+        weight = self._weights_by_name.get(name or "")
+        return None if weight is None else self.load(model, weight, "cpu")
 
     @cached_property
     def _weights_by_name(self) -> dict[str, WeightInfo]:
@@ -253,7 +253,6 @@ class Checkpoints:
             sizes={name: tensor.size for name, tensor in measured.items()},
             grams={name: t.products for name, t in measured.items()} if products else None,
             bases={name: t.base for name, t in measured.items()} if products else {},
-            source=self,
         )
 
 

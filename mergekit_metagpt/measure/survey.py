@@ -1,121 +1,36 @@
 """Surveys: the squared norms of whole models' task vectors, tensor by tensor."""
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
 
 from mergekit_metagpt.core.coefficients import Norms
-from mergekit_metagpt.core.task_vectors import promoted_dtype, squared_norms
-from mergekit_metagpt.names import canonical, layer_of
+from mergekit_metagpt.core.granularities import GRANULARITIES
+from mergekit_metagpt.core.inputs import TensorInputs
+from mergekit_metagpt.names import layer_of
 
 if TYPE_CHECKING:
     from mergekit.merge_methods.base import TensorGroup
 
-# Rounding makes two measurements of one norm differ. This is the relative tolerance.
-_SAME_NORM = 1e-5
 
-
-@dataclass(frozen=True)
-class TensorInputs:
-    """One tensor of the base and of T experts.
-
-    Attributes:
-        name: the tensor's name; None if it has none.
-        base_id: the base's id.
-        base: θ_0.
-        ids: the experts' ids, in canonical order.
-        experts: θ_t, T tensors of the base's shape and device.
-    """
-
-    name: str | None
-    base_id: Hashable
-    base: Tensor
-    ids: tuple[Hashable, ...]
-    experts: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, group: "TensorGroup") -> "TensorInputs":
-        """Split a MergeKit group into its base and its experts.
-
-        Raises:
-            ValueError: if the group has no base.
-        """
-        name, base = group.metadata.name, group.base
-        if base is None:
-            raise ValueError(f"Tensor {name} has no base; set base_model.")
-        tensors: dict[Hashable, Tensor] = {entry.id: entry.tensor for entry in group.non_base}
-        ids = tuple(canonical(tensors))
-        return cls(name, base.id, base.tensor, ids, tuple(tensors[id_] for id_ in ids))
-
-    @cached_property
-    def squared_norms(self) -> Norms:
-        """‖θ_t − θ_0‖², T finite floats; measured on first use.
-
-        Raises:
-            ValueError: if an input holds NaN or Inf. The message names the model and the tensor.
-        """
-        norms = squared_norms(self.base, self.experts)
-        if not all(map(math.isfinite, norms)):
-            raise self.not_finite()
-        return tuple(norms)
-
-    def not_finite(self) -> ValueError:
-        """Return an error that names the model whose numbers cannot be squared."""
-        for model, tensor in self:
-            if not tensor.isfinite().all():
-                return ValueError(
-                    f"Tensor {self.name} of model {model} holds NaN or Inf in {tensor.dtype}; "
-                    "repair or replace that checkpoint, leave the model out of the merge, or, "
-                    "if its numbers are only too large for the config's dtype, set a wider one."
-                )
-        return ValueError(
-            f"The task vectors of tensor {self.name} are too large to be squared in float64; "
-            f"check the values of {', '.join(str(model) for model, _ in self)}."
-        )
+class TaskVectors(Protocol):
+    """The task vectors of one tensor, and what they say of it."""
 
     @property
-    def memory(self) -> tuple[Any, ...]:
-        """Where the tensors lie; the same for tensors that are tied in memory."""
-        return tuple((t.data_ptr(), t.shape, t.stride()) for _, t in self)
+    def name(self) -> str | None:
+        """The tensor's name in the output."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that all tensors promote to."""
-        return promoted_dtype([self.base, *self.experts])
+        """The dtype in which it is merged."""
 
-    def is_surveyed_in(self, survey: "Survey") -> bool:
-        """Return whether a survey measured these tensors under this name.
-
-        This compares their norms with the surveyed ones. If the config's ``dtype`` has rounded
-        the tensors, their norms have changed. Then it compares the base's tensor with the
-        stored one.
-        """
-        counted = survey.counted_as(self.name)
-        if counted is None:
-            return False
-        if survey.knows(self.name, self.dtype):
-            surveyed = survey.squared_norms[counted]
-            pairs = zip(self.squared_norms, surveyed, strict=True)
-            return all(math.isclose(a, b, rel_tol=_SAME_NORM) for a, b in pairs)
-        stored = survey.stored_base(counted)
-        return stored is None or torch.equal(stored.to(self.base), self.base)
-
-    def __iter__(self) -> Iterator[tuple[Hashable, Tensor]]:
-        """Yield id and tensor of the base, then of each expert."""
-        yield self.base_id, self.base
-        yield from zip(self.ids, self.experts, strict=True)
-
-
-class StoredModels(Protocol):
-    """Models whose surveyed tensors can be read again."""
-
-    def load_base(self, name: str) -> Tensor | None:
-        """Return a tensor of the base as it is stored."""
+    @property
+    def squared_norms(self) -> Norms:
+        """‖τ_t‖², T finite floats; measured on first use."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +47,6 @@ class Survey:
         sizes: the number of elements for each tensor name.
         grams: the T x T inner products ⟨τ_i, τ_j⟩ for each tensor name; None if not measured.
         bases: ‖θ_0‖² for each tensor name; measured with the inner products.
-        source: the models that were measured; None if they were in memory.
     """
 
     experts: tuple[Hashable, ...]
@@ -143,7 +57,6 @@ class Survey:
     sizes: Mapping[str, int] = field(default_factory=dict)
     grams: Mapping[str, Sequence[Sequence[float]]] | None = None
     bases: Mapping[str, float] = field(default_factory=dict)
-    source: "StoredModels | None" = None
 
     @property
     def parameters(self) -> int:
@@ -168,9 +81,19 @@ class Survey:
         stored = self.dtypes.get(name, dtype)
         return torch.promote_types(stored, dtype) == dtype
 
-    def stored_base(self, tensor: str) -> Tensor | None:
-        """Return the base's tensor as it is stored, or None if the models were in memory."""
-        return None if self.source is None else self.source.load_base(tensor)
+    def norms_of(self, tensor: TaskVectors, granularity: str) -> Norms:
+        """Return ‖τ_t‖² over the scope that a tensor belongs to, T floats.
+
+        Raises:
+            ValueError: if the tensor was not surveyed, or was rounded since then, and now holds
+                NaN or Inf.
+        """
+        if not self.knows(tensor.name, tensor.dtype):
+            _ = tensor.squared_norms  # raises the error
+        # A tensor that several layers share has the coefficients of the first of them.
+        name = self.counted_as(tensor.name) or tensor.name or ""
+        sums = {"layer": self.layers, "model": {"model": self.model}}[granularity]
+        return sums.get(GRANULARITIES[granularity].scope(name)) or tensor.squared_norms
 
     def in_order_of(self, experts: Sequence[Hashable]) -> "Survey":
         """Return the same survey with the experts in the given order."""

@@ -175,7 +175,7 @@ class _Kept:
             except (OSError, ValueError, LookupError, TypeError, AttributeError):
                 continue  # there is none, or it was damaged
             if survey:
-                return replace(survey, experts=checkpoints.experts, source=checkpoints)
+                return replace(survey, experts=checkpoints.experts)
         return None
 
     def write(self, survey: Survey) -> None:

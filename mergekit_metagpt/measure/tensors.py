@@ -9,8 +9,8 @@ from mergekit.common import ModelReference
 from torch import Tensor
 
 from mergekit_metagpt.core.coefficients import Norms
+from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import inner_products, squared_norm
-from mergekit_metagpt.measure.survey import TensorInputs
 from mergekit_metagpt.measure.vocabularies import DifferentVocabularyError, compare_vocabularies
 
 Device = torch.device | str

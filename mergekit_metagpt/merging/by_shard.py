@@ -22,7 +22,6 @@ import tqdm
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.identity import Stat, digest
 from mergekit_metagpt.measure.survey import Survey
@@ -156,7 +155,7 @@ def _take_surveys(
     """Take all surveys that the merge of some files will need."""
     wanted = set()
     for tensor in chain.from_iterable(files):
-        if not GRANULARITIES[tensor.merge.parameters["granularity"]].needs_survey:
+        if not (tensor.merge.granularity and tensor.merge.granularity.needs_survey):
             continue
         base = tensor.merge.base
         experts = tuple(canonical(tensor.stored.keys() - {base}))

@@ -16,13 +16,13 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from pydantic import TypeAdapter
 
+from mergekit_metagpt import register
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.identity import Stat, require_unchanged
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.merging.ranges import require_in_range
-from mergekit_metagpt.method.registration import register
-from mergekit_metagpt.method.session import noted
+from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Entry
 from mergekit_metagpt.planning.directory import Work
 

@@ -12,6 +12,7 @@ from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 
+from mergekit_metagpt import register
 from mergekit_metagpt.measure.identity import Stat, changed_files, digest, require_unchanged
 from mergekit_metagpt.merging.by_shard import Plan, merge_by_shard
 from mergekit_metagpt.merging.card import PICTURE, write_card
@@ -21,8 +22,7 @@ from mergekit_metagpt.merging.ranges import require_in_range, too_narrow
 from mergekit_metagpt.merging.record import deciding_options, merge_record, versions
 from mergekit_metagpt.merging.shard import as_json, entries_of
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
-from mergekit_metagpt.method.registration import register
-from mergekit_metagpt.method.session import noted
+from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.planning.chat_template import with_chosen_template
 from mergekit_metagpt.planning.directory import Output, Work

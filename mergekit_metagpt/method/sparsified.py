@@ -6,9 +6,13 @@ first, which differ from platform to platform.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import RLock
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -21,8 +25,11 @@ from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_metagpt.core.buffers import chunk_size
+from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import Sum, deltas_of, working_dtype
-from mergekit_metagpt.measure.survey import TensorInputs
+
+# Threads share a device's default generator, so only one may use it at a time.
+_GENERATOR_LOCKS: defaultdict[str, RLock] = defaultdict(RLock)
 
 # How far a rank may be from that in a random sample. If it is farther, counting shows it.
 _DEVIATIONS = 3
@@ -42,12 +49,51 @@ def merge_sparsified(
         inputs: θ_0 and T tensors θ_t of its shape and device.
         parameters: those of the stock method; ``weight`` holds λ_t by expert.
 
-    Returns:
-        A tensor of the base's shape, dtype and device.
-
     Raises:
-        ValueError: if DELLA's density ± epsilon is not between 0 and 1.
+        ValueError: if DELLA's density ± epsilon is not between 0 and 1, or it cannot rank rows.
     """
+    if stock.sparsification_method == SparsificationMethod.della_magprune:
+        _require_ranks(inputs, parameters["density"].values())
+    with own_stream(inputs.base.device, f"{stock.spec.name}/{inputs.name}"):
+        return _merge(stock, inputs, parameters)
+
+
+def _require_ranks(inputs: TensorInputs, densities: Iterable[float]) -> None:
+    """Refuse rows of one number, which DELLA cannot rank: MergeKit would divide by 0."""
+    shape = inputs.base.shape
+    row = shape[1] if len(shape) > 1 else shape.numel()
+    if row == 1 and any(0 < density < 1 for density in densities):
+        raise ValueError(
+            f"DELLA cannot rank the numbers of tensor {inputs.name} of shape {list(shape)}: "
+            "each row has only one; set its density to 1 with a filter, or choose a DARE method."
+        )
+
+
+@contextmanager
+def own_stream(device: torch.device, name: str) -> Iterator[None]:
+    """Give a tensor its own random stream, independent of the order of the merge.
+
+    DARE and DELLA draw from the default generator of the tensor's device. Here it has a seed
+    derived from ``--random-seed`` and the name. Afterwards the caller's state is restored.
+    """
+    accelerator = device.type != "cpu"
+    with _GENERATOR_LOCKS[str(device)]:
+        seed = crc32(f"{torch.initial_seed()}/{name}".encode())
+        with torch.random.fork_rng(
+            devices=[device] if accelerator else [],
+            device_type=device.type if accelerator else "cuda",
+        ):
+            if accelerator:
+                with torch.get_device_module(device).device(device):
+                    torch.get_device_module(device).manual_seed(seed)
+            else:
+                torch.default_generator.manual_seed(seed)
+            yield
+
+
+def _merge(
+    stock: GeneralizedTaskArithmeticMerge, inputs: TensorInputs, parameters: Mapping[str, Any]
+) -> Tensor:
     tensors = [inputs.base, *inputs.experts]
     has_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     is_subclass = type(stock) is not GeneralizedTaskArithmeticMerge

@@ -14,7 +14,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.core.coefficients import kept_of_parts
-from mergekit_metagpt.core.granularities import GRANULARITIES
+from mergekit_metagpt.core.granularities import GRANULARITIES, moved
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.summary import Entry, Summary
@@ -197,9 +197,11 @@ def _foretell(merge: TensorMerge, measurements: Measurements) -> TensorForecast:
     measured = measurements.tensors[merge.name]
     experts = measured.experts
     parameters = merge.method_parameters(experts)
-    norms = GRANULARITIES[parameters["granularity"]].squared_norms(
-        measured, lambda: measurements.survey_of(experts)
-    )
+    if merge.moves_layers:
+        raise moved(merge.name)
+    norms = measured.squared_norms
+    if GRANULARITIES[parameters["granularity"]].needs_survey:
+        norms = measurements.survey_of(experts).norms_of(measured, parameters["granularity"])
     return TensorForecast(
         entry=Entry.of(merge.name, experts, norms, measured.size, parameters, measured.directions),
         inputs=merge.inputs,

@@ -14,12 +14,13 @@ from mergekit.options import MergeOptions
 
 from mergekit_metagpt.core.coefficients import Norms
 from mergekit_metagpt.core.directions import Directions
+from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import working_dtype
 from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.measure.survey import Survey, TensorInputs
+from mergekit_metagpt.measure.provider import PROVIDER
+from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
-from mergekit_metagpt.method.directions import by_directions
-from mergekit_metagpt.method.session import SESSION
+from mergekit_metagpt.method.merge_method import by_directions
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.planner import TensorMerge
 from mergekit_metagpt.workers import Mapper, in_this_process
@@ -35,7 +36,6 @@ class Measured:
         squared_norms: ‖τ_t‖², T floats.
         size: how many elements it has.
         dtype: the dtype that it is merged in.
-        in_place: whether every model contributes its own tensor of this name.
         directions: what the tensor comes to if every direction has a coefficient.
     """
 
@@ -44,12 +44,7 @@ class Measured:
     squared_norms: Norms
     size: int
     dtype: torch.dtype
-    in_place: bool = True
     directions: Directions | None = None
-
-    def is_surveyed_in(self, survey: Survey) -> bool:
-        """Return whether a survey knows these tensors by this name."""
-        return self.in_place and survey.counted_as(self.name) is not None
 
 
 @dataclass
@@ -127,7 +122,7 @@ class Measurements:
         experts: Any = inputs.ids
         directions = None
         if merge.by_direction:
-            shape_of = SESSION.shapes_beside(inputs)
+            shape_of = PROVIDER.models_of([inputs]).shape_of
             directions = by_directions(inputs, shape_of, merge.method_parameters(experts))
         norms = directions.squared_norms if directions else inputs.squared_norms
         self.tensors[merge.name] = Measured(
@@ -136,7 +131,6 @@ class Measurements:
             norms,
             inputs.base.numel(),
             inputs.dtype,
-            in_place=set(merge.inputs.values()) == {merge.name},
             directions=directions,
         )
 

@@ -15,8 +15,9 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer
 
-from mergekit_metagpt.core.granularities import GRANULARITIES
+from mergekit_metagpt.core.granularities import GRANULARITIES, Granularity
 from mergekit_metagpt.mergekit_private import model_out_config
+from mergekit_metagpt.names import layer_of
 from mergekit_metagpt.planning.config import Place, parts
 
 
@@ -69,10 +70,21 @@ class TensorMerge:
         return {**self.parameters, "weight": priors}
 
     @property
+    def granularity(self) -> Granularity | None:
+        """Which tensors share its coefficients; None if its method has no coefficients."""
+        return GRANULARITIES.get(self.parameters.get("granularity", ""))
+
+    @property
     def by_direction(self) -> bool:
         """Whether every direction has a coefficient."""
-        granularity = GRANULARITIES.get(self.parameters.get("granularity", ""))
-        return granularity is not None and granularity.by_direction
+        return self.granularity is not None and self.granularity.by_direction
+
+    @property
+    def moves_layers(self) -> bool:
+        """Whether slices put tensors of another layer here, although it has to keep its place."""
+        keeps = self.granularity is not None and self.granularity.keeps_layers
+        stays = set(self.inputs.values()) == {self.name} or layer_of(self.name) is None
+        return keeps and not stays
 
     @property
     def vocabulary_axis(self) -> int | None:

@@ -12,7 +12,7 @@ from mergekit.config import InputModelDefinition, MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.method.registration import register
+from mergekit_metagpt import register
 from mergekit_metagpt.planning.chat_template import most_frequent
 from mergekit_metagpt.planning.config import ConfigFile, read_config
 from mergekit_metagpt.planning.job import alone, with_own_adapters

@@ -15,7 +15,6 @@ from mergekit_metagpt.core.decision import Rule
 from mergekit_metagpt.core.directions import merge_directions
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import Outputs, output_shards
-from mergekit_metagpt.preflight.tensors import granularity_of
 
 _TRIAL = 1024  # rows and columns
 
@@ -113,7 +112,7 @@ def _trial(experts: int, dtype: torch.dtype, options: MergeOptions) -> float:
 
 
 def _passes(outputs: Outputs) -> int:
-    chosen = {granularity_of(tensor) for tensor in outputs.tensors}
+    chosen = {tensor.merge.granularity for tensor in outputs.tensors}
     return 2 if any(granularity and granularity.needs_survey for granularity in chosen) else 1
 
 

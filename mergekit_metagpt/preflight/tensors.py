@@ -7,9 +7,7 @@ from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.merge_methods.base import OptionalTensorPolicy
 
-from mergekit_metagpt.core.granularities import GRANULARITIES, Granularity
 from mergekit_metagpt.measure.headers import FLOATS, Header
-from mergekit_metagpt.names import layer_of
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import Outputs, OutputTensor
 from mergekit_metagpt.wording import counted
@@ -48,7 +46,7 @@ def _fails_without(tensor: OutputTensor, model: ModelReference) -> bool:
     if not tensor.merge.loads[model].optional:
         return True
     base = tensor.merge.base
-    granularity = granularity_of(tensor)
+    granularity = tensor.merge.granularity
     if granularity and granularity.needs_survey:
         return base in tensor.stored  # the survey compares each expert with it
     spec = merge_methods.get(tensor.merge.task.method_name).spec
@@ -100,11 +98,6 @@ def left_out(outputs: Outputs, file: str) -> Iterator[str]:
                 "models in the first slice."
             )
             return
-
-
-def granularity_of(tensor: OutputTensor) -> Granularity | None:
-    """Return the scope of a tensor's coefficients; None if its method has no coefficients."""
-    return GRANULARITIES.get(tensor.merge.parameters.get("granularity", ""))
 
 
 def different_shapes(outputs: Outputs, base: ModelReference | None, file: str) -> Iterator[str]:
@@ -173,16 +166,12 @@ def bad_values(outputs: Outputs, file: str) -> Iterator[str]:
             f"{file} gives every model the weight 0 for every tensor, so that nothing is merged; "
             "give at least one a weight above 0."
         )
-    for tensor in outputs.tensors:
-        granularity = granularity_of(tensor)
-        stays = set(tensor.merge.inputs.values()) == {tensor.name}
-        if granularity and granularity.keeps_layers and layer_of(tensor.name) and not stays:
-            yield (
-                f"{file} sets granularity: {granularity.name}, but its slices put tensors of "
-                "another layer "
-                f"at {tensor.name}; use granularity: tensor or granularity: model."
-            )
-            return
+    moved = next((tensor.name for tensor in outputs.tensors if tensor.merge.moves_layers), None)
+    if moved:
+        yield (
+            f"{file} sets granularity: layer, but its slices put tensors of another layer "
+            f"at {moved}; use granularity: tensor or granularity: model."
+        )
 
 
 def _bad_epsilons(outputs: Outputs, file: str) -> Iterator[str]:

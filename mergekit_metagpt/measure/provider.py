@@ -1,0 +1,219 @@
+"""What MergeKit does not pass to a merge method: whole models, and the options of the command.
+
+MergeKit calls a method with the tensors of one parameter at a time, from any thread and for any
+merge of the process. :data:`PROVIDER` finds the models that they are from.
+"""
+
+import sys
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import click
+import torch
+
+from mergekit_metagpt.core.coefficients import Norms
+from mergekit_metagpt.core.granularities import GRANULARITIES, moved
+from mergekit_metagpt.core.inputs import TensorInputs
+from mergekit_metagpt.core.roles import Role, role_of
+from mergekit_metagpt.measure.survey import Survey, survey_tensors
+from mergekit_metagpt.measure.surveys import SURVEYS
+from mergekit_metagpt.names import layer_of
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+    from mergekit_metagpt.measure.checkpoints import Checkpoints
+
+
+class Provider:
+    """The models of the merges of this process, one merge after another; thread-safe."""
+
+    def __init__(self) -> None:
+        self._known: dict[Checkpoints, StoredModels] = {}
+        self._loader_options: MergeOptions | None = None
+        self.quiet = False
+
+    def begin(self, ids: Sequence[Hashable], base: Hashable) -> None:
+        """Prepare for a merge that MergeKit plans: record its options and its files.
+
+        Args:
+            ids: the ids of all inputs.
+            base: the id of θ_0.
+        """
+        self._known.clear()
+        checkpoints = _checkpoints_of(ids, base)
+        if checkpoints is not None:
+            from mergekit_metagpt.measure.untold import warn_of_untold
+
+            self._note_options()
+            SURVEYS.begin(checkpoints)
+            warn_of_untold(checkpoints)
+
+    def require_unchanged(self, ids: Sequence[Hashable], base: Hashable) -> None:
+        """Stop a merge if a weight file has changed since it began; arguments as for ``begin``."""
+        checkpoints = _checkpoints_of(ids, base)
+        if checkpoints is not None:
+            SURVEYS.require_unchanged(checkpoints)
+
+    def models_of(self, tensors: Sequence[TensorInputs]) -> "StoredModels | ModelsInMemory":
+        """Return the models that tensors with the same ids are from."""
+        ids = (tensors[0].ids, tensors[0].base_id) if tensors else ((), None)
+        checkpoints = _checkpoints_of(*ids)
+        if checkpoints is None:
+            return ModelsInMemory(tensors)
+        self._set_up_loaders()
+        return self._known.setdefault(checkpoints, StoredModels(checkpoints, self))
+
+    def _note_options(self) -> None:
+        """Keep the options of the planning thread; other threads do not have them."""
+        from mergekit.io.tasks import LoaderCache
+        from mergekit.options import MergeOptions
+
+        command, cache = click.get_current_context(silent=True), LoaderCache()
+        if command is None and not vars(cache):
+            return
+        options = command.params.get("merge_options") if command else None
+        quiet = getattr(options, "quiet", False)
+        self.quiet = bool(command.params.get("quiet", quiet)) if command else False
+        self._loader_options = MergeOptions(
+            transformers_cache=cache.hf_cache_dir,
+            lora_merge_cache=cache.lora_cache_dir,
+            lora_merge_dtype=cache.lora_merge_dtype,
+            lazy_unpickle=cache.lazy_unpickle,
+            trust_remote_code=cache.trust_remote_code,
+        )
+
+    def _set_up_loaders(self) -> None:
+        """Give the loaders of this thread the options of the planning thread."""
+        from mergekit.io.tasks import LoaderCache
+
+        if self._loader_options is not None and not vars(LoaderCache()):
+            LoaderCache().setup(self._loader_options)
+
+
+@dataclass(frozen=True)
+class StoredModels:
+    """A base and experts that MergeKit reads from weight files."""
+
+    checkpoints: "Checkpoints"
+    provider: Provider
+
+    def read_ahead(self, tensor: str | None) -> None:
+        """Let the disk read what follows a tensor of each model in its file."""
+        for model in self.checkpoints.models:
+            self.checkpoints.read_ahead(model, tensor)
+
+    def merged_as(self, parameters: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the number of each tensor: each is merged by itself."""
+        return list(range(len(parameters)))
+
+    def shape_of(self, tensor: str) -> Sequence[int] | None:
+        """Return the shape of a tensor of the base, or None if it has none of this name."""
+        return self.checkpoints.shape_of_base(tensor)
+
+    @cached_property
+    def parameters(self) -> int | None:
+        """How many numbers the base holds."""
+        return self.checkpoints.parameters_of_base()
+
+    def squared_norms(self, tensor: TensorInputs, granularity: str) -> Norms:
+        """Return ‖τ_t‖² over a tensor's scope, T floats; the models are surveyed only once.
+
+        Raises:
+            ValueError: if the tensor holds NaN or Inf, if the granularity is ``layer`` and it is
+                not from the layer that its name says, or if a weight file has changed.
+        """
+        try:
+            if not GRANULARITIES[granularity].needs_survey:
+                return tensor.squared_norms
+            # First, to save memory: the tensor's own norms need buffers, too.
+            survey = SURVEYS.survey_of(
+                self.checkpoints, tensor.base.device, progress=not self.provider.quiet
+            )
+            if GRANULARITIES[granularity].keeps_layers and layer_of(tensor.name):
+                self._require_own_layer(tensor)
+            return survey.norms_of(tensor, granularity)
+        except ValueError:
+            SURVEYS.require_unchanged(self.checkpoints, at_once=True)  # else it is why
+            raise
+
+    def _require_own_layer(self, inputs: TensorInputs) -> None:
+        """Refuse tensors that slices have moved; MergeKit passes only the name in the output."""
+        models: Any = inputs
+        for model, tensor in models:
+            stored = self.checkpoints.stored(model, inputs.name)
+            if stored is None or not torch.equal(stored.to(tensor), tensor):
+                raise moved(inputs.name)
+
+
+@dataclass(frozen=True)
+class ModelsInMemory:
+    """Models that are in memory; MergeKit's ``merge_state_dicts`` passes them as a whole."""
+
+    tensors: Sequence[TensorInputs]
+    parameters = None  # nothing is said of them
+
+    def read_ahead(self, tensor: str | None) -> None:
+        """Do nothing."""
+
+    def shape_of(self, tensor: str) -> Sequence[int] | None:
+        """Return the shape of a tensor, or None if there is none of this name."""
+        return self._shapes.get(tensor)
+
+    def squared_norms(self, tensor: TensorInputs, granularity: str) -> Norms:
+        """Return ‖τ_t‖² over a tensor's scope, T floats.
+
+        Raises:
+            ValueError: if a tensor holds NaN or Inf.
+        """
+        if not GRANULARITIES[granularity].needs_survey:
+            return tensor.squared_norms
+        return self._survey.norms_of(tensor, granularity)
+
+    def merged_as(self, parameters: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return for each tensor the number of the one whose merge is also its own.
+
+        Tensors that are tied in memory stay tied: they are merged once, as the embedding if one
+        of them is.
+        """
+        memories = [tensor.memory for tensor in self.tensors]
+        firsts = [memories.index(memory) for memory in memories]
+        firsts = [
+            first if parameters[first] == parameters[number] else number
+            for number, first in enumerate(firsts)
+        ]
+        tables = {
+            first: number
+            for number, first in reversed(list(enumerate(firsts)))
+            if self._is_table(self.tensors[number])
+        }
+        return [tables.get(first, first) for first in firsts]
+
+    def _is_table(self, tensor: TensorInputs) -> bool:
+        return role_of(tensor.name, tensor.base.shape, self.shape_of) is Role.ROWS
+
+    @cached_property
+    def _shapes(self) -> dict[str | None, Sequence[int]]:
+        return {tensor.name: tensor.base.shape for tensor in self.tensors}
+
+    @cached_property
+    def _survey(self) -> Survey:
+        return survey_tensors(self.tensors)
+
+
+PROVIDER = Provider()
+
+
+def _checkpoints_of(ids: Sequence[Hashable], base: Hashable) -> "Checkpoints | None":
+    """Return the models that ids refer to, or None if they name tensors in memory."""
+    # If this module is not imported, no id is a reference. Its import is slow: it imports
+    # transformers.
+    common = sys.modules.get("mergekit.common")
+    models: list[Any] = [base, *(id_ for id_ in ids if id_ != base)]
+    if common is None or not all(isinstance(id_, common.ModelReference) for id_ in models):
+        return None
+    from mergekit_metagpt.measure.checkpoints import Checkpoints
+
+    return Checkpoints.of(models[0], models[1:])
