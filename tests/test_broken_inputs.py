@@ -4,12 +4,9 @@ import hashlib
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +14,7 @@ import reference
 import torch
 import transformers
 from click.testing import CliRunner, Result
-from conftest import llama_config, merge_config, on_posix, read, run, save_family, write_yaml
+from conftest import llama_config, merge_config, on_posix, read, save_family, write_yaml
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.scripts import merge_raw_pytorch, run_yaml
 from safetensors.torch import load_file
@@ -41,8 +38,8 @@ Damage = Callable[[Models, Config], Any]
 NORM = "model.norm.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 SAFETENSORS = "model.safetensors"
-GRANULARITIES = ["tensor", "layer", "model"]
-HERE = str(Path(__file__).parent)
+NAN = (DOWN, "holds NaN or Inf", "repair or replace")
+TOO_LARGE = (NORM, "overflows torch.float16", "wider dtype")
 
 RIGHT = "the float64 reference"
 BASE = "the base, bit for bit"
@@ -81,6 +78,10 @@ def put(value: float, model: str) -> Damage:
 
 def of_b(damage: Callable[[str], Any]) -> Damage:
     return lambda models, _: damage(models["b"])
+
+
+def replaced(model: str, **tensors: torch.Tensor | None) -> Damage:
+    return lambda models, _: rewrite(models[model], **tensors)
 
 
 def norms(*tensors: torch.Tensor) -> Damage:
@@ -139,30 +140,15 @@ def empty_directory(model: str) -> None:
     Path(model, "notes.txt").write_text("not a model")
 
 
-def list_base(models: Models, config: Config) -> None:
-    config["models"].insert(1, {"model": models["base"]})
-
-
-def list_twice(models: Models, config: Config) -> None:
-    config["models"].append({"model": models["a"]})
+def listing(*names: str) -> Damage:
+    """List these models of the family as the experts."""
+    return lambda models, config: config.update(models=[{"model": models[n]} for n in names])
 
 
 def list_link(models: Models, config: Config) -> None:
     link = Path(models["a"]).with_name("link")
     link.symlink_to(models["a"])
     config["models"].append({"model": str(link)})
-
-
-def list_nothing(models: Models, config: Config) -> None:
-    config["models"] = []
-
-
-def list_base_alone(models: Models, config: Config) -> None:
-    config["models"] = [{"model": models["base"]}]
-
-
-def no_base(_: Models, config: Config) -> None:
-    del config["base_model"]
 
 
 def other_vocabulary(tokens: bool) -> Damage:
@@ -184,19 +170,12 @@ whole_numbers = torch.arange(32)
 half = torch.full((32,), 60000.0).half()
 CASES: dict[str, Case] = {
     **{
-        f"{value} in {role}": Case(
-            put(value, name),
-            (DOWN, f"{os.sep}{name}", "holds NaN or Inf", "repair or replace"),
-            (DOWN, f"{os.sep}{name}", "holds NaN or Inf", "repair or replace"),
-        )
-        for value in (math.nan, math.inf, -math.inf)
-        for role, name in (("the base", "base"), ("an expert", "b"))
+        f"{value} in {name}": Case(put(value, name), (name, *NAN), (name, *NAN))
+        for value, name in ((math.nan, "base"), (math.inf, "b"), (-math.inf, "b"))
     },
     "fp16 that overflows when subtracted": Case(norms(half, -half, half / 2)),
     "fp16 that overflows when scaled": Case(
-        both(norms(half / 2, -half, half), setting(**{"lambda": 3})),
-        (NORM, "overflows torch.float16", "wider dtype"),
-        (NORM, "overflows torch.float16", "wider dtype"),
+        both(norms(half / 2, -half, half), setting(**{"lambda": 3})), TOO_LARGE, TOO_LARGE
     ),
     "float32 beyond an out_dtype of fp16": Case(
         both(put(1e6, "b"), put(1e6, "a"), configured(dtype="float32", out_dtype="float16")),
@@ -209,8 +188,7 @@ CASES: dict[str, Case] = {
         (DOWN, f"{os.sep}b", "NaN or Inf"),
         (DOWN, f"{os.sep}b", "NaN or Inf"),
     ),
-    "the base among the experts": Case(list_base),
-    "an expert that equals the base": Case(copy_base("a")),
+    "the base among the experts": Case(listing("a", "base", "b")),
     "an expert that equals the base, at exponent 0": Case(
         both(copy_base("a"), setting(exponent=0))
     ),
@@ -225,12 +203,12 @@ CASES: dict[str, Case] = {
         norms(whole_numbers, whole_numbers, whole_numbers + 1), (NORM, "differ"), (NORM, "differs")
     ),
     "an expert in int8": Case(
-        of_b(lambda b: rewrite(b, **{NORM: ones(32, dtype=torch.int8)})),
+        replaced("b", **{NORM: ones(32, dtype=torch.int8)}),
         (NORM, "I8", f"{os.sep}b"),
         (NORM, "differs"),
     ),
     "an expert in fp8": Case(
-        of_b(lambda b: rewrite(b, **{NORM: ones(32).to(torch.float8_e4m3fn)})),
+        replaced("b", **{NORM: ones(32).to(torch.float8_e4m3fn)}),
         (NORM, "F8_E4M3", f"{os.sep}b", "quantized"),
         ("Promotion", "Float8"),
     ),
@@ -256,21 +234,19 @@ CASES: dict[str, Case] = {
         of_b(shutil.rmtree), (f"{os.sep}b", "does not exist"), (f"{os.sep}b",)
     ),
     "a missing tensor": Case(
-        of_b(lambda b: rewrite(b, **{NORM: None})),
-        (f"{os.sep}b", f"lacks tensor {NORM}"),
-        (NORM,),
+        replaced("b", **{NORM: None}), (f"{os.sep}b", f"lacks tensor {NORM}"), (NORM,)
     ),
     "a missing tensor of the base": Case(
-        lambda models, _: rewrite(models["base"], **{NORM: None}), (NORM, "lacks"), (NORM,)
+        replaced("base", **{NORM: None}), (NORM, "lacks"), (NORM,)
     ),
     "an extra tensor": Case(
-        of_b(lambda b: rewrite(b, **{"head.weight": ones(2)})),
+        replaced("b", **{"head.weight": ones(2)}),
         ("head.weight", "would drop"),
         RIGHT,
         only_stock="it leaves tensors out that its description of the architecture lacks",
     ),
     "another shape": Case(
-        of_b(lambda b: rewrite(b, **{NORM: ones(33)})), (NORM, "[33]", "[32]"), (NORM, "33", "32")
+        replaced("b", **{NORM: ones(33)}), (NORM, "[33]", "[32]"), (NORM, "33", "32")
     ),
     "another vocabulary": Case(
         other_vocabulary(tokens=False),
@@ -292,30 +268,25 @@ CASES: dict[str, Case] = {
         for name, value in [
             ("weight", -0.5),
             ("weight", math.nan),
-            ("weight", math.inf),
             ("weight", "much"),
-            ("density", -0.1),
             ("density", 1.5),
             ("density", math.nan),
             ("exponent", -1),
-            ("exponent", math.nan),
-            ("exponent", math.inf),
-            ("lambda", math.nan),
             ("lambda", math.inf),
             ("granularity", "layers"),
         ]
     },
     "weights that are all zero": Case(setting(weight=0), ("weight 0", "above 0"), BASE),
-    "the same expert twice": Case(list_twice, ("twice",), ("Duplicate",)),
+    "the same expert twice": Case(listing("a", "b", "a"), ("twice",), ("Duplicate",)),
     "the same expert by a link": Case(
         list_link,
         ("under another name",),
         RIGHT,
         only_stock="it takes two paths of one directory for two models",
     ),
-    "no expert": Case(list_base_alone, ("no expert",), BASE),
-    "no model": Case(list_nothing, ("Exactly one of",), ("Exactly one of",)),
-    "no base": Case(no_base, ("no base_model",), ("base",)),
+    "no expert": Case(listing("base"), ("no expert",), BASE),
+    "no model": Case(listing(), ("Exactly one of",), ("Exactly one of",)),
+    "no base": Case(lambda _, config: config.pop("base_model"), ("no base_model",), ("base",)),
 }
 
 
@@ -437,11 +408,10 @@ def broken(models, unharmed, tmp_path) -> Callable[[Case, str], tuple[Path, Conf
     return damage
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "model"])
 @pytest.mark.parametrize("name", CASES)
-def test_merge_ends_in_a_right_result_or_one_clear_sentence(name, granularity, broken, tmp_path):
+def test_merge_ends_in_a_right_result_or_one_clear_sentence(name, broken, tmp_path):
     case = CASES[name]
-    yml, config = broken(case, granularity)
+    yml, config = broken(case, "model")
     done = whole_merge(yml, tmp_path / "out")
     assert_outcome(done, done.stderr, case.whole, tmp_path / "out", config)
     if done.exit_code:
@@ -454,8 +424,14 @@ def test_merge_ends_in_a_right_result_or_one_clear_sentence(name, granularity, b
     assert not list(tmp_path.glob("*partial*"))
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "model"])
-@pytest.mark.parametrize("name", CASES)
+# What a survey may find first, too.
+MEASURED = [name for name in CASES if CASES[name].stock in (RIGHT, BASE) or " in " in name]
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [*((name, "tensor") for name in CASES), *((name, "model") for name in MEASURED)],
+)
 def test_the_stock_command_makes_no_bad_model_that_a_method_could_prevent(
     name, granularity, broken, tmp_path
 ):
@@ -467,25 +443,23 @@ def test_the_stock_command_makes_no_bad_model_that_a_method_could_prevent(
     assert wanted != INFINITE or case.only_stock
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "model"])
 @pytest.mark.parametrize("command", [stock_merge, whole_merge])
-def test_tied_tensors_on_disk_merge_and_count_once(command, granularity, unharmed, tmp_path):
+def test_tied_tensors_on_disk_merge_and_count_once(command, unharmed, tmp_path):
     paths = save_family(tmp_path / "models", llama_config(tie_word_embeddings=True))
     unharmed()
-    config = merge_config(paths, parameters={"granularity": granularity})
+    config = merge_config(paths, parameters={"granularity": "model"})
     done = command(write_yaml(tmp_path / "metagpt.yml", config), tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "lm_head.weight" not in read(tmp_path / "out")
     assert_right(tmp_path / "out", config)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_tensors_that_are_not_contiguous_merge(granularity, dtype):
+@pytest.mark.parametrize("granularity", ["tensor", "layer", "model"])
+def test_tensors_that_are_not_contiguous_merge(granularity):
     generator = torch.Generator().manual_seed(0)
 
     def model() -> dict[str, torch.Tensor]:
-        wide = torch.randn(9, 14, generator=generator).to(dtype)
+        wide = torch.randn(9, 14, generator=generator)
         return {"layers.0.w": wide.T, "layers.0.b": wide[::2, 3], "layers.1.w": wide[1:, ::3]}
 
     base, *experts = (model() for _ in range(3))
@@ -493,25 +467,25 @@ def test_tensors_that_are_not_contiguous_merge(granularity, dtype):
         [base, *experts], "metagpt", base=0, parameters={"granularity": granularity}
     )
     assert all(merged[name].is_contiguous() for name in base)
-    actual = {n: t.float() if dtype == torch.float64 else t for n, t in merged.items()}
     by_tensor = reference.coefficients(base, experts, granularity)
-    reference.assert_merged(actual, base, experts, by_tensor)
+    reference.assert_merged(merged, base, experts, by_tensor)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5, 1), (4, 1, 3)])
-@pytest.mark.parametrize("method", ["metagpt_della", "metagpt_della_linear"])
-def test_what_della_cannot_rank_is_named_unless_it_need_not_rank_it(method, shape):
+def test_what_della_cannot_rank_is_named_unless_it_need_not_rank_it(shape):
     models = [torch.full(shape, float(value)) for value in (1, 2, 4)]
     settings = {"density": 0.5, "epsilon": 0.1}
     with pytest.raises(ValueError, match="DELLA cannot rank the numbers of tensor w of shape"):
-        merge_tensors(models, method, base_index=0, name="w", parameters=settings)
-    whole = merge_tensors(models, method, base_index=0, name="w", parameters={"density": 1})
+        merge_tensors(models, "metagpt_della", base_index=0, name="w", parameters=settings)
+    settings = {"density": 1}
+    whole = merge_tensors(models, "metagpt_della", base_index=0, name="w", parameters=settings)
     assert whole.shape == shape
     assert whole.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(
+    ("granularity", "dtype"), [("tensor", torch.float16), ("model", torch.bfloat16)]
+)
 def test_a_result_beyond_the_out_dtype_is_refused_in_memory(granularity, dtype):
     huge = torch.full((2, 3), torch.finfo(dtype).max * 2, dtype=torch.float64)
     models = [{"layers.0.w": huge}, {"layers.0.w": huge * 2}, {"layers.0.w": huge * 2}]
@@ -532,91 +506,47 @@ def test_mergekit_pytorch_refuses_a_result_beyond_the_out_dtype(models, unharmed
     assert f"{DOWN} overflows torch.float16" in str(done.exception)
 
 
-@pytest.mark.parametrize("role", ["base", "b"])
-def test_merge_does_not_write_over_an_input(role, models, unharmed, tmp_path):
+def test_merge_does_not_write_over_an_input(models, unharmed, tmp_path):
     unharmed()
     yml = write_yaml(tmp_path / "metagpt.yml", merge_config(models))
-    done = whole_merge(yml, Path(models[role]))
+    done = whole_merge(yml, Path(models["b"]))
     assert done.exit_code == 1
     assert "is the input model" in done.stderr
 
 
-@pytest.mark.parametrize("role", ["base", "b"])
 def test_the_stock_command_writes_over_an_input_which_only_stock_mergekit_could_prevent(
-    role, models, tmp_path
+    models, tmp_path
 ):
     config = merge_config(models)
     yml = write_yaml(tmp_path / "metagpt.yml", config)
     stock_merge(yml, tmp_path / "expected")
-    stock_merge(yml, Path(models[role]))
-    written, expected = read(models[role]), read(tmp_path / "expected")
+    stock_merge(yml, Path(models["b"]))
+    written, expected = read(models["b"]), read(tmp_path / "expected")
     assert all(torch.equal(written[name], expected[name]) for name in expected)
 
 
 @on_posix
-class TestFullDisk:
+@pytest.mark.parametrize("command", [stock_merge, whole_merge])
+def test_on_a_disk_that_fills_up_merge_says_so_and_leaves_nothing(
+    command, models, unharmed, tmp_path
+):
     """A limit of bytes per file stands for a full disk where none can be mounted."""
+    import resource
 
-    LIMITED = """
-import resource, sys
-from click.testing import CliRunner
-from mergekit.scripts import run_yaml
-from mergekit_metagpt.cli import main
-from test_broken_inputs import stock_merge, whole_merge
-
-command, config, out = sys.argv[1:]
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-done = {"stock": stock_merge, "whole": whole_merge}[command](config, out)
-print(done.exit_code, done.stderr, repr(done.exception))
-"""
-
-    def limited(self, command: str, yml: Path, out: Path) -> str:
-        done = run(sys.executable, "-c", self.LIMITED, command, yml, out, PYTHONPATH=HERE)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    @pytest.fixture
-    def yml(self, models, unharmed, tmp_path) -> Path:
-        unharmed()
-        return write_yaml(tmp_path / "metagpt.yml", merge_config(models))
-
-    @pytest.fixture
-    def disk(self, tmp_path) -> Iterator[Path]:
-        """A file system of 64 kB."""
-        place = tmp_path / "disk"
-        place.mkdir()
-        words = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(place)]
-        if not shutil.which("mount") or subprocess.run(words, capture_output=True).returncode:
-            pytest.skip("no file system can be mounted here")
-        yield place
-        subprocess.run(["umount", str(place)], check=True)
-
-    def test_merge_says_so_and_leaves_nothing(self, yml, tmp_path):
-        before = set(tmp_path.iterdir())
-        said = self.limited("whole", yml, tmp_path / "out")
-        assert said.startswith("1 Error: ")
-        assert "File too large" in said
-        assert "Traceback" not in said
-        assert set(tmp_path.iterdir()) == before
-
-    def test_the_stock_command_fails(self, yml, tmp_path):
-        said = self.limited("stock", yml, tmp_path / "out")
-        assert said.startswith("1 ")
-        assert "File too large" in said
-
-    def test_merge_looks_at_the_disk_before_it_writes(self, yml, disk):
-        done = whole_merge(yml, disk / "out")
-        assert done.exit_code == 1
-        assert "make room" in done.stderr
-        assert not list(disk.iterdir())
-
-    def test_merge_on_a_disk_that_fills_up_meanwhile_leaves_nothing(self, yml, disk, monkeypatch):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
-        done = whole_merge(yml, disk / "out")
-        assert done.exit_code == 1
-        assert "No space left on device" in done.stderr
-        assert "Traceback" not in done.output
-        assert not list(disk.iterdir())
-
-    def test_the_stock_command_fails_on_a_full_disk(self, yml, disk):
-        assert "No space left on device" in str(stock_merge(yml, disk / "out").exception)
+    unharmed()
+    yml = write_yaml(tmp_path / "metagpt.yml", merge_config(models))
+    before = set(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        done = command(yml, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done.exit_code == 1
+    if command is stock_merge:
+        assert "File too large" in str(done.exception)
+        return
+    assert done.stderr.startswith("Error: ")
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.output
+    assert set(tmp_path.iterdir()) == before

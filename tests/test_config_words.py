@@ -1,12 +1,12 @@
 """Configs of strangers: each mistake gets one sentence with its line or place, and the way out."""
 
 import random
-from pathlib import Path
+import shutil
 
 import pytest
 import transformers
 import yaml
-from conftest import llama_config, merge_config, save_family, slices_config, write_yaml
+from conftest import merge_config, slices_config, write_yaml
 from mergekit.config import MergeConfiguration
 from test_cli_check import save_tokenizer
 
@@ -24,7 +24,6 @@ TEXTS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
         START + "parameters:\n  density: 0.5\n  density: 0.7\n",
         ("sets density twice, in lines 6 and 7", "forget the first; remove one"),
     ),
-    "a block twice": (START + START[START.index("models") :], ("models twice, in lines 3 and 5",)),
     "a key twice in braces": ("a: {b: 1, c: 2,\n  b: 3}", ("sets b twice, in lines 1 and 2",)),
     "a key twice below an alias": (
         "x: &x {a: 1}\ny:\n  <<: *x\n  a: 2\n  a: 3\n",
@@ -35,8 +34,7 @@ TEXTS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
         ("uses the alias *p in line 5", "no anchor &p before it"),
     ),
     "an anchor twice": ("a: &m 1\nb: &m 2\n", ("the anchor &m twice, in lines 1 and 2", "another")),
-    "a last ---": (START + "---\n", ("with --- in line 5, which is empty; remove that line",)),
-    "a last --- and a comment": (START + "---\n# end\n\n", ("--- in line 5, which is empty",)),
+    "a last ---": (START + "---\n# end\n\n", ("with --- in line 5, which is empty; remove that",)),
     "two merges": (START + "---\n" + START, ("several merges, the second from line 5 on",)),
     "UTF-16": (START.encode("utf-16"), ("not in UTF-8, but in UTF-16 from line 1", "save it as")),
     "Latin-1": ((START + "# é").encode("latin-1"), ("byte 0xe9 in line 5 shows", "save it as")),
@@ -87,16 +85,10 @@ def test_merge_keys_may_be_overridden(tmp_path):
 FORMS = {
     "models: [{a}, {b}]": ("at models[0]; write - model: {a}.", "at models[1]; write - model: {b}"),
     "models: {a}": ("has the text '{a}' at models; write a list, with - model: PATH",),
-    "models: {{model: {a}}}": ("has a mapping at models; write a list",),
     "tokenizer: union": ("the text 'union' at tokenizer; write tokenizer: {{source: union}}.",),
-    "tokenizer: [base]": ("has a list at tokenizer; write tokenizer: {{source: union}}.",),
     "tokenizer: {{tokens: {{x: base}}}}": ("at tokenizer.tokens.x; write source: and a model",),
     "parameters: {{weight: [{{filter: [mlp], value: 1}}, {{value: 2}}]}}": (
         "has a list at parameters.weight[0].filter; write a part of the tensors' names as text",
-    ),
-    "parameters: {{weight: [[0, 1], [1, 0]]}}": (
-        "has a list at parameters.weight[0]; write a num",
-        "has a list at parameters.weight[1]; write a num",
     ),
     "parameters: {{weight: [{{filter: mlp}}]}}": ("lacks parameters.weight[0].value; add it.",),
     "parameters: {{weight: {{mlp: 0.5}}}}": (
@@ -117,9 +109,6 @@ FORMS = {
     "slices: [{{sources: [{a}]}}]\nmodels:": ("sources[0]; write {{model: PATH, layer_range:",),
     "slices: [{{sources: [{{model: {a}, layer_range: 0-3}}]}}]\nmodels:": (
         "the text '0-3' at slices[0].sources[0].layer_range; write the first layer and the one",
-    ),
-    "slices: [{{sources: [{{model: {a}, layer_range: [3]}}]}}]\nmodels:": (
-        "has a list at slices[0].sources[0].layer_range; write the first layer",
     ),
 }
 
@@ -150,10 +139,6 @@ IDLE = {
     "a misspelt filter": (
         parameters(density=[{**MLP, "filter": "mpl"}, ALL]),
         ("the filter mpl in the parameter density", "write mlp, as in model.layers.0.mlp.down"),
-    ),
-    "two words in one": (
-        parameters(density=[{**MLP, "filter": "modelnorm"}, ALL]),
-        ("write model.norm, as in model.norm.weight",),
     ),
     "a filter in capitals": (parameters(density=[{**MLP, "filter": "MLP"}, ALL]), ("write mlp",)),
     "a pattern": (
@@ -253,16 +238,17 @@ BASES, FIRST, SECOND = (f"{{{{ messages }}}} of the {name}" for name in ("base",
 
 
 @pytest.fixture
-def templates(tmp_path):
-    """Make a family with these chat templates; return a config that leaves the choice."""
+def templates(family, tmp_path):
+    """Copy the family, with these chat templates; return a config that leaves the choice."""
 
     def make(*given: str | None) -> MergeConfiguration:
-        paths = save_family(tmp_path / "models", llama_config())
-        for path, template in zip(paths.values(), given, strict=True):
-            save_tokenizer(path, "the", "cat")
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        paths = {name: str(tmp_path / "models" / name) for name in family}
+        for name, template in zip(paths, given, strict=True):
+            shutil.copytree(family[name], paths[name])
+            save_tokenizer(paths[name], "the", "cat")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(paths[name])
             tokenizer.chat_template = template
-            tokenizer.save_pretrained(path)
+            tokenizer.save_pretrained(paths[name])
         config = merge_config(paths, chat_template="auto")
         return MergeConfiguration.model_validate(config)
 
@@ -274,9 +260,7 @@ def templates(tmp_path):
     [
         ((BASES, FIRST, SECOND), BASES),
         ((None, FIRST, SECOND), FIRST),
-        ((BASES, FIRST, None), BASES),
         ((BASES, FIRST, FIRST), None),
-        ((None, None, SECOND), None),
         ((None, None, None), None),
     ],
 )
@@ -303,7 +287,7 @@ def test_a_tie_is_noted_and_written_down(templates, tmp_path, monkeypatch):
     order = MergeConfiguration.referenced_models
     shuffled = lambda self: random.sample(order(self), len(order(self)))  # noqa: E731
     monkeypatch.setattr(MergeConfiguration, "referenced_models", shuffled)
-    for number in range(3):
+    for number in range(2):
         out = merge(yml, tmp_path / str(number)).path
         assert transformers.AutoTokenizer.from_pretrained(out).chat_template == BASES
 
@@ -320,4 +304,4 @@ def test_the_built_in_templates_parse(family, tmp_path):
         "{% if loop.last %}{% break %}{% endif %}{% endfor %}",
     ):
         yml = write_yaml(tmp_path / "m.yml", merge_config(family, chat_template=template))
-        assert not inspect(str(Path(yml))).problems
+        assert not inspect(str(yml)).problems

@@ -1,7 +1,7 @@
 """Evolution: the priors of MetaGPT as the genes of ``mergekit-evolve``."""
 
 import os
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from unittest import mock
 
@@ -17,12 +17,6 @@ from mergekit.options import MergeOptions
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 
 
-def genome_of(paths, method="metagpt", **settings) -> ModelGenome:
-    experts = [path for name, path in paths.items() if name != "base"]
-    definition = {"models": experts, "merge_method": method, "base_model": paths["base"]}
-    return ModelGenome(ModelGenomeDefinition.model_validate({**definition, **settings}))
-
-
 class Evaluator:
     """Merges genomes and scores the merges, as a worker of ``mergekit-evolve`` does.
 
@@ -31,12 +25,17 @@ class Evaluator:
     """
 
     def __init__(self, paths, directory, method="metagpt", parameters=(), **settings):
-        self.genome = genome_of(paths, method, **settings)
+        base, *experts = paths.values()
+        definition = {"models": experts, "merge_method": method, "base_model": base, **settings}
+        self.genome = ModelGenome(ModelGenomeDefinition.model_validate(definition))
         self.parameters = dict(parameters)
-        self.out = Path(directory, "merged")
+        self.out, self.expert = Path(directory, "merged"), paths["a"]
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(3, VOCABULARY, (8, 24), generator=generator)
-        self.answers = self.logits(paths["a"]).argmax(-1)
+
+    @cached_property
+    def answers(self) -> torch.Tensor:
+        return self.logits(self.expert).argmax(-1)
 
     def logits(self, model) -> torch.Tensor:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -76,8 +75,14 @@ def test_every_method_may_evolve_and_density_where_there_is_one():
     assert METHOD_PARAM_MAPS["slerp"] == ["t"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"layer_granularity": 1}, {"filters": ["mlp"]}])
-@pytest.mark.parametrize("method", ["metagpt", "metagpt_ties"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("metagpt", {}),
+        ("metagpt", {"layer_granularity": 1}),
+        ("metagpt_ties", {"filters": ["mlp"]}),
+    ],
+)
 def test_evolution_starts_at_the_closed_form(method, settings, family, evaluator, merge):
     """The first genome of mergekit-evolve gives equal weights, which are equal priors."""
     one = evaluator(method, normalize=False, **settings)

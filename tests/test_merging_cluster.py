@@ -27,7 +27,8 @@ from test_merging_whole import files
 
 from mergekit_metagpt.api import calls
 from mergekit_metagpt.merging import shard as shard_module
-from mergekit_metagpt.planning.directory import Output, Work
+from mergekit_metagpt.planning.directory import Output
+from mergekit_metagpt.planning.work import Work
 from mergekit_metagpt.workers import RayMapper, in_this_process
 
 pytest.importorskip("ray")

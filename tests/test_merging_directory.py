@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from test_merging_whole import WHOLE, files, merge, names
 
 import mergekit_metagpt
 from mergekit_metagpt.merging.shard import ShardMerge
+from mergekit_metagpt.method import merge_method
 from mergekit_metagpt.planning.directory import Output
 
 SHARDS = ("--out-shard-size", 30000)
@@ -28,10 +30,14 @@ import os, signal, sys
 from pathlib import Path
 from click.testing import CliRunner
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.merging import by_shard, shard, whole
-from mergekit_metagpt.planning import directory
+from mergekit_metagpt.merging import shard
+from mergekit_metagpt.planning import directory, work
 
 config, place = sys.argv[1], Path(sys.argv[2])
+
+def merge(out):
+    words = ["merge", config, str(out), "--quiet", "--no-copy-tokenizer"]
+    CliRunner().invoke(main, [*words, "--out-shard-size", "30000"])
 
 def before(module, name, number=1):
     # Let the process die in place of a call.
@@ -44,31 +50,27 @@ def before(module, name, number=1):
     setattr(module, name, function)
 
 moments = {
-    "before anything is complete": lambda: before(shard, "require_in_range"),
     "while the third file is written": lambda: before(shard, "require_in_range", 3),
-    "before the third file has its record": lambda: before(directory, "write_whole", 4),
-    "when all files are complete": lambda: before(by_shard, "_write_index"),
+    "before the third file has its record": lambda: before(work, "_write_whole", 4),
     "before it is published": lambda: before(directory.Output, "publish"),
-    "in the middle of its move": lambda: before(directory.os, "rename", 12),
-    "while the rest goes": lambda: before(directory, "_remove"),
+    "in the middle of its move": lambda: before(work.os, "rename", 12),
+    "while the rest goes": lambda: before(work.Work, "remove"),
 }
+merge(place / "whole")  # also imports for all children what a merge needs
 for moment, prepare in moments.items():
     out = place / moment.replace(" ", "-") / "merged"
     out.mkdir(parents=True) if "move" in moment else out.parent.mkdir(parents=True)
     child = os.fork()
     if not child:
         prepare()
-        words = ["merge", config, str(out), "--quiet", "--no-copy-tokenizer"]
-        CliRunner().invoke(main, [*words, "--out-shard-size", "30000"])
+        merge(out)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert status == signal.SIGKILL, moment
 """
 MOMENTS = {
-    "before-anything-is-complete": 0,
     "while-the-third-file-is-written": 2,
     "before-the-third-file-has-its-record": 2,
-    "when-all-files-are-complete": 5,
     "before-it-is-published": 5,
     "in-the-middle-of-its-move": 5,
 }
@@ -133,6 +135,15 @@ def stopped(config, out, monkeypatch):
 
 
 FULL = OSError("No space left")
+REST = [SHARD(3), SHARD(4), SHARD(5)]  # of a merge that was stopped
+
+
+def lose_its_end(work):
+    os.truncate(work.merged / SHARD(2), 20000)
+
+
+def damage_its_record(work):
+    (work.path / "complete" / f"{SHARD(2)}.json").write_text("")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
@@ -155,8 +166,7 @@ class TestKilled:
 
 class TestStopped:
     @pytest.mark.parametrize(
-        "error",
-        [FULL, KeyboardInterrupt("stopped by SIGTERM"), RuntimeError("no luck"), ValueError("NaN")],
+        "error", [FULL, KeyboardInterrupt("stopped by SIGTERM"), ValueError("NaN")]
     )
     def test_no_exception_deletes_what_is_complete(
         self, error, stopped, config, out, whole_merge, merged_now, caplog
@@ -167,7 +177,7 @@ class TestStopped:
         assert set(work.records) == names(work.merged) == {SHARD(1), SHARD(2)}
         del merged_now[:]
         merge(config, out, *SHARDS)
-        assert merged_now == [SHARD(3), SHARD(4), SHARD(5)]
+        assert merged_now == REST
         assert files(out) == whole_merge
         assert names(out.parent) == {"merged"}
 
@@ -176,18 +186,12 @@ class TestStopped:
         merge(config, out, *SHARDS, status=1)
         assert not names(out.parent)
 
-    def test_a_file_that_lost_its_end_is_merged_again(self, stopped, config, out, whole_merge):
+    @pytest.mark.parametrize("damage", [lose_its_end, damage_its_record])
+    def test_what_is_damaged_is_merged_again(self, damage, stopped, config, out, whole_merge):
         stopped(FULL)
         (work,) = Output.of(out).works()
-        os.truncate(work.merged / SHARD(2), 20000)
+        damage(work)
         assert set(work.records) == {SHARD(1)}
-        merge(config, out, *SHARDS)
-        assert files(out) == whole_merge
-
-    def test_a_record_that_was_damaged_is_none(self, stopped, config, out, whole_merge):
-        stopped(FULL)
-        (work,) = Output.of(out).works()
-        (work.path / "complete" / f"{SHARD(2)}.json").write_text("")
         merge(config, out, *SHARDS)
         assert files(out) == whole_merge
 
@@ -197,6 +201,34 @@ class TestStopped:
         (work.merged / "additional_chat_templates").mkdir()
         (work.merged / "additional_chat_templates" / "tool.jinja").touch()
         merge(config, out, *SHARDS)
+
+    def test_it_goes_on_in_an_output_that_has_been_made_since(
+        self, stopped, config, out, whole_merge, merged_now
+    ):
+        stopped(FULL)
+        out.mkdir()
+        del merged_now[:]
+        merge(config, out, *SHARDS)
+        assert merged_now == REST
+        assert files(out) == whole_merge
+        assert names(out.parent) == {"merged"}
+
+    def test_another_merge_into_an_output_that_exists_moves_it_out_and_it_goes_on(
+        self, stopped, config, out, whole_merge, merged_now, caplog
+    ):
+        out.mkdir(parents=True)
+        stopped(FULL)
+        (inside,) = Output.of(out).works()
+        merge(config, out, *SHARDS, "--random-seed", 8)
+        assert names(out) == whole_merge.keys()
+        (beside,) = Output.of(out).works()
+        assert beside.path == out.parent / inside.path.name
+        assert f"{beside.path} holds another merge that has not been finished" in caplog.text
+        shutil.rmtree(out)
+        del merged_now[:]
+        merge(config, out, *SHARDS)
+        assert merged_now == REST
+        assert files(out) == whole_merge
 
     def test_another_way_of_merging_is_another_merge(self, stopped, config, out, caplog):
         stopped(FULL)
@@ -305,10 +337,10 @@ def test_a_file_and_its_record_are_on_the_disk_before_they_count(config, out, mo
 
 
 class TestTheLock:
-    @pytest.mark.parametrize("exists", [False, True])
+    @pytest.mark.parametrize("exists", [False, True, "since the first merge began"])
     def test_a_second_merge_into_the_same_output_says_so_at_once(self, exists, config, out):
         (out if exists else out.parent).mkdir(parents=True)
-        place = Output.of(out).workplace
+        place = out if exists is True else out.parent
         with FileLock(place / "merged.metagpt-lock"):
             (place / f"merged.metagpt-{KEY}" / "complete").mkdir(parents=True)
             before = names(place)
@@ -341,55 +373,58 @@ class TestTheLock:
         assert names(out.parent) == before | {"merged"}
 
 
-STOPPED = """
-import os, shutil, signal, sys
-from pathlib import Path
-from click.testing import CliRunner
-from mergekit_metagpt.cli import main
-from mergekit_metagpt.method import merge_method
+def test_a_name_too_long_for_its_work_directory_is_refused(config, tmp_path):
+    said = merge(config, tmp_path / ("m" * 240), status=1).stderr
+    assert "is too long; choose one of at most 222 bytes." in said
+    assert not names(tmp_path)
 
-config, out = sys.argv[1], Path(sys.argv[2])
-words = ["merge", config, str(out), "--quiet", "--no-copy-tokenizer"]
-rmtree = shutil.rmtree
 
-def stop(*_):
-    os.kill(os.getpid(), number)
-    raise AssertionError("still running")
+@pytest.fixture
+def handled():
+    """Handlers of signals, for tests that may have been started with nohup."""
 
-def again(*args, **options):
-    os.kill(os.getpid(), number)
-    rmtree(*args, **options)
+    def unhandled(*_):
+        raise AssertionError("nothing handles this signal")
 
-def merge():
-    done = CliRunner().invoke(main, words)
-    print(done.exit_code, done.stderr.strip(), len(list(out.parent.iterdir())))
-
-shutil.rmtree = again
-real, merge_method.note = merge_method.note, stop
-# The tests may have been started with nohup, or in the background.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.default_int_handler)
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    before = signal.getsignal(number)
-    merge()
-    assert signal.getsignal(number) == before
-def hang_up(*merged):
-    os.kill(os.getpid(), signal.SIGHUP)
-    real(*merged)
-signal.signal(signal.SIGHUP, signal.SIG_IGN)
-merge_method.note = hang_up
-merge()
-"""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, unhandled) for number in numbers}
+    yield unhandled
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @on_posix
-def test_a_signal_ends_it_in_one_sentence_and_a_second_one_leaves_nothing_either(config, out):
-    out.parent.mkdir()
-    done = run(sys.executable, "-c", STOPPED, config, out)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        "1 Error: This command was stopped by SIGINT. 0",
-        "1 Error: This command was stopped by SIGTERM. 0",
-        "1 Error: This command was stopped by SIGHUP. 0",
-        "0  1",  # one that was started with nohup
-    ]
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_it_in_one_sentence_and_a_second_one_leaves_nothing_either(
+    name, handled, config, out, monkeypatch
+):
+    number, rmtree = signal.Signals[name], shutil.rmtree
+
+    def stop(*_):
+        os.kill(os.getpid(), number)
+        raise AssertionError("still running")
+
+    def again(*args, **options):
+        os.kill(os.getpid(), number)
+        rmtree(*args, **options)
+
+    monkeypatch.setattr(merge_method, "note", stop)
+    monkeypatch.setattr(shutil, "rmtree", again)
+    done = merge(config, out, status=1)
+    assert done.stderr.strip() == f"Error: This command was stopped by {name}."
+    assert not names(out.parent)
+    assert signal.getsignal(number) is handled
+
+
+@on_posix
+def test_a_merge_that_was_started_with_nohup_goes_on(handled, config, out, monkeypatch):
+    note = merge_method.note
+
+    def hang_up(*merged):
+        os.kill(os.getpid(), signal.SIGHUP)
+        note(*merged)
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(merge_method, "note", hang_up)
+    merge(config, out)
+    assert names(out.parent) == {"merged"}

@@ -11,7 +11,7 @@ import transformers
 from conftest import merge_config, write_yaml
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.planning.directory import Work
+from mergekit_metagpt.planning.work import Work
 from mergekit_metagpt.preflight import inspect
 
 KEY = "0123456789abcdef"

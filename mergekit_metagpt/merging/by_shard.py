@@ -36,7 +36,6 @@ from mergekit_metagpt.mergekit_private import (
 from mergekit_metagpt.merging.ranges import too_narrow
 from mergekit_metagpt.merging.shard import Shard, ShardMerge, entries_of
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.planning.directory import Work
 from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.planning.models import find_model_files
 from mergekit_metagpt.planning.outputs import (
@@ -46,6 +45,7 @@ from mergekit_metagpt.planning.outputs import (
     output_shards,
     plan_outputs,
 )
+from mergekit_metagpt.planning.work import Work
 from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
 
 LOG = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.merging.ranges import require_in_range
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Entry
-from mergekit_metagpt.planning.directory import Work
+from mergekit_metagpt.planning.work import Work
 
 _ENTRIES = TypeAdapter(list[Entry])
 

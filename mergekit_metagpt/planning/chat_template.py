@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import transformers
 from mergekit.common import ModelReference
@@ -14,26 +14,11 @@ from mergekit_metagpt.wording import BadInputError
 LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Tie:
-    """Several templates that the models of a merge have equally often.
-
-    Attributes:
-        template: the first of them, in the order of the config.
-        model: the model that has it.
-        count: how many there are.
-    """
+class Tie(NamedTuple):
+    """The first of several templates that models have equally often, and what to say of it."""
 
     template: str
-    model: ModelReference
-    count: int
-
-    def __str__(self) -> str:
-        return (
-            f"chat_template: auto takes the most frequent template, but {self.count} are equally "
-            f"frequent; this package takes that of {self.model}, and mergekit-yaml any of them by "
-            "chance. To choose, set chat_template to one of MergeKit's names, or to a template."
-        )
+    note: str
 
 
 def most_frequent(config: MergeConfiguration) -> Tie | None:
@@ -49,20 +34,24 @@ def most_frequent(config: MergeConfiguration) -> Tie | None:
         return None
     listed = [config.base_model, *(model for part in parts(config) for model in part.models)]
     models = [model for model in dict.fromkeys(listed) if model is not None]
-    found = [(template, model) for model in models if (template := _template(model))]
-    counts = Counter(template for template, _ in found)
-    most = max(counts.values(), default=0)
-    first = [(template, model) for template, model in found if counts[template] == most]
-    count = sum(number == most for number in counts.values())
-    if count < 2:
+    found = {model: template for model in models if (template := _template(model))}
+    counts = Counter(found.values())
+    tied = [template for template in counts if counts[template] == max(counts.values())]
+    if len(tied) < 2:
         return None
-    template, model = first[0]
+    template = tied[0]
+    model = next(model for model in found if found[model] == template)
     if len(template) < 20 or "{" not in template:  # MergeKit takes this for a name
         raise BadInputError(
-            f"chat_template: auto would take that of {model}, {template!r}, since {count} are "
+            f"chat_template: auto would take that of {model}, {template!r}, since {len(tied)} are "
             "equally frequent, but that is no template; name one, such as chat_template: chatml."
         )
-    return Tie(template, model, count)
+    return Tie(
+        template,
+        f"chat_template: auto takes the most frequent template, but {len(tied)} are equally "
+        f"frequent; this package takes that of {model}, and mergekit-yaml any of them by "
+        "chance. To choose, set chat_template to one of MergeKit's names, or to a template.",
+    )
 
 
 def with_chosen_template(config: MergeConfiguration) -> MergeConfiguration:
@@ -70,7 +59,7 @@ def with_chosen_template(config: MergeConfiguration) -> MergeConfiguration:
     tie = most_frequent(config)
     if tie is None:
         return config
-    LOG.warning("%s", tie)
+    LOG.warning("%s", tie.note)
     return config.model_copy(update={"chat_template": tie.template})
 
 

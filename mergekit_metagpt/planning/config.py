@@ -65,10 +65,9 @@ class ConfigFile:
 
 
 def read_config(file: str) -> ConfigFile:
-    """Return the config that a file holds; ``-`` is standard input.
+    """Return the config that a file, or a pipe, holds; ``-`` is standard input.
 
-    The file may be a pipe, which can be read only once. So pass on the result, and never read the
-    file again.
+    Pass on the result, since a pipe can be read only once.
 
     Raises:
         BadInputError: if it cannot be read, is not a mapping, or is too large.
@@ -115,6 +114,11 @@ class Part:
     base: ModelReference | None
 
     @property
+    def is_slice(self) -> bool:
+        """Whether the list belongs to a slice."""
+        return isinstance(self.holder, OutputSliceDefinition)
+
+    @property
     def inputs(self) -> list[InputModelDefinition] | list[InputSliceDefinition]:
         """The entries of the list."""
         if isinstance(self.holder, OutputSliceDefinition):
@@ -125,11 +129,6 @@ class Part:
     def models(self) -> tuple[ModelReference, ...]:
         """The models as they are listed."""
         return tuple(entry.model for entry in self.inputs)
-
-    @property
-    def is_slice(self) -> bool:
-        """Whether the list belongs to a slice."""
-        return isinstance(self.holder, OutputSliceDefinition)
 
     def holds(self, place: Place) -> bool:
         """Return whether the models are merged at a place.
@@ -167,25 +166,23 @@ def base_and_experts(config: MergeConfiguration) -> tuple[ModelReference, list[M
     Raises:
         BadInputError: if there is not one base, or no expert.
     """
-    named = {config.base_model, *(part.base for part in parts(config))}
-    bases = {base for base in named if base is not None}
+    bases = {config.base_model, *(part.base for part in parts(config))} - {None}
     if len(bases) != 1:
         raise BadInputError(
             "Task vectors start at one base, but the merge config names "
             f"{'several' if bases else 'none'}; set base_model."
         )
-    base = next(iter(bases))
+    (base,) = bases
+    assert base is not None
     experts = canonical(set(config.referenced_models()) - {base})
     if not experts:
         raise BadInputError("The merge config names no model beside the base; add the experts.")
     return base, experts
 
 
-def parameter_sets(config: MergeConfiguration) -> Iterator[dict[str, Any]]:
-    """Yield every ``parameters`` mapping of a config, the innermost first."""
-    found = list(parts(config))
-    holders: list[Any] = [entry for part in found for entry in part.inputs]
-    holders += [part.holder for part in found if part.is_slice]
-    for holder in [*holders, *(config.modules or {}).values(), config]:
-        if holder.parameters is not None:
-            yield holder.parameters
+def parameter_sets(config: MergeConfiguration) -> list[dict[str, Any]]:
+    """Return every ``parameters`` mapping of a config; some of them twice."""
+    holders: list[Any] = [config, *(config.modules or {}).values()]
+    for part in parts(config):
+        holders += [part.holder, *part.inputs]
+    return [holder.parameters for holder in holders if holder.parameters is not None]

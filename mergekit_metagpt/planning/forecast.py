@@ -4,48 +4,37 @@ MergeKit reads the config: its planner applies filters, gradients, slices and mo
 module then computes the coefficients of the plan with the same functions as the merge.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+import torch
 from mergekit import merge_methods
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor, Task
+from mergekit.merge_methods.base import TensorGroup
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.core.coefficients import kept_of_parts
-from mergekit_metagpt.core.granularities import GRANULARITIES, moved
+from mergekit_metagpt.core.coefficients import Norms, kept_of_parts
+from mergekit_metagpt.core.granularities import moved
+from mergekit_metagpt.core.inputs import TensorInputs
+from mergekit_metagpt.core.task_vectors import working_dtype
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.provider import PROVIDER
 from mergekit_metagpt.measure.survey import Survey
-from mergekit_metagpt.method.merge_method import MetaGPTMerge
+from mergekit_metagpt.measure.surveys import SURVEYS
+from mergekit_metagpt.method.merge_method import MetaGPTMerge, by_directions
 from mergekit_metagpt.method.summary import Entry, Summary
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.planning.config import Place, parameter_sets
-from mergekit_metagpt.planning.measurements import Measurements
+from mergekit_metagpt.planning.config import parameter_sets
 from mergekit_metagpt.planning.planner import Planner, TensorMerge
 from mergekit_metagpt.wording import BadInputError
 from mergekit_metagpt.workers import Mapper, in_this_process
 
-
-@dataclass(frozen=True)
-class TensorForecast:
-    """One output tensor and how it will be merged.
-
-    Attributes:
-        entry: its coefficients, and what they come from.
-        inputs: the name of the tensor that each model contributes.
-        place: the part of the config that it came from.
-        scale: ``lambda``, which multiplies all coefficients.
-    """
-
-    entry: Entry
-    inputs: dict[ModelReference, str]
-    place: Place
-    scale: float
-
-    @property
-    def name(self) -> str:
-        """Its name in the output."""
-        return self.entry.tensor or ""
+# Returns the survey of some experts.
+SurveyOf = Callable[[tuple[ModelReference, ...]], Survey]
 
 
 @dataclass(frozen=True)
@@ -58,8 +47,8 @@ class Forecast:
         base: θ_0.
         experts: all T experts, in canonical order.
         survey: the whole models, with inner products.
-        tensors: what will be merged, in the order of the architecture.
-        buffers: tensors that are copied, since they hold no floating-point numbers.
+        merges: what makes each tensor of the output, in the order of the architecture.
+        entries: the coefficients of each tensor, by its name, in the same order; buffers have none.
     """
 
     config: MergeConfiguration
@@ -67,50 +56,49 @@ class Forecast:
     base: ModelReference
     experts: tuple[ModelReference, ...]
     survey: Survey
-    tensors: list[TensorForecast]
-    buffers: list[str]
+    merges: list[TensorMerge]
+    entries: dict[str, Entry]
 
     @cached_property
     def summary(self) -> Summary:
         """The coefficients, summarized."""
-        entries = [tensor.entry for tensor in self.tensors]
-        return Summary(entries, None if self.in_place is None else kept_of_parts(self.in_place))
+        kept = None if self.in_place is None else kept_of_parts(self.in_place)
+        return Summary(self.entries.values(), kept)
+
+    @property
+    def _has_directions(self) -> bool:
+        return any(entry.directions for entry in self.entries.values())
 
     @cached_property
     def in_place(self) -> list[tuple[Sequence[Sequence[float]], list[float]]] | None:
         """Inner products and coefficients of each surveyed tensor, if the merge adds those up.
 
-        Otherwise, with a sparsified method, or by directions, or if slices move
-        layers, None.
+        None with a sparsified method, by directions, or if slices move layers.
         """
-        merged = {t.name: t for t in self.tensors if set(t.inputs.values()) == {t.name}}
+        scales = {m.name: m.parameters["lambda"] for m in self.merges if m.stays}
         grams = self.survey.grams or {}
-        by_direction = any(tensor.entry.directions for tensor in self.tensors)
-        if by_direction or not self.method.is_plain or grams.keys() - merged.keys():
+        known = scales.keys() & self.entries.keys()
+        if self._has_directions or not self.method.is_plain or grams.keys() - known:
             return None
         return [
-            (gram, [merged[name].scale * c for c in merged[name].entry.row(self.experts)])
+            (gram, [scales[name] * c for c in self.entries[name].row(self.experts)])
             for name, gram in grams.items()
         ]
 
     def changed(
         self, exponent: float | None = None, priors: Mapping[ModelReference, float] | None = None
     ) -> "Forecast":
-        """Return the forecast for another exponent, or other priors; nothing is measured again.
-
-        Args:
-            exponent: k in λ_t ∝ w_t ‖τ_t‖^k; if None, as it is.
-            priors: w_t for some experts, in every tensor.
+        """Return the forecast for another k, or priors w_t of some experts; it measures nothing.
 
         Raises:
             ValueError: if directions have coefficients, which would change too.
         """
         if exponent is None and priors is None:
             return self
-        if any(tensor.entry.directions for tensor in self.tensors):
+        if self._has_directions:
             raise ValueError("Directions have to be measured again.")
-        changed = [replace(t, entry=t.entry.changed(exponent, priors or {})) for t in self.tensors]
-        return replace(self, tensors=changed)
+        entries = {name: it.changed(exponent, priors or {}) for name, it in self.entries.items()}
+        return replace(self, entries=entries)
 
 
 def forecast(
@@ -124,13 +112,8 @@ def forecast(
 ) -> Forecast:
     """Measure what a merge will measure, and return the coefficients it will use.
 
-    Args:
-        config: any config whose method is one of this package's; it is not changed.
-        options: MergeKit's options.
-        granularity: used in place of the config's.
-        numbers_only: refuse granularity direction, before anything is measured.
-        progress: whether a progress bar is shown.
-        mapper: where the models are measured: in this process, or on a cluster.
+    ``granularity`` takes the place of the config's, which is not changed. With ``numbers_only``,
+    granularity direction is refused before anything is measured.
 
     Raises:
         ValueError: if the method is not this package's, or the merge would refuse its inputs.
@@ -148,19 +131,35 @@ def forecast(
             "granularity: direction; merge with mergekit-metagpt merge, or choose granularity: "
             "tensor."
         )
+    if moving := next((merge.name for merge in merges if merge.moves_layers), None):
+        raise moved(moving)
     base = _only_base(merges)
     experts = tuple(canonical({model for merge in merges for model in merge.models} - {base}))
-    measurements = Measurements(base, experts, config, options, progress, mapper)
-    measurements.take(merges)
-    return Forecast(
-        config=config,
-        method=method,
-        base=base,
-        experts=experts,
-        survey=measurements.survey,
-        tensors=[_foretell(m, measurements) for m in merges if m.name in measurements.tensors],
-        buffers=[merge.name for merge in merges if merge.name not in measurements.tensors],
-    )
+    device = options.device or "cpu"
+
+    def survey_of(some: tuple[ModelReference, ...]) -> Survey:
+        checkpoints, products = Checkpoints(base, some), some == experts
+        return SURVEYS.survey_of(checkpoints, device, progress, mapper, products)
+
+    survey = survey_of(experts)
+    entries: dict[str, Entry] = {}
+    others: dict[Task[Any], list[TensorMerge]] = {}
+    for merge in merges:
+        name = merge.name
+        if _is_as_surveyed(merge, survey, base):
+            norms, dtype = survey.squared_norms[name], survey.dtypes[name]
+            surveyed = _Surveyed(name, experts, norms, dtype)
+            entries[name] = _entry(merge, surveyed, survey.sizes[name], survey_of)
+        else:
+            others.setdefault(merge.task.gather_tensors, []).append(merge)
+    executor = Executor(list(others), math_device=torch.device(device))
+    quiet = not (progress and any(merge.by_direction for merge in merges))
+    for task, tensors in executor.run(quiet=quiet):
+        if all(tensor.is_floating_point() for tensor in tensors.values()):  # others are copied
+            for merge in others[task]:
+                entries[merge.name] = _measured(merge, tensors, base, survey_of)
+    in_order = {merge.name: entries[merge.name] for merge in merges if merge.name in entries}
+    return Forecast(config, method, base, experts, survey, merges, in_order)
 
 
 def own_method(config: MergeConfiguration) -> MetaGPTMerge:
@@ -192,19 +191,59 @@ def _only_base(merges: list[TensorMerge]) -> ModelReference:
     return base
 
 
-def _foretell(merge: TensorMerge, measurements: Measurements) -> TensorForecast:
-    """Choose the coefficients of one tensor as the merge will."""
-    measured = measurements.tensors[merge.name]
-    experts = measured.experts
-    parameters = merge.method_parameters(experts)
-    if merge.moves_layers:
-        raise moved(merge.name)
-    norms = measured.squared_norms
-    if GRANULARITIES[parameters["granularity"]].needs_survey:
-        norms = measurements.survey_of(experts).norms_of(measured, parameters["granularity"])
-    return TensorForecast(
-        entry=Entry.of(merge.name, experts, norms, measured.size, parameters, measured.directions),
-        inputs=merge.inputs,
-        place=merge.place,
-        scale=parameters["lambda"],
+@dataclass(frozen=True)
+class _Surveyed:
+    """The task vectors of a tensor that need not be loaded, since the survey has measured them."""
+
+    name: str
+    ids: tuple[ModelReference, ...]
+    squared_norms: Norms
+    dtype: torch.dtype
+
+
+def _is_as_surveyed(merge: TensorMerge, survey: Survey, base: ModelReference) -> bool:
+    """Whether a merge has the norms of the survey, bit for bit.
+
+    Coefficients of directions follow from the tensors, so those are always loaded.
+    """
+    stored = survey.dtypes.get(merge.name)
+    is_whole = set(merge.models) - {base} == set(survey.experts)
+    if stored is None or not merge.stays or merge.vocabulary_is_aligned or not is_whole:
+        return False
+    dtypes = {dtype_from_name(load.dtype) or stored for load in merge.loads.values()}
+    return not merge.by_direction and all(
+        torch.promote_types(stored, dtype) == dtype
+        and working_dtype(stored) == working_dtype(dtype)
+        for dtype in dtypes
     )
+
+
+def _measured(
+    merge: TensorMerge,
+    tensors: dict[ModelReference, Any],
+    base: ModelReference,
+    survey_of: SurveyOf,
+) -> Entry:
+    """Measure a tensor as MergeKit loads it."""
+    ids = [model for model in merge.models if model in tensors]
+    group = TensorGroup.from_tensors(
+        [tensors[model] for model in ids], ids=ids, base_index=ids.index(base), name=merge.name
+    )
+    inputs = TensorInputs.of(group)
+    experts: Any = inputs.ids
+    size = inputs.base.numel()
+    if not merge.by_direction:
+        return _entry(merge, inputs, size, survey_of)
+    parameters = merge.method_parameters(experts)
+    found = by_directions(inputs, PROVIDER.models_of([inputs]).shape_of, parameters)
+    return Entry.of(merge.name, experts, found.squared_norms, size, parameters, found)
+
+
+def _entry(merge: TensorMerge, vectors: Any, size: int, survey_of: SurveyOf) -> Entry:
+    """Choose the coefficients of one tensor as the merge will."""
+    experts = vectors.ids
+    parameters = merge.method_parameters(experts)
+    norms = vectors.squared_norms
+    if merge.granularity and merge.granularity.needs_survey:
+        norms = survey_of(experts).norms_of(vectors, parameters["granularity"])
+    return Entry.of(merge.name, experts, norms, size, parameters)

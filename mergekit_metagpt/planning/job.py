@@ -49,20 +49,12 @@ class Job:
 
     @cached_property
     def parsed(self) -> MergeConfiguration:
-        """The config as MergeKit reads it.
-
-        Raises:
-            BadInputError: with a sentence for each value that MergeKit cannot read.
-        """
+        """The config as MergeKit reads it, or a BadInputError that says why it cannot."""
         return self.config.parse()
 
     @cached_property
     def base_and_experts(self) -> tuple[ModelReference, list[ModelReference]]:
-        """The base, and the experts in canonical order.
-
-        Raises:
-            BadInputError: if there is not one base, or no expert.
-        """
+        """The base, and the experts in canonical order, or a BadInputError."""
         return base_and_experts(self.parsed)
 
 

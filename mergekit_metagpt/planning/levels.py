@@ -63,12 +63,28 @@ def levels(
     """Yield a raw config and all levels within it, whether MergeKit can read them or not."""
     yield Level(path, values, schema)
     for key, child in _CHILDREN.items():
-        if key not in schema.model_fields:
-            continue
-        for index, member in _members(key, values.get(key)):
+        for index, member in _members(key, values.get(key)) if key in schema.model_fields else ():
             if isinstance(member, dict):
                 its = _of_reference(member, schema) if child is ModelReference else child
                 yield from levels(member, its, f"{path}.{key}{index}".lstrip("."))
+
+
+def _members(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what is at a key, in its list, or under names of the user's; and each one's place."""
+    if key in ("modules", "tokens", "parameters"):
+        for name, member in value.items() if isinstance(value, dict) else ():
+            inner = _members("", member) if key == "parameters" else [("", member)]
+            yield from ((f".{name}{index}", each) for index, each in inner)
+    elif isinstance(value, list):
+        yield from ((f"[{number}]", member) for number, member in enumerate(value))
+    else:
+        yield "", value
+
+
+def _of_reference(value: dict[Any, Any], parent: type[BaseModel]) -> type[BaseModel]:
+    if parent is ModelReference:
+        return ModelPath
+    return ModelTokenEmbedding if "kind" in value else ModelReference
 
 
 def settings(raw: dict[Any, Any]) -> Iterator[tuple[Level, str, Any]]:
@@ -88,45 +104,31 @@ def is_within(inner: str, outer: str) -> bool:
     return inner == outer or not outer or inner.startswith((f"{outer}.", f"{outer}["))
 
 
-def _of_reference(value: dict[Any, Any], parent: type[BaseModel]) -> type[BaseModel]:
-    if parent is ModelReference:
-        return ModelPath
-    return ModelTokenEmbedding if "kind" in value else ModelReference
-
-
-def _members(key: str, value: Any) -> list[tuple[str, Any]]:
-    if key in ("modules", "tokens", "parameters"):
-        named = value.items() if isinstance(value, dict) else ()
-        if key != "parameters":
-            return [(f".{name}", member) for name, member in named]
-        its = ((name, _members("", setting)) for name, setting in named)
-        return [(f".{name}{index}", member) for name, found in its for index, member in found]
-    if isinstance(value, list):
-        return [(f"[{number}]", member) for number, member in enumerate(value)]
-    return [("", value)]
-
-
 def misread(raw: dict[Any, Any], file: str) -> Iterator[str]:
     """Find names of models that MergeKit would take for something else than they are."""
     for level in levels(raw):
         for key in _REFERENCES:
             value = level.values.get(key)
-            if key not in level.schema.model_fields or not isinstance(value, str):
-                continue
-            what = f"{file} names {value} at {f'{level.path}.{key}'.lstrip('.')}"
-            whole = os.path.expanduser(os.path.expandvars(value))
-            paths = [part.split("@") for part in value.split("+")]
-            is_split = len(paths) > 2 or any(len(path) > 2 for path in paths)
-            if is_split or (os.path.exists(value) and not os.path.exists(paths[0][0])):
-                quoted = json.dumps(value, ensure_ascii=False)
-                way = f"{{path: {quoted}}}"
-                way = way if level.schema is ModelReference else f"{{model: {way}}}"
-                yield (
-                    f"{what}, where MergeKit takes what follows a + for an adapter and what "
-                    f"follows an @ for a revision; write {key}: {way}."
-                )
-            elif whole != value and os.path.exists(whole) and not os.path.exists(value):
-                yield f"{what}, and MergeKit does not know what ~ and $ stand for; write {whole}."
-            elif value.startswith(_HUB):
-                name = "/".join(value.removeprefix(_HUB).split("/")[:2])
-                yield f"{what}, an address, where MergeKit wants the name; write {name}."
+            if key in level.schema.model_fields and isinstance(value, str):
+                what = f"{file} names {value} at {f'{level.path}.{key}'.lstrip('.')}"
+                if complaint := _misread(value, key, level.schema):
+                    yield f"{what}, {complaint}."
+
+
+def _misread(value: str, key: str, schema: type[BaseModel]) -> str | None:
+    whole = os.path.expanduser(os.path.expandvars(value))
+    paths = [part.split("@") for part in value.split("+")]
+    is_split = len(paths) > 2 or any(len(path) > 2 for path in paths)
+    if is_split or (os.path.exists(value) and not os.path.exists(paths[0][0])):
+        way = f"{{path: {json.dumps(value, ensure_ascii=False)}}}"
+        way = way if schema is ModelReference else f"{{model: {way}}}"
+        return (
+            "where MergeKit takes what follows a + for an adapter and what follows an @ for a "
+            f"revision; write {key}: {way}"
+        )
+    if whole != value and os.path.exists(whole) and not os.path.exists(value):
+        return f"and MergeKit does not know what ~ and $ stand for; write {whole}"
+    if value.startswith(_HUB):
+        name = "/".join(value.removeprefix(_HUB).split("/")[:2])
+        return f"an address, where MergeKit wants the name; write {name}"
+    return None

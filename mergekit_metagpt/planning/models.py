@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class ModelFiles:
 
     @property
     def is_tied(self) -> bool | None:
-        """Whether the config says that the head is the embeddings; None if it says nothing."""
+        """Whether the config says that the head is the embeddings; None if it does not say."""
         configs = [self.config, self.config.get_text_config()] if self.config else []
         said = {getattr(config, "tie_word_embeddings", None) for config in configs} - {None}
         return any(said) if said else None
@@ -85,8 +85,7 @@ def find_model_files(model: ModelReference, options: MergeOptions) -> ModelFiles
     except BadInputError as error:
         return ModelFiles(model, problems=error.args)
     problems = tuple(weights.problems)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
+    if quantization := getattr(config, "quantization_config", None):
         method = dict(quantization).get("quant_method", "quantization_config")
         problems = (
             f"Model {model} is quantized ({method}, says its config.json), and quantized weights "
@@ -120,11 +119,9 @@ def _weights(model: ModelPath, options: MergeOptions) -> Weights:
 
 def _with_adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> ModelFiles:
     """Look at a model whose adapter MergeKit applies first, unless it has done so before."""
-    checkpoint = replace(
-        find_model_files(model.model_copy(update={"lora": None}), options), model=model
-    )
-    problems = list(checkpoint.problems)
-    adapter = None
+    base = find_model_files(model.model_copy(update={"lora": None}), options)
+    problems, weights = list(base.problems), base.weights
+    adapter = to_apply = None
     try:
         adapter = _adapter(model, lora, options)
     except BadInputError as error:
@@ -135,27 +132,23 @@ def _with_adapter(model: ModelReference, lora: ModelPath, options: MergeOptions)
             f"MergeKit cannot apply adapters in --lora-merge-dtype {dtype}; "
             f"{instead(dtype, FLOAT_NAMES)}."
         )
-        cache = None
     elif not cache:
         problems.append(
             f"Model {model} has an adapter, and MergeKit needs a directory to apply it in; "
             "pass --lora-merge-cache DIRECTORY."
         )
-    if not cache:
-        return replace(checkpoint, adapter=adapter, problems=tuple(problems))
-    # As MergeKit names it.
-    applied = os.path.join(cache, "_".join(unique_id(path) for path in (model.model, lora)))
-    weights = checkpoint.weights
-    to_apply: str | None = applied
-    if os.path.exists(applied):
-        weights, to_apply = read_weights(Directory(applied, str(model))), None
-        if weights.problems:
-            problems.append(
-                f"The LoRA cache {applied} of model {model} is incomplete; remove that directory."
-            )
-    return replace(
-        checkpoint, weights=weights, adapter=adapter, to_apply=to_apply, problems=tuple(problems)
-    )
+    else:
+        # As MergeKit names it.
+        to_apply = os.path.join(cache, "_".join(unique_id(path) for path in (model.model, lora)))
+        if os.path.exists(to_apply):
+            weights = read_weights(Directory(to_apply, str(model)))
+            if weights.problems:
+                problems.append(
+                    f"The LoRA cache {to_apply} of model {model} is incomplete; remove that "
+                    "directory."
+                )
+            to_apply = None
+    return ModelFiles(model, base.config, weights, adapter, to_apply, tuple(problems))
 
 
 def _adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> str | None:
@@ -163,27 +156,25 @@ def _adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> s
     place = locate(lora, options)
     if isinstance(place, Repository):
         return None
-    directory = place.path
     try:
-        settings = json.loads(Path(directory, "adapter_config.json").read_text(encoding="utf-8"))
+        settings = json.loads(Path(place.path, "adapter_config.json").read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError("it holds no mapping of keys to values")
     except FileNotFoundError:
-        whole = os.path.exists(os.path.join(directory, "config.json"))
-        raise BadInputError(
-            f"Adapter {lora} of model {model} is a whole model; list it as a model of its own."
-            if whole
-            else f"Adapter {lora} of model {model} has no adapter_config.json; correct the path, "
-            "or save the adapter again."
-        ) from None
+        said = (
+            "is a whole model; list it as a model of its own"
+            if place.holds("config.json")
+            else "has no adapter_config.json; correct the path, or save the adapter again"
+        )
+        raise BadInputError(f"Adapter {lora} of model {model} {said}.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BadInputError(
             f"The adapter_config.json of adapter {lora} of model {model} is corrupt "
             f"({reason(error)}); save the adapter again."
         ) from None
     for file in ("adapter_model.safetensors", "adapter_model.bin"):
-        path = os.path.join(directory, file)
-        if os.path.exists(path):
+        if place.holds(file):
+            path = os.path.join(place.path, file)
             read_header(path, model)
             return path
     raise BadInputError(

@@ -39,19 +39,22 @@ class OutputTensor:
     Attributes:
         merge: MergeKit's tasks that make it.
         stored: the header of each input that exists, or that MergeKit makes from other tensors.
-        absent: the models that have no such tensor.
         read: the names that each input is stored under; several if it is made from other tensors.
     """
 
     merge: TensorMerge
     stored: Mapping[ModelReference, Header]
-    absent: tuple[ModelReference, ...]
     read: Mapping[ModelReference, tuple[str, ...]]
 
     @property
     def name(self) -> str:
         """The name in the output."""
         return self.merge.name
+
+    @property
+    def absent(self) -> tuple[ModelReference, ...]:
+        """The models that have no such tensor."""
+        return tuple(model for model in self.merge.loads if model not in self.stored)
 
     @property
     def merged_dtype(self) -> torch.dtype:
@@ -131,7 +134,12 @@ def plan_outputs(
     with _loaders_of(models):
         try:
             planner = Planner(config, options)
-            _require_modules(config, planner.arch_info, file)
+            known = list(planner.arch_info.modules)
+            if unknown := next((name for name in config.modules or {} if name not in known), None):
+                raise BadInputError(
+                    f"{file} names the module {unknown}, which these models do not have; "
+                    f"{instead(unknown, known)}."
+                )
             merges = planner.in_order_of_writing()
         except BadInputError:
             raise
@@ -173,45 +181,26 @@ def _loaders_of(models: Mapping[ModelReference, ModelFiles]) -> Iterator[None]:
         open_loaders.update(before)
 
 
-def _require_modules(
-    config: MergeConfiguration, architecture: ModelArchitecture, file: str
-) -> None:
-    known = list(architecture.modules)
-    for name in config.modules or {}:
-        if name not in known:
-            raise BadInputError(
-                f"{file} names the module {name}, which these models do not have; "
-                f"{instead(name, known)}."
-            )
-
-
 def _output_tensor(merge: TensorMerge, models: Mapping[ModelReference, ModelFiles]) -> OutputTensor:
-    stored, read, absent = {}, {}, []
+    stored, read = {}, {}
     for model, load in merge.loads.items():
-        found = _found(models[model], load)
-        if found is None:
-            absent.append(model)
-        else:
+        if found := _found(models[model], load):
             stored[model], read[model] = found
-    return OutputTensor(merge, stored, tuple(absent), read)
+    return OutputTensor(merge, stored, read)
 
 
 def _found(files: ModelFiles, load: LoadTensor) -> tuple[Header, tuple[str, ...]] | None:
     """Return the header of what MergeKit will load, and the names that it is stored under.
 
-    It is stored under this name or an alias, or MergeKit makes it from other tensors.
+    It is stored under this name or an alias, or MergeKit makes it from other tensors of the same
+    layer, such as a layer's experts.
     """
-    held = files.weights.tensors
-    for name in (load.tensor, *(load.aliases or ()), *(load.tied_names or ())):
+    held, own_names = files.weights.tensors, (load.tensor, *(load.aliases or ()))
+    for name in (*own_names, *(load.tied_names or ())):
         if name in held:
             return held[name], (name,)
-    return _converted(files, load)
-
-
-def _converted(files: ModelFiles, load: LoadTensor) -> tuple[Header, tuple[str, ...]] | None:
-    """Return the same for a tensor that MergeKit makes from others, such as a layer's experts."""
     model_type = getattr(files.config, "model_type", None)
-    for name in (load.tensor, *(load.aliases or ())):
+    for name in own_names:
         used: list[str] = []
         # Only those of the same layer, since MergeKit tries each rule on each tensor.
         sources = {
@@ -234,10 +223,7 @@ def output_shards(
 ) -> list[list[OutputTensor]]:
     """Return the tensors of each weight file, which MergeKit's writer fills one after another.
 
-    Args:
-        tensors: in the order in which they will be written.
-        rows: the output's vocabulary, if that changes.
-        limit: the size of a file, in bytes; 0 for one file.
+    The output's vocabulary has ``rows``, if that changes; ``limit`` is in bytes, 0 for one file.
     """
     shards: list[list[OutputTensor]] = []
     filled = 0

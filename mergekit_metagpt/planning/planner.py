@@ -23,12 +23,7 @@ from mergekit_metagpt.planning.config import Place, parts
 
 @dataclass(frozen=True)
 class TensorMerge:
-    """The tasks that make one tensor of the output.
-
-    Attributes:
-        save: the task that writes it.
-        place: the part of the config that it came from.
-    """
+    """The task that writes one tensor of the output, and the place of the config it is from."""
 
     save: SaveTensor
     place: Place
@@ -83,8 +78,7 @@ class TensorMerge:
     def moves_layers(self) -> bool:
         """Whether slices put tensors of another layer here, although it has to keep its place."""
         keeps = self.granularity is not None and self.granularity.keeps_layers
-        stays = set(self.inputs.values()) == {self.name} or layer_of(self.name) is None
-        return keeps and not stays
+        return keeps and not self.stays and layer_of(self.name) is not None
 
     @property
     def vocabulary_axis(self) -> int | None:
@@ -102,15 +96,15 @@ class TensorMerge:
         return {model: weight.name for model, weight in self._gather.weight_info.items()}
 
     @property
+    def stays(self) -> bool:
+        """Whether every model contributes its own tensor of this name."""
+        return set(self.inputs.values()) == {self.name}
+
+    @property
     def loads(self) -> dict[ModelReference, LoadTensor]:
         """The task that reads each model's tensor."""
         loads: Any = self._gather.arguments().values()
         return {load.model: load for load in loads}
-
-    @property
-    def reads_checkpoints_as_they_are(self) -> bool:
-        """Whether every model contributes its own tensor of this name, unchanged."""
-        return not self.vocabulary_is_aligned and set(self.inputs.values()) == {self.name}
 
     @property
     def _gather(self) -> GatherTensors:
@@ -122,11 +116,7 @@ class TensorMerge:
 class Planner(MergePlanner):
     """MergeKit's planner as its ``run_merge`` makes it, which also remembers the slices.
 
-    Nothing is executed or written.
-
-    Args:
-        config: what to plan; MergeKit's own planner changes it, this one does not.
-        options: MergeKit's options.
+    Nothing is executed or written. The config stays as it is, which MergeKit's planner changes.
     """
 
     def __init__(self, config: MergeConfiguration, options: MergeOptions) -> None:

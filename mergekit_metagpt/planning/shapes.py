@@ -39,10 +39,9 @@ def complaints(error: ValidationError, raw: Any, file: str) -> list[str]:
     """Return a sentence for each value of a raw config that pydantic refuses."""
     found: dict[Place, str] = {}
     for each in error.errors():
-        place, missing = _existing(raw, each["loc"]), each["loc"][-1]
-        value = _at(raw, place)
+        place, value = _existing(raw, each["loc"])
         if each["type"] == "missing" and isinstance(value, dict) and "path" not in value:
-            sentence = f"{file} lacks {_written((*place, missing))}; add it."
+            sentence = f"{file} lacks {_written((*place, each['loc'][-1]))}; add it."
         else:
             sentence = f"{file} has {_shown(value)} at {_written(place)}; {_way(place, value)}."
         found.setdefault(place, sentence)  # of the complaints about a union, only the first
@@ -51,23 +50,15 @@ def complaints(error: ValidationError, raw: Any, file: str) -> list[str]:
     return [found[place] for place in inner]
 
 
-def _existing(raw: Any, path: Place) -> Place:
-    """Return the part of a pydantic location that the config has, without names of types."""
+def _existing(value: Any, path: Place) -> tuple[Place, Any]:
+    """Return what of a pydantic location the config has, without names of types, and its value."""
     place: list[int | str] = []
     for key in path:
-        there = key in raw if isinstance(raw, dict) else False
-        if isinstance(raw, list) and isinstance(key, int):
-            there = key < len(raw)
-        if there:
+        known = range(len(value)) if isinstance(value, list) else value
+        if isinstance(known, dict | range) and key in known:
             place.append(key)
-            raw = raw[key]
-    return tuple(place)
-
-
-def _at(raw: Any, place: Place) -> Any:
-    for key in place:
-        raw = raw[key]
-    return raw
+            value = value[key]
+    return tuple(place), value
 
 
 def _is_within(inner: Place, outer: Place) -> bool:

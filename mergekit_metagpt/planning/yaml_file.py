@@ -116,64 +116,59 @@ def _values(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
     return known[node]
 
 
+# A part of what PyYAML says, or what is to be seen in the line, and what to say of it.
+_COMPLAINTS = {
+    _TWICE: "sets {name} twice, in lines {first} and {line}, and MergeKit would forget the first; "
+    "remove one of them",
+    "undefined alias": "uses the alias *{name} in line {line}, but has no anchor &{name} before "
+    "it; add the anchor, or put the text in quotes",
+    "duplicate anchor": "defines the anchor &{name} twice, in lines {first} and {line}; give one "
+    "of them another name",
+    "several documents": "holds several merges, the second from line {line} on; split it, or run "
+    "it with mergekit-multi",
+    "single document": "begins a second merge with --- in line {line}, which is empty; remove "
+    "that line",
+    "tab in front": "has a tab in line {line}, where YAML allows only spaces; indent with spaces",
+    "scanning an alias": "has a bare * in {where}, which YAML takes for an alias; write "
+    '"*" in quotes',
+    "unknown escape character": "has a backslash in double quotes in {where}; write that text in "
+    "single quotes",
+    "fence of a card": "holds the ``` of a model card in line {line}; remove it",
+    "cannot start any token": "has a bare {name} in {where}, with which no text begins; put the "
+    "text in quotes",
+    "unhashable key": "has a mapping or a list as a key in {where}, perhaps a placeholder in "
+    "{{{{ }}}}; write a name there, or put the text in quotes",
+    "mapping values are not allowed": "has a colon in {where}, where no value can follow; put the "
+    "text in quotes, or correct the indentation",
+    "expected <block end>, but found '<block": "is indented otherwise in {where} than the lines "
+    "around it; align it with them",
+    "": "is not YAML in {where} ({problem}); correct it",
+}
+
+
 def _complaint(error: yaml.MarkedYAMLError, text: str) -> str:
     """Say what is wrong, where, and the way out; PyYAML's own words where they are clear."""
     context, problem = error.context or "", error.problem or ""
     mark = error.problem_mark or error.context_mark
     line = mark.line + 1 if mark else 1
-    first = error.context_mark.line + 1 if error.context_mark else line
     lines = text.split("\n")
     written = lines[line - 1] if line <= len(lines) else ""
-    if _TWICE in context:
-        key = context.removesuffix(f" {_TWICE}")
-        return (
-            f"sets {key} twice, in lines {first} and {line}, and MergeKit would "
-            "forget the first; remove one of them"
-        )
-    if "undefined alias" in problem:
-        name = problem.split("'")[1]
-        return (
-            f"uses the alias *{name} in line {line}, but has no anchor &{name} before it; add the "
-            "anchor, or put the text in quotes"
-        )
-    if "duplicate anchor" in context:
-        name = context.split("'")[1]
-        return (
-            f"defines the anchor &{name} twice, in lines {first} and {line}; give one of them "
-            "another name"
-        )
-    if "single document" in context:
-        if any(it.strip() and not it.lstrip().startswith("#") for it in lines[line:]):
-            return (
-                f"holds several merges, the second from line {line} on; split it, or run it with "
-                "mergekit-multi"
-            )
-        return f"begins a second merge with --- in line {line}, which is empty; remove that line"
-    where = f"line {line}, column {mark.column + 1 if mark else 1}"
+    signs = [context, problem]
     if "\t" in written[: len(written) - len(written.lstrip())] or "'\\t'" in problem:
-        return f"has a tab in line {line}, where YAML allows only spaces; indent with spaces"
-    if "scanning an alias" in context:
-        return f'has a bare * in {where}, which YAML takes for an alias; write "*" in quotes'
-    if "unknown escape character" in problem:
-        return f"has a backslash in double quotes in {where}; write that text in single quotes"
+        signs.append("tab in front")
     if written.lstrip().startswith("```"):
-        return f"holds the ``` of a model card in line {line}; remove it"
-    if "cannot start any token" in problem:
-        sign = problem.split("'")[1]
-        return f"has a bare {sign} in {where}, with which no text begins; put the text in quotes"
-    if "unhashable key" in problem:
-        return (
-            f"has a mapping or a list as a key in {where}, perhaps a placeholder in {{{{ }}}}; "
-            "write a name there, or put the text in quotes"
-        )
-    if "mapping values are not allowed" in problem:
-        return (
-            f"has a colon in {where}, where no value can follow; put the text in quotes, or "
-            "correct the indentation"
-        )
-    if "expected <block end>, but found '<block" in problem:
-        return f"is indented otherwise in {where} than the lines around it; align it with them"
-    return f"is not YAML in {where} ({problem or context}); correct it"
+        signs.append("fence of a card")
+    if any(it.strip() and not it.lstrip().startswith("#") for it in lines[line:]):
+        signs += ["several documents"] * ("single document" in context)
+    known = next(known for known in _COMPLAINTS if any(known in sign for sign in signs))
+    quoted = f"{context} {problem}".split("'")
+    return _COMPLAINTS[known].format(
+        name=context.removesuffix(f" {_TWICE}") if known == _TWICE else "".join(quoted[1:2]),
+        first=error.context_mark.line + 1 if error.context_mark else line,
+        line=line,
+        where=f"line {line}, column {mark.column + 1 if mark else 1}",
+        problem=problem or context,
+    )
 
 
 def plain(value: Any) -> Any:
@@ -191,9 +186,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, ModelReference) and _reads_back(value):
         return str(value)
     if isinstance(value, BaseModel):
-        fields = type(value).model_fields
-        set_ones = {name: getattr(value, name) for name in fields}
-        return {n: plain(v) for n, v in set_ones.items() if v != fields[n].default}
+        changed = {
+            name: getattr(value, name)
+            for name, field in type(value).model_fields.items()
+            if getattr(value, name) != field.default
+        }
+        return plain(changed)
     if isinstance(value, Mapping):
         return {
             plain(key): fspath(member)
@@ -211,9 +209,9 @@ def plain(value: Any) -> Any:
         return plain(ModelReference(model=ModelPath(path=fspath(value))))
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or isinstance(value, bool):
         return value
-    for kind in (str, bool, int, float):
+    for kind in (str, int, float):  # subclasses of these, too
         if isinstance(value, kind):
             return kind(value)
     raise BadInputError(

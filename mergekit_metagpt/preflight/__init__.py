@@ -208,5 +208,5 @@ class _Inspection:
         self.problems += no_room(total, self.out, self.written, self.models)
         notes = [*total.notes, *idle_coefficients(self.written.raw, outputs)]
         if tie := most_frequent(config):
-            notes.append(str(tie))
+            notes.append(tie.note)
         return replace(total, notes=tuple(notes))

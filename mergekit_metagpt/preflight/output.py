@@ -17,13 +17,13 @@ from mergekit_metagpt.preflight.costs import Costs
 def bad_output(out: str, models: Mapping[ModelReference, ModelFiles]) -> Iterator[str]:
     """Find reasons not to write to a directory."""
     link = Path(out)
-    if link.is_symlink() and not link.exists():
+    if os.path.islink(out) and not link.exists():
         yield (
             f"Output {out} is a link to {os.readlink(link)}, which does not exist; make that "
             "directory, or choose another."
         )
         return
-    path = link.resolve()
+    path = Output.of(out).path
     for files in models.values():
         places = [p for p in (files.weights.directory, os.path.dirname(files.adapter or "")) if p]
         if any(_is_in(path, place) for place in places):

@@ -52,16 +52,18 @@ def stock_config(forecast: Forecast) -> str:
 def _set_weights(part: Part, forecast: Forecast) -> None:
     """Set the weights of every expert in a part; sort its models into canonical order."""
     entries: dict[Any, Any] = {entry.model: entry for entry in part.inputs}
-    tensors = [tensor for tensor in forecast.tensors if part.holds(tensor.place)]
+    chosen = forecast.entries
+    merges = [m for m in forecast.merges if m.name in chosen and part.holds(m.place)]
     # If no expert differs from the base, any weights give the base, but not all may be 0.
-    moves = any(any(tensor.entry.squared_norms) for tensor in forecast.tensors)
+    moves = any(any(entry.squared_norms) for entry in chosen.values())
+    buffers = [merge.name for merge in forecast.merges if merge.name not in chosen]
     for expert in entries.keys() & set(forecast.experts):
         weights = {
-            tensor.inputs[expert]: tensor.entry.row([expert])[0] if moves else 1.0
-            for tensor in tensors
-            if expert in tensor.inputs
+            merge.inputs[expert]: chosen[merge.name].row([expert])[0] if moves else 1.0
+            for merge in merges
+            if expert in merge.inputs
         }
-        own = {"weight": _setting(weights, forecast.buffers)}
+        own = {"weight": _setting(weights, buffers)}
         entries[expert].parameters = {**own, **(entries[expert].parameters or {})}
     if forecast.base in entries:
         entries[forecast.base].parameters = None
