@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
-from conftest import merge_config, on_posix, read, write_yaml
+from conftest import invoke, merge_config, on_posix, read, write_yaml
 from mergekit.common import ModelPath, ModelReference
 
 import mergekit_metagpt
-from mergekit_metagpt.cli import main
 from mergekit_metagpt.planning.config import ConfigFile
 from mergekit_metagpt.preflight import inspect
 
@@ -23,24 +21,16 @@ PLAIN = 'it\'s a "quoted", [red] #1: 100% {x}' if os.name == "posix" else "it's 
 ODD = "C+D @home+ñ日本 ~"
 
 
-@pytest.fixture(params=[PLAIN, ODD])
-def odd(request, family, tmp_path) -> dict[str, str]:
-    """The family, in a directory of a strange name."""
-    shutil.copytree(Path(family["base"]).parent, tmp_path / request.param / "models")
-    return {name: str(tmp_path / request.param / "models" / name) for name in family}
+@pytest.fixture
+def odd(family, tmp_path) -> dict[str, str]:
+    """The family, in directories of strange names."""
+    places = {"base": tmp_path / PLAIN, "a": tmp_path / ODD, "b": tmp_path / ODD / PLAIN}
+    return {name: str(shutil.copytree(family[name], places[name] / name)) for name in family}
 
 
 def references(paths: dict[str, str]) -> dict[str, object]:
     """Return paths as a config has to name them."""
-    if "+" in paths["base"]:
-        return {name: {"model": {"path": path}} for name, path in paths.items()}
-    return dict(paths)
-
-
-def invoke(*words: object) -> str:
-    done = CliRunner().invoke(main, [str(word) for word in words])
-    assert done.exit_code == 0, done.output
-    return done.stdout
+    return {name: {"model": {"path": it}} if "+" in it else it for name, it in paths.items()}
 
 
 @pytest.fixture
@@ -55,11 +45,11 @@ def assert_same(out: Path, expected: dict[str, torch.Tensor]) -> None:
 
 
 def test_every_command_takes_a_model_from_any_path(odd, expected):
-    where = Path(odd["base"]).parents[1]
+    where = Path(odd["b"]).parent
     yml = write_yaml(where / "merge it.yml", merge_config(references(odd)))
-    for words in (["check"], ["coefficients"], ["compare"], ["diagnose"]):
-        invoke(*words, yml)
-    known = json.loads(invoke("coefficients", yml, "--json"))["experts"]
+    for command in ("check", "compare", "diagnose"):
+        invoke(command, yml)
+    known = json.loads(invoke("coefficients", yml, "--json").stdout)["experts"]
     assert [expert["model"] for expert in known] == [odd["a"], odd["b"]]
     invoke("survey", *odd.values())
     invoke("resolve", yml, "-o", where / "stock.yml")
@@ -79,12 +69,13 @@ def test_every_function_takes_a_model_from_any_path(odd, expected, tmp_path):
         {name: ModelReference(model=ModelPath(path=path)) for name, path in odd.items()}
     )
     for number, config in enumerate((given, as_paths, parsed, as_references)):
-        plan = mergekit_metagpt.plan(config)
-        assert [str(expert.model) for expert in plan.experts] == [odd["a"], odd["b"]]
-        assert_same(mergekit_metagpt.merge(config, tmp_path / str(number)).path, expected)
-        read_back = Path(tmp_path, str(number), "mergekit_config.yml").read_text("utf-8")
+        merged = mergekit_metagpt.merge(config, tmp_path / str(number))
+        assert_same(merged.path, expected)
+        read_back = Path(merged.path, "mergekit_config.yml").read_text("utf-8")
         written = mergekit.config.MergeConfiguration.model_validate(yaml.safe_load(read_back))
         assert written.base_model == parsed.base_model
+        plan = mergekit_metagpt.plan(config)
+        assert [str(expert.model) for expert in plan.experts] == [odd["a"], odd["b"]]
     base, *experts = map(Path, odd.values())
     assert len(mergekit_metagpt.survey(base, experts).experts) == 2
 

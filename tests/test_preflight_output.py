@@ -5,11 +5,10 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import peft
 import pytest
-import transformers
 from conftest import merge_config, write_yaml
 from mergekit.options import MergeOptions
+from test_adapters import lora, save_adapter
 
 from mergekit_metagpt.planning.work import Work
 from mergekit_metagpt.preflight import inspect
@@ -40,13 +39,29 @@ def place(tmp_path):
     return tmp_path / "place"
 
 
+def test_an_input_is_not_overwritten(problems, family):
+    for out in (Path(family["a"]), Path(family["a"], "merged")):
+        (said,) = problems(out)
+        assert f"Output {out} is the input model {family['a']}, or is inside it" in said
+    folder = Path(family["base"]).parent
+    (said,) = problems(folder)
+    assert "the folder that holds the input model" in said
+    assert f"such as {folder / 'merged'}" in said
+
+
 def test_what_a_killed_merge_left_is_nothing_and_anything_else_is_something(problems, place):
+    assert problems(place / "out") == []
     (place / "out" / f"out.metagpt-{KEY}" / "complete").mkdir(parents=True)
     (place / "out" / "out.metagpt-lock").touch()
     assert problems(place / "out") == []
     (place / "out" / "metagpt.txt").touch()
     (said,) = problems(place / "out")
-    assert "is not empty" in said
+    assert "is not empty; remove it, or choose another" in said
+    (place / "out" / "mergekit_config.yml").touch()
+    (said,) = problems(place / "out")
+    assert "holds an older merge" in said
+    (said,) = problems(place / "out" / "metagpt.txt")
+    assert "is a file" in said
 
 
 def test_a_link_to_nothing_is_named_and_one_to_an_empty_directory_is_good(problems, place):
@@ -66,8 +81,11 @@ def test_a_directory_that_exists_is_what_has_to_be_writable(problems, place, mon
 
 
 def test_its_disk_is_what_has_to_have_room(problems, place, monkeypatch):
-    free = {place: 1 << 40, place / "out": 1}
+    free = {place: 109_400, place / "out": 1}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    (said,) = problems(place / "else")
+    assert said.startswith(f"The disk of {place} has 109.4 kB left, but 109.4 kB will be written")
+    free[place] = 1 << 40
     assert problems(place / "else") == []
     (said,) = problems(place / "out")
     assert f"The disk of {place}/out has 1 byte left" in said
@@ -88,9 +106,7 @@ def test_what_is_complete_of_the_same_merge_needs_no_room(problems, place, confi
 
 @pytest.mark.parametrize("cache", ["out", "out/cache"])
 def test_it_does_not_hold_the_lora_cache(cache, problems, family, place):
-    model = transformers.AutoModelForCausalLM.from_pretrained(family["base"])
-    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    peft.get_peft_model(model, settings).save_pretrained(place / "lora")
+    save_adapter(family["base"], place / "lora", lora())
     adapted = f"{family['base']}+{place}/lora"
     (said,) = problems(place / "out", adapted, lora_merge_cache=str(place / cache))
     assert said.startswith(f"Output {place}/out is the --lora-merge-cache, or holds it")

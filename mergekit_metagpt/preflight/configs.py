@@ -1,4 +1,4 @@
-"""Checks of a merge config that need no model."""
+"""Keys and values of a merge config; needs no model."""
 
 import importlib.resources
 import math
@@ -8,41 +8,42 @@ from typing import Any
 
 import torch
 from mergekit.common import ModelReference
-from mergekit.config import ConditionalParameter, MergeConfiguration
-from mergekit.merge_methods.base import MergeMethod, ParameterScope, ParameterSpec
+from mergekit.config import ConditionalParameter
+from mergekit.merge_methods import registered_methods
+from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
-from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
 from mergekit_metagpt.measure.headers import FLOAT_NAMES
 from mergekit_metagpt.mergekit_private import chat_templates, compile_template
 from mergekit_metagpt.method.parameters import with_priors
-from mergekit_metagpt.planning.config import ConfigFile
 from mergekit_metagpt.planning.levels import Level, levels, settings
-from mergekit_metagpt.preflight.unused import hidden_values
+from mergekit_metagpt.preflight.case import Case
 from mergekit_metagpt.wording import instead, nearest, reason
 
 # Keys that MergeKit reads but never uses.
 _UNUSED = {"residual_weight"}
 
 
-def no_accelerator(options: MergeOptions) -> Iterator[str]:
+def no_accelerator(case: Case) -> Iterator[str]:
     """Find ``--multi-gpu`` on a machine without an accelerator, where MergeKit would crash."""
-    if options.multi_gpu and not torch.accelerator.device_count():
+    if case.options.multi_gpu and not torch.accelerator.device_count():
         yield "--multi-gpu needs a GPU, and this machine has none; leave that option out."
 
 
-def ignored(config: ConfigFile, method: MergeMethod | None) -> Iterator[str]:
-    """Find what MergeKit silently ignores."""
-    yield from _unknown_keys(config, method)
-    if method is not None:
-        yield from _ignored_parameters(config.raw, config.name, method)
-    yield from hidden_values(config.raw, config.name)
+def unknown_method(case: Case) -> Iterator[str]:
+    """Find a method that MergeKit does not know."""
+    name = case.raw.get("merge_method")
+    known = {method.spec.name for method in registered_methods()}
+    if isinstance(name, str) and name not in known:
+        way = instead(case.method.spec.name if case.method else name, known)
+        yield f"{case.file} has the merge_method {name}, which MergeKit does not know; {way}."
 
 
-def _unknown_keys(config: ConfigFile, method: MergeMethod | None) -> Iterator[str]:
-    parameters = {p.name for p in method.spec.parameters} if method else set()
-    for level in levels(config.raw):
+def unknown_keys(case: Case) -> Iterator[str]:
+    """Find keys that MergeKit does not know."""
+    parameters = {p.name for p in case.method.spec.parameters} if case.method else set()
+    for level in levels(case.raw):
         known = set(level.schema.model_fields) - _UNUSED
         ignored = set() if level.path else {"name"}  # which mergekit-multi reads
         for key in level.values:
@@ -51,7 +52,7 @@ def _unknown_keys(config: ConfigFile, method: MergeMethod | None) -> Iterator[st
             if level.schema is ModelReference and key == "path":
                 continue  # the config's parser reports it
             close = nearest(key, known - set(level.values))
-            if not (close or level.path) and key in config.anchored:
+            if not (close or level.path) and key in case.written.anchored:
                 continue
             way = f"write {close} instead" if close else "remove it"
             if level.schema is ConditionalParameter and not close:
@@ -59,31 +60,30 @@ def _unknown_keys(config: ConfigFile, method: MergeMethod | None) -> Iterator[st
             if key in parameters and "parameters" in known:
                 way = "move it under parameters there"
             yield (
-                f"{config.name} has the unknown key {key}{level.at}, which MergeKit ignores; {way}."
+                f"{case.file} has the unknown key {key}{level.at}, which MergeKit ignores; {way}."
             )
 
 
-def _ignored_parameters(raw: dict[str, Any], file: str, method: MergeMethod) -> Iterator[str]:
-    for level, name, _ in settings(raw):
-        spec = _checked(method).get(name)
+def ignored_parameters(case: Case) -> Iterator[str]:
+    """Find parameters that the method does not have, or does not read where they are."""
+    if case.method is None:
+        return
+    method, specs = case.method.spec.name, _specs(case)
+    for level, name, _ in settings(case.raw):
+        spec = specs.get(name)
+        said = f"{case.file} sets the parameter {name}{level.at}"
         if spec is None:
-            way = instead(name, _checked(method))
+            way = instead(name, specs)
             if isinstance(name, int):  # {weight: 0,5} sets weight to 0 and 5 to nothing
                 way = "write a decimal point, not a comma"
-            yield (
-                f"{file} sets the parameter {name}{level.at}, which {method.spec.name} does "
-                f"not have and MergeKit ignores; {way}."
-            )
+            yield f"{said}, which {method} does not have and MergeKit ignores; {way}."
         elif level.is_input and spec.scope == ParameterScope.SHARED:
             yield (
-                f"{file} sets the parameter {name}{level.at}, where MergeKit ignores it since "
-                "all models share it; move it to the parameters of the whole merge."
+                f"{said}, where MergeKit ignores it since all models share it; move it to the "
+                "parameters of the whole merge."
             )
-        elif spec.scope == ParameterScope.NON_BASE and _is_base(level, raw):
-            yield (
-                f"{file} sets the parameter {name}{level.at}, where {method.spec.name} ignores it "
-                "since that model is the base; remove it."
-            )
+        elif spec.scope == ParameterScope.NON_BASE and _is_base(level, case.raw):
+            yield f"{said}, where {method} ignores it since that model is the base; remove it."
 
 
 def _is_base(level: Level, raw: dict[str, Any]) -> bool:
@@ -92,22 +92,25 @@ def _is_base(level: Level, raw: dict[str, Any]) -> bool:
     return level.is_input and [level.values.get("model")] == bases
 
 
-def bad_parameters(raw: dict[str, Any], file: str, method: MergeMethod) -> Iterator[str]:
+def bad_parameters(case: Case) -> Iterator[str]:
     """Find values of parameters that the method cannot use."""
-    for level, name, setting in settings(raw):
-        spec = _checked(method).get(name)
+    specs = _specs(case)
+    for level, name, setting in settings(case.raw):
+        spec = specs.get(name)
         if spec is None or (level.is_input and spec.scope == ParameterScope.SHARED):
             continue
         for value in _scalars(setting):
             if complaint := _complaint(spec, value):
-                yield f"{file}{level.at}: {complaint}"
+                yield f"{case.file}{level.at}: {complaint}"
 
 
-def _checked(method: MergeMethod) -> dict[str, ParameterSpec]:
-    """Return a method's parameters by name; stock methods get the bounds of this package."""
-    specs = {p.name: p for p in method.spec.parameters}
-    if isinstance(method, GeneralizedTaskArithmeticMerge):
-        for spec in with_priors(method.spec.parameters, is_plain=True):
+def _specs(case: Case) -> dict[str, ParameterSpec]:
+    """Return the method's parameters by name; stock methods get the bounds of this package."""
+    if case.method is None:
+        return {}
+    specs = {p.name: p for p in case.method.spec.parameters}
+    if isinstance(case.method, GeneralizedTaskArithmeticMerge):
+        for spec in with_priors(case.method.spec.parameters, is_plain=True):
             # Stock methods allow a negative weight.
             if spec.name in specs and spec.name != "weight":
                 specs[spec.name] = spec
@@ -138,26 +141,37 @@ def _complaint(spec: ParameterSpec, value: Any) -> str | None:
     return None
 
 
-def bad_dtypes(config: MergeConfiguration, file: str) -> dict[str, str]:
-    """Return a sentence for each dtype that MergeKit would fail on while it merges."""
-    return {
-        key: f"{file} has the {key} {name}, in which MergeKit cannot merge; "
-        f"{instead(name, FLOAT_NAMES)}."
-        for key in ("dtype", "out_dtype")
-        if (name := getattr(config, key)) and name.removeprefix("torch.") not in FLOAT_NAMES
-    }
+def unusable(case: Case) -> dict[str, str]:
+    """Return a sentence for each key whose value MergeKit would fail on while it merges."""
+    config, found = case.config, {}
+    for key in ("dtype", "out_dtype"):
+        name = getattr(config, key)
+        if name and name.removeprefix("torch.") not in FLOAT_NAMES:
+            found[key] = (
+                f"{case.file} has the {key} {name}, in which MergeKit cannot merge; "
+                f"{instead(name, FLOAT_NAMES)}."
+            )
+    # The form of early releases, which MergeKit takes for a path now.
+    tokenizer = config.tokenizer.source if config.tokenizer else None
+    for key, source in (("tokenizer", tokenizer), ("tokenizer_source", config.tokenizer_source)):
+        if str(source).startswith("model:"):
+            found[key] = (
+                f"{case.file} names the tokenizer {source}, which MergeKit takes for a path now; "
+                f"write `tokenizer: {{source: {str(source).removeprefix('model:')}}}`."
+            )
+    return found
 
 
-def bad_template(config: MergeConfiguration, file: str) -> Iterator[str]:
+def bad_template(case: Case) -> Iterator[str]:
     """Find a chat template that MergeKit would fail on after it has merged."""
-    template = config.chat_template
+    template = case.config.chat_template
     files = importlib.resources.files(chat_templates).iterdir()
     built_in = {Path(f.name).stem for f in files if f.name.endswith(".jinja")} | {"auto"}
     if not template or template in built_in:
         return
     if len(template) < 20 or "{" not in template:
         yield (
-            f"{file} has the chat_template {template!r}, which is neither a template nor the "
+            f"{case.file} has the chat_template {template!r}, which is neither a template nor the "
             f"name of one of MergeKit's; {instead(template, built_in)}."
         )
         return
@@ -166,6 +180,6 @@ def bad_template(config: MergeConfiguration, file: str) -> Iterator[str]:
     except Exception as error:  # of jinja2, which transformers imports when it needs it
         line = getattr(error, "lineno", 1)
         yield (
-            f"{file} has a chat_template that is no Jinja template ({reason(error)}, in its line "
-            f"{line}); correct it."
+            f"{case.file} has a chat_template that is no Jinja template ({reason(error)}, in its "
+            f"line {line}); correct it."
         )

@@ -4,8 +4,7 @@ MergeKit merges the tensors that its description of an architecture names. If it
 description, it guesses them. All other tensors of a model never reach the output.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterator
 from typing import Any
 
 from mergekit.common import ModelReference
@@ -15,58 +14,54 @@ from mergekit_metagpt.mergekit_private import is_ignored, tied_names
 from mergekit_metagpt.names import COMPUTED, MASKS, layer_of
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import Outputs
+from mergekit_metagpt.preflight.case import Case
 from mergekit_metagpt.wording import counted
 
 
-def lost(
-    outputs: Outputs, base: ModelReference | None, models: Mapping[ModelReference, ModelFiles]
-) -> Iterator[str]:
+def lost(case: Case) -> Iterator[str]:
     """Find weights that the merge would silently drop.
 
     A weight is not lost if it is read for some tensor of the output, if it is tied to one that
     is read, or if the config leaves out its model, module or layer on purpose.
     """
-    read = set(chain.from_iterable(chain.from_iterable(t.read.values()) for t in outputs.tensors))
-    merged = [files for model, files in models.items() if _layers(outputs, model) and files.config]
-    merged.sort(key=lambda files: (files.model != base, str(files.model)))
+    outputs, base = case.outputs, case.base
+    read = {name for t in outputs.tensors for names in t.read.values() for name in names}
     told: set[str] = set()
-    held_by_base = models[base].weights.tensors if base is not None else {}
-    for files in merged:
+    for model, files in case.models.items():
+        if not (files.config and _layers(outputs, model)):
+            continue
         names = sorted(set(_unread(files, outputs, read)) - told)
         told |= set(names)
-        own = [name for name in names if name not in held_by_base]
-        if files.model != base and base is not None and own:
+        own = [name for name in names if base and name not in case.models[base].weights.tensors]
+        if own:
             yield (
-                f"Model {files.model} holds {counted(own)}, which the base {base} lacks and the "
+                f"Model {model} holds {counted(own)}, which the base {base} lacks and the "
                 "merge would drop; merge a checkpoint without it, or choose the base that "
                 "this model was fine-tuned from."
             )
         elif names:
+            kind = files.architecture
+            why = f"MergeKit's description of {kind} does not name them"
+            if outputs.architecture_is_guessed:
+                why = f"MergeKit does not describe {kind} and guesses its tensors without them"
             yield (
-                f"Model {files.model} holds {counted(names)}, which the merge would drop, since "
-                f"{_why(outputs, files)}; merge the weight files with mergekit-pytorch, which "
-                "takes every tensor."
+                f"Model {model} holds {counted(names)}, which the merge would drop, since {why}; "
+                "merge the weight files with mergekit-pytorch, which takes every tensor."
             )
-
-
-def _why(outputs: Outputs, files: ModelFiles) -> str:
-    if outputs.architecture_is_guessed:
-        return (
-            f"MergeKit does not describe {files.architecture} and guesses its tensors without them"
-        )
-    return f"MergeKit's description of {files.architecture} does not name them"
 
 
 def _unread(files: ModelFiles, outputs: Outputs, read: set[str]) -> list[str]:
     """Return the weights of a model that the merge should read, but does not."""
-    is_excluded = _excluded(outputs, files)
-    names = [
+    names, layers = _left_out_on_purpose(outputs, files)
+    unread = [
         name
         for name, header in files.weights.tensors.items()
-        if name not in read and not _is_computed(name, header) and not is_excluded(name)
+        if not (name in read or name in names or layer_of(name) in layers)
+        and not _is_computed(name, header)
+        and not is_ignored(files.architecture, name)
     ]
-    names = [name for name in names if not is_ignored(files.architecture, name)]
-    return _without_ties(names, files, outputs, read) if names else []
+    others = _second_names(files, outputs, read) if unread else set()
+    return [name for name in unread if name not in others]
 
 
 def _is_computed(name: str, header: Header) -> bool:
@@ -75,11 +70,11 @@ def _is_computed(name: str, header: Header) -> bool:
     return header.dtype not in FLOATS or is_mask or name.endswith(COMPUTED)
 
 
-def _excluded(outputs: Outputs, files: ModelFiles) -> Callable[[str], bool]:
-    """Return a test of names: whether the config leaves out the tensor's module or layer."""
+def _left_out_on_purpose(outputs: Outputs, files: ModelFiles) -> tuple[set[str], set[str]]:
+    """Return the names of modules, and the layers, that the config does not take from a model."""
     config: Any = files.config
-    layers: set[str] = set()
     names: set[str] = set()
+    layers: set[str] = set()
     for module, definition in outputs.architecture.modules.items():
         described = definition.architecture
         prefix = definition.weight_prefix or ""
@@ -89,7 +84,7 @@ def _excluded(outputs: Outputs, files: ModelFiles) -> Callable[[str], bool]:
             layers |= {layer_of(prefix + weight.name) or "" for weight in weights}
         if module not in outputs.modules:
             names |= {prefix + weight.name for weight in described.all_weights(config)}
-    return lambda name: name in names or layer_of(name) in layers
+    return names, layers
 
 
 def _layers(outputs: Outputs, model: ModelReference) -> dict[str, set[int]]:
@@ -103,18 +98,11 @@ def _layers(outputs: Outputs, model: ModelReference) -> dict[str, set[int]]:
     return found
 
 
-def _without_ties(
-    names: Iterable[str], files: ModelFiles, outputs: Outputs, read: set[str]
-) -> list[str]:
-    """Leave out second names of tensors that are read."""
-    same = {
-        other
-        for tensor in outputs.tensors
-        for load in tensor.merge.loads.values()
-        for other in load.tied_names or ()
-    }
-    if files.is_tied:
-        ties = tied_names(files.architecture)
-        same |= {name for name in names for one, other in ties if one == name and other in read}
-        same |= {name for name in names for one, other in ties if other == name and one in read}
-    return [name for name in names if name not in same]
+def _second_names(files: ModelFiles, outputs: Outputs, read: set[str]) -> set[str]:
+    """Return names under which a model may hold a tensor that is read under another name."""
+    loads = [load for tensor in outputs.tensors for load in tensor.merge.loads.values()]
+    names = {name for load in loads for name in load.tied_names or ()}
+    for pair in tied_names(files.architecture) if files.is_tied else ():
+        if not read.isdisjoint(pair):
+            names |= set(pair)
+    return names

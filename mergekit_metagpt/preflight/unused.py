@@ -1,23 +1,22 @@
-"""Checks of whether a value in a config ever reaches a tensor."""
+"""Values in a config that never reach a tensor, or change nothing there."""
 
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
-from mergekit.config import MergeConfiguration
-
 from mergekit_metagpt.method.parameters import exponent_of
 from mergekit_metagpt.planning.config import parts
 from mergekit_metagpt.planning.levels import is_within, settings
-from mergekit_metagpt.planning.outputs import Outputs
+from mergekit_metagpt.preflight.case import Case
 from mergekit_metagpt.wording import nearest
 
 _ALL = (None, "", "*")  # the filters that MergeKit takes for all tensors
 
 
-def hidden_values(raw: dict[str, Any], file: str) -> Iterator[str]:
+def hidden_values(case: Case) -> Iterator[str]:
     """Find values that MergeKit never reaches: it takes the first whose filter fits."""
-    for level, name, setting in settings(raw):
+    file = case.file
+    for level, name, setting in settings(case.raw):
         path = f"{level.path}.parameters.{name}".lstrip(".")
         if setting == []:
             yield f"{file} has an empty list at {path}, which sets nothing; remove it."
@@ -29,7 +28,8 @@ def hidden_values(raw: dict[str, Any], file: str) -> Iterator[str]:
                     "remove that entry."
                 )
             wanted = entry.get("filter")
-            first = next((n for n in range(number) if _takes(entries[n], wanted)), None)
+            takers = (n for n in range(number) if _fits(entries[n], wanted))
+            first = next((n for n in takers if entries[n].keys() <= {"filter", "value"}), None)
             if first is not None:
                 takes = entries[first].get("filter")
                 which = "" if takes in _ALL else f" with {takes} in their name"
@@ -40,28 +40,27 @@ def hidden_values(raw: dict[str, Any], file: str) -> Iterator[str]:
                 )
 
 
-def idle_filters(
-    raw: dict[str, Any], file: str, config: MergeConfiguration, outputs: Outputs
-) -> Iterator[str]:
+def idle_filters(case: Case) -> Iterator[str]:
     """Find filters that fit no tensor of the merge."""
-    for level, name, setting in settings(raw):
+    merges = [tensor.merge for tensor in case.outputs.tensors]
+    for level, name, setting in settings(case.raw):
         at = level.path
-        here = [p for p in parts(config) if is_within(p.path, at) or is_within(at, p.path)]
-        merges = [tensor.merge for tensor in outputs.tensors]
+        here = [p for p in parts(case.config) if is_within(p.path, at) or is_within(at, p.path)]
         near = [merge for merge in merges if any(part.holds(merge.place) for part in here)]
         names = sorted({name for merge in near for name in (merge.name, *merge.inputs.values())})
         for entry in _entries(setting):
             if names and not any(_fits(entry, name) for name in names):
                 yield (
-                    f"{file} has the filter {entry['filter']} in the parameter {name}{level.at}, "
-                    f"which no tensor there has in its name; {_fitting(entry['filter'], names)}."
+                    f"{case.file} has the filter {entry['filter']} in the parameter "
+                    f"{name}{level.at}, which no tensor there has in its name; "
+                    f"{_fitting(entry['filter'], names)}."
                 )
 
 
-def idle_coefficients(raw: dict[str, Any], outputs: Outputs) -> Iterator[str]:
+def idle_coefficients(case: Case) -> Iterator[str]:
     """Say where the parameters of coefficients change nothing."""
-    given = {name for _, name, _ in settings(raw)} & {"granularity", "exponent"}
-    merges = [t.merge for t in outputs.tensors if "granularity" in t.merge.parameters]
+    given = {name for _, name, _ in settings(case.raw)} & {"granularity", "exponent"}
+    merges = [tensor.merge for tensor in case.outputs.tensors if tensor.merge.granularity]
     if not given or not merges:
         return
     if all(len(merge.models) <= 2 for merge in merges):
@@ -87,10 +86,6 @@ def _fits(entry: dict[str, Any], tensor: str | None) -> bool:
     return wanted in _ALL or (tensor is not None and str(wanted) in str(tensor))
 
 
-def _takes(entry: dict[str, Any], tensor: str | None) -> bool:
-    return entry.keys() <= {"filter", "value"} and _fits(entry, tensor)
-
-
 def _fitting(wanted: str, names: Sequence[str]) -> str:
     """Say what to write instead of a filter that fits no name.
 
@@ -98,8 +93,6 @@ def _fitting(wanted: str, names: Sequence[str]) -> str:
     'MergeKit takes a filter as plain text, so write mlp'
     >>> _fitting("layers.7.mpl", ["model.layers.0.mlp.up_proj.weight"])
     'write layers.0.mlp, as in model.layers.0.mlp.up_proj.weight'
-    >>> _fitting("modelnorm", ["model.norm.weight"])
-    'write model.norm, as in model.norm.weight'
     >>> _fitting("experts", ["model.layers.0.mlp.up_proj.weight"])
     'write a part of a name such as model.layers.0.mlp.up_proj.weight'
     """

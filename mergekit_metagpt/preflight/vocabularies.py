@@ -4,45 +4,45 @@ from collections.abc import Iterator
 from typing import Any
 
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
 from mergekit.tokenizer import TokenizerInfo
 from mergekit.tokenizer.config import ModelTokenEmbedding
 
 from mergekit_metagpt.measure.vocabularies import Vocabulary, first_difference, load_vocabulary
 from mergekit_metagpt.planning.outputs import Outputs
+from mergekit_metagpt.preflight.case import Case
 from mergekit_metagpt.preflight.tensors import TOKENIZER_WAY
 from mergekit_metagpt.wording import BadInputError
 
 
-def bad_tokenizers(
-    outputs: Outputs,
-    base: ModelReference | None,
-    options: MergeOptions,
-    file: str,
-) -> Iterator[str]:
+def bad_vocabularies(case: Case) -> Iterator[str]:
+    """Find tokenizers that cannot be merged; and if they can, tokens that cannot."""
+    bad = list(_bad_tokenizers(case))
+    yield from bad or _bad_tokens(case)
+
+
+def _bad_tokenizers(case: Case) -> Iterator[str]:
     """Find tokenizers that are broken, missing, or give an id different tokens.
 
     MergeKit takes a tokenizer that it cannot read for the base's. Models that have none are
     skipped, but for the base if the config asks for a tokenizer.
     """
-    merged = [tensor for tensor in outputs.tensors if tensor.merge.vocabulary_axis is not None]
-    if not merged:
-        return
-    models = sorted(merged[0].merge.models, key=lambda model: (model != base, str(model)))
+    merged = [t for t in case.outputs.tensors if t.merge.vocabulary_axis is not None]
     first: tuple[ModelReference, Vocabulary] | None = None
-    for model in models:
+    cache, trust = case.options.transformers_cache, case.options.trust_remote_code
+    for model in case.models:
+        if not (merged and model in merged[0].merge.models):
+            continue
         try:
-            tokens = load_vocabulary(model, options.transformers_cache, options.trust_remote_code)
+            tokens = load_vocabulary(model, cache, trust)
         except BadInputError as error:
             yield from error.args
             continue
-        if not tokens and outputs.tokenizer and model == base:
+        if not tokens and case.outputs.tokenizer and model == case.base:
             yield (
-                f"The base {base} has no tokenizer, and {file} asks for one (tokenizer); copy the "
-                "files of its tokenizer into the base, or leave that setting out."
+                f"The base {model} has no tokenizer, and {case.file} asks for one (tokenizer); "
+                "copy the files of its tokenizer into the base, or leave that setting out."
             )
-        if not tokens or outputs.tokenizer:
+        if not tokens or case.outputs.tokenizer:
             continue
         first = first or (model, tokens)
         id_ = first_difference(tokens, first[1])
@@ -50,34 +50,22 @@ def bad_tokenizers(
             yield (
                 f"Token {id_} is {tokens[id_]!r} to the tokenizer of model {model} but "
                 f"{first[1][id_]!r} to that of {first[0]}, so that the rows of "
-                f"{merged[0].name} mean different things; {TOKENIZER_WAY.format(file=file)}."
+                f"{merged[0].name} mean different things; {TOKENIZER_WAY.format(file=case.file)}."
             )
 
 
-def old_source(config: MergeConfiguration, file: str) -> Iterator[str]:
-    """Find the form ``model:PATH`` of early releases, which MergeKit takes for a path now."""
-    source = str(config.tokenizer_source or (config.tokenizer and config.tokenizer.source))
-    if source.startswith("model:"):
-        yield (
-            f"{file} names the tokenizer {source}, which MergeKit takes for a path now; write "
-            f"`tokenizer: {{source: {source.removeprefix('model:')}}}`."
-        )
-
-
-def bad_tokens(
-    outputs: Outputs, base: ModelReference | None, config: MergeConfiguration, file: str
-) -> Iterator[str]:
+def _bad_tokens(case: Case) -> Iterator[str]:
     """Find tokens of the output's tokenizer that MergeKit has no row for, and fails on."""
-    info = outputs.tokenizer_info
+    info = case.outputs.tokenizer_info if case.rows else None
     if info is None:
         return
-    settings = (config.tokenizer.tokens if config.tokenizer else None) or {}
+    settings = (case.config.tokenizer.tokens if case.config.tokenizer else None) or {}
     vocabulary = info.tokenizer.get_vocab()
     for model, rows in info.permutations.items():
         lacking = [token for token, id_ in vocabulary.items() if id_ not in rows]
-        if lacking and model == base and lacking[0] in settings:
+        if lacking and model == case.base and lacking[0] in settings:
             yield (
-                f"{file} adds the token {lacking[0]!r} to `tokenizer: {{source: base}}`, and "
+                f"{case.file} adds the token {lacking[0]!r} to `tokenizer: {{source: base}}`, and "
                 "MergeKit fails on a token that the base does not have; write `source: union`."
             )
         elif lacking:
@@ -87,11 +75,12 @@ def bad_tokens(
                 "remove the token from its tokenizer."
             )
     for token, setting in settings.items():
-        needed = setting.force or any(
-            rows.get(vocabulary[token], -1) < 0 for rows in info.permutations.values()
-        )
-        if needed and (complaint := _complaint(setting.source, vocabulary[token], outputs, info)):
-            yield f"{file} is wrong at the token {token!r} of its tokenizer: {complaint}."
+        id_ = vocabulary[token]
+        lacked = any(rows.get(id_, -1) < 0 for rows in info.permutations.values())
+        if not (setting.force or lacked):
+            continue
+        if complaint := _complaint(setting.source, id_, case.outputs, info):
+            yield f"{case.file} is wrong at the token {token!r} of its tokenizer: {complaint}."
 
 
 def _complaint(source: Any, id_: int, outputs: Outputs, info: TokenizerInfo) -> str | None:

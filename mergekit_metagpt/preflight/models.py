@@ -1,0 +1,147 @@
+"""The models side by side: whether they are fine-tunes of one base, and compute alike.
+
+The output gets the config.json of the base, so it computes as the base does. Equal shapes do not
+show that an expert was trained to compute otherwise.
+"""
+
+import re
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from mergekit.common import ModelReference
+
+from mergekit_metagpt.planning.config import parts
+from mergekit_metagpt.planning.models import ModelFiles
+from mergekit_metagpt.preflight.adapters import bad_adapters
+from mergekit_metagpt.preflight.case import Case
+
+# Parts of the names of settings that change what a model computes, but no shape.
+_COMPUTES = re.compile(
+    "rope|rotary|hidden_act|activation|_eps|window|softcap|scal|multiplier|per_tok|topk|layer_types"
+    "|parallel_residual|clip_qkv|alibi|position_embedding_type|causal"
+)
+
+
+def unusable(case: Case) -> Iterator[str]:
+    """Find what is wrong with each model alone."""
+    for files in case.models.values():
+        yield from files.problems
+        yield from bad_adapters(files, case.options)
+
+
+def same_models(case: Case) -> Iterator[str]:
+    """Find models that are listed under two names."""
+    seen: dict[frozenset[tuple[int, int]], ModelReference] = {}
+    for model, files in case.models.items():
+        first = seen.setdefault(files.identity, model) if files.identity else model
+        if first is not model:
+            role = "the base" if first == case.base else "model"
+            yield (
+                f"Model {model} is {role} {first} under another name, with the same weight files; "
+                "leave one of them out, or use one name for both."
+            )
+
+
+def different_depths(case: Case) -> Iterator[str]:
+    """Find models whose number of layers is not that of the base, or of the first."""
+    for part in parts(case.config):
+        if part.is_slice:
+            continue
+        merged = [*([part.base] if part.base else []), *part.models]
+        counts = {model: case.models[model].layers(part.place[0]) for model in merged}
+        known = {model: count for model, count in counts.items() if count is not None}
+        first, expected = next(iter(known.items()), (None, None))
+        for model, count in known.items():
+            if count != expected:
+                yield (
+                    f"Model {model} has {count} layers, but {first} has {expected}, and "
+                    "`models:` merges each layer with those of the same number; write `slices:` "
+                    "instead, with the layer_range to take from each model."
+                )
+
+
+def different_architectures(case: Case) -> Iterator[str]:
+    """Find models that MergeKit does not merge with the base, or with the first."""
+    for files, first in [] if case.options.allow_crimes else _beside_first(case):
+        if files.description and first.description:
+            differ = files.description != first.description
+        else:
+            differ = files.architecture != first.architecture
+        if differ:
+            yield (
+                f"Model {files.model} is a {files.architecture}, but {first.model} is a "
+                f"{first.architecture}; merge fine-tunes of one base, or pass --allow-crimes."
+            )
+
+
+def different_heads(case: Case) -> Iterator[str]:
+    """Find models whose attention is split otherwise than that of the base, or of the first."""
+    for files, first in _beside_first(case, of_one_architecture=True):
+        expected = _heads(first)
+        for key, value in _heads(files).items():
+            if value != expected.get(key, value):
+                yield (
+                    f"The config.json of model {files.model} says {key}: {value}, but that of "
+                    f"{first.model} says {expected[key]}, so that tensors of one shape mean "
+                    "different things; merge fine-tunes of one base."
+                )
+                break  # the others mostly follow from it
+
+
+def different_settings(case: Case) -> Iterator[str]:
+    """Find models that compute otherwise than the base, or the first, with weights of one shape."""
+    for files, first in _beside_first(case, of_one_architecture=True):
+        own, others = dict(_settings(_text(files))), dict(_settings(_text(first)))
+        differ = [
+            f"{key} ({_short(own, key)}, not {_short(others, key)})"
+            for key in sorted(own.keys() | others.keys())
+            if own.get(key) != others.get(key)
+        ]
+        if differ:
+            whose = f", that of {first.model}" if first.model == case.base else ""
+            yield (
+                f"The config.json of model {files.model} differs from that of {first.model} in "
+                f"{', '.join(differ)}, so that the two compute otherwise, but a merge has only one "
+                f"config.json{whose}; test the result."
+            )
+
+
+def _beside_first(
+    case: Case, *, of_one_architecture: bool = False
+) -> Iterator[tuple[ModelFiles, ModelFiles]]:
+    """Yield each model beside the base, or beside the first; those that cannot be read are none."""
+    known = [files for files in case.models.values() if files.config]
+    for files in known[1:]:
+        if not of_one_architecture or files.architecture == known[0].architecture:
+            yield files, known[0]
+
+
+def _text(files: ModelFiles) -> dict[str, Any]:
+    """Return what config.json says of the language model."""
+    # Of some models, attributes of the config itself differ by layer and raise.
+    return files.config.get_text_config().to_dict() if files.config else {}
+
+
+def _heads(files: ModelFiles) -> dict[str, int]:
+    said = _text(files)
+    heads = said.get("num_attention_heads")
+    if not isinstance(heads, int):
+        return {}
+    width = said.get("head_dim") or said.get("hidden_size", 0) // heads
+    shared = said.get("num_key_value_heads") or heads
+    return {"num_attention_heads": heads, "num_key_value_heads": shared, "head_dim": width}
+
+
+def _settings(said: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings that change what a model computes; those within others with a dot."""
+    for key, value in said.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _settings(value, f"{name}.")
+        elif _COMPUTES.search(name) and value is not None:
+            yield name, value
+
+
+def _short(settings: dict[str, Any], key: str) -> str:
+    return textwrap.shorten(str(settings.get(key, "unset")), 60)
