@@ -413,7 +413,7 @@ def test_one_model_under_two_names_is_found(of, role, own, problems, tmp_path):
     other.symlink_to(own[of])
     config = merge_config(own)
     config["models"].append({"model": str(other)})
-    the_only(problems(config), f"{other} is {role} {own[of]} under another name")
+    the_only(problems(config), f" is {role} ", "under another name", str(other), own[of])
 
 
 def test_tokenizers_that_give_an_id_two_meanings_are_found(own, problems, plan):

@@ -98,7 +98,7 @@ def left_out(case: Case) -> Iterator[str]:
 
 def different_shapes(case: Case) -> Iterator[str]:
     """Find tensors whose shape differs from that in the base, or else in the first model."""
-    found: dict[tuple[ModelReference, bool], list[tuple[str, Shape, Shape, ModelReference]]] = {}
+    found: dict[tuple[ModelReference, bool], list[str]] = {}
     for tensor in case.outputs.tensors:
         shapes = {model: header.shape for model, header in tensor.stored.items()}
         first = next((model for model in (case.base, *shapes) if model in shapes), None)
@@ -106,18 +106,17 @@ def different_shapes(case: Case) -> Iterator[str]:
             if first is None or shape == shapes[first]:
                 continue
             vocabulary = _differ_in_one_axis(shape, shapes[first], tensor.merge.vocabulary_axis)
-            if not (vocabulary and tensor.merge.vocabulary_is_aligned):
-                name = tensor.merge.loads[model].tensor
-                difference = (name, shape, shapes[first], first)
-                found.setdefault((model, vocabulary), []).append(difference)
-    for (model, vocabulary), differences in found.items():
-        name, shape, expected, first = differences[0]
-        more = f" (and {len(differences) - 1} more differ)" if len(differences) > 1 else ""
+            if vocabulary and tensor.merge.vocabulary_is_aligned:
+                continue
+            found.setdefault((model, vocabulary), []).append(
+                f"{'Vocabulary tensor' if vocabulary else 'Tensor'} "
+                f"{tensor.merge.loads[model].tensor} has shape {list(shape)} in model {model} but "
+                f"{list(shapes[first])} in {first}"
+            )
+    for (_, vocabulary), said in found.items():
+        more = f" (and {len(said) - 1} more differ)" if len(said) > 1 else ""
         way = TOKENIZER_WAY.format(file=case.file) if vocabulary else "merge fine-tunes of one base"
-        yield (
-            f"{'Vocabulary tensor' if vocabulary else 'Tensor'} {name} has shape {list(shape)} in "
-            f"model {model} but {list(expected)} in {first}{more}; {way}."
-        )
+        yield f"{said[0]}{more}; {way}."
 
 
 def _differ_in_one_axis(shape: Shape, other: Shape, axis: int | None) -> bool:
