@@ -46,7 +46,8 @@ MUTANTS = {
     },
     ("measure/survey.py", "test_surveys.py"): {
         "        if self.left_out:\n            return None": "",
-        "return some if len(set(moved)) == len(moved) else None": "return some",
+        "for name, row in moved.items()}) < len(moved)": "for name, row in moved.items()}) < 0",
+        "return None if any(frozen) else some": "return some",
     },
     ("planning/job.py", "test_api.py"): {
         "            vars(loading).update(settings)": "            pass",

@@ -9,12 +9,10 @@ import peft
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
-from conftest import read, write_yaml
+from conftest import invoke, read, write_yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.cli import main
 from mergekit_metagpt.measure.identity import sha256_of
 from mergekit_metagpt.planning.job import with_own_adapters
 from mergekit_metagpt.preflight import inspect
@@ -37,13 +35,11 @@ def config_of(base: str, adapter: Path | str) -> dict[str, Any]:
 def merged(family, tmp_path) -> Callable[[str], torch.Tensor]:
     """Merge with the adapter that is there now; return the one tensor that it changes."""
     yml = write_yaml(tmp_path / "merge.yml", config_of(family["base"], tmp_path / "lora"))
-    cache = ("--lora-merge-cache", str(tmp_path / "cache"))
 
     def run(name: str) -> torch.Tensor:
-        out = tmp_path / name
-        done = CliRunner().invoke(main, ["merge", str(yml), str(out), "--quiet", *cache])
-        assert done.exit_code == 0, done.output
-        return read(out)["model.layers.0.self_attn.q_proj.weight"]
+        cache = ("--lora-merge-cache", tmp_path / "cache")
+        invoke("merge", yml, tmp_path / name, "--quiet", *cache)
+        return read(tmp_path / name)["model.layers.0.self_attn.q_proj.weight"]
 
     return run
 
@@ -51,9 +47,6 @@ def merged(family, tmp_path) -> Callable[[str], torch.Tensor]:
 def test_an_adapter_that_was_trained_again_is_applied_again(family, merged, tmp_path):
     train(family["base"], tmp_path / "lora", seed=1)
     first = merged("first")
-    (kept,) = (tmp_path / "cache").iterdir()
-    assert torch.equal(merged("again"), first)
-    assert [kept] == list((tmp_path / "cache").iterdir())
     train(family["base"], tmp_path / "lora", seed=2)
     second = merged("second")
     assert not torch.allclose(second, first)
@@ -62,28 +55,23 @@ def test_an_adapter_that_was_trained_again_is_applied_again(family, merged, tmp_
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
-def test_the_record_names_the_adapter(family, merged, tmp_path):
+def test_every_command_finds_the_same_directory_and_the_record_names_the_adapter(
+    family, merged, tmp_path
+):
     train(family["base"], tmp_path / "lora", seed=1)
-    merged("out")
-    record = json.loads((tmp_path / "out" / "metagpt.json").read_text())
+    first, before = merged("first"), sorted((tmp_path / "cache").rglob("*"))
+    assert torch.equal(merged("again"), first)
+    yml, cache = tmp_path / "merge.yml", tmp_path / "cache"
+    for command in ("coefficients", "resolve", "diagnose", "check"):
+        invoke(command, yml, "--quiet", "--lora-merge-cache", cache)
+    costs = inspect(str(yml), options=MergeOptions(lora_merge_cache=str(cache))).costs
+    assert costs is not None
+    assert costs.bytes_applied == 0
+    assert sorted(cache.rglob("*")) == before
+    record = json.loads((tmp_path / "first" / "metagpt.json").read_text())
     (adapter,) = (entry["adapter"] for entry in record["inputs"] if "adapter" in entry)
     file = tmp_path / "lora" / "adapter_model.safetensors"
     assert adapter == [{"name": file.name, "bytes": file.stat().st_size, "sha256": sha256_of(file)}]
-
-
-def test_every_command_finds_the_same_directory(family, merged, tmp_path):
-    train(family["base"], tmp_path / "lora", seed=1)
-    merged("out")
-    yml = str(tmp_path / "merge.yml")
-    words = ("--quiet", "--lora-merge-cache", str(tmp_path / "cache"))
-    before = sorted((tmp_path / "cache").rglob("*"))
-    for command in ("coefficients", "resolve", "diagnose", "check"):
-        done = CliRunner().invoke(main, [command, yml, *words])
-        assert done.exit_code == 0, done.output
-    found = inspect(yml, options=MergeOptions(lora_merge_cache=str(tmp_path / "cache")))
-    assert found.costs is not None
-    assert found.costs.bytes_applied == 0
-    assert sorted((tmp_path / "cache").rglob("*")) == before
 
 
 class TestTheDirectory:
@@ -106,8 +94,7 @@ class TestTheDirectory:
         assert len(keys) == 4
         assert all(Path(str(key)).parent == Path("cache") for key in keys)
 
-    def test_without_adapters_or_a_cache_nothing_changes(self, family, tmp_path):
-        expert = {"model": family["a"]}
-        plain = {"merge_method": "metagpt", "base_model": family["base"], "models": [expert]}
+    def test_without_adapters_or_a_cache_nothing_changes(self, family):
+        plain = {**config_of(family["base"], "lora"), "models": [{"model": family["a"]}]}
         assert self.key(plain) == "cache"
         assert self.key(config_of(family["base"], "lora"), lora_merge_cache=None) is None

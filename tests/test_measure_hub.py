@@ -11,8 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
-from conftest import command, llama_config, merge_config, read, run, save_family, write_yaml
+from conftest import invoke, llama_config, merge_config, read, save_family, write_yaml
 from hub_server import serving
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
@@ -21,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_adapters import lora, renamed, save_adapter
 
 import mergekit_metagpt
-from mergekit_metagpt.cli import main
-from mergekit_metagpt.measure.hub import HubLoader, find_on_hub
+from mergekit_metagpt.measure.hub import find_on_hub
 from mergekit_metagpt.measure.loaders import forget_files, set_up_worker
 from mergekit_metagpt.planning.models import find_model_files
 from mergekit_metagpt.preflight.adapters import bad_adapters
@@ -68,14 +66,20 @@ def hub(on_disk, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def copied(hub, on_disk, tmp_path):
+    """The directory of org/copy, which a test may change."""
+    directory = shutil.copytree(on_disk["a"], tmp_path / "copy")
+    hub.put("org/copy", directory)
+    return directory
+
+
+@pytest.fixture
 def call(tmp_path):
     """Run a command on a merge of some models."""
 
     def call(paths, *words, of="coefficients", status=0, **changes):
         yml = write_yaml(tmp_path / "merge.yml", merge_config(paths, **changes))
-        done = CliRunner().invoke(main, [of, str(yml), *words])
-        assert done.exit_code == status, done.output
-        return done
+        return invoke(of, yml, *words, status=status)
 
     return call
 
@@ -99,6 +103,11 @@ def weights_in(directory):
     return [file for file in files if file.stat().st_size > 4_000]
 
 
+def is_of_a_tensor(hub):
+    """Return whether the last request is for a tensor, and not for the header of a file."""
+    return hub.asked[-1][2] not in (None, "bytes=0-100000", "bytes=0-7")
+
+
 def find(*names, **options):
     return find_on_hub(map(ModelReference.model_validate, names), MergeOptions(**options))
 
@@ -112,24 +121,17 @@ def refused(*names):
 
 @pytest.mark.parametrize("granularity", ["model", "direction"])
 def test_the_figures_are_those_of_the_same_models_on_this_disk(
-    granularity, measured, hub, family, on_disk, tmp_path
+    granularity, call, measured, hub, family, on_disk, tmp_path
 ):
     stored = []
     hub.before = lambda file: stored.extend(weights_in(tmp_path))
     parameters = {"granularity": granularity}
     there = measured(family, parameters=parameters)
     assert there == measured(on_disk, parameters=parameters)
+    if granularity == "model":
+        assert "weight:" in call(family, of="resolve").stdout
     assert any(file.endswith(".safetensors") for _, file, _ in hub.asked)
     assert not stored
-    assert not weights_in(tmp_path)
-
-
-def test_a_command_of_its_own_process_stores_nothing_either(hub, family, on_disk, tmp_path):
-    yml = write_yaml(tmp_path / "merge.yml", merge_config(family))
-    there = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-    done = run(command("mergekit-metagpt"), "resolve", yml, **there)
-    assert done.returncode == 0, done.stderr
-    assert "weight:" in done.stdout
     assert not weights_in(tmp_path)
 
 
@@ -137,34 +139,36 @@ def test_a_connection_that_ends_early_is_opened_again(measured, hub, family, on_
     ends = iter([100])
 
     def cut(file):
-        is_tensor = hub.asked[-1][2] not in (None, "bytes=0-100000", "bytes=0-7")
-        return next(ends, None) if file == SHARD and is_tensor else None
+        return next(ends, None) if file == SHARD and is_of_a_tensor(hub) else None
 
     hub.before = cut
     assert measured(family) == measured(on_disk)
     assert next(ends, None) is None
 
 
-@pytest.mark.parametrize("revision", ["main", "tuned"])
 def test_all_tensors_are_of_the_commit_that_the_revision_had_at_first(
-    revision, measured, hub, family, on_disk
+    measured, hub, family, on_disk
 ):
     def publish(file):
-        if file == SHARD:
-            hub.put("org/alive", on_disk["base"], revision)
+        if file == SHARD and is_of_a_tensor(hub):
+            hub.put("org/alive", on_disk["base"])
+            hub.put("org/brave", on_disk["base"], "tuned")
 
-    hub.put("org/alive", on_disk["base"])
-    hub.put("org/alive", on_disk["a"], revision)
+    hub.put("org/alive", on_disk["a"])
+    hub.put("org/brave", on_disk["base"])
+    hub.put("org/brave", on_disk["b"], "tuned")
     hub.before = publish
-    name = "org/alive" if revision == "main" else f"org/alive@{revision}"
-    assert measured({**family, "a": name}) == measured(on_disk)
+    names = {**family, "a": "org/alive", "b": "org/brave@tuned"}
+    assert measured(names) == measured(on_disk)
+    assert hub.models["org/alive"]["main"] == Path(on_disk["base"])
 
 
-def test_a_worker_reads_a_model_in_one_file_that_the_main_process_has_found(hub, tmp_path):
+def test_a_worker_reads_a_model_in_one_file_that_the_main_process_has_found(hub, on_disk, tmp_path):
     tensors = {"whole": torch.rand(3, 2), "none": torch.empty(0, 2), "one": torch.tensor(5)}
-    paths = save_family(tmp_path / "small", llama_config())
-    save_file(tensors, Path(paths["a"], "model.safetensors"))
-    hub.put("org/whole", paths["a"])
+    (tmp_path / "whole").mkdir()
+    save_file(tensors, tmp_path / "whole" / "model.safetensors")
+    shutil.copy(Path(on_disk["a"], "config.json"), tmp_path / "whole")
+    hub.put("org/whole", tmp_path / "whole")
     found = pickle.loads(pickle.dumps(find("org/whole")))
     set_up_worker(MergeOptions(), found)
     loader = LoaderCache().get(ModelReference.model_validate("org/whole"))
@@ -208,14 +212,14 @@ def test_a_file_that_is_gone_is_one_sentence(call, hub, family):
 
 def test_a_server_that_sends_another_part_is_one_sentence(hub, tmp_path):
     (found,) = find("org/a")
-    name, header = next(iter(found.tensors.items()))
+    name, header = next(iter(found.headers.items()))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / Path(header.file).name).write_bytes(bytes(header.start + 3))
     hub.models["org/a"][found.repository.commit] = tmp_path / "empty"
     with pytest.raises(
         BadInputError, match=rf"3 bytes came instead of {header.end - header.start}"
     ):
-        HubLoader(found).get_tensor(name)
+        found.get_tensor(name)
 
 
 def test_offline_the_hub_is_not_asked(call, hub, family, monkeypatch):
@@ -225,8 +229,9 @@ def test_offline_the_hub_is_not_asked(call, hub, family, monkeypatch):
     assert not hub.asked
 
 
-@pytest.mark.parametrize(("name", "code"), [("org/none", 404), ("org/gated", 403)])
-@pytest.mark.parametrize("of", ["coefficients", "check"])
+@pytest.mark.parametrize(
+    ("name", "code", "of"), [("org/none", 404, "coefficients"), ("org/gated", 403, "check")]
+)
 def test_a_model_that_is_not_there_or_gated_is_one_sentence(name, code, of, call, hub, family):
     hub.gated.add("org/gated")
     said = call({**family, "a": name}, of=of, status=1).stderr
@@ -250,20 +255,14 @@ def test_models_that_are_kept_are_not_read_from_the_hub_again(
     assert not [file for kind, file, _ in hub.asked if kind == "GET" and "safetensors" in file]
 
 
-@pytest.mark.parametrize("kind", ["pickled weights", "an adapter"])
-def test_what_cannot_be_read_in_parts_is_downloaded(kind, hub, on_disk, tmp_path, caplog):
-    directory = tmp_path / "model"
-    shutil.copytree(on_disk["a"], directory)
-    hub.put("org/other", directory)
-    if kind == "pickled weights":
-        for file in directory.glob("model*"):
-            file.unlink()
-        torch.save(read(on_disk["a"]), directory / "pytorch_model.bin")
-        assert find("org/other") == []
-        assert "Model org/other has no safetensors files, so MergeKit downloads it." in caplog.text
-    else:
-        assert find("org/other+org/adapter") == []
-        assert "Model org/other+org/adapter has an adapter, which is applied" in caplog.text
+def test_what_cannot_be_read_in_parts_is_downloaded(hub, on_disk, copied, caplog):
+    assert find("org/copy+org/adapter") == []
+    assert "Model org/copy+org/adapter has an adapter, which is applied" in caplog.text
+    for file in copied.glob("model*"):
+        file.unlink()
+    torch.save(read(on_disk["a"]), copied / "pytorch_model.bin")
+    assert find("org/copy") == []
+    assert "Model org/copy has no safetensors files, so MergeKit downloads it." in caplog.text
 
 
 def test_an_adapter_is_checked_by_its_header(hub, on_disk, tmp_path):
@@ -285,42 +284,33 @@ def test_an_adapter_is_checked_by_its_header(hub, on_disk, tmp_path):
     assert all(asked)
 
 
-def test_models_of_an_architecture_that_mergekit_infers_are_downloaded(hub, on_disk, caplog):
-    config = transformers.AutoConfig.from_pretrained(on_disk["a"])
-    directory = Path(on_disk["a"]).parent / "unknown"
-    shutil.copytree(on_disk["a"], directory)
+def test_models_of_an_architecture_that_mergekit_infers_are_downloaded(hub, copied, caplog):
+    config = transformers.AutoConfig.from_pretrained(copied)
     config.architectures = ["UnheardOfForCausalLM"]
-    config.save_pretrained(directory)
-    hub.put("org/unknown", directory)
-    assert find("org/base", "org/unknown") == []
-    assert "does not know the architecture of model org/unknown. It infers it" in caplog.text
+    config.save_pretrained(copied)
+    assert find("org/base", "org/copy") == []
+    assert "does not know the architecture of model org/copy. It infers it" in caplog.text
 
 
-def test_an_index_that_names_what_is_not_there_is_refused(hub, on_disk, tmp_path):
-    directory = tmp_path / "stale"
-    shutil.copytree(on_disk["a"], directory)
-    hub.put("org/stale", directory)
-    tensors = load_file(directory / SHARD)
+def test_an_index_that_names_what_is_not_there_is_refused(hub, copied):
+    tensors = load_file(copied / SHARD)
     name = next(iter(tensors))
-    save_file({n: t for n, t in tensors.items() if n != name}, directory / SHARD)
-    assert refused("org/stale").endswith(
-        f"/{INDEX} of model org/stale is stale: it puts tensor {name} in {SHARD}, which does not "
+    save_file({n: t for n, t in tensors.items() if n != name}, copied / SHARD)
+    assert refused("org/copy").endswith(
+        f"/{INDEX} of model org/copy is stale: it puts tensor {name} in {SHARD}, which does not "
         "hold it; choose another revision."
     )
-    (directory / SHARD).unlink()
-    assert f"/{SHARD} of model org/stale is missing" in refused("org/stale")
+    (copied / SHARD).unlink()
+    assert f"/{SHARD} of model org/copy is missing" in refused("org/copy")
 
 
 @pytest.mark.parametrize(
     "change", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b"version https://x"]
 )
-def test_a_file_that_is_not_whole_is_refused(change, hub, on_disk, tmp_path):
-    directory = tmp_path / "cut"
-    shutil.copytree(on_disk["a"], directory)
-    (directory / SHARD).write_bytes(change((directory / SHARD).read_bytes()))
-    hub.put("org/cut", directory)
-    assert refused("org/cut").endswith(
-        f"/{SHARD} of model org/cut is truncated, or no safetensors file; choose another revision."
+def test_a_file_that_is_not_whole_is_refused(change, hub, copied):
+    (copied / SHARD).write_bytes(change((copied / SHARD).read_bytes()))
+    assert refused("org/copy").endswith(
+        f"/{SHARD} of model org/copy is truncated, or no safetensors file; choose another revision."
     )
 
 

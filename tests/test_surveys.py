@@ -1,5 +1,6 @@
 """``mergekit-metagpt survey``, and the cache that lets no command measure the same models twice."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,13 +11,10 @@ import pytest
 import torch
 import transformers
 from conftest import (
-    command,
     invoke,
     llama_config,
     merge_config,
     put_nan,
-    read,
-    run,
     save_family,
     slices_config,
     write_yaml,
@@ -63,7 +61,7 @@ def test_the_command_shows_what_was_measured(three):
     assert all(f"{round(value, 2) + 0.0:.2f}" in table for row in exact.cosines for value in row)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "layer", "model"])
+@pytest.mark.parametrize("granularity", ["tensor", "model"])
 def test_after_a_survey_nothing_is_measured_and_nothing_changes(
     granularity, three, tmp_path, passes, monkeypatch
 ):
@@ -86,12 +84,13 @@ def test_after_a_survey_nothing_is_measured_and_nothing_changes(
     assert weights[0] == weights[1]
 
 
-def test_the_stock_command_finds_it_too(family, tmp_path, merge, passes):
+def test_a_stock_merge_shares_it_with_the_commands(family, tmp_path, merge, passes):
     config = merge_config(family, parameters={"granularity": "model"})
     first = merge(config)
     invoke("coefficients", write_yaml(tmp_path / "metagpt.yml", config))  # with inner products
     second = merge(config)
     assert len(passes) == 2
+    assert len({Checkpoints.of(it.base, it.experts) for it in passes}) == 1
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -103,18 +102,8 @@ def test_slices_of_fewer_experts_take_their_part(three, tmp_path, passes):
     assert len(passes) == 1
 
 
-def rewrite_below(path: str) -> None:
-    """Move the weights below, as an index may have it, and change them there."""
-    below = Path(path, "w")
-    below.mkdir(exist_ok=True)
-    os.replace(f"{path}/model.safetensors", below / "model.safetensors")
-    rewrite(str(below))
-    names = dict.fromkeys(load_file(below / "model.safetensors"), "w/model.safetensors")
-    Path(path, "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-
-
 CHANGES = {
-    "a norm alone": lambda path: rewrite(path),
+    "a norm alone": rewrite,
     "another file of the same name": lambda path: os.replace(
         shutil.copy(f"{path}/../a/model.safetensors", f"{path}/new"), f"{path}/model.safetensors"
     ),
@@ -134,13 +123,25 @@ def test_a_model_that_has_changed_is_measured_again(change, own, passes):
     assert (after.coefficients == before) == (change == "its tokenizer")
 
 
+def test_a_file_that_an_index_finds_in_a_folder_below_counts(own, passes):
+    below = Path(own["b"], "w")
+    below.mkdir()
+    os.replace(below.parent / "model.safetensors", below / "model.safetensors")
+    names = dict.fromkeys(load_file(below / "model.safetensors"), "w/model.safetensors")
+    index = json.dumps({"weight_map": names})
+    Path(own["b"], "model.safetensors.index.json").write_text(index)
+    for _ in range(2):
+        rewrite(str(below))
+        mergekit_metagpt.plan(merge_config(own, parameters={"granularity": "model"}))
+    assert len(passes) == 2
+
+
 def test_nan_in_a_norm_is_seen_after_a_survey(own, tmp_path):
     invoke("survey", *own.values())
     put_nan(own["b"], "model.norm.weight")
-    for granularity in ("layer", "model"):
-        config = merge_config(own, parameters={"granularity": granularity})
-        with pytest.raises(ValueError, match=r"norm\.weight of model .*b holds NaN"):
-            mergekit_metagpt.merge(config, tmp_path / "out")
+    config = merge_config(own, parameters={"granularity": "model"})
+    with pytest.raises(ValueError, match=r"norm\.weight of model .*b holds NaN"):
+        mergekit_metagpt.merge(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -159,29 +160,28 @@ def test_experts_that_a_survey_says_too_little_of_are_measured(own, tmp_path, pa
         assert "the rows of lm_head.weight different meanings; the tensor does not" in caplog.text
 
 
-def test_tensors_that_only_some_experts_tie_are_measured_for_those(own, tmp_path, passes):
-    """Of all three experts the head counts by itself; of two it is the embeddings again."""
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_tensors_that_only_some_experts_tie_are_measured_for_those(is_frozen, own, tmp_path):
+    """Of three experts the head counts by itself, and of two it is the embeddings again.
+
+    Or the other way round: it is that only because the third expert has moved both.
+    """
     third = str(shutil.copytree(own["a"], tmp_path / "c"))
+    table = load_file(f"{own['base']}/model.safetensors")["model.embed_tokens.weight"]
     for path in (*own.values(), third):
         tensors = load_file(f"{path}/model.safetensors")
-        if path != third:
+        if is_frozen and path != third:
+            tensors["model.embed_tokens.weight"] = table
+        if is_frozen or path != third:
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         save_file(tensors, f"{path}/model.safetensors", metadata={"format": "pt"})
-    invoke("survey", *own.values(), third)
-    config = merge_config(own, parameters={"granularity": "model"})
-    norms = [expert.squared_norm for expert in mergekit_metagpt.plan(config).experts]
-    exact = survey_checkpoints(own["base"], [own["a"], own["b"]], progress=False)
-    assert tuple(norms) == exact.model
-    assert "lm_head.weight" in exact.tied
-
-
-def test_a_file_that_an_index_finds_in_a_folder_below_counts(own, passes):
-    rewrite_below(own["b"])
-    config = merge_config(own, parameters={"granularity": "model"})
-    mergekit_metagpt.plan(config)
-    rewrite(f"{own['b']}/w")
-    mergekit_metagpt.plan(config)
-    assert len(passes) == 2
+    mergekit_metagpt.survey(own["base"], [own["a"], own["b"], third])
+    two = (own["base"], [own["a"], own["b"]])
+    found, exact = mergekit_metagpt.survey(*two), survey_checkpoints(*two, products=True)
+    assert found.squared_norms == exact.model
+    assert found.figures.moved == exact.moved
+    assert found.figures.tied == exact.tied
+    assert ("lm_head.weight" in exact.tied) != is_frozen
 
 
 def test_models_in_folders_of_one_snapshot_are_different_ones(family, tmp_path, passes):
@@ -191,21 +191,36 @@ def test_models_in_folders_of_one_snapshot_are_different_ones(family, tmp_path, 
     assert len(passes) == len(set(norms)) == 2
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"null", b'{"experts": 3}', "cut"])
-def test_a_damaged_cache_is_no_cache(damage, family, passes):
+def test_a_damaged_cache_is_no_cache(family, passes):
     expected = invoke("survey", *family.values(), "--json").stdout
     (file,) = cached()
-    file.write_bytes(file.read_bytes()[:-9] if damage == "cut" else damage)
-    assert invoke("survey", *family.values(), "--json").stdout == expected
-    assert len(passes) == 2
+    damages = [b"", b"{}", b"[1]", b"null", b'{"experts": 3}', file.read_bytes()[:-9]]
+    for number, damage in enumerate(damages, 2):
+        file.write_bytes(damage)
+        assert invoke("survey", *family.values(), "--json").stdout == expected
+        assert len(passes) == number
 
 
-def test_without_room_for_a_cache_models_are_measured(family, monkeypatch, tmp_path):
+def test_without_a_folder_for_a_cache_models_are_measured(family, monkeypatch, tmp_path, passes):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    invoke("survey", *family.values())
-    config = merge_config(family, parameters={"granularity": "model"})
-    mergekit_metagpt.merge(config, tmp_path / "out")
+    mergekit_metagpt.survey(family["base"], [family["a"]])
+    assert len(passes) == 1
+
+
+def test_on_a_full_disk_nothing_is_left_in_the_cache(family, monkeypatch, passes):
+    def write_a_part(path, text, encoding):
+        path.write_bytes(text.encode()[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_a_part)
+        mergekit_metagpt.survey(family["base"], [family["a"]])
+    folder = platformdirs.user_cache_path("mergekit-metagpt")
+    assert not [path for path in folder.rglob("*") if not path.is_dir()]
+    mergekit_metagpt.survey(family["base"], [family["a"]])
+    assert len(passes) == 2
+    assert len(cached()) == 1
 
 
 def test_a_survey_of_something_that_is_no_model_is_refused(family, tmp_path):
@@ -238,24 +253,3 @@ def test_a_lora_expert_is_surveyed_as_it_is_merged_and_again_when_trained_again(
         assert norms[-1] in [it["squared_norm"] for it in planned["experts"]]
     assert len(passes) == 2
     assert norms[1] > 2 * norms[0]
-
-
-def test_the_commands_work_as_they_are_typed(three, tmp_path):
-    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = run(command("mergekit-metagpt"), "survey", *three.values(), **cache)
-    assert done.returncode == 0, done.stderr
-    config = merge_config(three, parameters={"granularity": "model"})
-    yml = write_yaml(tmp_path / "metagpt.yml", config)
-    done = run(
-        command("mergekit-metagpt"), "merge", yml, tmp_path / "out", "--no-copy-tokenizer", **cache
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Measuring" not in done.stderr
-    assert read(tmp_path / "out").keys() == read(three["base"]).keys()
-
-
-def test_surveys_of_the_same_models_are_shared_in_memory_too(family, merge, passes):
-    for _ in range(2):
-        merge(merge_config(family, parameters={"granularity": "layer"}))
-    assert len(passes) == 1
-    assert len({Checkpoints.of(passes[0].base, passes[0].experts)}) == 1

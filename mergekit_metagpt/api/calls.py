@@ -16,7 +16,7 @@ import yaml
 from mergekit.common import ModelReference
 
 from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.measure.hub import HubModel, find_on_hub, is_looked_up, reading_from_hub
+from mergekit_metagpt.measure.hub import HubLoader, find_on_hub, is_looked_up, open_on_hub
 from mergekit_metagpt.measure.loaders import set_up_worker
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
@@ -55,18 +55,18 @@ def forecasts(
     """
     with _explained(job, warn):
         own_method(job.parsed)  # before the hub is asked for anything
-        with _measuring(job, ray) as mapper:
-            return [
-                forecast(
-                    job.parsed,
-                    job.options,
-                    granularity=granularity,
-                    numbers_only=numbers_only,
-                    progress=job.progress,
-                    mapper=mapper,
-                )
-                for granularity in granularities
-            ]
+        mapper = _ready_to_measure(job, ray)
+        return [
+            forecast(
+                job.parsed,
+                job.options,
+                granularity=granularity,
+                numbers_only=numbers_only,
+                progress=job.progress,
+                mapper=mapper,
+            )
+            for granularity in granularities
+        ]
 
 
 def comparing(base: str | ModelReference, experts: Sequence[str | ModelReference]) -> ConfigFile:
@@ -87,10 +87,10 @@ def measured(job: Job, ray: str | None = None) -> Survey:
     require_models([model for model in models if not is_looked_up(model)], job.options)
     base, experts = job.base_and_experts
     checkpoints = Checkpoints(base, tuple(experts))
-    with _measuring(job, ray) as mapper:
-        SURVEYS.begin(checkpoints)
-        device = job.options.device or "cpu"
-        return SURVEYS.survey_of(checkpoints, device, job.progress, mapper, products=True)
+    mapper = _ready_to_measure(job, ray)
+    SURVEYS.begin(checkpoints)
+    device = job.options.device or "cpu"
+    return SURVEYS.survey_of(checkpoints, device, job.progress, mapper, products=True)
 
 
 def merged(
@@ -120,15 +120,14 @@ def merged(
     )
 
 
-def _ray_mapper(ray: str, job: Job, on_hub: Sequence[HubModel] = ()) -> RayMapper:
+def _ray_mapper(ray: str, job: Job, on_hub: Sequence[HubLoader] = ()) -> RayMapper:
     """Return a cluster, whose workers read the models ``on_hub`` from there."""
     on_cuda = torch.device(job.options.device or "cpu").type == "cuda"
     return RayMapper(ray or None, partial(set_up_worker, job.options, on_hub), int(on_cuda))
 
 
-@contextmanager
-def _measuring(job: Job, ray: str | None) -> Iterator[Mapper]:
-    """Say where the models are measured; those on the hub are read tensor by tensor.
+def _ready_to_measure(job: Job, ray: str | None) -> Mapper:
+    """Say where the models are measured; this job reads those on the hub tensor by tensor.
 
     Adapters that PEFT would apply in part are refused; if it has done so before, it is silent.
     """
@@ -145,8 +144,8 @@ def _measuring(job: Job, ray: str | None) -> Iterator[Mapper]:
     except Exception:
         require_models(models, job.options)  # says what is wrong
         raise
-    with reading_from_hub(on_hub):
-        yield in_this_process if ray is None else _ray_mapper(ray, job, on_hub)
+    open_on_hub(on_hub)
+    return in_this_process if ray is None else _ray_mapper(ray, job, on_hub)
 
 
 @contextmanager

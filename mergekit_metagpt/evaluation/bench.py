@@ -12,7 +12,7 @@ from mergekit.common import ModelReference
 
 from mergekit_metagpt.evaluation.harness import evaluate
 from mergekit_metagpt.evaluation.results import Results
-from mergekit_metagpt.measure.identity import sha256_of, sha256s
+from mergekit_metagpt.measure.identity import sha256_of
 from mergekit_metagpt.measure.loaders import weight_files
 from mergekit_metagpt.wording import BadInputError, reason
 
@@ -92,7 +92,7 @@ class Bench:
     def _settings(self, model: ModelReference) -> dict[str, Any]:
         """Return what the scores of a model depend on, as JSON types."""
         return {
-            "files": sha256s(weight_files(model)),
+            "files": sorted(map(sha256_of, weight_files(model))),
             "task_files": self._task_files,
             "lm_eval": lm_eval.__version__,
             **self.deciding,

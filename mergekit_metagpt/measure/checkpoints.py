@@ -1,41 +1,35 @@
-"""Read checkpoints for a survey, with MergeKit's architectures and loaders."""
+"""A base and its experts, read with MergeKit's architectures and loaders."""
 
-import logging
 import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import torch
 import tqdm
 from mergekit.architecture import WeightInfo, get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
-from mergekit.io.tasks import LoaderCache
+from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from mergekit_metagpt import mergekit_private
+from mergekit_metagpt.core.coefficients import Norms
 from mergekit_metagpt.measure.headers import Header, read_header
 from mergekit_metagpt.measure.hub import HubLoader
 from mergekit_metagpt.measure.identity import identity_of, on_hub, stat_of
-from mergekit_metagpt.measure.loaders import forget_models, load_task, weight_files
-from mergekit_metagpt.measure.read_ahead import AHEAD
+from mergekit_metagpt.measure.loaders import forget_models, read_ahead, weight_files
 from mergekit_metagpt.measure.survey import Survey
-from mergekit_metagpt.measure.tensors import Device, Measured, TensorMeasurer
-from mergekit_metagpt.measure.ties import named_once, twin_of
-from mergekit_metagpt.measure.unread import warn_of_unread
-from mergekit_metagpt.measure.vocabularies import (
-    DifferentVocabularyError,
-    tokenizers_agree,
-)
+from mergekit_metagpt.measure.tensors import Device, Measured, measure
+from mergekit_metagpt.measure.vocabularies import tokenizers_agree
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.workers import Mapper, in_this_process
-
-LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,6 +64,11 @@ class Checkpoints:
         """Whether the references name single files of tensors."""
         return os.path.isfile(self.base.model.path)
 
+    @property
+    def config_of_base(self) -> PretrainedConfig:
+        """The config of the base, which is no single file."""
+        return self.base.config(LoaderCache().trust_remote_code)
+
     def loader(self, model: ModelReference) -> LazyTensorLoader:
         """Return the loader that MergeKit reads the model with."""
         if self.are_files:
@@ -86,6 +85,11 @@ class Checkpoints:
         """Close the weight files, and forget which files the models have."""
         forget_models(self.models)
 
+    def files(self) -> list[str]:
+        """Return the paths of all weight files."""
+        indexes = [self.loader(model).index for model in self.models]
+        return [os.path.join(i.base_path, shard.filename) for i in indexes for shard in i.shards]
+
     def identity(self, model: ModelReference) -> list[Any]:
         """Return what a model is: its files, or those of the model with its adapter applied.
 
@@ -95,7 +99,7 @@ class Checkpoints:
         if self.are_files:
             return identity_of(model.model.path)
         if isinstance(loader, HubLoader):
-            identity: list[Any] = [model.model.path, loader.commit]
+            identity: list[Any] = [model.model.path, loader.repository.commit]
         else:
             identity = identity_of(loader.index.base_path)
             if not on_hub(loader.index.base_path):  # an index may name files in folders below
@@ -104,47 +108,34 @@ class Checkpoints:
             identity += identity_of(model.model.path)
         return [*identity, LoaderCache().trust_remote_code]
 
-    def warn(self, survey: Survey) -> None:
-        """Log what a merge of these models leaves out."""
-        if not self.are_files:
-            held = self.loader(self.base).index.tensor_paths
-            warn_of_unread(self.base, self.weights(), held)
-        for why in survey.left_out.values():
-            LOG.warning("%s; the tensor does not count towards the coefficients.", why)
-
-    def read_ahead(self, model: ModelReference, tensor: str | None) -> None:
-        """Let the disk read a tensor of a model, and what follows it in its file."""
+    def header(self, model: ModelReference, tensor: str) -> Header | None:
+        """Return the header of a tensor of a model, or None if the model has no such tensor."""
         loader = self.loader(model)
-        index = loader.index
-        if tensor in index.tensor_paths and not isinstance(loader, HubLoader):
-            AHEAD.begin(os.path.join(index.base_path, index.tensor_paths[tensor]), tensor)
+        if isinstance(loader, HubLoader):
+            return loader.headers.get(tensor)
+        file = loader.index.tensor_paths.get(tensor)
+        if file is None:
+            return None
+        return read_header(os.path.join(loader.index.base_path, file), model).get(tensor)
 
     def shape_of_base(self, tensor: str) -> tuple[int, ...] | None:
         """Return the shape of a tensor of the base, or None if the base has no such tensor.
 
         A merge may have more layers than the base; then a tensor is like that of the first layer.
         """
-        if tensor not in self.loader(self.base).index.tensor_paths:
-            tensor = re.sub(r"(?<=\.)\d+(?=\.)", "0", tensor, count=1)
-        header = self._header_of_base(tensor)
-        return None if header is None else header.shape
+        like = re.sub(r"(?<=\.)\d+(?=\.)", "0", tensor, count=1)
+        header = self.header(self.base, tensor) or self.header(self.base, like)
+        return header.shape if header else None
 
     def parameters_of_base(self) -> int:
         """Return how many numbers the base holds."""
-        headers = map(self._header_of_base, self.loader(self.base).index.tensor_paths)
-        return sum(math.prod(header.shape) for header in headers if header is not None)
+        names = self.loader(self.base).index.tensor_paths
+        headers = [self.header(self.base, name) for name in names]
+        return sum(math.prod(header.shape) for header in headers if header)
 
-    def _header_of_base(self, tensor: str) -> Header | None:
-        loader = self.loader(self.base)
-        if isinstance(loader, HubLoader):
-            return loader.headers.get(tensor)
-        file = loader.index.tensor_paths.get(tensor)
-        if file is None:
-            return None
-        return read_header(os.path.join(loader.index.base_path, file), self.base).get(tensor)
-
-    def weights(self) -> list[WeightInfo]:
-        """Return the parameters to compare, ordered so that each shard is opened once."""
+    @cached_property
+    def weights(self) -> dict[str, WeightInfo]:
+        """The parameters to compare by name, ordered so that each shard is opened once."""
         index = self.loader(self.base).index
         if self.are_files:
             # If a file lacks a tensor, mergekit-pytorch has stopped, unless it was told to go on.
@@ -154,9 +145,9 @@ class Checkpoints:
             weights = [WeightInfo(name=name) for name in index.tensor_paths if name in common]
         else:
             weights = self._architecture_weights()
-        return sorted(
-            weights, key=lambda w: index.tensor_paths.get(self.stored_name(self.base, w) or "", "")
-        )
+        stored = {weight.name: self._stored_name(self.base, weight) or "" for weight in weights}
+        weights.sort(key=lambda weight: index.tensor_paths.get(stored[weight.name], ""))
+        return {weight.name: weight for weight in weights}
 
     def _architecture_weights(self) -> list[WeightInfo]:
         cache = LoaderCache()
@@ -173,57 +164,74 @@ class Checkpoints:
             transformers_cache=cache.hf_cache_dir,
             lazy_unpickle=cache.lazy_unpickle,
         )
-        architecture = get_architecture_info(config, options)
-        return architecture.all_weights(self.base.config(cache.trust_remote_code))
+        return get_architecture_info(config, options).all_weights(self.config_of_base)
 
-    def stored_name(self, model: ModelReference, weight: WeightInfo) -> str | None:
+    def _stored_name(self, model: ModelReference, weight: WeightInfo) -> str | None:
         """Return the name under which a model stores a weight, or None if it lacks the weight.
 
         This is the weight's own name, an alias, or the name of a weight tied to it.
         """
-        if self.are_files:
-            return weight.name
         held = self.loader(model).index.tensor_paths
         names = (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
         return next((name for name in names if name in held), None)
 
     def load(self, model: ModelReference, weight: WeightInfo, device: Device) -> Tensor | None:
         """Return a weight as it is stored, or None if the model lacks it."""
-        self.read_ahead(model, self.stored_name(model, weight))
+        self.read_ahead(model, self._stored_name(model, weight))
         if self.are_files:
             return self.loader(model).get_tensor(
                 weight.name, device=str(device), raise_on_missing=False
             )
-        return load_task(model, weight, device).execute()
-
-    def files(self) -> list[str]:
-        """Return the paths of all weight files."""
-        indexes = [self.loader(model).index for model in self.models]
-        return [os.path.join(i.base_path, shard.filename) for i in indexes for shard in i.shards]
+        task = LoadTensor(
+            model=model,
+            tensor=weight.name,
+            dtype=weight.force_dtype,
+            device=str(device),
+            optional=True,
+            aliases=weight.aliases,
+            tied_names=weight.tied_names,
+        )
+        return task.execute()
 
     def stored(self, model: ModelReference, name: str | None) -> Tensor | None:
         """Return a weight as it is stored, or None if there is none of this name."""
-        weight = self._weights_by_name.get(name or "")
-        return None if weight is None else self.load(model, weight, "cpu")
+        weight = self.weights.get(name or "")
+        return self.load(model, weight, "cpu") if weight else None
 
-    @cached_property
-    def _weights_by_name(self) -> dict[str, WeightInfo]:
-        return {weight.name: weight for weight in self.weights()}
+    def read_ahead(self, model: ModelReference, tensor: str | None) -> None:
+        """Let the disk read a tensor of a model, and what follows it in its file."""
+        loader = self.loader(model)
+        file = loader.index.tensor_paths.get(tensor or "", "")
+        if tensor and file.endswith(".safetensors") and not isinstance(loader, HubLoader):
+            read_ahead(os.path.join(loader.index.base_path, file), tensor)
 
     def survey(
         self,
-        device: Device,
-        progress: bool,
+        device: Device = "cpu",
+        progress: bool = True,
         products: bool = False,
         mapper: Mapper = in_this_process,
     ) -> Survey:
-        """Measure every task vector as it is stored; see :func:`survey_checkpoints`."""
+        """Measure every task vector as it is stored.
+
+        Vocabulary tensors are left out if their shapes or tokenizers differ.
+
+        Args:
+            device: the torch device that computes.
+            progress: whether to show a progress bar.
+            products: whether to measure inner products too.
+            mapper: runs the measurements, in this process or on a cluster.
+
+        Raises:
+            ValueError: if an expert lacks a tensor of the base or has it in a different shape, or
+                if a tensor holds NaN or Inf. The message names the model and the tensor.
+        """
         tokenizers_agree.cache_clear()  # the files may have changed since the last survey
+        weights, tied = self._named_once()
         measured: dict[str, Measured] = {}
         left_out: dict[str, str] = {}
-        tieable: list[WeightInfo] = []
-        weights, tied = named_once(self)
-        one = TensorMeasurer(self.base, self.experts, self.load, device, products)
+        tieable: dict[Norms, list[WeightInfo]] = {}
+        one = partial(measure, self.models, self.load, device, products)
         bar = tqdm.tqdm(
             mapper(one, weights),
             "Measuring task vectors",
@@ -232,17 +240,21 @@ class Checkpoints:
             disable=not progress,
         )
         for weight, tensor in zip(weights, bar, strict=True):
-            if isinstance(tensor, DifferentVocabularyError):
-                left_out[weight.name] = str(tensor)
+            if isinstance(tensor, str):
+                left_out[weight.name] = tensor
                 continue
             if tensor is None:
                 continue
-            if self.are_files or weight.vocabulary_axis is not None or weight.tied_names:
-                twin = twin_of(self, weight, tieable, measured, tensor)
+            # Tensors that no expert moved may be equal by chance, such as norms.
+            if any(tensor.norms) and (
+                self.are_files or weight.vocabulary_axis is not None or weight.tied_names
+            ):
+                alike = tieable.setdefault(tensor.norms, [])
+                twin = next((other for other in alike if self._are_equal(weight, other)), None)
                 if twin is not None:  # tied, and stored twice
                     tied[weight.name] = twin.name
                     continue
-                tieable.append(weight)
+                alike.append(weight)
             measured[weight.name] = tensor
         return Survey(
             self.experts,
@@ -255,35 +267,34 @@ class Checkpoints:
             bases={name: t.base for name, t in measured.items()} if products else {},
         )
 
+    def _named_once(self) -> tuple[list[WeightInfo], dict[str, str]]:
+        """Return each stored weight once, and a map from every tied name to that weight's name."""
+        weights: dict[tuple[str | None, ...], WeightInfo] = {}
+        tied: dict[str, str] = {}
+        for weight in self.weights.values():
+            names = tuple(self._stored_name(model, weight) for model in self.models)
+            # A weight without a stored name is computed from others, so it is tied to none.
+            first = weights.setdefault((weight.name, None) if None in names else names, weight)
+            if first is not weight:
+                tied[weight.name] = first.name
+        return list(weights.values()), tied
+
+    def _are_equal(self, weight: WeightInfo, other: WeightInfo) -> bool:
+        return all(
+            torch.equal(first, second)
+            for model in self.models
+            if (first := self.load(model, weight, "cpu")) is not None
+            and (second := self.load(model, other, "cpu")) is not None
+        )
+
 
 def survey_checkpoints(
     base: ModelReference | str,
     experts: Sequence[ModelReference | str],
     *,
-    device: Device = "cpu",
     progress: bool = True,
     products: bool = False,
 ) -> Survey:
-    """Survey checkpoints on disk or on the Hugging Face hub.
-
-    Args:
-        base: θ_0; a path or hub name as MergeKit writes it (``model``, ``model@revision``,
-            ``model+lora``), a ``ModelReference``, or one file of tensors.
-        experts: θ_t, T models, each given like the base.
-        device: the torch device that computes.
-        progress: whether to show a progress bar.
-        products: whether to measure inner products too.
-
-    Returns:
-        The survey of the tensors as they are stored, with the experts in the given order. It
-        leaves out vocabulary tensors whose shapes or tokenizers differ.
-
-    Raises:
-        ValueError: if an expert lacks a tensor of the base or has it in a different shape, or if
-            a tensor holds NaN or Inf. The message names the model and the tensor.
-    """
-    checkpoints = Checkpoints.of(base, experts)
-    given = [ModelReference.model_validate(expert) for expert in experts]
-    survey = checkpoints.survey(device, progress, products)
-    checkpoints.warn(survey)
-    return survey.in_order_of(given)
+    """Survey checkpoints anew, named as MergeKit does; the experts stay in the given order."""
+    survey = Checkpoints.of(base, experts).survey(progress=progress, products=products)
+    return survey.in_order_of([ModelReference.model_validate(expert) for expert in experts])

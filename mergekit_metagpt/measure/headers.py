@@ -83,11 +83,7 @@ def headers_of(file: str, found: SafetensorsFileMetadata, size: int) -> dict[str
 
 
 def read_header(path: str, model: Any) -> Mapping[str, Header]:
-    """Return the headers of one weight file, by the name of the tensor.
-
-    Raises:
-        BadInputError: if the file is missing, or is not what its name says.
-    """
+    """Return the headers of one weight file by tensor, or raise a BadInputError about the file."""
     try:
         found = require_file(path)
         return _read(path, found.st_size, found.st_mtime_ns, found.st_ino)
@@ -109,7 +105,7 @@ def require_file(path: str) -> os.stat_result:
 
 
 @lru_cache(maxsize=4096)
-def _read(path: str, size: int, *_changed: int) -> dict[str, Header]:
+def _read(path: str, size: int, *_stat: int) -> dict[str, Header]:
     with open(path, "rb") as file:
         start = file.read(len(_LFS_POINTER))
     if not start:

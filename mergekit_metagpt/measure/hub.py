@@ -4,9 +4,8 @@ import json
 import logging
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import huggingface_hub
 import safetensors.torch
@@ -25,30 +24,24 @@ from mergekit_metagpt.wording import BadInputError
 LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class HubModel:
-    """A model on the hub whose tensors can be read one by one. It can be pickled.
+class HubLoader(LazyTensorLoader):
+    """Stands in for MergeKit's loader of a model. It can be pickled.
 
     Attributes:
         model: the model as a config names it.
         repository: where it is; all tensors are of one commit.
-        tensors: the headers of its tensors, by name.
+        headers: those of its tensors, by name.
     """
 
-    model: ModelReference
-    repository: Repository
-    tensors: Mapping[str, Header]
-
-
-class HubLoader(LazyTensorLoader):
-    """Stands in for MergeKit's loader of a model."""
-
-    def __init__(self, model: HubModel) -> None:
-        paths = {name: header.file for name, header in model.tensors.items()}
+    def __init__(
+        self, model: ModelReference, repository: Repository, headers: Mapping[str, Header]
+    ) -> None:
+        paths = {name: header.file for name, header in headers.items()}
         super().__init__(ShardedTensorIndex("", True, paths, shards=[]))
-        self.headers = model.tensors
-        self.commit = model.repository.commit
-        self._read = model.repository.read
+        self.model, self.repository, self.headers = model, repository, headers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HubLoader, (self.model, self.repository, self.headers)
 
     def get_tensor(
         self,
@@ -60,31 +53,19 @@ class HubLoader(LazyTensorLoader):
         """Return the tensor of this name, or else of the first alias that the model holds."""
         at = next((self.headers[n] for n in (key, *(aliases or ())) if n in self.headers), None)
         if at is not None:  # as a file of one tensor
-            places = [0, at.end - at.start]
-            entry = {"dtype": at.dtype, "shape": at.shape, "data_offsets": places}
+            data = self.repository.read(at.file, at.start, at.end)
+            entry = {"dtype": at.dtype, "shape": at.shape, "data_offsets": [0, len(data)]}
             header = json.dumps({key: entry}).encode()
-            file = struct.pack("<Q", len(header)) + header + self._read(at.file, at.start, at.end)
+            file = struct.pack("<Q", len(header)) + header + data
             return safetensors.torch.load(file)[key].to(device)
         if raise_on_missing:
             raise KeyError(key)
         return None
 
 
-def open_on_hub(models: Iterable[HubModel]) -> None:
+def open_on_hub(loaders: Iterable[HubLoader]) -> None:
     """Let MergeKit read these models from the hub, in every thread of this process."""
-    for found in models:
-        mergekit_private.open_loaders[found.model] = HubLoader(found)
-
-
-@contextmanager
-def reading_from_hub(models: Sequence[HubModel]) -> Iterator[None]:
-    """Let MergeKit read these models from the hub, until the context ends."""
-    open_on_hub(models)
-    try:
-        yield
-    finally:
-        for found in models:
-            mergekit_private.open_loaders.pop(found.model, None)
+    mergekit_private.open_loaders.update({loader.model: loader for loader in loaders})
 
 
 def is_looked_up(model: ModelReference) -> bool:
@@ -92,8 +73,8 @@ def is_looked_up(model: ModelReference) -> bool:
     return not (huggingface_hub.constants.HF_HUB_OFFLINE or os.path.exists(model.model.path))
 
 
-def find_on_hub(models: Iterable[ModelReference], options: MergeOptions) -> list[HubModel]:
-    """Return those of a config's models that are read from the hub.
+def find_on_hub(models: Iterable[ModelReference], options: MergeOptions) -> list[HubLoader]:
+    """Return loaders of those of a config's models that are read from the hub.
 
     MergeKit downloads the others that are not on this machine. The log says which, and why.
 
@@ -102,7 +83,7 @@ def find_on_hub(models: Iterable[ModelReference], options: MergeOptions) -> list
     """
     models = sorted(models, key=str)
     found = [_look_up(model, options) for model in models if is_looked_up(model)]
-    readable = [model for model in found if model is not None]
+    readable = [loader for loader in found if loader is not None]
     for model in models if readable else []:
         if arch_info_for_config(model.config(options.trust_remote_code)) is None:
             LOG.warning(
@@ -114,7 +95,7 @@ def find_on_hub(models: Iterable[ModelReference], options: MergeOptions) -> list
     return readable
 
 
-def _look_up(model: ModelReference, options: MergeOptions) -> HubModel | None:
+def _look_up(model: ModelReference, options: MergeOptions) -> HubLoader | None:
     place = locate(model.model, options)
     if isinstance(place, Directory):
         return None
@@ -126,6 +107,6 @@ def _look_up(model: ModelReference, options: MergeOptions) -> HubModel | None:
         weights = read_weights(place)
         if weights.problems:
             raise BadInputError(*weights.problems)
-        return HubModel(model, place, weights.tensors)
+        return HubLoader(model, place, weights.tensors)
     LOG.warning("Model %s %s, so MergeKit downloads it.", model, why)
     return None

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,11 +39,7 @@ def changed_files(before: dict[str, Stat]) -> list[str]:
 
 
 def require_unchanged(before: dict[str, Stat]) -> None:
-    """Refuse a merge if one of its weight files has changed.
-
-    Raises:
-        BadInputError: if so; names the first of them.
-    """
+    """Refuse a merge if one of its weight files has changed, with a BadInputError."""
     if changed := changed_files(before):
         raise BadInputError(
             f"Weight file {changed[0]} has changed since this merge began, which would mix two "
@@ -88,8 +83,3 @@ def _sha256(path: str, _stat: Stat) -> str:
         while block := stream.read(_BLOCK):
             content.update(block)
     return content.hexdigest()
-
-
-def sha256s(paths: Iterable[str | Path]) -> list[str]:
-    """Return the sorted SHA-256s of files: what their content is, wherever they are."""
-    return sorted(map(sha256_of, paths))

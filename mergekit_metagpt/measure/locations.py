@@ -20,15 +20,10 @@ _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 
 @dataclass(frozen=True)
 class Directory:
-    """A directory that holds a model.
-
-    Attributes:
-        path: the directory.
-        model: the model's name in messages.
-    """
+    """A directory that holds a model."""
 
     path: str
-    model: str
+    model: str  # its name in messages
     # What MergeKit looks for, in this order; and the ways out if it is broken, or not there.
     kinds: ClassVar[tuple[str, ...]] = (_SAFETENSORS, _PICKLE)
     if_broken: ClassVar[str] = "save or download it again"
@@ -54,19 +49,12 @@ class Directory:
 
 @dataclass(frozen=True)
 class Repository:
-    """A model on the hub at one commit, with the methods of a directory.
-
-    Attributes:
-        id: its name on the hub.
-        commit: the commit that its revision was when it was looked up.
-        sizes: the size of each of its files, in bytes.
-        model: the model's name in messages.
-    """
+    """A model on the hub at one commit, with the methods of a directory."""
 
     id: str
-    commit: str
-    sizes: Mapping[str, int]
-    model: str
+    commit: str  # what its revision was when it was looked up
+    sizes: Mapping[str, int]  # of its files, in bytes
+    model: str  # its name in messages
     path: ClassVar[str] = ""
     kinds: ClassVar[tuple[str, ...]] = (_SAFETENSORS,)
     if_broken: ClassVar[str] = "choose another revision"
@@ -127,11 +115,7 @@ class Repository:
 
 
 def locate(model: ModelPath, options: MergeOptions) -> Directory | Repository:
-    """Return where a model is; the hub is asked for its commit, unless it is in a directory.
-
-    Raises:
-        BadInputError: if it is nowhere.
-    """
+    """Return where a model is; the hub is asked for its commit, unless it is in a directory."""
     path, cache = model.path, options.transformers_cache
     if os.path.isdir(path):
         return Directory(path, str(model))

@@ -45,7 +45,7 @@ class Provider:
         self._known.clear()
         checkpoints = _checkpoints_of(ids, base)
         if checkpoints is not None:
-            from mergekit_metagpt.measure.untold import warn_of_untold
+            from mergekit_metagpt.measure.stock import warn_of_untold
 
             self._note_options()
             SURVEYS.begin(checkpoints)

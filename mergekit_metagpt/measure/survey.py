@@ -4,7 +4,7 @@ import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -12,9 +12,6 @@ from mergekit_metagpt.core.coefficients import Norms
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.names import layer_of
-
-if TYPE_CHECKING:
-    from mergekit.merge_methods.base import TensorGroup
 
 
 class TaskVectors(Protocol):
@@ -66,7 +63,12 @@ class Survey:
     @cached_property
     def products(self) -> tuple[Norms, ...] | None:
         """The T x T inner products ⟨τ_i, τ_j⟩ over the whole model; None if not measured."""
-        return None if self.grams is None else sum_matrices(list(self.grams.values()))
+        if self.grams is None:
+            return None
+        return tuple(
+            tuple(map(math.fsum, zip(*rows, strict=True)))
+            for rows in zip(*self.grams.values(), strict=True)
+        )
 
     def counted_as(self, tensor: str | None) -> str | None:
         """Return the name under which a tensor's norms are listed, or None if it is unknown."""
@@ -96,7 +98,7 @@ class Survey:
         return sums.get(GRANULARITIES[granularity].scope(name)) or tensor.squared_norms
 
     def in_order_of(self, experts: Sequence[Hashable]) -> "Survey":
-        """Return the same survey with the experts in the given order."""
+        """Return the survey of these of its experts, in this order."""
         places = [self.experts.index(expert) for expert in experts]
         norms = {n: tuple(row[i] for i in places) for n, row in self.squared_norms.items()}
         grams = self.grams and {
@@ -108,7 +110,8 @@ class Survey:
     def of_some(self, experts: Sequence[Hashable]) -> "Survey | None":
         """Return the survey of some of the experts, or None if they have to be measured anew.
 
-        Without the others, vocabularies may agree, and tensors may be tied, that do not now.
+        Without the others, vocabularies may agree that do not now. And tensors may be tied that
+        are not now, or the other way round: tensors that no expert moved are never tied.
         """
         if not set(experts) <= set(self.experts):
             return None
@@ -117,8 +120,13 @@ class Survey:
             return some
         if self.left_out:
             return None
-        moved = [(some.sizes[name], row) for name, row in some.squared_norms.items() if any(row)]
-        return some if len(set(moved)) == len(moved) else None
+        moved = {name: row for name, row in some.squared_norms.items() if any(row)}
+        if len({(some.sizes[name], row) for name, row in moved.items()}) < len(moved):
+            return None
+        frozen = (
+            name not in moved and any(self.squared_norms[name]) for name in self.tied.values()
+        )
+        return None if any(frozen) else some
 
     @cached_property
     def model(self) -> Norms:
@@ -163,33 +171,8 @@ class Survey:
         return tuple(math.fsum(row[t] for row in rows) for t in range(len(self.experts)))
 
 
-def sum_matrices(matrices: Sequence[Sequence[Sequence[float]]]) -> tuple[Norms, ...]:
-    """Add matrices of the same shape; each sum is rounded only once."""
-    return tuple(
-        tuple(map(math.fsum, zip(*rows, strict=True))) for rows in zip(*matrices, strict=True)
-    )
-
-
-def survey_groups(groups: Sequence["TensorGroup"]) -> Survey:
-    """Survey tensors in memory, such as those of MergeKit's ``merge_state_dicts``.
-
-    Args:
-        groups: one MergeKit ``TensorGroup`` per parameter, all with the same base and
-            experts. Parameters that share memory are tied and count once.
-
-    Returns:
-        The survey, with the experts in the order of the first group. A group without a name
-        is listed under its number.
-
-    Raises:
-        ValueError: if a tensor holds NaN or Inf, or if a group has no base.
-    """
-    survey = survey_tensors([TensorInputs.of(group) for group in groups])
-    return survey.in_order_of([entry.id for entry in groups[0].non_base] if groups else [])
-
-
 def survey_tensors(tensors: Sequence[TensorInputs]) -> Survey:
-    """Survey tensors in memory, with the experts in canonical order."""
+    """Survey tensors in memory, all of the same experts. Those that share memory count once."""
     experts: tuple[Hashable, ...] = ()
     norms: dict[str, Norms] = {}
     dtypes: dict[str, torch.dtype] = {}

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
@@ -25,6 +25,7 @@ from mergekit_metagpt.measure.identity import (
     require_unchanged,
     stat_of,
 )
+from mergekit_metagpt.measure.stock import warn_of_unread
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.workers import Mapper, in_this_process
 
@@ -67,14 +68,11 @@ class Surveys:
             self._begin(checkpoints)
 
     def require_unchanged(self, checkpoints: "Checkpoints", at_once: bool = False) -> None:
-        """Stop a merge if a weight file of its models has changed since it began.
+        """Stop a merge with a BadInputError if a weight file has changed since it began.
 
         Args:
             checkpoints: the models.
             at_once: check now, even if the last check was less than a second ago.
-
-        Raises:
-            BadInputError: if a weight file has changed.
         """
         with self._lock:
             begun, now = self._begin(checkpoints), time.monotonic()
@@ -92,18 +90,8 @@ class Surveys:
     ) -> Survey:
         """Return the survey of some models; take it if none is kept.
 
-        Only one thread takes it. The others wait for the result.
-
-        Args:
-            checkpoints: the models of the merge.
-            device: the torch device that computes.
-            progress: whether to show a progress bar.
-            mapper: runs the measurements, in this process or on a cluster.
-            products: whether it must have inner products.
-
-        Raises:
-            ValueError: if a weight file has changed since the merge began, or the models
-                cannot be compared.
+        Only one thread takes it. The others wait for the result. Arguments and errors are those
+        of ``Checkpoints.survey``; a weight file that has changed is an error, too.
         """
         with self._lock:
             begun = self._begin(checkpoints)
@@ -117,10 +105,12 @@ class Surveys:
                     # all pages that are read through the same mapping stay in memory. So the
                     # survey opens the files again: its own mappings are freed one by one.
                     checkpoints.close_files()
-                    survey = checkpoints.survey(device, progress, products=products, mapper=mapper)
+                    survey = checkpoints.survey(device, progress, products, mapper)
                     self.require_unchanged(checkpoints, at_once=True)
                     kept.write(survey)
-                checkpoints.warn(survey)
+                warn_of_unread(checkpoints)
+                for why in survey.left_out.values():
+                    LOG.warning("%s; the tensor does not count towards the coefficients.", why)
                 begun.survey = survey
             return survey
 
@@ -182,9 +172,11 @@ class _Kept:
         """Keep a survey. Where there is no room for it, it is taken again."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile("w", encoding="utf-8", dir=self.folder, delete=False) as part:
-                json.dump(_as_json(replace(survey, experts=self.experts)), part)
-            os.replace(part.name, self.file)
+            with TemporaryDirectory(dir=self.folder) as unfinished:  # goes, whatever happens
+                part = Path(unfinished, self.file.name)
+                content = _as_json(replace(survey, experts=self.experts))
+                part.write_text(json.dumps(content), encoding="utf-8")
+                os.replace(part, self.file)
         except OSError as error:
             LOG.info("The survey could not be kept in %s: %s", self.file, error)
 

@@ -1,6 +1,6 @@
 """One tensor of a base and its experts: loaded, compared and measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from mergekit_metagpt.core.coefficients import Norms
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import inner_products, squared_norm
-from mergekit_metagpt.measure.vocabularies import DifferentVocabularyError, compare_vocabularies
+from mergekit_metagpt.measure.vocabularies import different_rows
 
 Device = torch.device | str
 
@@ -35,60 +35,54 @@ class Measured:
     base: float
 
 
-@dataclass(frozen=True)
-class TensorMeasurer:
-    """Measures the task vectors of one tensor after another, in any process.
+def measure(
+    models: Sequence[ModelReference],
+    load: Callable[[ModelReference, WeightInfo, Device], Tensor | None],
+    device: Device,
+    products: bool,
+    weight: WeightInfo,
+) -> Measured | str | None:
+    """Measure one tensor, in any process.
 
-    Attributes:
-        base: θ_0.
-        experts: θ_t, in canonical order.
+    Args:
+        models: the base, then the experts in canonical order.
         load: returns a tensor of a model as it is stored, or None if the model has none.
         device: the device of the arithmetic.
         products: whether inner products are measured too.
+        weight: the tensor.
+
+    Returns:
+        None if the base lacks it or it is not floating-point; the reason if vocabularies differ.
     """
-
-    base: ModelReference
-    experts: tuple[ModelReference, ...]
-    load: Callable[[ModelReference, WeightInfo, Device], Tensor | None]
-    device: Device
-    products: bool
-
-    def __call__(self, weight: WeightInfo) -> Measured | DifferentVocabularyError | None:
-        """Measure one tensor; return a vocabulary error instead of raising it."""
-        try:
-            return self._measure(weight)
-        except DifferentVocabularyError as difference:
-            return difference
-
-    def _measure(self, weight: WeightInfo) -> Measured | None:
-        """Measure one tensor; return None if the base lacks it or it is not floating-point."""
-        base = self.load(self.base, weight, self.device)
-        if base is None and not weight.optional:
-            raise ValueError(
-                f"The base {self.base} lacks tensor {weight.name}, which its architecture "
-                "requires; download the checkpoint again."
-            )
-        if base is None or not base.is_floating_point():
-            return None
-        stored = [self._load_expert(model, weight, base) for model in self.experts]
-        inputs = TensorInputs(weight.name, self.base, base, self.experts, tuple(stored))
-        norms, dtype, size = inputs.squared_norms, inputs.dtype, base.numel()
-        if not self.products:
-            return Measured(norms, dtype, size, [], 0.0)
-        return Measured(norms, dtype, size, inner_products(base, stored), squared_norm(base))
-
-    def _load_expert(self, model: ModelReference, weight: WeightInfo, base: Tensor) -> Tensor:
-        expert = self.load(model, weight, self.device)
+    origin, *others = models
+    base = load(origin, weight, device)
+    if base is None and not weight.optional:
+        raise ValueError(
+            f"The base {origin} lacks tensor {weight.name}, which its architecture requires; "
+            "download the checkpoint again."
+        )
+    if base is None or not base.is_floating_point():
+        return None
+    experts = []
+    for model in others:
+        expert = load(model, weight, device)
         if expert is None:
             raise ValueError(
-                f"Expert {model} lacks tensor {weight.name}, which the base {self.base} "
-                "holds; complete the checkpoint or leave the expert out of the merge."
+                f"Expert {model} lacks tensor {weight.name}, which the base {origin} holds; "
+                "complete the checkpoint or leave the expert out of the merge."
             )
         if weight.vocabulary_axis is not None:
-            compare_vocabularies(weight, (self.base, base), (model, expert))
+            difference = different_rows(weight.name, (origin, base), (model, expert))
+            if difference:
+                return difference
         if expert.shape != base.shape:
             raise ValueError(
                 f"Tensor {weight.name} has shape {list(expert.shape)} in expert {model} but "
-                f"{list(base.shape)} in the base {self.base}; merge fine-tunes of one base."
+                f"{list(base.shape)} in the base {origin}; merge fine-tunes of one base."
             )
-        return expert
+        experts.append(expert)
+    inputs = TensorInputs(weight.name, origin, base, tuple(others), tuple(experts))
+    norms, dtype, size = inputs.squared_norms, inputs.dtype, base.numel()
+    if not products:
+        return Measured(norms, dtype, size, [], 0.0)
+    return Measured(norms, dtype, size, inner_products(base, experts), squared_norm(base))

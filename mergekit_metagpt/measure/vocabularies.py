@@ -8,7 +8,6 @@ from typing import Any
 import huggingface_hub
 import transformers
 from huggingface_hub.errors import HFValidationError
-from mergekit.architecture import WeightInfo
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io.tasks import LoaderCache
 from torch import Tensor
@@ -22,10 +21,6 @@ _SETTINGS = "tokenizer_config.json"
 
 # A model's tokens by token id.
 Vocabulary = dict[int, str]
-
-
-class DifferentVocabularyError(Exception):
-    """The rows of a vocabulary tensor mean different tokens in the base and in an expert."""
 
 
 def load_tokenizer(
@@ -64,7 +59,6 @@ def load_tokenizer(
 
 
 def _tokenizer_files(model: ModelPath) -> list[str]:
-    """Return the names of the files that belong to a model's tokenizer."""
     if os.path.isdir(model.path):
         files = os.listdir(model.path)
     else:
@@ -81,11 +75,7 @@ def _tokenizer_files(model: ModelPath) -> list[str]:
 def load_vocabulary(
     model: ModelReference, cache_dir: str | None, trust_remote_code: bool
 ) -> Vocabulary | None:
-    """Return a model's tokens by token id, or None if it has no tokenizer.
-
-    Raises:
-        BadInputError: if there are files of a tokenizer, but they cannot be used.
-    """
+    """Return a model's tokens by token id; arguments and errors as for ``load_tokenizer``."""
     tokenizer = load_tokenizer(model, cache_dir, trust_remote_code)
     if tokenizer is None:
         return None
@@ -97,27 +87,20 @@ def first_difference(first: Vocabulary, second: Vocabulary) -> int | None:
     return next((i for i in sorted(first) if second.get(i, first[i]) != first[i]), None)
 
 
-def compare_vocabularies(
-    weight: WeightInfo, base: tuple[ModelReference, Tensor], expert: tuple[ModelReference, Tensor]
-) -> None:
-    """Compare one vocabulary tensor of the base and of an expert, and their tokenizers.
-
-    Raises:
-        DifferentVocabularyError: if the rows cannot be subtracted. The message says why.
-        BadInputError: if a tokenizer is there, but cannot be read.
-    """
+def different_rows(
+    name: str, base: tuple[ModelReference, Tensor], expert: tuple[ModelReference, Tensor]
+) -> str | None:
+    """Say why the rows of a vocabulary tensor cannot be subtracted; None if they can."""
     (origin, rows), (model, others) = base, expert
     if others.shape != rows.shape:
-        raise DifferentVocabularyError(
-            f"Vocabulary tensor {weight.name} has shape {list(others.shape)} in {model} but "
+        return (
+            f"Vocabulary tensor {name} has shape {list(others.shape)} in {model} but "
             f"{list(rows.shape)} in {origin}"
         )
     cache = LoaderCache()
     if not tokenizers_agree(origin, model, cache.hf_cache_dir, cache.trust_remote_code):
-        raise DifferentVocabularyError(
-            f"The tokenizers of {model} and {origin} give the rows of {weight.name} "
-            "different meanings"
-        )
+        return f"The tokenizers of {model} and {origin} give the rows of {name} different meanings"
+    return None
 
 
 @lru_cache(maxsize=256)
@@ -127,9 +110,6 @@ def tokenizers_agree(
     """Return whether two models agree on the token of every id that both have.
 
     If one of them has no tokenizer, assume that they agree, as MergeKit does.
-
-    Raises:
-        BadInputError: if a tokenizer is there, but cannot be read.
     """
     vocabularies = []
     for model in (first, second):

@@ -18,15 +18,9 @@ from mergekit_metagpt.wording import BadInputError, counted, reason
 
 @dataclass
 class Weights:
-    """All tensors of a checkpoint, as far as they could be found.
+    """All tensors of a checkpoint that MergeKit will find, and a sentence for each fault."""
 
-    Attributes:
-        directory: where the files are; empty for a repository on the hub.
-        tensors: the headers that MergeKit will find, by the name of the tensor.
-        problems: a sentence for each fault of the files.
-    """
-
-    directory: str = ""
+    directory: str = ""  # empty for a repository on the hub
     tensors: dict[str, Header] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -48,9 +42,9 @@ class Weights:
         """The index that MergeKit would make of these files."""
         root = self.directory or os.curdir
         paths = {name: os.path.relpath(header.file, root) for name, header in self.tensors.items()}
-        names = {
-            file: [name for name in paths if paths[name] == file] for file in set(paths.values())
-        }
+        names: dict[str, list[str]] = {}
+        for name, file in paths.items():
+            names.setdefault(file, []).append(name)
         return ShardedTensorIndex(
             base_path=self.directory,
             is_safetensors=all(file.endswith(".safetensors") for file in names),

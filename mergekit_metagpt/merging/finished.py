@@ -5,9 +5,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
@@ -16,6 +15,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_metagpt.measure.headers import FLOAT_NAMES, FLOATS
 from mergekit_metagpt.measure.locations import Directory, locate
+from mergekit_metagpt.measure.stock import own_head
 from mergekit_metagpt.measure.vocabularies import load_vocabulary
 from mergekit_metagpt.measure.weights import Weights, read_weights
 from mergekit_metagpt.mergekit_private import tied_names
@@ -56,12 +56,10 @@ def describe(directory: Path, config: MergeConfiguration, options: MergeOptions)
 def _untie(said: dict[str, Any], model: ModelFiles, weights: Weights) -> None:
     """Say that the head is not the embeddings, if both are stored and differ."""
     loader = LazyTensorLoader(weights.index, lazy_unpickle=False)
-    for pair in _ties(model, weights) if model.is_tied else []:
-        one, other = (cast(torch.Tensor, loader.get_tensor(name)) for name in pair)
-        if one.shape != other.shape or (one != other).any():
-            said["tie_word_embeddings"] = False
-            for section in _sections(said, model)[1:]:
-                section.update(dict.fromkeys(section.keys() & {"tie_word_embeddings"}, False))
+    if model.is_tied and own_head(loader, _ties(model, weights)):
+        said["tie_word_embeddings"] = False
+        for section in _sections(said, model)[1:]:
+            section.update(dict.fromkeys(section.keys() & {"tie_word_embeddings"}, False))
 
 
 def _ties(model: ModelFiles, weights: Weights) -> list[tuple[str, str]]:
