@@ -76,7 +76,11 @@ SLOW = [
     Case("sce", "sce"),
     replace(PLAIN[0], counterpart="ties"),
     replace(DIRECTION, counterpart="ties"),
-    *(case for method in ("ties", "breadcrumbs", "della") for case in sparsified(method)),
+    *(
+        case
+        for method in ("ties", "breadcrumbs", "breadcrumbs_ties", "della")
+        for case in sparsified(method)
+    ),
     *DARE,
     *in_float32(*DARE),
 ]

@@ -1,0 +1,93 @@
+"""What a merge spends its time on: `python -m benchmarks.shares`.
+
+Each merge is MergeKit's ``run_merge`` under Python's profiler, from files in memory to files in
+memory. Prints a table; the medians of its rounds.
+"""
+
+import cProfile
+import pstats
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoadTensor
+from mergekit.io.tensor_writer import TensorWriter
+from mergekit.merge import run_merge
+from mergekit.merge_methods import get
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+
+from benchmarks.families import BLOCKS, make_family, sized
+from benchmarks.machine import described
+from benchmarks.speed import DIRECTION, PLAIN, TASK_ARITHMETIC
+from benchmarks.tables import table
+from benchmarks.timing import Case
+from mergekit_metagpt.core.directions import merge_directions
+from mergekit_metagpt.core.task_vectors import add_task_vectors, squared_norms
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+
+CASES = [TASK_ARITHMETIC, *PLAIN, DIRECTION]
+# None of them calls another one.
+PARTS: dict[str, list[Callable[..., Any]]] = {
+    "planning": [MergePlanner.plan_to_disk],
+    "opening inputs": [LoadTensor.execute],
+    "survey": [Checkpoints.survey],
+    "norms": [squared_norms],
+    "merging": [get("task_arithmetic").merge_group, add_task_vectors, merge_directions],
+    "writing": [TensorWriter.finalize],
+}
+
+
+def seconds(case: Case, paths: list[Path], dtype: str) -> dict[str, float]:
+    """Merge once; return the seconds of each part, of the rest, and of all."""
+    out = paths[0].parent / "merged"
+    config = MergeConfiguration.model_validate(case.config(paths, dtype))
+    options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
+    profile = cProfile.Profile()
+    profile.runcall(run_merge, config, str(out), options)
+    shutil.rmtree(out)
+    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    found = {part: sum(_cumulative(stats, f) for f in parts) for part, parts in PARTS.items()}
+    if found["survey"]:  # which measures by the same function
+        found["norms"] = 0.0
+    whole = max(cumulative for _, _, _, cumulative, _ in stats.values())
+    return {**found, "the rest": whole - sum(found.values()), "all": whole}
+
+
+def _cumulative(stats: dict[Any, Any], function: Callable[..., Any]) -> float:
+    """Return the seconds from the beginnings to the ends of a function's calls."""
+    code = getattr(function, "__func__", function).__code__
+    key = (code.co_filename, code.co_firstlineno, code.co_name)
+    return float(stats[key][3]) if key in stats else 0.0
+
+
+@click.command()
+@click.option("--parameters", default=500_000_000, show_default=True, help="of each model")
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--rounds", default=5, show_default=True, help="after one that warms up")
+def main(parameters: int, dtype: str, rounds: int) -> None:
+    """Profile merges and print a table."""
+    models = {f"{parameters / 1e9:g} B": sized(parameters), **BLOCKS}
+    lines = []
+    for label, config in list(models.items())[:2]:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            paths = make_family(Path(folder), config, 3, getattr(torch, dtype))
+            runs: dict[str, list[dict[str, float]]] = {case.name: [] for case in CASES}
+            for _ in range(1 + rounds):
+                for case in CASES:
+                    runs[case.name].append(seconds(case, paths, dtype))
+        for name, own in runs.items():
+            cells = (statistics.median(run[part] for run in own[1:]) for part in own[0])
+            lines.append([f"{label}: `{name}`", *(f"{cell:.2f}" for cell in cells)])
+    header = ["seconds", *PARTS, "the rest", "all"]
+    print(f"{table(header, lines)}\n\nA base and three experts, on {described()}.")
+
+
+if __name__ == "__main__":
+    main()
