@@ -44,14 +44,11 @@ class RayMapper:
     """
 
     def __init__(self, address: str | None, set_up: Callable[[], None], gpus: float = 0) -> None:
-        """Connect to a cluster, unless this process is connected to one.
+        """Connect to a cluster that this machine is part of, unless this process is connected.
 
-        Args:
-            address: the cluster's; this machine must be part of the cluster. ``auto`` finds
-                it. If neither this nor ``RAY_ADDRESS`` is given, a cluster of this machine
-                alone is started, which ends with this process.
-            set_up: what each worker calls before its first task of a call; it is pickled.
-            gpus: how many GPUs a task needs.
+        If neither an address nor ``RAY_ADDRESS`` is given, a cluster of this machine alone is
+        started, which ends with this process. Each worker calls ``set_up``, which is pickled,
+        before its first task of a call. A task needs ``gpus``.
 
         Raises:
             ImportError: if Ray is not installed.
@@ -98,18 +95,12 @@ class RayMapper:
     ) -> Generator[Any, None, None]:
         """Yield ``function(item)`` for each item, as the cluster returns it.
 
-        After an exception, submitted tasks run on until this process ends, because cancelling a
-        task that is just ending can crash Ray. With ``stopping``, they are waited for.
-
-        Args:
-            function: what is applied; the first exception that it raises is raised here.
-            items: what it is applied to.
-            run: how many items a task takes.
-            cpus: how many CPUs a task needs. Reduced to those of the largest machine: a task
-                that needs more would wait for ever.
-            stopping: the context in which the tasks are waited for.
+        A task takes a ``run`` of items. The first exception that one raises is raised here; then
+        the other tasks run on until this process ends, because cancelling a task that is just
+        ending can crash Ray. In the context ``stopping``, if given, they are waited for.
         """
         ray = self._ray
+        # A task that needs more CPUs than the largest machine has would wait for ever.
         sizes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
         task = ray.remote(
             max_retries=_RETRIES, num_cpus=min(cpus, max(1, *sizes)), num_gpus=self._gpus

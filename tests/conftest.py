@@ -223,8 +223,8 @@ def write_yaml(path: Path, *documents: dict[str, Any]) -> Path:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Ray cluster on this machine, which this process is connected to.
 
-    Ray only counts its one CPU: if a task takes 1 / n of it, n tasks run at a time. Tests that
-    use the cluster belong to the xdist group "ray", because two cores cannot run two clusters.
+    Two tasks of one CPU run at a time, and Ray keeps two workers, which have imported torch.
+    Tests that use the cluster belong to the xdist group "ray": two cores cannot run two clusters.
     """
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
@@ -235,7 +235,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cluster")))
         context = ray.init(
-            "local", num_cpus=1, include_dashboard=False, log_to_driver=False,
+            "local", num_cpus=2, include_dashboard=False, log_to_driver=False,
             object_store_memory=100 * 2**20, logging_level="ERROR",
         )  # fmt: skip
     yield context.address_info["address"]

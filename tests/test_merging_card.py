@@ -9,8 +9,6 @@ import pytest
 import yaml
 from conftest import invoke, llama_config, merge_config, write_yaml
 from huggingface_hub import ModelCard, ModelCardData
-from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
 from paper_stand_ins import save_model
 
 from mergekit_metagpt.merging.card import write_card
@@ -152,21 +150,16 @@ class TestTheText:
     def test_names_are_text_in_it(self, tmp_path):
         expert = {"norm": 1.0, "coefficient": 1.0, "least": 1.0, "largest": 1.0}
         model = "/models/a|b_<i>_`c`+org/lora"
+        raw = merge_config({"base": "/models/*base*", "a": model})
         record = {
+            "config": yaml.safe_dump(raw),
             "experts": [expert | {"model": model}],
             "granularity": ["model"],
             "versions": {"mergekit-metagpt": "1", "mergekit": "2"},
             "seed": None,
             "options": ["--lora-merge-dtype", "bfloat16"],
         }
-        config = MergeConfiguration.model_validate(
-            {
-                "merge_method": "metagpt",
-                "base_model": "/models/*base*",
-                "models": [{"model": ModelReference.model_validate(model)}],
-            }
-        )
-        write_card(tmp_path / "README.md", "[x](y)", config, "source: |", record, [])
+        write_card(tmp_path, "[x](y)", record, [])
         text = ModelCard.load(tmp_path / "README.md").text
         name = r"/models/a\|b\_\<i\>\_\`c\` + [org/lora](https://huggingface.co/org/lora)"
         assert f"\n| {name} | 1 | 1 |\n" in text

@@ -82,9 +82,8 @@ def mapper(monkeypatch):
 
     def use(change, patch=monkeypatch):
         class Changed(RayMapper):
-            def __call__(self, function, items, *, cpus=1, **options):
-                # Two shards at a time.
-                return super().__call__(change(function), items, cpus=cpus / 2, **options)
+            def __call__(self, function, items, **options):
+                return super().__call__(change(function), items, **options)
 
         patch.setattr(calls, "RayMapper", Changed)
 

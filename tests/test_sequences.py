@@ -291,7 +291,7 @@ def test_no_sequence_goes_wrong(request):
     run_state_machine_as_test(
         Sequences,
         settings=settings(
-            max_examples=wanted or 20,
+            max_examples=wanted or 12,
             stateful_step_count=12,
             derandomize=not wanted,
             suppress_health_check=list(HealthCheck),

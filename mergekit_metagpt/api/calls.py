@@ -46,12 +46,8 @@ def forecasts(
 ) -> list[Forecast]:
     """Return the coefficients that a merge will use.
 
-    Args:
-        job: what would be merged.
-        granularities: a forecast is made for each, in place of the config's unless it is None.
-        numbers_only: refuse granularity direction.
-        ray: where the models are measured.
-        warn: is told of what MergeKit ignores in the config.
+    There is a forecast for each of the granularities, in place of the config's unless it is
+    None; ``numbers_only`` refuses direction. What MergeKit ignores in the config is warned of.
     """
     with _explained(job, warn):
         own_method(job.parsed)  # before the hub is asked for anything
@@ -101,14 +97,10 @@ def merged(
     outputs: Outputs | None = None,
     ray: str | None = None,
 ) -> dict[str, Any]:
-    """Merge, and return the record; ``job.entries`` then says how each tensor was merged.
+    """Merge a job without problems into a new directory, and return the record.
 
-    Args:
-        job: what to merge; it has no problems.
-        out: the directory to make.
-        names: PATH=USER/NAME, for paths in the config.
-        outputs: what will be written, if that is known.
-        ray: where the files are merged.
+    ``names`` are PATH=USER/NAME, for paths in the config. ``job.entries`` then says how each
+    tensor was merged.
     """
     return merge_whole(
         job,

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import tqdm
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.measure.checkpoints import Checkpoints
@@ -60,14 +59,11 @@ class Plan:
 
     @classmethod
     def of(cls, job: Job, outputs: Outputs | None) -> "Plan":
-        """Plan a merge; ``outputs``, if known, must hold for models with adapters applied."""
+        """Plan a merge of models that are here, with their adapters applied."""
         config, options = job.parsed, job.options
         if outputs is None:
-            models = config.referenced_models()
-            for model in models:
-                LoaderCache().get(model)  # applies its adapter, or downloads it
-            known = {model: find_model_files(model, options) for model in models}
-            outputs = plan_outputs(config, options, known, job.config.name)
+            models = {it: find_model_files(it, options) for it in config.referenced_models()}
+            outputs = plan_outputs(config, options, models, job.config.name)
         rows = output_rows(outputs, config.tokenizer, job.config.name)
         shards = output_shards(outputs.tensors, rows, options.out_shard_size)
         stem, suffix = _only_file(options)
@@ -96,23 +92,14 @@ def merge_by_shard(
 ) -> None:
     """Merge file by file of the output; the bytes are those of MergeKit's ``run_merge``.
 
-    Files that are complete are not merged again. On a cluster, each task runs with the number
-    of threads that PyTorch has in this process (``--num-threads``), and reserves that many CPUs.
-
-    Args:
-        job: what to merge, by a method of this package.
-        plan: the plan of the merge.
-        work: where to write, and what is there; for a cluster, storage that all its machines
-            share.
-        inputs: the weight files that it reads.
-        mapper: the cluster; None for this process.
-
-    Raises:
-        ValueError: if an input or the result is not finite.
-        FileNotFoundError: if a machine does not see the directory.
+    Files that are complete are not merged again. On a cluster, whose machines share the work
+    directory, each task runs with the number of threads that PyTorch has in this process
+    (``--num-threads``), and reserves that many CPUs.
     """
-    outputs, options, records = plan.outputs, job.options, work.records
+    outputs, records, threads = plan.outputs, work.records, torch.get_num_threads()
     info = outputs.tokenizer_info
+    quiet = mapper is not None or not job.progress
+    options = job.options.model_copy(update={"num_threads": threads, "quiet": quiet})
     to_do = {name: file for name, file in plan.files.items() if name not in records}
     surveys = _take_surveys(to_do.values(), job, mapper or in_this_process)
     merge = ShardMerge(
@@ -120,15 +107,12 @@ def merge_by_shard(
         inputs={} if mapper else inputs,  # other machines may have copies
         options=options,
         out_dtype=too_narrow(job.parsed),
-        seed=torch.initial_seed() if options.random_seed is None else options.random_seed,
-        threads=torch.get_num_threads(),
         surveys=surveys if mapper else {},  # this process has them
         tokenizer={outputs.tokenizer: info} if outputs.tokenizer and info else {},
-        quiet=mapper is not None or not job.progress,
     )
     shards = [Shard(name, [it.merge.save for it in file]) for name, file in to_do.items()]
     if mapper:
-        written = mapper(merge.write, shards, run=1, cpus=merge.threads, stopping=work.stopped)
+        written = mapper(merge.write, shards, run=1, cpus=threads, stopping=work.stopped)
     else:
         written = in_this_process(merge.write, shards)
     bar = tqdm.tqdm(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from mergekit.card import CARD_TEMPLATE, method_md
 from mergekit.common import ModelReference
@@ -46,26 +47,13 @@ _CITATION = """\
 """  # noqa: E501
 
 
-def write_card(
-    path: Path,
-    name: str,
-    config: MergeConfiguration,
-    source: str,
-    record: dict[str, Any],
-    names: Iterable[str],
-) -> None:
+def write_card(directory: Path, name: str, record: dict[str, Any], names: Iterable[str]) -> None:
     """Write MergeKit's model card, with usage, metadata, and the coefficients if there are any.
 
-    MergeKit's own function would ask the hub about each path with one slash.
-
-    Args:
-        path: the card's file, in the directory of the merge.
-        name: the title.
-        config: what was merged, with the names that the card shows.
-        source: its YAML.
-        record: the record of the merge.
-        names: on the hub, for models that the config had paths of.
+    MergeKit's own function would ask the hub about each path with one slash. ``names`` are on
+    the hub, even if there is such a path.
     """
+    config = MergeConfiguration.model_validate(yaml.safe_load(record["config"]))
     models = canonical(config.referenced_models())  # so that two runs write the same card
     base = None if config.merge_method == "slerp" else config.base_model
     known = {name.partition("@")[0] for name in names}
@@ -84,13 +72,13 @@ def write_card(
         merge_method=method_md(config.merge_method),
         base_text=f" using {shown[base]} as a base" if base else "",
         model_list="\n".join(f"* {md}" for model, md in shown.items() if model != base),
-        config_yaml=source,
+        config_yaml=record["config"],
     )
-    sections = [_USAGE] if _is_language_model(path.parent) else []
+    sections = [_USAGE] if _is_language_model(directory) else []
     if record["experts"]:
         by_name = {str(model): md for model, md in shown.items()}
-        sections += [_coefficients(path.parent, by_name, record), _CITATION]
-    ModelCard("\n".join((f"{text.rstrip()}\n", *sections))).save(path)
+        sections += [_coefficients(directory, by_name, record), _CITATION]
+    ModelCard("\n".join((f"{text.rstrip()}\n", *sections))).save(directory / "README.md")
 
 
 def _paths(model: ModelReference) -> list[str]:

@@ -27,15 +27,8 @@ _GENERATION = "generation_config.json"
 def describe(directory: Path, config: MergeConfiguration, options: MergeOptions) -> list[str]:
     """Make ``config.json`` describe the written weights, and keep the base's generation config.
 
-    A file that is right already is not written again.
-
-    Args:
-        directory: what was written.
-        config: what was merged.
-        options: MergeKit's options.
-
-    Returns:
-        A sentence for each thing that somebody has to decide.
+    A file that is right already is not written again. Returns a sentence for each thing that
+    somebody has to decide.
     """
     base = config.base_model or config.referenced_models()[0]  # whose config MergeKit takes
     model = ModelFiles(base, base.config(options.trust_remote_code))

@@ -17,12 +17,7 @@ _NO_MODELS = {"union", "base"}  # as the source of a tokenizer
 def hub_names(config: Any, given: Sequence[str]) -> dict[str, str]:
     """Return names by path: those that are given, and those of snapshots in the hub's cache.
 
-    Args:
-        config: the raw merge config.
-        given: PATH=HUB/NAME, each.
-
-    Raises:
-        BadInputError: if a path is not in the config, or a name is none of the hub.
+    ``config`` is raw, and what is given is PATH=USER/NAME, each.
     """
     paths = set(_paths(config))
     names = {path: "@".join(cached) for path in paths if (cached := on_hub(path))}

@@ -18,17 +18,11 @@ from mergekit_metagpt.planning.job import Job
 
 @dataclass(frozen=True)
 class Inputs:
-    """The models of a merge as they were before it began.
+    """The models of a merge, in canonical order, as they were before it began."""
 
-    Attributes:
-        files: the weight files of each model, and of its adapter; in canonical order.
-        stats: the state of each file, to see whether it has changed.
-        contents: the SHA-256 of each file, which a thread takes while the merge reads it.
-    """
-
-    files: dict[ModelReference, tuple[list[Path], list[Path]]]
+    files: dict[ModelReference, tuple[list[Path], list[Path]]]  # of the model, and of its adapter
     stats: dict[str, Stat]
-    contents: dict[Path, "Future[str]"]
+    contents: dict[Path, "Future[str]"]  # SHA-256s, which a thread takes while the merge reads
 
     @property
     def identity(self) -> list[Any]:

@@ -36,12 +36,7 @@ def _stored_dtypes(config: MergeConfiguration) -> set[torch.dtype | None]:
 
 
 def require_in_range(merged: Path, out_dtype: str | None) -> None:
-    """Read a merge back, and refuse it if it overflowed its dtype.
-
-    Args:
-        merged: the directory that holds it.
-        out_dtype: its dtype; None where no number can be too large for it.
-    """
+    """Read a merge back, and refuse it if it overflowed; without a dtype, none can have."""
     if out_dtype is None:
         return
     overflowing = _overflowing(merged)  # by now its files are closed: Windows removes no open ones

@@ -1,6 +1,7 @@
 """The record of a merge: what went in, which coefficients it used, and how to repeat it."""
 
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -31,13 +32,7 @@ _DECIDING = (
 def merge_record(
     job: Job, inputs: list[dict[str, Any]], names: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the record of a job that has just merged, as JSON types.
-
-    Args:
-        job: what was merged, and how.
-        inputs: the models, as they were before the merge; JSON types.
-        names: of models on the hub, which stand for their paths.
-    """
+    """Return the record of a job that has just merged; ``names`` stand for paths. JSON types."""
     config, options, summary = job.parsed, job.options, Summary(job.entries)
     source = job.config.text
     if names:
@@ -57,6 +52,7 @@ def merge_record(
     return record | {key: named(record[key], names, key) for key in ("base", "inputs", "experts")}
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the versions of the packages that the bytes of the output depend on."""
     names = ("mergekit-metagpt", "mergekit", "torch", "transformers", "safetensors")

@@ -38,29 +38,14 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardMerge:
-    """What a worker needs to know to merge any part of the plan.
-
-    Attributes:
-        work: where the output is gathered.
-        inputs: the weight files of this machine as they were when the merge began.
-        options: MergeKit's.
-        out_dtype: the config's, if numbers can be too large for it; else None.
-        seed: the seed of the random numbers.
-        threads: how many threads PyTorch uses.
-        surveys: the squared norms that coefficients come from.
-        tokenizer: the task that builds the output's tokenizer, if there is one, and its result.
-        quiet: whether MergeKit's progress bar is off.
-    """
+    """What a worker needs to know to merge any part of the plan."""
 
     work: Work
-    inputs: dict[str, Stat]
-    options: MergeOptions
-    out_dtype: str | None
-    seed: int
-    threads: int
+    inputs: dict[str, Stat]  # of this machine, as they were when the merge began
+    options: MergeOptions  # with the seed and the number of threads that every task uses
+    out_dtype: str | None  # if numbers can be too large for it
     surveys: dict[Checkpoints, Survey]
-    tokenizer: Mapping[BuildTokenizer, TokenizerInfo]
-    quiet: bool
+    tokenizer: Mapping[BuildTokenizer, TokenizerInfo]  # the output's, and the task that builds it
 
     def write(self, shard: Shard) -> dict[str, Any]:
         """Merge the tensors of one file, which appears when it is complete; return its record."""
@@ -72,8 +57,8 @@ class ShardMerge:
         if self.work.is_stopped:
             raise InterruptedError("The merge has been stopped.")
         register()
-        torch.manual_seed(self.seed)
-        torch.set_num_threads(self.threads)
+        torch.manual_seed(self.options.random_seed or 0)
+        torch.set_num_threads(self.options.num_threads or 1)
         SURVEYS.adopt(self.surveys)
         with (
             TemporaryDirectory(prefix="unfinished-", dir=self.work.path) as unfinished,
@@ -109,7 +94,7 @@ class ShardMerge:
             storage_device=device if self.options.low_cpu_memory else torch.device("cpu"),
             cached_values={universe.add_task(task): info for task, info in self.tokenizer.items()},
         )
-        results = executor.run(quiet=self.quiet, desc=f"Merging {shard.file}")
+        results = executor.run(quiet=self.options.quiet, desc=f"Merging {shard.file}")
         writer: TensorWriter = dict(results)[writer_task]
         return writer
 

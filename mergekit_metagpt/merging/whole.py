@@ -2,14 +2,13 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mergekit import merge_methods
-from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 
 from mergekit_metagpt import register
@@ -48,22 +47,19 @@ def merge_whole(
     """Merge into a work directory, record the merge, and move it to ``out`` when complete.
 
     After a failure, or if the process is stopped or killed, complete weight files stay in the
-    work directory, and the same merge goes on from them; see :class:`Output`.
+    work directory, and the same merge goes on from them; see :class:`Output`. A job without a
+    seed gets one that follows from what the merge is.
 
     Args:
-        job: what to merge. Without a seed, it gets one that follows from what the merge is.
+        job: what to merge.
         out: the directory to make; must not exist, or be empty.
         names: of models on the hub, by their paths in the config, for what is published.
-        draw: draws the coefficients into a PNG file; None if there is to be no picture.
+        draw: draws the coefficients into a PNG file, if there is to be a picture.
         outputs: what will be written, if that is known.
         mapper: the cluster that merges; None for this process.
 
     Returns:
-        The record of the merge, the content of its metagpt.json.
-
-    Raises:
-        BadInputError: if another merge is writing ``out``, a merged tensor overflows
-            ``out_dtype``, or a weight file changed meanwhile.
+        The content of its metagpt.json.
     """
     output, started = Output.of(out), _now()
     job.parsed = with_chosen_template(job.parsed)
@@ -83,8 +79,15 @@ def merge_whole(
             require_unchanged(inputs.stats)
             record = merge_record(job, inputs.as_json(), names)
             if job.options.write_model_card:
-                _draw(work.merged / PICTURE, job, draw)
-                _write_card(work.merged, out.absolute().name, record, names)
+                if draw and job.entries:
+                    with _at_worst(f"{PICTURE} could not be drawn (%s)."):
+                        draw(work.merged / PICTURE, Summary(job.entries))
+                source = work.merged / "mergekit_config.yml"
+                source.write_text(record["config"], encoding="utf-8")
+                with _at_worst(
+                    "The model card could not be written (%s); the merge goes on without it."
+                ):
+                    write_card(work.merged, out.absolute().name, record, names.values())
             record["times"] = {"started": started, "finished": _now()}
             text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
             (work.merged / "metagpt.json").write_text(text, encoding="utf-8")
@@ -143,37 +146,18 @@ def _merge_at_once(job: Job, work: Work, inputs: dict[str, Stat]) -> None:
 
 
 def _describe(work: Work, job: Job) -> None:
-    try:
+    with _at_worst("config.json could not be compared with the weights (%s)."):
         for sentence in describe(work.merged, job.parsed, job.options):
             LOG.warning("%s", sentence)
-    except Exception as error:  # the weights are complete, and may have taken hours
-        LOG.warning("config.json could not be compared with the weights (%s).", reason(error))
 
 
-def _draw(path: Path, job: Job, draw: Callable[[Path, Summary], None] | None) -> None:
-    """Draw the coefficients; after a failure only the picture is missing."""
-    if draw is None or not job.entries:
-        return
+@contextmanager
+def _at_worst(warning: str) -> Iterator[None]:
+    """Warn of a failure: the weights are complete, and may have taken hours."""
     try:
-        draw(path, Summary(job.entries))
-    except Exception as error:  # of matplotlib
-        LOG.warning("%s could not be drawn (%s).", path.name, reason(error))
-
-
-def _write_card(
-    directory: Path, name: str, record: dict[str, Any], names: Mapping[str, str]
-) -> None:
-    """Write what MergeKit calls the model card; after a failure only the card is missing."""
-    source = record["config"]
-    (directory / "mergekit_config.yml").write_text(source, encoding="utf-8")
-    try:
-        config = MergeConfiguration.model_validate(yaml.safe_load(source))
-        write_card(directory / "README.md", name, config, source, record, names.values())
+        yield
     except Exception as error:
-        LOG.warning(
-            "The model card could not be written (%s); the merge goes on without it.",
-            reason(error),
-        )
+        LOG.warning(warning, reason(error))
 
 
 def _now() -> str:
