@@ -38,7 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--fuzz",
         type=int,
         metavar="N",
-        help="run N random cases of test_fuzz.py or test_sequences.py, not a few hundred",
+        help="run N random cases of test_fuzz.py or test_sequences.py, not a few hundred, and all "
+        "kinds of models in test_lost_weights.py",
     )
 
 
