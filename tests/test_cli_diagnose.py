@@ -8,23 +8,29 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from click.testing import CliRunner, Result
-from conftest import VOCABULARY, llama_config, merge_config, save_family, slices_config, write_yaml
+from conftest import (
+    VOCABULARY,
+    invoke,
+    llama_config,
+    merge_config,
+    save_family,
+    slices_config,
+    write_yaml,
+)
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from mergekit_metagpt.cli import main
 from mergekit_metagpt.cli.diagnose import _verdict
 
-
-def diagnose(config: Path, *words: str | Path, status: int = 0) -> Result:
-    done = CliRunner().invoke(main, ["diagnose", str(config), *map(str, words)])
-    assert done.exit_code == status, done.output
-    return done
+SMALL = llama_config(num_hidden_layers=1)
 
 
-def failure(config: Path, *words: str | Path) -> str:
+def diagnose(config: Path, *words: object) -> str:
+    return invoke("diagnose", config, *words).output
+
+
+def failure(config: Path, *words: object) -> str:
     """Return the one sentence that a command failed with."""
-    done = diagnose(config, *words, status=1)
+    done = invoke("diagnose", config, *words, status=1)
     assert "Traceback" not in done.output
     last = done.stderr.splitlines()[-1]
     assert last.startswith("Error: ")
@@ -39,7 +45,7 @@ def config(family, tmp_path):
 
 def save_directions(directory: Path, directions: list[list[float]]) -> dict[str, str]:
     """Write a base and an expert per direction: multiples of two orthogonal task vectors."""
-    paths = save_family(directory, llama_config(), scales=())
+    paths = save_family(directory, SMALL, scales=())
     first, second = (torch.zeros(VOCABULARY, 32) for _ in range(2))
     first[:, ::2], second[:, 1::2] = 0.01, 0.01
     for name, (a, b) in zip("abcdefgh", directions, strict=False):
@@ -62,7 +68,7 @@ def save_tokenizer(model: str, size: int = VOCABULARY, prefix: str = "w") -> Non
 def test_it_shows_r_squared_and_cosines_and_what_they_mean(config, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "assumptions.png"
-    done = diagnose(config, "--plot", picture)
+    done = invoke("diagnose", config, "--plot", picture)
     assert "Prompts: 32 prompts of random token ids, since no tokenizer" in done.output
     assert re.search(r"\bb +[0.]*\d{4} +no +\d", done.output)
     assert "Nearly orthogonal: the largest |cosine| of two experts is 0.0" in done.output
@@ -72,65 +78,62 @@ def test_it_shows_r_squared_and_cosines_and_what_they_mean(config, tmp_path):
 
 def test_linear_models_and_cosines_of_parallel_opposite_and_orthogonal_experts(tmp_path):
     paths = save_directions(tmp_path, [[1, 0], [3, 0], [-2, 0], [0, 1]])
-    done = diagnose(write_yaml(tmp_path / "metagpt.yml", merge_config(paths)))
-    assert len(re.findall(r"1\.0000 +yes", done.output)) == 4
-    assert re.search(r"1 +a +1\.00 +1\.00 +-1\.00 +0\.00", done.output)
-    assert "Not orthogonal: the largest |cosine| of two experts is 1.00." in done.output
+    said = diagnose(write_yaml(tmp_path / "metagpt.yml", merge_config(paths)))
+    assert len(re.findall(r"1\.0000 +yes", said)) == 4
+    assert re.search(r"1 +a +1\.00 +1\.00 +-1\.00 +0\.00", said)
+    assert "Not orthogonal: the largest |cosine| of two experts is 1.00." in said
 
 
-@pytest.mark.parametrize("cosine", [0.5, 0.1, 0.09, -0.09, -0.1])
-def test_what_a_cosine_means(cosine):
-    nearly = _verdict([[1, cosine], [cosine, 1]]).startswith("Nearly orthogonal")
-    assert nearly == (abs(cosine) < 0.1)
+def test_what_a_cosine_means():
+    for cosine in (0.5, 0.1, 0.09, -0.09, -0.1):
+        nearly = _verdict([[1, cosine], [cosine, 1]]).startswith("Nearly orthogonal")
+        assert nearly == (abs(cosine) < 0.1)
 
 
 def test_an_expert_equal_to_the_base_has_no_r_squared(tmp_path):
-    paths = save_family(tmp_path, llama_config(), scales=(0.0,))
-    done = diagnose(write_yaml(tmp_path / "metagpt.yml", merge_config(paths)))
-    assert re.search(r"\ba +0\b", done.output)
-    assert "nan" not in done.output
-    assert "With one expert there is no pair to compare." in done.output
+    paths = save_family(tmp_path, SMALL, scales=(0.0,))
+    said = diagnose(write_yaml(tmp_path / "metagpt.yml", merge_config(paths)))
+    assert re.search(r"\ba +0\b", said)
+    assert "nan" not in said
+    assert "With one expert there is no pair to compare." in said
 
 
-@pytest.mark.parametrize("prompts", [None, "w1 w2 w3\n\nw4\nw5 Grüße 東京\n", "w1\n" * 40])
-def test_prompts_are_tokenised_with_the_bases_tokenizer(prompts, tmp_path):
-    paths = save_family(tmp_path, llama_config(), scales=(0.01,))
+@pytest.mark.parametrize(
+    ("prompts", "count"), [(None, 8), ("w1 w2 w3\n\nw4\nw5 Grüße 東京\n", 3), ("w1\n" * 40, 32)]
+)
+def test_prompts_are_tokenised_with_the_bases_tokenizer(prompts, count, tmp_path):
+    paths = save_family(tmp_path, SMALL, scales=(0.01,))
     save_tokenizer(paths["base"])
     config, file = write_yaml(tmp_path / "metagpt.yml", merge_config(paths)), tmp_path / "prompts"
     file.write_text(prompts or "", encoding="utf-8")
-    done = diagnose(config, *(["--prompts", file] if prompts else []))
-    count = min(32, len((prompts or "").split("\n")) - 2 if "東" in (prompts or "") else 40)
-    source = f"{count} prompts from {file}" if prompts else "8 built-in prompts"
-    assert f"Prompts: {source}." in done.output
+    said = diagnose(config, *(["--prompts", file] if prompts else []))
+    source = f"prompts from {file}" if prompts else "built-in prompts"
+    assert f"Prompts: {count} {source}." in said
 
 
 def test_only_an_expert_whose_vocabulary_differs_is_named(tmp_path):
-    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.02, 0.03))
+    paths = save_family(tmp_path, SMALL, scales=(0.01, 0.02, 0.03))
     for name in ("base", "a"):
         save_tokenizer(paths[name])
     save_tokenizer(paths["b"], prefix="v")  # other tokens
     model = transformers.AutoModelForCausalLM.from_pretrained(paths["c"])
     model.resize_token_embeddings(72)  # another size
     model.save_pretrained(paths["c"])
-    done = diagnose(write_yaml(tmp_path / "metagpt.yml", merge_config(paths)))
-    named = re.findall(r"(.*): the vocabulary of (.) differs", done.output)
+    said = diagnose(write_yaml(tmp_path / "metagpt.yml", merge_config(paths)))
+    named = re.findall(r"(.*): the vocabulary of (.) differs", said)
     assert named == [("model.embed_tokens.weight, lm_head.weight", name) for name in "bc"]
 
 
 def test_slices_and_other_methods_will_do(family, tmp_path):
     config = slices_config(family, [[0, 2]], [[2, 3]], merge_method="ties")
-    done = diagnose(write_yaml(tmp_path / "metagpt.yml", config))
-    assert re.search(r"1 +a +1\.00 ", done.output)
+    assert re.search(r"1 +a +1\.00 ", diagnose(write_yaml(tmp_path / "metagpt.yml", config)))
 
 
-def test_plots_that_cannot_be_written_are_refused_before_any_work(config, tmp_path):
+def test_plots_that_cannot_be_written_are_refused_before_any_work(config, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     assert "name it plot.png." in failure(config, "--plot", tmp_path / "plot.xyz")
     missing = tmp_path / "missing" / "plot.png"
     assert f"The directory of {missing} does not exist" in failure(config, "--plot", missing)
-
-
-def test_without_matplotlib_plot_says_what_to_install(config, monkeypatch):
     for module in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, module, None)
     assert failure(config, "--plot", "plot.png").endswith(" pip install 'mergekit-metagpt[plot]'")
@@ -138,79 +141,60 @@ def test_without_matplotlib_plot_says_what_to_install(config, monkeypatch):
 
 BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+BERT_CONFIG = transformers.BertConfig(vocab_size=64, num_attention_heads=4, **BERT)
+T5_CONFIG = transformers.T5Config(vocab_size=64, **T5)
 
 
 @pytest.mark.parametrize(
     ("architecture", "auto", "name"),
     [
-        (
-            transformers.BertConfig(vocab_size=64, num_attention_heads=4, **BERT),
-            AutoModelForMaskedLM,
-            "BertForMaskedLM",
-        ),
-        (
-            transformers.T5Config(vocab_size=64, **T5),
-            AutoModelForSeq2SeqLM,
-            "T5ForConditionalGeneration",
-        ),
+        (BERT_CONFIG, AutoModelForMaskedLM, "BertForMaskedLM"),
+        (T5_CONFIG, AutoModelForSeq2SeqLM, "T5ForConditionalGeneration"),
     ],
 )
 def test_models_without_a_next_token_are_refused(architecture, auto, name, tmp_path):
-    paths = save_family(tmp_path, architecture, auto=auto)
+    paths = save_family(tmp_path, architecture, auto=auto, scales=(0.01,))
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
     assert f"is a {name}, which yields no logits of a next token" in failure(config)
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
+def test_prompts_and_tokenizers_that_cannot_be_used_are_refused(config, tmp_path):
+    file = tmp_path / "prompts.txt"
+    for text, sentence in (
         (b" \n", "holds no prompts; write one prompt per line."),
         (b"\xff\xfe", "is not UTF-8 text"),
         (b"w1 w2", "No tokenizer could be loaded for"),
-    ],
-)
-def test_prompts_that_cannot_be_used_are_refused(text, sentence, config, tmp_path):
-    (tmp_path / "prompts.txt").write_bytes(text)
-    assert sentence in failure(config, "--prompts", tmp_path / "prompts.txt")
-
-
-def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    paths = save_family(tmp_path, llama_config())
-    save_tokenizer(paths["base"], size=VOCABULARY + 1)
+    ):
+        file.write_bytes(text)
+        assert sentence in failure(config, "--prompts", file)
+    paths = save_family(tmp_path, SMALL)
+    save_tokenizer(paths["base"], size=VOCABULARY + 1)  # that of another model
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
     assert "does not fit the model, which knows 64 tokens" in failure(config)
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
+def test_configs_without_task_vectors_are_refused(family, tmp_path):
+    for changes, sentence in (
         ({"base_model": None}, "names none; set base_model."),
-        ({"models": []}, "names no model beside the base; add the experts."),
+        ({"models": [{"model": family["base"]}]}, "names no model beside the base; add the"),
         ({"models": 3}, "has 3 at models; write a list, with - model: PATH for each model."),
-    ],
-)
-def test_configs_without_task_vectors_are_refused(changes, sentence, family, tmp_path):
-    config = merge_config(family, **changes)
-    if changes.get("models") == []:
-        config["models"] = [{"model": family["base"]}]
-    assert sentence in failure(write_yaml(tmp_path / "metagpt.yml", config))
+    ):
+        config = write_yaml(tmp_path / "metagpt.yml", merge_config(family, **changes))
+        assert sentence in failure(config)
 
 
 def test_models_that_are_missing_or_bare_adapters_are_one_sentence(family, tmp_path):
     paths = {**family, "b": str(tmp_path / "adapter")}
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
     assert "adapter" in failure(config)
-    verbose = CliRunner().invoke(main, ["diagnose", str(config), "--verbose"])
-    assert not isinstance(verbose.exception, SystemExit)  # but its own, with a traceback
+    with pytest.raises(ValueError, match="adapter"):  # with its traceback
+        invoke("diagnose", config, "--verbose", catch_exceptions=False)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     assert f"such as base+{paths['b']}." in failure(config)
-    done = CliRunner().invoke(main, ["check", str(config)])
-    assert f"Model {paths['b']} is a LoRA adapter" in done.stderr
+    assert f"Model {paths['b']} is a LoRA adapter" in invoke("check", config, status=1).stderr
 
 
-@pytest.mark.parametrize("words", [["nowhere.yml"], ["--prompts", "nowhere.txt"], ["--plott"], []])
-def test_wrong_usage_exits_2(words):
-    done = CliRunner().invoke(main, ["diagnose", *words])
-    assert done.exit_code == 2
-    assert "Usage:" in done.stderr
+def test_wrong_usage_exits_with_2():
+    for words in (["nowhere.yml"], ["--prompts", "nowhere.txt"], ["--plott"], []):
+        assert "Usage:" in invoke("diagnose", *words, status=2).stderr

@@ -1,21 +1,20 @@
 """``mergekit-metagpt evaluate``, on tiny models and tasks."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import lm_eval
 import pytest
-from click.testing import CliRunner
-from conftest import llama_config, merge_config, put_nan, write_yaml
+from conftest import invoke, llama_config, merge_config, put_nan, write_yaml
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 from paper_stand_ins import save_choice_tasks, save_model
 
 from benchmarks.harness_tasks import Example, write_answers, write_text
-from mergekit_metagpt.cli import main
 from mergekit_metagpt.evaluation import bench, harness
 
 MODELS = ("base", "expert a", "expert b", "merge")
@@ -34,10 +33,7 @@ def made(tmp_path_factory):
     questions = [{"q": f"w{n}", "c": [f"w{n + 9}", f"w{n + 2}"]} for n in range(40)]
     save_choice_tasks(folder / "tasks", questions)
     write_text(folder / "tasks", "text", [f"w{n} w{n + 1} w{n + 2}" for n in range(3, 12)])
-    done = CliRunner().invoke(
-        main, ["merge", str(folder / "metagpt.yml"), str(folder / "merged"), "--random-seed", "0"]
-    )
-    assert done.exit_code == 0, done.output
+    invoke("merge", folder / "metagpt.yml", folder / "merged", "--random-seed", 0)
     evaluate(folder)
     return folder
 
@@ -52,15 +48,8 @@ def folder(made, tmp_path):
 
 
 def evaluate(folder, *words, tasks=TASKS, status=0):
-    done = CliRunner().invoke(
-        main,
-        [
-            "evaluate", str(folder / "metagpt.yml"), str(folder / "merged"),
-            "--tasks", tasks, "--include-path", str(folder / "tasks"), *map(str, words),
-        ],
-    )  # fmt: skip
-    assert done.exit_code == status, done.output
-    return done
+    given = ("--tasks", tasks, "--include-path", folder / "tasks", *words)
+    return invoke("evaluate", folder / "metagpt.yml", folder / "merged", *given, status=status)
 
 
 def as_json(folder, *words, **changes):
@@ -69,11 +58,7 @@ def as_json(folder, *words, **changes):
 
 def scored(done):
     """Return the models that a run had to score."""
-    return tuple(
-        line.removeprefix("Scoring ")
-        for line in done.stderr.splitlines()
-        if line.startswith("Scoring ")
-    )
+    return tuple(re.findall("^Scoring (.*)$", done.stderr, flags=re.MULTILINE))
 
 
 def files(folder, model):
@@ -94,16 +79,12 @@ class TestTheTable:
         assert all("*" not in rows[number] for number in (0, 3))
         assert [row.split()[-2] for row in rows] == ["n/a"] * 4  # no expert has a right answer
 
-    def test_its_figures_are_lm_evals(self, made, tmp_path):
+    def test_its_figures_are_lm_evals(self, made):
         tasks = TaskManager(include_path=str(made / "tasks"), include_defaults=False)
         report = lm_eval.simple_evaluate(
-            model="hf",
-            model_args={"pretrained": str(made / "merged")},
-            tasks=TASKS.split(","),
-            task_manager=tasks,
-            device="cpu",
-            bootstrap_iters=0,
-        )["results"]
+            model="hf", model_args={"pretrained": str(made / "merged")}, tasks=TASKS.split(","),
+            task_manager=tasks, device="cpu", bootstrap_iters=0,
+        )["results"]  # fmt: skip
         found = as_json(made)["models"][-1]
         expected = [
             report["agieval"]["acc,none"],

@@ -1,19 +1,22 @@
-"""MergeKit's options in help and completion, and suggestions for what is misspelt."""
+"""Help, completion and suggestions; and what is printed, on any terminal."""
 
 import re
 
+import click
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
+from conftest import invoke, llama_config, merge_config, save_family, write_yaml
 
 from mergekit_metagpt.cli import main
 
-TAKE_THEM = ["survey", "coefficients", "compare", "check", "diagnose", "resolve", "merge"]
 
-
-@pytest.mark.parametrize("name", TAKE_THEM)
-def test_help_shows_them_in_a_group_of_their_own(name):
+@pytest.mark.parametrize("name", main.list_commands(click.Context(main))[:-1])
+def test_help_shows_an_example_and_mergekits_options_in_a_group_of_their_own(name):
     said = CliRunner().invoke(main, [name, "--help"]).stdout
+    listed = main.get_command(click.Context(main), name).help
+    assert listed in " ".join(said.split())
+    assert f"mergekit-metagpt {name}" in said.partition("Example:")[2]
     own, theirs = said.split("MergeKit's options:")
     assert "\nOptions:\n" in own
     assert "--verbose" in own
@@ -53,3 +56,38 @@ def test_what_is_misspelt_gets_a_suggestion(words, said):
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 2
     assert said in re.sub("[:.?']", "", done.stderr)  # click's versions differ in these
+
+
+@pytest.mark.parametrize("command", ["check", "coefficients"])
+def test_models_are_printed_as_they_are_called(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = save_family(tmp_path / "m", llama_config(), scales=(0.01,))
+    (tmp_path / "m" / "a").rename(tmp_path / "m" / "[bold]a:smile:[")
+    (tmp_path / "m" / "[").mkdir()
+    (tmp_path / "m" / "base").rename(tmp_path / "m" / "[" / "x]")
+    paths = {"base": "m/[/x]", "a": "m/[bold]a:smile:["}
+    config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
+    shown = invoke(command, config).stdout
+    assert "[bold]a:smile:[" in shown
+    assert "m/[/x]" in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("check", "Bytes read"),
+        ("coefficients", "granularity tensor"),
+        ("resolve", "merge_method: task_arithmetic"),
+    ],
+)
+def test_an_output_that_is_not_unicode_is_no_reason_to_fail(command, shown, family, tmp_path):
+    config = write_yaml(tmp_path / "metagpt.yml", merge_config(family))
+    done = CliRunner(charset="ascii").invoke(main, [command, str(config)])
+    assert done.exit_code == 0, done.output
+    assert shown in done.stdout_bytes.decode("utf-8", "replace")
+
+
+def test_help_is_printed_in_ascii_too():
+    done = CliRunner(charset="ascii").invoke(main, ["diagnose", "--help"])
+    assert done.exit_code == 0
+    assert "Linearity" in done.stdout_bytes.decode("utf-8")

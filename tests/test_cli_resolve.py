@@ -4,23 +4,14 @@ import os
 import stat
 
 import pytest
-from click.testing import CliRunner
-from conftest import merge_config, on_posix, write_yaml
-
-from mergekit_metagpt.cli import main
+from conftest import invoke, merge_config, on_posix, write_yaml
 
 
 @pytest.fixture
 def resolve(family, tmp_path):
     config = merge_config(family, parameters={"granularity": "model"})
     yml = write_yaml(tmp_path / "metagpt.yml", config)
-
-    def invoke(*words: object) -> str:
-        done = CliRunner().invoke(main, ["resolve", str(yml), *map(str, words), "--quiet"])
-        assert done.exit_code == 0, done.output
-        return done.stdout
-
-    return invoke
+    return lambda *words: invoke("resolve", yml, *words, "--quiet").stdout
 
 
 def test_a_file_is_replaced_as_a_whole(resolve, tmp_path):

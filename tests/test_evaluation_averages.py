@@ -1,5 +1,6 @@
 """What models are judged by: the figures of tasks, the paper's averages, and exact identity."""
 
+import hashlib
 import math
 import os
 
@@ -80,10 +81,10 @@ def test_every_byte_of_a_file_counts(tmp_path):
     file = tmp_path / "model.safetensors"
     content = bytearray(9 << 20)
     known = set()
-    for at in range(0, len(content), 999_983):
+    for at in range(0, len(content), 2_999_983):
         content[at] = 1
         file.write_bytes(content)
         os.utime(file, ns=(0, at))
         known.add(sha256_of(file))
-        assert sha256_of(file) == sha256_of(file)
-    assert len(known) == len(range(0, len(content), 999_983))
+        assert sha256_of(file) == hashlib.sha256(content).hexdigest()
+    assert len(known) == 4

@@ -1,23 +1,23 @@
 """``mergekit-metagpt check``: find the problems of a merge before it runs."""
 
-from typing import TYPE_CHECKING
+import logging
 
 import click
+import transformers
+from mergekit.options import MergeOptions
+from rich.filesize import decimal
+from rich.table import Table
 
-from mergekit_metagpt.cli._config import warn
-from mergekit_metagpt.cli._options import MergeCommand
-
-if TYPE_CHECKING:
-    from mergekit.options import MergeOptions
-
-    from mergekit_metagpt.planning.config import ConfigFile
-    from mergekit_metagpt.preflight import Costs, Preflight
+from mergekit_metagpt import preflight
+from mergekit_metagpt.cli._command import MergeCommand
+from mergekit_metagpt.cli._common import console, warn
+from mergekit_metagpt.planning.config import ConfigFile
 
 
 @click.command(cls=MergeCommand)
 @click.argument("config", type=click.Path(allow_dash=True))
 @click.argument("out", type=click.Path(), required=False)
-def check(config: str, out: str | None, merge_options: "MergeOptions") -> None:
+def check(config: str, out: str | None, merge_options: MergeOptions) -> None:
     """Find what is wrong with a merge, without reading a tensor.
 
     CONFIG is a MergeKit config, of any merge method; OUT is where the merge would be written.
@@ -29,10 +29,6 @@ def check(config: str, out: str | None, merge_options: "MergeOptions") -> None:
     Example:
       mergekit-metagpt check metagpt.yml merged/
     """
-    import logging
-
-    import transformers
-
     logging.basicConfig(level=logging.INFO if merge_options.verbosity else logging.ERROR)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     found = require_sound(config, out, merge_options)
@@ -41,12 +37,10 @@ def check(config: str, out: str | None, merge_options: "MergeOptions") -> None:
 
 
 def require_sound(
-    config: "ConfigFile | str", out: str | None, options: "MergeOptions"
-) -> "Preflight":
+    config: ConfigFile | str, out: str | None, options: MergeOptions
+) -> preflight.Preflight:
     """Warn, and return what was found; if there are problems, print them and exit with 1."""
-    from mergekit_metagpt.preflight import inspect
-
-    found = inspect(config, out, options)
+    found = preflight.inspect(config, out, options)
     for problem in found.problems:
         click.echo(problem, err=True)
     if found.problems:
@@ -55,24 +49,8 @@ def require_sound(
     return found
 
 
-def _duration(seconds: float) -> str:
-    """Write a duration for people.
-
-    >>> _duration(0.4), _duration(42.3), _duration(3900)
-    ('under 2 seconds', 'about 42 seconds', 'about 65 minutes')
-    """
-    if seconds < 2:
-        return "under 2 seconds"
-    return f"about {seconds:.0f} seconds" if seconds < 120 else f"about {seconds / 60:.0f} minutes"
-
-
-def _show(costs: "Costs") -> None:
+def _show(costs: preflight.Costs) -> None:
     """Print what a merge will cost as a table, and the notes."""
-    from rich.filesize import decimal
-    from rich.table import Table
-
-    from mergekit_metagpt.cli._output import console
-
     rows = [("Method", costs.method)]
     rows += [("Base", costs.base)] if costs.base else []
     rows += [("Expert" if costs.base else "Model", expert) for expert in costs.experts]
@@ -96,3 +74,14 @@ def _show(costs: "Costs") -> None:
     console().print(table)
     for note in costs.notes:
         click.echo(note)
+
+
+def _duration(seconds: float) -> str:
+    """Write a duration for people.
+
+    >>> _duration(0.4), _duration(42.3), _duration(3900)
+    ('under 2 seconds', 'about 42 seconds', 'about 65 minutes')
+    """
+    if seconds < 2:
+        return "under 2 seconds"
+    return f"about {seconds:.0f} seconds" if seconds < 120 else f"about {seconds / 60:.0f} minutes"

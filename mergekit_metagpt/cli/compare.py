@@ -1,30 +1,27 @@
 """``mergekit-metagpt compare``: what other parameters would give, from one survey."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
 
-from mergekit_metagpt.cli._config import (
-    config_argument,
-    forecast_config,
-    ray_option,
-)
-from mergekit_metagpt.cli._options import MergeCommand
+from mergekit_metagpt.cli import _common
+from mergekit_metagpt.cli._command import MergeCommand
 from mergekit_metagpt.core.granularities import GRANULARITIES
-
-if TYPE_CHECKING:
-    from mergekit.common import ModelReference
-    from mergekit.options import MergeOptions
+from mergekit_metagpt.names import short_names
+from mergekit_metagpt.report import comparison, plots
+from mergekit_metagpt.wording import one_of
 
 _NUMBERS = [name for name, granularity in GRANULARITIES.items() if not granularity.by_direction]
-# In quotes, since the class of older versions of click is not generic.
-_WEIGHT: "click.ParamType[float]" = click.FloatRange(min=0)
+_WEIGHT: Any = click.FloatRange(min=0)
 
 
 @click.command(cls=MergeCommand)
-@config_argument
+@_common.config_argument
 @click.option(
     "--granularity",
     "granularities",
@@ -48,13 +45,9 @@ _WEIGHT: "click.ParamType[float]" = click.FloatRange(min=0)
     metavar="EXPERT=W[,...]",
     help="Compare these priors with the config's; may be repeated.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw the coefficients by layer of every choice to this file, such as FILE.png.",
-)
-@ray_option
+@_common.json_option
+@_common.plot_option("the coefficients by layer of every choice")
+@_common.ray_option
 def compare(
     config: str,
     granularities: tuple[str, ...],
@@ -63,7 +56,7 @@ def compare(
     as_json: bool,
     plot: Path | None,
     ray: str | None,
-    merge_options: "MergeOptions",
+    merge_options: MergeOptions,
 ) -> None:
     """Compare the coefficients that CONFIG would get from other parameters.
 
@@ -73,32 +66,24 @@ def compare(
     Example:
       mergekit-metagpt compare metagpt.yml --weights math=2,code=1 --plot compare.png
     """
-    import json
-
-    from mergekit_metagpt.cli._output import console, save_figure
-    from mergekit_metagpt.report import comparison, plots
-
     if plot is not None:
         plots.require_plotting(plot)
-    forecasts = forecast_config(config, merge_options, ray, granularities or _NUMBERS)
+    forecasts = _common.forecast_config(config, merge_options, ray, granularities or _NUMBERS)
     priors = [_priors(given, forecasts[0].experts) for given in weights]
     compared = comparison.choices(forecasts, exponents, priors)
     if as_json:
         rows = [choice.as_json() for choice in compared]
         click.echo(json.dumps({"choices": rows, "advice": comparison.advice(compared)}))
     else:
-        console().print(comparison.comparison_tables(compared))
+        _common.console().print(comparison.comparison_tables(compared))
     if plot is not None:
-        panels = [(choice.title, choice.forecast.summary) for choice in compared]
+        panels = [(choice.title, choice.summary) for choice in compared]
         title = plots.titled(forecasts[0].method.spec.name, forecasts[0].base)
-        save_figure(plots.comparison_figure(panels, title), plot)
+        _common.save_figure(plots.comparison_figure(panels, title), plot)
 
 
-def _priors(given: str, experts: "Sequence[ModelReference]") -> "Mapping[ModelReference, float]":
+def _priors(given: str, experts: Sequence[ModelReference]) -> dict[ModelReference, float]:
     """Return w_t by expert from ``EXPERT=W,EXPERT=W``; an expert may have its short name."""
-    from mergekit_metagpt.names import short_names
-    from mergekit_metagpt.wording import one_of
-
     short = short_names(experts)
     known = {**dict(zip(short, experts, strict=True)), **{str(e): e for e in experts}}
     priors = {}

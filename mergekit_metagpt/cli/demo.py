@@ -1,21 +1,20 @@
 """``mergekit-metagpt demo``: train a small base and experts, merge and score them."""
 
-import math
 import os
 import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.table import Table
-
-from mergekit_metagpt.cli._output import console
 
 if TYPE_CHECKING:
     from mergekit_metagpt.demo.models import Scale
+
+# Imports of torch and MergeKit are inside functions: help and refusals do not wait for them.
 
 _USAGE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,9 +43,9 @@ def demo(directory: Path) -> None:
     _require_usable(directory)
     # All models are on this disk, so transformers and MergeKit need not ask the hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Imported here, so that help and refusals do not wait for torch.
     import torch
 
+    from mergekit_metagpt.cli._common import console
     from mergekit_metagpt.demo.models import Scale
 
     # With more threads, the scores would depend on their number, and such small models would
@@ -62,42 +61,37 @@ def demo(directory: Path) -> None:
 
 
 def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
-    """Train, merge and score models; print the results.
-
-    Args:
-        directory: absolute path of a directory that is empty or does not exist.
-        scale: how large the models are and how long they train.
-        console: where the tables are printed.
+    """Train, merge and score models in an empty directory, given by its absolute path.
 
     Raises:
         FileNotFoundError: if there is no ``mergekit-yaml``.
         RuntimeError: if ``mergekit-yaml`` fails.
     """
-    import tqdm
+    from tqdm import tqdm
 
-    from mergekit_metagpt.demo.merges import (
-        merge_configs,
-        merge_with_mergekit,
-        stock_command,
-        write_configs,
-    )
+    from mergekit_metagpt.demo.merges import merge_with_mergekit, stock_command, write_configs
     from mergekit_metagpt.demo.models import TASKS, scores, train_family
+    from mergekit_metagpt.measure.checkpoints import survey_checkpoints
+    from mergekit_metagpt.report.tables import survey_tables
 
     command = stock_command()
     train_family(directory, scale)
-    configs = merge_configs(directory)
-    merges = {name: directory / "merged" / name for name in configs}
-    files = write_configs(directory, configs)
-    for name in tqdm.tqdm(configs, "Merging with mergekit-yaml", unit="merge"):
+    files = write_configs(directory)
+    merges = {name: directory / "merged" / name for name in files}
+    for name in tqdm(files, "Merging with mergekit-yaml", unit="merge"):
         merge_with_mergekit(command, files[name], merges[name])
 
     rows = {"base": directory / "base"}
     rows |= {f"expert {task}": directory / task for task in TASKS} | merges
-    results = {
-        name: scores(path, scale) for name, path in tqdm.tqdm(rows.items(), "Scoring", unit="model")
-    }
-    console.print(_scores_table(results, scale))
-    console.print(_coefficients_table(directory, list(TASKS)))
+    _show_scores(
+        {name: scores(path, scale) for name, path in tqdm(rows.items(), "Scoring", unit="model")},
+        scale,
+        console,
+    )
+    experts = [str(directory / task) for task in sorted(TASKS)]
+    survey = survey_checkpoints(str(rows["base"]), experts, progress=False, products=True)
+    console.print("Scaling coefficients at granularity model", style="bold")
+    console.print(survey_tables(survey))
     shown = "metagpt-direction"
     words = [command, str(files[shown]), str(merges[shown])]
     for text in (
@@ -139,35 +133,22 @@ def _clear(directory: Path, remove: bool) -> None:
         directory.rmdir()
 
 
-def _scores_table(results: Mapping[str, Mapping[str, float]], scale: "Scale") -> Table:
-    table = Table(
-        title=f"Right answers to {scale.held_out} held-out prompts per task, in %",
-        caption="metagpt-*: merge_method metagpt, by granularity\n"
+def _show_scores(
+    results: Mapping[str, Mapping[str, float]], scale: "Scale", console: Console
+) -> None:
+    from mergekit_metagpt.demo.models import TASKS
+    from mergekit_metagpt.report.tables import table
+
+    columns = {"model": list(results)}
+    for task in TASKS:
+        columns[task] = [f"{own[task]:.1f}" for own in results.values()]
+    columns["average"] = [f"{fmean(own.values()):.1f}" for own in results.values()]
+    title = f"Right answers to {scale.held_out} held-out prompts per task, in %"
+    console.print(title, style="bold")
+    console.print(table(columns))
+    console.print(
+        "metagpt-*: merge_method metagpt, by granularity\n"
         "task-arithmetic: stock task_arithmetic, weight 0.3 each\n"
         "average: stock linear, the plain average of the experts\n"
-        "One small run: an illustration, not a benchmark",
+        "One small run: an illustration, not a benchmark\n"
     )
-    table.add_column("model")
-    for column in (*next(iter(results.values())), "average"):
-        table.add_column(column, justify="right")
-    for name, result in results.items():
-        values = [*result.values(), math.fsum(result.values()) / len(result)]
-        table.add_row(name, *(f"{value:.1f}" for value in values))
-    return table
-
-
-def _coefficients_table(directory: Path, experts: list[str]) -> Table:
-    from mergekit_metagpt.core.coefficients import scaling_coefficients
-    from mergekit_metagpt.measure.checkpoints import survey_checkpoints
-
-    survey = survey_checkpoints(
-        str(directory / "base"), [str(directory / name) for name in experts], progress=False
-    )
-    coefficients = scaling_coefficients(survey.model)
-    table = Table(title="Scaling coefficients at granularity model")
-    table.add_column("expert")
-    table.add_column("L2 norm of the task vector", justify="right")
-    table.add_column("λ", justify="right")
-    for expert, norm, coefficient in zip(survey.experts, survey.model, coefficients, strict=True):
-        table.add_row(Path(str(expert)).name, f"{math.sqrt(norm):.4f}", f"{coefficient:.4f}")
-    return table

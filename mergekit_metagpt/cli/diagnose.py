@@ -2,37 +2,37 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from transformers.utils import logging
 
-from mergekit_metagpt.cli._config import config_argument, wants_progress
-from mergekit_metagpt.cli._options import MergeCommand
-from mergekit_metagpt.cli._output import console, save_figure
-
-if TYPE_CHECKING:
-    from mergekit.options import MergeOptions
+from mergekit_metagpt.api.calls import measured
+from mergekit_metagpt.cli import _common
+from mergekit_metagpt.cli._command import MergeCommand
+from mergekit_metagpt.diagnosis import linearity
+from mergekit_metagpt.names import short_names
+from mergekit_metagpt.planning.config import read_config
+from mergekit_metagpt.planning.job import running
+from mergekit_metagpt.planning.models import require_models
+from mergekit_metagpt.report import plots, tables
 
 # From where on outputs count as linear in α, and up to where task vectors do as orthogonal.
 _LEAST_R_SQUARED, _LARGEST_COSINE = 0.95, 0.1
 
 
 @click.command(cls=MergeCommand)
-@config_argument
+@_common.config_argument
 @click.option(
     "--prompts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
     help="One prompt per line, in UTF-8, of which 32 are used; without it, built-in prompts.",
 )
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE.png",
-    help="Draw the outputs and the cosines.",
-)
+@_common.plot_option("the outputs and the cosines")
 def diagnose(
-    config: str, prompts: Path | None, plot: Path | None, merge_options: "MergeOptions"
+    config: str, prompts: Path | None, plot: Path | None, merge_options: MergeOptions
 ) -> None:
     """Test the assumptions of MetaGPT on the models of CONFIG, any MergeKit config.
 
@@ -48,22 +48,11 @@ def diagnose(
     Example:
       mergekit-metagpt diagnose metagpt.yml --prompts questions.txt --plot assumptions.png
     """
-    from mergekit.io.tasks import LoaderCache
-    from transformers.utils import logging
-
-    from mergekit_metagpt.api.calls import measured
-    from mergekit_metagpt.diagnosis import linearity
-    from mergekit_metagpt.names import short_names
-    from mergekit_metagpt.planning.config import read_config
-    from mergekit_metagpt.planning.job import running
-    from mergekit_metagpt.planning.models import require_models
-    from mergekit_metagpt.report import plots, tables
-
     if plot is not None:
         plots.require_plotting(plot)
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one for all models is enough
-    with running(read_config(config), merge_options, wants_progress(merge_options)) as job:
+    with running(read_config(config), merge_options, _common.wants_progress(merge_options)) as job:
         options, (base, experts) = job.options, job.base_and_experts
         require_models((base, *experts), options)
         for model in (*experts, base):
@@ -83,7 +72,7 @@ def diagnose(
         "linear": ["" if x is None else "yes" if x >= _LEAST_R_SQUARED else "no" for x in fits],
         "movement, logits": [f"{line.movement:.2g}" for line in lines],
     }
-    show = console().print
+    show = _common.console().print
     show("Linearity (Property 5)", tables.table(columns), sep="\n")
     for name, line in zip(names, lines, strict=True):
         if line.held:
@@ -99,7 +88,7 @@ def diagnose(
     show("Orthogonality (Property 6)", tables.cosines_table(survey), sep="\n")
     show(_verdict(survey.cosines))
     if plot is not None:
-        save_figure(plots.diagnosis_figure(names, lines, survey.cosines), plot)
+        _common.save_figure(plots.diagnosis_figure(names, lines, survey.cosines), plot)
         click.echo(f"The figure is in {plot}.")
 
 

@@ -2,26 +2,23 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
+from mergekit.options import MergeOptions
 
-from mergekit_metagpt.cli._config import (
-    config_argument,
-    ray_option,
-    wants_progress,
-    warn,
-)
-from mergekit_metagpt.cli._options import MergeCommand
-from mergekit_metagpt.cli._output import console
+from mergekit_metagpt.api.calls import merged
+from mergekit_metagpt.cli import _common
+from mergekit_metagpt.cli._command import MergeCommand
 from mergekit_metagpt.cli.check import require_sound
-
-if TYPE_CHECKING:
-    from mergekit.options import MergeOptions
+from mergekit_metagpt.method.advice import warnings
+from mergekit_metagpt.method.summary import Summary
+from mergekit_metagpt.planning.config import read_config
+from mergekit_metagpt.planning.job import running
+from mergekit_metagpt.report.tables import coefficients_table
 
 
 @click.command(cls=MergeCommand)
-@config_argument
+@_common.config_argument
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--name-of",
@@ -30,13 +27,13 @@ if TYPE_CHECKING:
     metavar="PATH=USER/NAME",
     help="The hub's name of a path in CONFIG, which the card shows instead; may be repeated.",
 )
-@ray_option
+@_common.ray_option
 def merge(
     config: str,
     out: Path,
     names_of: tuple[str, ...],
     ray: str | None,
-    merge_options: "MergeOptions",
+    merge_options: MergeOptions,
 ) -> None:
     """Merge CONFIG into the new directory OUT, as mergekit-yaml does, but safely.
 
@@ -48,22 +45,15 @@ def merge(
     Example:
       mergekit-metagpt merge metagpt.yml merged/
     """
-    from mergekit_metagpt.api.calls import merged
-    from mergekit_metagpt.method.advice import warnings
-    from mergekit_metagpt.method.summary import Summary
-    from mergekit_metagpt.planning.config import read_config
-    from mergekit_metagpt.planning.job import running
-    from mergekit_metagpt.report.tables import coefficients_table
-
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     written = read_config(config)
     sound = require_sound(written, str(out), merge_options)
-    with running(written, merge_options, wants_progress(merge_options)) as job:
+    with running(written, merge_options, _common.wants_progress(merge_options)) as job:
         merged(job, out, names=names_of, outputs=sound.outputs, ray=ray)
         summary = Summary(job.entries)
-    warn(warnings(summary))
+    _common.warn(warnings(summary))
     if not merge_options.quiet:
         if summary.entries:
-            console().print(coefficients_table(summary))
+            _common.console().print(coefficients_table(summary))
         click.echo(f"The merge is in {out}. To publish it:")
         click.echo(shlex.join(["hf", "upload", "USER/NAME", str(out)]))

@@ -1,27 +1,28 @@
 """``mergekit-metagpt survey``: how far experts moved from their base, and in which directions."""
 
-from typing import TYPE_CHECKING
+import json
 
 import click
+from mergekit.options import MergeOptions
 
-from mergekit_metagpt.cli._config import ray_option, wants_progress
-from mergekit_metagpt.cli._options import MergeCommand
-
-if TYPE_CHECKING:
-    from mergekit.options import MergeOptions
+from mergekit_metagpt.api.calls import comparing, measured
+from mergekit_metagpt.cli import _common
+from mergekit_metagpt.cli._command import MergeCommand
+from mergekit_metagpt.planning.job import running
+from mergekit_metagpt.report.tables import survey_as_json, survey_tables
 
 
 @click.command(cls=MergeCommand)
 @click.argument("base")
 @click.argument("experts", nargs=-1, required=True, metavar="EXPERT...")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
-@ray_option
+@_common.json_option
+@_common.ray_option
 def survey(
     base: str,
     experts: tuple[str, ...],
     as_json: bool,
     ray: str | None,
-    merge_options: "MergeOptions",
+    merge_options: MergeOptions,
 ) -> None:
     """Measure the task vectors of each EXPERT, a fine-tune of BASE.
 
@@ -33,17 +34,11 @@ def survey(
     Example:
       mergekit-metagpt survey path/to/base path/to/math path/to/code
     """
-    import json
-
-    from mergekit_metagpt.api.calls import comparing, measured
-    from mergekit_metagpt.cli._output import console
-    from mergekit_metagpt.planning.job import running
-    from mergekit_metagpt.report.tables import survey_as_json, survey_tables
-
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
-    with running(comparing(base, experts), merge_options, wants_progress(merge_options)) as job:
+    progress = _common.wants_progress(merge_options)
+    with running(comparing(base, experts), merge_options, progress) as job:
         figures = measured(job, ray)
     if as_json:
         click.echo(json.dumps({"base": base, **survey_as_json(figures)}))
     else:
-        console().print(survey_tables(figures))
+        _common.console().print(survey_tables(figures))

@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +26,18 @@ def merge_configs(directory: Path) -> dict[str, dict[str, Any]]:
         }
         for granularity in GRANULARITIES
     }
-    configs["task-arithmetic"] = {
-        "merge_method": "task_arithmetic",
-        **on_base,
-        "parameters": {"weight": 0.3},
-    }
+    weight: dict[str, Any] = {"parameters": {"weight": 0.3}}
+    configs["task-arithmetic"] = {"merge_method": "task_arithmetic", **on_base, **weight}
     # linear divides by the sum of the weights.
     configs["average"] = {"merge_method": "linear", "models": models, "parameters": {"weight": 1.0}}
     return configs
 
 
-def write_configs(directory: Path, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
-    """Write each config as ``NAME.yml`` into the directory; return the paths by name."""
-    files = {name: directory / f"{name}.yml" for name in configs}
-    for name, config in configs.items():
+def write_configs(directory: Path) -> dict[str, Path]:
+    """Write each of the merge configs into the directory; return the paths by name."""
+    files = {}
+    for name, config in merge_configs(directory).items():
+        files[name] = directory / f"{name}.yml"
         files[name].write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return files
 
@@ -52,8 +49,7 @@ def stock_command() -> str:
         FileNotFoundError: if there is none.
     """
     scripts = sysconfig.get_path("scripts")
-    found = shutil.which("mergekit-yaml", path=scripts)
-    if found is None:
+    if not (found := shutil.which("mergekit-yaml", path=scripts)):
         raise FileNotFoundError(
             f"There is no mergekit-yaml in {scripts}; install MergeKit for this interpreter."
         )
@@ -66,12 +62,8 @@ def merge_with_mergekit(command: str, config: Path, out: Path) -> None:
     Raises:
         RuntimeError: if it fails. The message has the last lines of its stderr.
     """
-    done = subprocess.run(
-        [command, str(config), str(out)],
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-    )
+    words = [command, str(config), str(out)]
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         said = "\n".join(done.stderr.splitlines()[-_SHOWN_LINES:])
         raise RuntimeError(

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import tokenizers
 import torch
 import tqdm
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 _DIGITS = 6
@@ -36,23 +36,16 @@ TASKS: dict[str, Callable[[str], str]] = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the models of a demo are and how long they train.
+    """How large the models of a demo are and how long they train; steps are of ``batch`` examples.
 
-    Attributes:
-        hidden_size: width of the models; a multiple of 8.
-        layers: number of decoder layers.
-        batch: examples per training step.
-        base_steps: training steps of the base, on all tasks.
-        expert_steps: training steps of each expert, on its own task.
-        held_out: prompts per task that are used for scoring only, not for training.
-        seed: the seed of the weights and of the examples.
+    The prompts that are held out, per task, are used for scoring only.
     """
 
-    hidden_size: int = 128
+    hidden_size: int = 128  # a multiple of 8
     layers: int = 2
     batch: int = 64
-    base_steps: int = 100
-    expert_steps: int = 100
+    base_steps: int = 100  # on all tasks
+    expert_steps: int = 100  # on its own task
     held_out: int = 500
     seed: int = 0
 
@@ -90,14 +83,27 @@ def train_family(directory: Path, scale: Scale) -> None:
     mixture = zip(*(drawn.base for drawn in examples.values()), strict=True)
 
     torch.manual_seed(scale.seed)
-    base = transformers.LlamaForCausalLM(_llama_config(tokenizer, scale))
-    _train(base, encode(tokenizer, chain(*mixture)), scale.batch, _BASE_RATE, "base")
-    _save(base, tokenizer, directory / "base")
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=scale.hidden_size,
+        intermediate_size=2 * scale.hidden_size,
+        num_hidden_layers=scale.layers,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    models = {"base": transformers.LlamaForCausalLM(config)}
+    lines = encode(tokenizer, chain(*mixture))
+    _train(models["base"], lines, scale.batch, _BASE_RATE, "base")
     for task, drawn in examples.items():
-        expert = copy.deepcopy(base)
+        models[task] = copy.deepcopy(models["base"])
         lines = encode(tokenizer, drawn.expert)
-        _train(expert, lines, scale.batch, _EXPERT_RATE, f"expert {task}")
-        _save(expert, tokenizer, directory / task)
+        _train(models[task], lines, scale.batch, _EXPERT_RATE, f"expert {task}")
+    for name, model in models.items():
+        model.save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / name)
 
 
 def scores(model_directory: Path, scale: Scale) -> dict[str, float]:
@@ -120,9 +126,9 @@ def make_tokenizer(tasks: Iterable[str] = TASKS) -> transformers.PreTrainedToken
     """Return a tokenizer for task names and digits. It begins every text with ``<s>``."""
     words = ["<pad>", "<s>", "</s>", "<unk>", *tasks, "=", *"0123456789"]
     vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
     )
     return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
@@ -146,28 +152,8 @@ def _line(task: str, number: str) -> str:
     return f"{task} {' '.join(number)} = {' '.join(TASKS[task](number))} </s>"
 
 
-def _llama_config(
-    tokenizer: transformers.PreTrainedTokenizerBase, scale: Scale
-) -> transformers.LlamaConfig:
-    return transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=scale.hidden_size,
-        intermediate_size=2 * scale.hidden_size,
-        num_hidden_layers=scale.layers,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
 def _train(
-    model: transformers.PreTrainedModel,
-    ids: Tensor,
-    batch: int,
-    rate: float,
-    label: str,
+    model: transformers.PreTrainedModel, ids: Tensor, batch: int, rate: float, label: str
 ) -> None:
     """Train once on each row of ids, of shape [examples, tokens]; only answers count as loss."""
     labels = ids.clone()
@@ -181,12 +167,3 @@ def _train(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-
-
-def _save(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    directory: Path,
-) -> None:
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)

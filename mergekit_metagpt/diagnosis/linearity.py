@@ -45,15 +45,10 @@ _MOST_PROMPTS, _MOST_TOKENS = 32, 256
 
 @dataclass(frozen=True)
 class Linearity:
-    """The outputs z(α) = f(θ_0 + α (θ_t − θ_0)) of one expert.
+    """The outputs z(α) = f(θ_0 + α (θ_t − θ_0)) of one expert."""
 
-    Attributes:
-        outputs: z, logits in float64, of shape [11 values of α, P prompts, tokens].
-        held: parameters that could not be compared and keep the base's values.
-    """
-
-    outputs: Tensor
-    held: Sequence[str] = ()
+    outputs: Tensor  # logits in float64, of shape [11 values of α, P prompts, tokens]
+    held: Sequence[str] = ()  # parameters that could not be compared and keep the base's values
 
     @property
     def movement(self) -> float:
@@ -67,7 +62,7 @@ class Linearity:
 
     @property
     def r_squared(self) -> float:
-        """R² of straight lines: 1 − Σ (z − line)² / Σ (z − mean of z over α)², NaN at rest.
+        """R² of straight lines, NaN at rest: 1 − Σ (z − line)² / Σ (z − mean of z over α)².
 
         Each sum is over all outputs and α, since the R² of an output that hardly moves is noise.
         """
@@ -88,8 +83,8 @@ def measure_linearity(
 ) -> list[Linearity]:
     """Follow the next token's logits on the line from a base to each expert of its survey.
 
-    The model runs in float32, or in float64 if it is stored so: half precision would round away
-    small steps along a task vector.
+    The model runs in float32, or in float64 if it is stored so: 16 bits would round away small
+    steps along a task vector.
 
     Raises:
         ValueError: if a model has a parameter that another lacks, or if outputs overflow.
@@ -180,10 +175,10 @@ def load(model: ModelReference, dtype: torch.dtype, options: MergeOptions) -> An
     merged = model.merged(options.lora_merge_cache, trust, options.lora_merge_dtype)
     (architecture, *_) = language_model_config(model, trust).architectures or [""]
     cached = {"revision": merged.model.revision, "cache_dir": options.transformers_cache}
-    loaded: Any = get_auto_cls(architecture).from_pretrained(
+    auto: Any = get_auto_cls(architecture)
+    return auto.from_pretrained(
         merged.model.path, trust_remote_code=trust, dtype=dtype, **cached
-    )
-    return loaded.eval()
+    ).eval()
 
 
 def token_ids(
@@ -193,21 +188,21 @@ def token_ids(
 
     They are the first lines of a file, or else built in; random ids if there is no tokenizer.
     """
-    tokenizer = load_tokenizer(base, options.transformers_cache, options.trust_remote_code)
     prompts = _lines(file)[:_MOST_PROMPTS] if file else BUILT_IN_PROMPTS
-    source = f"prompts from {file}" if file else "built-in prompts"
-    if tokenizer is None:
-        if file:
-            raise ValueError(
-                f"No tokenizer could be loaded for {base}, but {file} needs one; add the "
-                "tokenizer files, or leave out --prompts to use random token ids."
-            )
-        generator = torch.Generator().manual_seed(options.random_seed or 0)
-        rows = list(torch.randint(vocabulary, (32, 16), generator=generator))
-        source = f"prompts of random token ids, since no tokenizer could be loaded for {base}"
-    else:
+    tokenizer = load_tokenizer(base, options.transformers_cache, options.trust_remote_code)
+    if tokenizer is not None:
+        source = f"prompts from {file}" if file else "built-in prompts"
         ids = (tokenizer(prompt)["input_ids"][:_MOST_TOKENS] for prompt in prompts)
         rows = [torch.tensor(row).long() for row in ids if row]
+    elif file:
+        raise ValueError(
+            f"No tokenizer could be loaded for {base}, but {file} needs one; add the tokenizer "
+            "files, or leave out --prompts to use random token ids."
+        )
+    else:
+        source = f"prompts of random token ids, since no tokenizer could be loaded for {base}"
+        generator = torch.Generator().manual_seed(options.random_seed or 0)
+        rows = list(torch.randint(vocabulary, (32, 16), generator=generator))
     if not rows or max(row.max().item() for row in rows) >= vocabulary:
         raise ValueError(
             f"The tokenizer of {base} does not fit the model, which knows {vocabulary} tokens; "

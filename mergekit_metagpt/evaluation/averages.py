@@ -14,12 +14,9 @@ def absolute_average(scores: Sequence[float]) -> float:
 
 
 def normalized_average(scores: Sequence[float], references: Sequence[float]) -> float:
-    """Return the mean of score / reference, the paper's "Nor. Avg".
+    """Return the mean of score / reference, the paper's "Nor. Avg"; nan if a reference is 0.
 
-    Args:
-        scores: a model's scores, one per task.
-        references: the score of each task's expert on that task, in the same order and unit. If
-            one is 0, the average is nan.
+    References are the scores of each task's expert.
     """
     pairs = list(zip(scores, references, strict=True))
     return fmean(score / reference if reference else math.nan for score, reference in pairs)
@@ -28,30 +25,21 @@ def normalized_average(scores: Sequence[float], references: Sequence[float]) -> 
 def average_loss_difference(losses: Sequence[float], references: Sequence[float]) -> float:
     """Return the mean of loss − reference, the paper's ALD (equation 4), in nats.
 
-    MetaGPT minimises a bound on it. References are the losses of each task's expert.
+    References are the losses of each task's expert.
     """
     return fmean(loss - reference for loss, reference in zip(losses, references, strict=True))
 
 
 @dataclass(frozen=True)
 class Column:
-    """A task, with the scores of all models.
-
-    Attributes:
-        task: its name.
-        metric: the figure that it is judged by, as ``metric,filter``.
-        higher_is_better: whether a higher figure is better.
-        scores: that figure by model, in lm-eval's unit.
-        losses: the logarithm of the perplexity by model, in nats; None if the task has none.
-        expert: the expert of the task: the one with the best figure, or the first of several.
-    """
+    """A task, with the scores of all models."""
 
     task: str
-    metric: str
+    metric: str  # that it is judged by, as ``metric,filter``
     higher_is_better: bool
-    scores: Mapping[str, float]
-    losses: Mapping[str, float | None]
-    expert: str
+    scores: Mapping[str, float]  # by model, in lm-eval's unit
+    losses: Mapping[str, float | None]  # by model, in nats; None if the task has no perplexity
+    expert: str  # the best one, or the first of several
 
     @classmethod
     def of(cls, task: str, results: Mapping[str, Results], experts: Sequence[str]) -> "Column":
@@ -67,8 +55,8 @@ class Column:
 def averages(columns: Sequence[Column], model: str) -> dict[str, float | None]:
     """Return a model's averages over the tasks that have them; None if there are none.
 
-    Abs. Avg and Nor. Avg are over the tasks in which a higher figure is better, ALD over those
-    with a loss.
+    Abs. Avg and Nor. Avg are over tasks in which a higher figure is better, ALD over those with a
+    loss.
     """
     higher = [column for column in columns if column.higher_is_better]
     scores = [column.scores[model] for column in higher]

@@ -19,19 +19,13 @@ from mergekit_metagpt.wording import BadInputError, reason
 
 @dataclass(frozen=True)
 class Bench:
-    """Tasks, the settings of a run, and where its results are.
+    """Tasks, the settings of a run as ``harness.evaluate`` takes them, and where its results are.
 
-    Attributes:
-        folder: where the results are, laid out as by ``lm_eval --output_path``.
-        tasks: names of tasks or groups of lm-eval.
-        task_folder: a folder of YAML tasks, which replace lm-eval's own of the same names.
-        deciding: arguments of ``harness.evaluate`` that the scores depend on: shots and limit.
-        hardware: those that they do not: batch_size and device.
-        model_args: arguments of lm-eval's class ``HFLM``, for every model.
-        progress: show lm-eval's progress bars and warnings.
+    The scores depend on the ``deciding`` settings, shots and limit, and not on those of the
+    ``hardware``, batch_size and device.
     """
 
-    folder: Path
+    folder: Path  # laid out as by ``lm_eval --output_path``
     tasks: Sequence[str]
     task_folder: Path | None
     deciding: dict[str, Any]
@@ -60,9 +54,8 @@ class Bench:
     def score(self, model: ModelReference) -> None:
         """Score a model on the tasks that are missing, and write the results."""
         missing, path = self.missing(model), model.model
-        own: dict[str, Any] = {"revision": path.revision} if path.revision else {}
-        own |= {"peft": model.lora.path} if model.lora else {}
-        own |= self.model_args
+        named = {"revision": path.revision, "peft": model.lora and model.lora.path}
+        own: dict[str, Any] = {key: it for key, it in named.items() if it} | self.model_args
         given = {**self.deciding, **self.hardware}
         tracker = EvaluationTracker(output_path=str(self.folder))
         model_args = {"pretrained": path.path, **own}

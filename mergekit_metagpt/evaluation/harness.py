@@ -39,11 +39,11 @@ def evaluate(
 
     Args:
         checkpoint: a directory with model and tokenizer, or a name on the hub.
-        tasks: names of tasks or groups of lm-eval.
-        task_folder: a folder of YAML tasks; see :func:`load_tasks`.
+        tasks: names of tasks or groups of lm-eval; see :func:`load_tasks`.
+        task_folder: a folder of YAML tasks of one's own.
         shots: the number of solved examples before each question; None takes the task's own.
         shot_answer: a Jinja template for the answers of solved examples, if the task's own fails.
-        limit: use only this number of first questions per task; None uses all.
+        limit: the number of first questions per task; None uses all.
         device: a torch device.
         batch_size: sequences per forward pass; "auto" finds the largest that fits.
         unsafe_code: allow tasks that execute code written by the model (HumanEval, MBPP).

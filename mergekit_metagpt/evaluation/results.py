@@ -17,19 +17,12 @@ _PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
 
 
 class Results(BaseModel):
-    """The scores of one model, as far as they are read here.
+    """The scores of one model, as far as they are read here."""
 
-    Attributes:
-        results: the figures of each task and group, among other things.
-        group_subtasks: the members of each group.
-        higher_is_better: of each metric, by task; None where members of a group disagree.
-        config: the model, and the settings of the run.
-    """
-
-    results: dict[str, dict[str, Any]]
-    group_subtasks: dict[str, list[str]] = {}
+    results: dict[str, dict[str, Any]]  # figures, among other things, by task or group
+    # By task and metric; None where members of a group disagree.
     higher_is_better: dict[str, dict[str, bool | None]] = {}
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = {}  # the model, and the settings of the run
 
     @classmethod
     def read(cls, file: Path) -> "Results":

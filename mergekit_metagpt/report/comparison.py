@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from statistics import fmean
 from typing import Any
 
@@ -29,7 +30,7 @@ class Choice:
 
     @property
     def summary(self) -> Summary:
-        """The coefficients of the merge, summarized."""
+        """The coefficients of the merge."""
         return self.forecast.summary
 
     @property
@@ -82,18 +83,17 @@ def choices(
     exponents: Sequence[float],
     priors: Sequence[Mapping[ModelReference, float]],
 ) -> list[Choice]:
-    """Return every combination of granularity, exponent and priors, the config's own included.
+    """Return each forecast with every combination of exponent and priors, also the config's own.
 
-    There is one forecast for each granularity. At direction, a forecast keeps the config's
-    exponent and priors.
+    At granularity direction, a forecast keeps the config's exponent and priors.
     """
     combinations = []
     for forecast in forecasts:
         if forecast.summary.by_direction:
             combinations.append(Choice(forecast))
-            continue
-        for weights in (None, *priors):
-            combinations += [Choice(forecast.changed(k, weights), weights) for k in exponents]
+        else:
+            pairs = product((None, *priors), exponents)
+            combinations += [Choice(forecast.changed(k, own), own) for own, k in pairs]
     return combinations
 
 

@@ -66,10 +66,9 @@ def diagnosis_figure(
 def coefficients_figure(
     method: str, base: object, summary: Summary, cosines: Sequence[Sequence[float]]
 ) -> "Figure":
-    """Draw each expert's coefficient, the coefficients by layer if they vary, and the cosines.
+    """Draw coefficients, or what is kept of each expert, by layer if they vary; and the cosines.
 
-    At granularity direction, how much the merge keeps of each task vector takes their place. The
-    T x T cosines are in the order of ``summary.ids``.
+    The T x T cosines are in the order of ``summary.ids``.
     """
     names = short_names(summary.ids, _LONGEST_NAME)
     layers = summary.kept_by_layer or (summary.layers if summary.varies else [])
@@ -87,7 +86,7 @@ def coefficients_figure(
 def comparison_figure(choices: Sequence[tuple[str, Summary]], title: str = "") -> "Figure":
     """Draw the coefficients by layer of several choices, or what they keep, on one scale.
 
-    Each choice is the title of its panel and a summary; all have the same experts.
+    Each choice is a title and a summary; all have the same experts.
     """
     names = short_names(choices[0][1].ids, _LONGEST_NAME)
     columns, rows = _grid(len(choices))
@@ -140,11 +139,11 @@ def _draw_layers(ax: "Axes", layers: Layers, stacked: bool) -> None:
     """Draw the figures of each layer: as a stack, the first expert's on top, or as lines."""
     upper, places = list(map(sum, layers)), range(len(layers))
     marker = "." if len(layers) <= _MOST_MARKERS else ""
-    edges: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.3}  # for printing in grey
     for colour, own in zip(_colours(len(layers[0])), zip(*layers, strict=True), strict=True):
         if stacked:
             upper = [a - b for a, b in zip(upper, own, strict=True)]
-            ax.bar(places, own, 1.0, upper, color=colour, **edges)
+            # The edges are for printing in grey.
+            ax.bar(places, own, 1.0, upper, color=colour, edgecolor="white", linewidth=0.3)
         else:
             ax.plot(places, own, color=colour, marker=marker)
     if stacked:
@@ -172,18 +171,17 @@ def _draw_cosines(ax: "Axes", names: Sequence[str], values: Sequence[Sequence[fl
     """Draw a T x T matrix of values from −1 to 1."""
     ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
     # Only rows show the names. Columns show numbers, because long names would overlap.
-    numbers = list(map(str, range(1, len(names) + 1)))
-    labels = [f"{name}  {number}" for number, name in zip(numbers, names, strict=True)]
-    ax.set_xticks(range(len(names)), numbers, fontsize=8)
+    labels = [f"{name}  {number}" for number, name in enumerate(names, 1)]
+    ax.set_xticks(range(len(names)), [str(number + 1) for number in range(len(names))], fontsize=8)
     ax.set_yticks(range(len(names)), labels, fontsize=8)
     ax.set_title(COSINES, fontsize=10)
     if len(names) > _MOST_NUMBERS:
         return
-    centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             colour = "white" if abs(value) > 0.6 else "black"
-            ax.text(j, i, two_digits(value), color=colour, **centred)
+            text = ax.text(j, i, two_digits(value), color=colour, fontsize=8)
+            text.set(ha="center", va="center")
 
 
 def _colours(count: int) -> Sequence[str | tuple[float, ...]]:

@@ -18,12 +18,7 @@ Weight = float | list[ConditionalParameter]
 
 
 def stock_config(forecast: Forecast) -> str:
-    """Return a config that MergeKit merges to the same result without this package.
-
-    In float32 the sparsified methods give the same bytes, except for the random ones, for rescaling
-    and for the choice among equal magnitudes. The plain method agrees to two rounding steps,
-    because MergeKit adds up differences.
-    """
+    """Return a config that MergeKit merges to the same result without this package."""
     config = forecast.config.model_copy(deep=True)
     config.merge_method = forecast.method.stock.spec.name
     specs = {parameter.name: parameter for parameter in forecast.method.stock.spec.parameters}
@@ -63,8 +58,8 @@ def _set_weights(part: Part, forecast: Forecast) -> None:
             for merge in merges
             if expert in merge.inputs
         }
-        own = {"weight": _setting(weights, buffers)}
-        entries[expert].parameters = {**own, **(entries[expert].parameters or {})}
+        setting = _setting(weights, buffers)
+        entries[expert].parameters = {"weight": setting, **(entries[expert].parameters or {})}
     if forecast.base in entries:
         entries[forecast.base].parameters = None
     order = [*forecast.experts, forecast.base]  # stock methods add in the order of the list
@@ -93,8 +88,7 @@ def _setting(weights: dict[str, float], buffers: list[str]) -> Weight:
         if all(settings[matched[name]] == weight for name, weight in weights.items()):
             break
     # MergeKit requires a weight even for tensors that it only copies.
-    copied = [name for name in buffers if not any(f in name for f in settings)]
-    settings |= dict.fromkeys(copied, 0.0)
+    settings |= {name: 0.0 for name in buffers if not any(f in name for f in settings)}
     return [ConditionalParameter(filter=name, value=weight) for name, weight in settings.items()]
 
 

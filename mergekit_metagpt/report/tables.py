@@ -6,6 +6,7 @@ renders these mappings, so terminals, notebooks and diagrams of one merge agree.
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from rich import box
@@ -55,9 +56,8 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
 def bounds(forecast: Forecast) -> dict[str, float]:
     """Return the bound of Theorem 8 for this merge and for usual choices of λ.
 
-    All bounds are relative to the least one that a single set of λ for the whole model can
-    reach, that of Theorem 10. There is none for this merge if it does not add up the surveyed
-    task vectors.
+    They are relative to that of Theorem 10, the least for a single set of λ. There is none for
+    this merge if it does not add up the surveyed task vectors.
     """
     count = len(forecast.experts)
     numbers = {"uniform": 1 / count, "0.3": 0.3, "1.0": 1.0}
@@ -84,13 +84,12 @@ def forecast_warnings(forecast: Forecast) -> list[str]:
 
 def whole_models(survey: Survey) -> Summary:
     """Return the coefficients that Theorem 10 gives the models of a survey."""
-    priors = (1.0,) * len(survey.experts)
-    size = survey.parameters
-    return Summary([Entry("model", "model", survey.experts, survey.model, priors, 2.0, size)])
+    experts, priors = survey.experts, (1.0,) * len(survey.experts)
+    return Summary([Entry("model", "model", experts, survey.model, priors, 2.0, survey.parameters)])
 
 
 def survey_as_json(survey: Survey) -> dict[str, Any]:
-    """Return what a survey with inner products says of whole models, as JSON types."""
+    """Return what ``survey_tables`` shows as JSON types."""
     return {
         "experts": list(map(str, survey.experts)),
         "parameters": survey.parameters,
@@ -128,10 +127,10 @@ def expert_columns(summary: Summary) -> Columns:
 
 def matrix_columns(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Columns:
     """Return a square matrix, such as cosines; rows have names, and columns their numbers."""
-    numbers = range(1, len(names) + 1)
-    labels = [f"{number}  {name}" for number, name in zip(numbers, names, strict=True)]
-    cells = ([two_digits(row[t]) for row in rows] for t in range(len(names)))
-    return {"": labels, **dict(zip(map(str, numbers), cells, strict=True))}
+    columns = {"": [f"{number}  {name}" for number, name in enumerate(names, 1)]}
+    for number, column in enumerate(zip(*rows, strict=True), 1):
+        columns[str(number)] = list(map(two_digits, column))
+    return columns
 
 
 def two_digits(number: float) -> str:
@@ -146,11 +145,9 @@ def bar(shares: Sequence[float]) -> str:
     '▁▅█'
     """
     step = -(-len(shares) // _LONGEST_BAR) or 1
-    parts = (shares[start : start + step] for start in range(0, len(shares), step))
-    last = len(_BLOCKS) - 1
-    return "".join(
-        _BLOCKS[max(0, min(int(sum(part) / len(part) * len(_BLOCKS)), last))] for part in parts
-    )
+    means = [fmean(shares[start : start + step]) for start in range(0, len(shares), step)]
+    heights = [int(mean * len(_BLOCKS)) for mean in means]
+    return "".join(_BLOCKS[max(0, min(height, len(_BLOCKS) - 1))] for height in heights)
 
 
 def table(columns: Columns) -> Table:
@@ -172,27 +169,25 @@ def forecast_tables(forecast: Forecast) -> RenderableType:
     """Return everything that ``mergekit-metagpt coefficients`` shows."""
     summary, survey, limits = forecast.summary, forecast.survey, bounds(forecast)
     names = short_names(forecast.experts, _LONGEST_NAME)
-    pairs = zip(names, survey.moved or (), strict=False)
-    moved = ", ".join(f"{name} {part:.2%}" for name, part in pairs)
+    moved = [f"{n} {part:.2%}" for n, part in zip(names, survey.moved or (), strict=False)]
+    bound_columns = {
+        "coefficients": [_BOUNDS[key] for key in limits],
+        "bound": [f"{value:.3f}" for value in limits.values()],
+    }
     return Group(
         Text(
             f"{forecast.method.spec.name}, granularity {summary.granularity}, exponent "
             f"{summary.exponent}; base {forecast.base}\n"
         ),
         coefficients_table(summary),
-        *([Text(f"Moved, of the base's length: {moved}\n")] if moved else []),
+        *([Text(f"Moved, of the base's length: {', '.join(moved)}\n")] if moved else []),
         cosines_table(survey),
         Text(
             "The paper's bound on the average loss difference, relative to MetaGPT's for the "
             "whole model",
             "bold",
         ),
-        table(
-            {
-                "coefficients": [_BOUNDS[key] for key in limits],
-                "bound": [f"{value:.3f}" for value in limits.values()],
-            }
-        ),
+        table(bound_columns),
     )
 
 

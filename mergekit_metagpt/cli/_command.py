@@ -1,68 +1,49 @@
-"""MergeKit's own options, for every command that touches models."""
+"""Commands that take MergeKit's own options and end in one sentence when something is wrong."""
 
 import logging
 import textwrap
 import traceback
-from collections.abc import Callable
-from functools import cache
 from itertools import chain
 from typing import Any
 
 import click
+import torch
+from mergekit.common import parse_kmb
 
-from mergekit_metagpt.mergekit_private import DTYPE_LOGGER, MERGE_LOGGER, is_about_dtype
+from mergekit_metagpt.mergekit_private import (
+    DTYPE_LOGGER,
+    MERGE_LOGGER,
+    is_about_dtype,
+    merge_options,
+)
 from mergekit_metagpt.wording import BadInputError
 
 _PACKAGE = __name__.partition(".")[0]
 _ISSUES = "https://github.com/mergekit-metagpt/mergekit-metagpt/issues"
-_KEPT = "measured models are found again by themselves, so leave it out"
-_REMOVED = {
-    "--survey": _KEPT,
-    "--save-survey": _KEPT,
-    "--keep": "leave it out; merge downloads the models",
-    "--model-index": "add scores with hf's own tools, and leave it out",
-    "--resume": "the same command goes on by itself, so leave it out",
-}
 _LONGEST = 500  # characters of a message that other libraries wrote
 
 
 class MergeCommand(click.Command):
     """A command that also takes every option of MergeKit, as ``mergekit-yaml`` does.
 
-    Its function gets them as ``merge_options``, of MergeKit's own class. Loading these options
-    imports torch, which is slow. So they are loaded when the command is used, not when it is
-    listed.
-
-    If the command raises an exception, the user sees one sentence, or with ``--verbose`` the
-    traceback. An exception that nobody has foreseen is shown with what was being done.
+    Its function gets them as ``merge_options``, of MergeKit's own class. If it raises an
+    exception, the user sees one sentence, or with ``--verbose`` the traceback. An exception that
+    nobody has foreseen is shown with what was being done.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.params.append(
-            click.Option(["--verbose"], is_flag=True, help="Show the traceback of a failure.")
-        )
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return the command's own parameters, then those of MergeKit that it has not itself."""
-        own = super().get_params(ctx)
-        names = {parameter.name for parameter in own}
-        return [*own, *(option for option in _merge_options()[1] if option.name not in names)]
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments; say what to do about an option of an earlier version."""
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            if way := _REMOVED.get(error.option_name):
-                raise click.UsageError(f"{error.option_name} is gone; {way}.", ctx) from None
-            raise
+        self._collect, self._merge_options = merge_options(dict)
+        for option in self._merge_options:
+            if option.name == "out_shard_size":
+                option.type = click.types.convert_type(size)
+        verbose = click.Option(["--verbose"], is_flag=True, help="Show the traceback of a failure.")
+        self.params += [verbose, *self._merge_options]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Show the command's own options, and MergeKit's below them."""
-        parameters, own = self.get_params(ctx), len(super().get_params(ctx))
-        sections = {"Options": parameters[:own], "MergeKit's options": parameters[own:]}
-        for title, shown in sections.items():
+        own = [option for option in self.get_params(ctx) if option not in self._merge_options]
+        for title, shown in (("Options", own), ("MergeKit's options", self._merge_options)):
             records = [parameter.get_help_record(ctx) for parameter in shown]
             with formatter.section(title):
                 formatter.write_dl([record for record in records if record])
@@ -74,8 +55,7 @@ class MergeCommand(click.Command):
         if not verbose:
             logging.getLogger(MERGE_LOGGER).addFilter(_without_traceback)
         try:
-            collect, _ = _merge_options()
-            ctx.params = collect(**ctx.params)
+            ctx.params = self._collect(**ctx.params)
             _require_device(ctx.params["merge_options"].device)
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -121,40 +101,17 @@ def _without_dtype(record: logging.LogRecord) -> bool:
 
 
 def _require_device(name: str) -> None:
-    import torch
-
     kind = torch.device(name).type
     module = getattr(torch, kind, None)
     if kind != "cpu" and not (module is not None and module.is_available()):
         raise click.ClickException(f"There is no {kind} device here; use --device cpu.")
 
 
-@cache
-def _merge_options() -> tuple[Callable[..., dict[str, Any]], list[click.Option]]:
-    """Return a function that builds ``merge_options`` from parameters, and MergeKit's options."""
-    from mergekit_metagpt.mergekit_private import merge_options
-
-    def collect(**parameters: Any) -> dict[str, Any]:
-        return parameters
-
-    function, options = merge_options(collect)
-    for option in options:
-        if option.name == "out_shard_size":
-            option.type = _Size(option.type)
-    return function, options
-
-
-class _Size(click.ParamType):  # type: ignore[type-arg]
-    """MergeKit's type of a size, with a clear message: MergeKit's own raises Python's errors."""
-
-    name = "size"
-
-    def __init__(self, reader: Any) -> None:
-        self._reader = reader
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return a size in bytes."""
-        try:
-            return self._reader.convert(value, param, ctx)
-        except (ValueError, IndexError):
-            self.fail(f"{value!r} is not a size; write one such as 5B, 500M or 100K.", param, ctx)
+def size(text: str | int) -> int:
+    """Read a size as MergeKit does; its own type raises Python's errors."""
+    try:
+        return int(parse_kmb(text))
+    except (ValueError, IndexError):
+        raise click.BadParameter(
+            f"{text!r} is not a size; write one such as 5B, 500M or 100K."
+        ) from None
