@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,86 +37,71 @@ class Private:
     """A name that is not public API of its library.
 
     Attributes:
-        module: the module that defines it.
-        path: its name in the module; for an attribute of a class, with a dot.
-        parameters: the names of its parameters, if it is a function.
+        place: the module that defines it, a colon, and its name there, which may have dots.
+        parameters: the names of its parameters, with spaces between them, if it is a function.
     """
 
-    module: str
-    path: str
-    parameters: tuple[str, ...] = ()
+    place: str
+    parameters: str = ""
 
     def find(self) -> Any:
-        """Return the object with this name.
-
-        Raises:
-            ImportError: if there is none. The message says what to install.
-        """
-        found: Any = import_module(self.module)
+        """Return the object with this name, or raise an ImportError that says what to install."""
         try:
-            for name in self.path.split("."):
-                found = getattr(found, name)
+            return resolve_name(self.place)
         except AttributeError:
+            module, _, path = self.place.partition(":")
             raise ImportError(
-                f"{self.module} has no {self.path}, which mergekit-metagpt needs; run: "
-                f"pip install '{REQUIRED}'"
+                f"{module} has no {path}, which mergekit-metagpt needs; run: pip install "
+                f"'{REQUIRED}'"
             ) from None
-        return found
 
     def check(self) -> None:
         """Raise an ImportError if the name is gone or its parameters have changed."""
         found = self.find()
         takes = tuple(inspect.signature(found).parameters) if self.parameters else ()
-        if takes != self.parameters:
+        passes = tuple(self.parameters.split())
+        if takes != passes:
             raise ImportError(
-                f"{self.module}.{self.path} takes {takes}, but mergekit-metagpt passes "
-                f"{self.parameters}; run: pip install '{REQUIRED}'"
+                f"{self.place.replace(':', '.')} takes {takes}, but mergekit-metagpt passes "
+                f"{passes}; run: pip install '{REQUIRED}'"
             )
 
+
+_MERGE = "mergekit.merge"
+_EXECUTE = "mergekit.merge_methods.base:GroupMergeMethod._execute"
+_CONVERSION = "mergekit.architecture.conversion:convert_checkpoint_tensors"
 
 PRIVATE = {
     # The steps of run_merge besides the merge itself.
     "model_out_config": Private(
-        "mergekit.merge", "_model_out_config", ("config", "arch_info", "trust_remote_code")
+        f"{_MERGE}:_model_out_config", "config arch_info trust_remote_code"
     ),
     "update_config_vocab": Private(
-        "mergekit.merge",
-        "_update_config_vocab",
-        ("config", "arch_info", "tokenizer", "pad_to_multiple_of"),
+        f"{_MERGE}:_update_config_vocab", "config arch_info tokenizer pad_to_multiple_of"
     ),
     "set_chat_template": Private(
-        "mergekit.merge", "_set_chat_template", ("tokenizer", "merge_config", "trust_remote_code")
+        f"{_MERGE}:_set_chat_template", "tokenizer merge_config trust_remote_code"
     ),
-    "copy_tokenizer": Private(
-        "mergekit.merge", "_copy_tokenizer", ("merge_config", "out_path", "options")
-    ),
+    "copy_tokenizer": Private(f"{_MERGE}:_copy_tokenizer", "merge_config out_path options"),
     "copy_tagalong_files": Private(
-        "mergekit.merge", "_copy_tagalong_files", ("merge_config", "out_path", "files", "options")
+        f"{_MERGE}:_copy_tagalong_files", "merge_config out_path files options"
     ),
     # A merge method overrides this to see all tensors of a call.
-    "execute": Private(
-        "mergekit.merge_methods.base",
-        "GroupMergeMethod._execute",
-        ("self", "groups", "parameters", "options", "input_dtypes", "out_dtype"),
-    ),
+    "execute": Private(_EXECUTE, "self groups parameters options input_dtypes out_dtype"),
     # Names the directory in the LoRA cache that holds a model with its adapter applied.
-    "unique_id": Private("mergekit.common", "ModelPath._unique_id", ("self",)),
+    "unique_id": Private("mergekit.common:ModelPath._unique_id", "self"),
     # The loaders of all threads, by model.
-    "open_loaders": Private("mergekit.io.tasks", "LoaderCache.loaders"),
+    "open_loaders": Private("mergekit.io.tasks:LoaderCache.loaders"),
     # The loaders of mergekit-pytorch.
-    "SimpleLoaderCache": Private("mergekit.scripts.merge_raw_pytorch", "SimpleLoaderCache"),
-    "convert_checkpoint_tensors": Private(
-        "mergekit.architecture.conversion",
-        "convert_checkpoint_tensors",
-        ("model_type", "source_tensors", "target_key"),
-    ),
+    "SimpleLoaderCache": Private("mergekit.scripts.merge_raw_pytorch:SimpleLoaderCache"),
+    "convert_checkpoint_tensors": Private(_CONVERSION, "model_type source_tensors target_key"),
     "compile_template": Private(
-        "transformers.utils.chat_template_utils", "_compile_jinja_template", ("chat_template",)
+        "transformers.utils.chat_template_utils:_compile_jinja_template", "chat_template"
     ),
-    "chat_templates": Private("mergekit._data", "chat_templates"),
+    "chat_templates": Private("mergekit._data:chat_templates"),
     # The parameters that mergekit-evolve searches, by method.
-    "METHOD_PARAM_MAPS": Private("mergekit.evo.genome", "METHOD_PARAM_MAPS"),
-    "add_merge_options": Private("mergekit.options", "add_merge_options", ("f",)),
+    "METHOD_PARAM_MAPS": Private("mergekit.evo.genome:METHOD_PARAM_MAPS"),
+    "add_merge_options": Private("mergekit.options:add_merge_options", "f"),
 }
 
 
@@ -186,4 +171,4 @@ def squared_difference(first: "Tensor", second: "Tensor", out: "Tensor") -> "Ten
 
 @cache
 def _mse_loss() -> Any:
-    return Private("torch", "ops.aten.mse_loss.out").find()
+    return Private("torch:ops.aten.mse_loss.out").find()

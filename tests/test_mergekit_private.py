@@ -33,9 +33,9 @@ def test_a_private_name_is_there_and_takes_what_it_is_given(name):
 
 def test_a_name_that_is_gone_is_one_sentence():
     with pytest.raises(ImportError, match=r"mergekit\.merge has no _no_such, .* run: pip install"):
-        Private("mergekit.merge", "_no_such").check()
+        Private("mergekit.merge:_no_such").check()
     with pytest.raises(ImportError, match=r"run_merge takes \('merge_config', .*run: pip install"):
-        Private("mergekit.merge", "run_merge", ("config",)).check()
+        Private("mergekit.merge:run_merge", "config").check()
 
 
 def test_a_name_that_is_not_listed_is_no_attribute():

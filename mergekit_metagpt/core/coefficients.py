@@ -5,9 +5,12 @@ This module uses numbers only, no tensors or files.
 
 import math
 from collections.abc import Iterable, Sequence
+from operator import mul
 
 # T numbers, one per expert.
 Norms = tuple[float, ...]
+# ⟨τ_i, τ_j⟩, a symmetric T x T matrix.
+Gram = Sequence[Sequence[float]]
 
 
 def scaling_coefficients(
@@ -74,17 +77,13 @@ def scaling_coefficients(
     return [share / total if total else 0.0 for share in shares]
 
 
-def bound(products: Sequence[Sequence[float]], coefficients: Sequence[float]) -> float:
+def bound(products: Gram, coefficients: Sequence[float]) -> float:
     """Return Σ_t ‖τ_t‖² ‖h_t‖², the bound of Theorem 8 on the average loss difference.
 
     h_t = Σ_k λ_k τ_k − τ_t is the distance of the merge to expert t (equation 7). The
     constant c of the theorem is left out, so only ratios of bounds are meaningful. For every
     Gram matrix, the coefficients of MetaGPT minimise the bound: they put the merge at the
     centroid of the experts, weighted by ‖τ_t‖².
-
-    Args:
-        products: ⟨τ_i, τ_j⟩, a symmetric T x T matrix.
-        coefficients: λ_t, T floats.
 
     >>> bound([[1.0, 0.0], [0.0, 1.0]], [0.5, 0.5])
     1.0
@@ -94,15 +93,10 @@ def bound(products: Sequence[Sequence[float]], coefficients: Sequence[float]) ->
     return bound_of_parts([(products, coefficients)])
 
 
-def bound_of_parts(
-    parts: Iterable[tuple[Sequence[Sequence[float]], Sequence[float]]],
-) -> float:
+def bound_of_parts(parts: Iterable[tuple[Gram, Sequence[float]]]) -> float:
     """Return the same bound if every part of a model has coefficients of its own.
 
     Squared lengths add up over the parts: ‖h_t‖² is the sum of its values in the parts.
-
-    Args:
-        parts: for each part ⟨τ_i, τ_j⟩ over that part, T x T, and λ_t there.
 
     >>> first, second = [[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]
     >>> bound_of_parts([(first, [1.0, 0.0]), (second, [0.0, 1.0])])
@@ -111,39 +105,36 @@ def bound_of_parts(
     1.0
     """
     parts = list(parts)
-    lengths = zip(*([row[t] for t, row in enumerate(gram)] for gram, _ in parts), strict=True)
-    distances = zip(*(_squared_distances(*part) for part in parts), strict=True)
-    return math.fsum(
-        math.fsum(length) * math.fsum(distance)
-        for length, distance in zip(lengths, distances, strict=True)
-    )
+    distances = _sum_by_expert(_squared_distances(*part) for part in parts)
+    return math.fsum(map(mul, _squared_lengths(parts), distances))
 
 
-def kept_of_parts(
-    parts: Sequence[tuple[Sequence[Sequence[float]], Sequence[float]]],
-) -> list[float]:
+def kept_of_parts(parts: Sequence[tuple[Gram, Sequence[float]]]) -> list[float]:
     """Return how much of each task vector τ_t is in the merged one M: ⟨M, τ_t⟩ / ‖τ_t‖², T floats.
-
-    Args:
-        parts: for each part of a model ⟨τ_i, τ_j⟩ over that part, T x T, and λ_t there.
 
     >>> kept_of_parts([([[1.0, 0.0], [0.0, 4.0]], [0.25, 0.5])])
     [0.25, 0.5]
     """
-    inside = [
-        [
-            math.fsum(c * row[t] for c, row in zip(coefficients, gram, strict=True))
-            for t in range(len(gram))
-        ]
-        for gram, coefficients in parts
-    ]
-    norms = [[gram[t][t] for t in range(len(gram))] for gram, _ in parts]
-    sums = zip(zip(*inside, strict=True), zip(*norms, strict=True), strict=True)
-    return [math.fsum(own) / total if (total := math.fsum(norm)) else 0.0 for own, norm in sums]
+    inside = _sum_by_expert(_products_with_merged(*part) for part in parts)
+    lengths = _squared_lengths(parts)
+    return [own / norm if norm else 0.0 for own, norm in zip(inside, lengths, strict=True)]
 
 
-def _squared_distances(gram: Sequence[Sequence[float]], coefficients: Sequence[float]) -> Norms:
+def _products_with_merged(gram: Gram, coefficients: Sequence[float]) -> Norms:
+    """Return ⟨M, τ_t⟩, T floats."""
+    return tuple(math.fsum(map(mul, coefficients, row)) for row in gram)
+
+
+def _squared_distances(gram: Gram, coefficients: Sequence[float]) -> Norms:
     """Return ‖h_t‖², T floats."""
-    merged = [math.fsum(c * p for c, p in zip(coefficients, row, strict=True)) for row in gram]
-    length = math.fsum(c * m for c, m in zip(coefficients, merged, strict=True))
+    merged = _products_with_merged(gram, coefficients)
+    length = math.fsum(map(mul, coefficients, merged))
     return tuple(max(0.0, length - 2 * merged[t] + row[t]) for t, row in enumerate(gram))
+
+
+def _squared_lengths(parts: Iterable[tuple[Gram, Sequence[float]]]) -> list[float]:
+    return _sum_by_expert([row[t] for t, row in enumerate(gram)] for gram, _ in parts)
+
+
+def _sum_by_expert(rows: Iterable[Sequence[float]]) -> list[float]:
+    return [math.fsum(column) for column in zip(*rows, strict=True)]

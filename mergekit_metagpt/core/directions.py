@@ -20,7 +20,6 @@ and the elements of a vector, every S_t is diagonal, and M is their mean, weight
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from zlib import crc32
 
 import torch
@@ -116,7 +115,7 @@ def merge_directions(
 
 
 def _merge_movers(
-    merge: "_Merge", inputs: "MatrixInputs", rule: Rule, scale: float, out: Tensor | None
+    merge: "_Merge", inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | None
 ) -> "_Part":
     """Merge the experts that differ from the base and have a prior; the others take no part."""
     movers = inputs.movers(rule.priors)
@@ -133,7 +132,7 @@ def _merge_movers(
     return replace(part, norms=norms, products=products)
 
 
-_Merge = Callable[["MatrixInputs", Rule, float, Tensor | None], "_Part"]
+_Merge = Callable[[MatrixInputs, Rule, float, Tensor | None], "_Part"]
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _merge_rows(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | No
 def _merge_one(
     inputs: MatrixInputs, rule: Rule, movers: Sequence[int], scale: float, out: Tensor | None
 ) -> _Part:
-    """Merge if at most one expert takes part."""
+    """Merge if at most one expert takes part: what it moves is added whole."""
     norms = torch.tensor(inputs.norms_of_others([]), dtype=torch.float64, device="cpu")
     shares = torch.zeros_like(norms)
     for t in movers:
@@ -183,7 +182,6 @@ def _merge_one(
 
 
 def _merge_matrix(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
-    """Merge by directions."""
     norms, gram, ranges = _looked_at(inputs)
     basis = basis_of(ranges)
     found = solve(_projected(inputs, basis), gram, rule)
@@ -207,8 +205,8 @@ def _looked_at(inputs: MatrixInputs) -> tuple[Tensor, Tensor, Tensor]:
     with a few long rows are several times as fast as with a few long columns.
     """
     count, n = len(inputs.experts), inputs.base.shape[1]
-    new = partial(inputs.base.new_zeros, dtype=inputs.dtype)
-    gram, ranges = new(count, count), new(count, _RANK, n)
+    gram = inputs.base.new_zeros(count, count, dtype=inputs.dtype)
+    ranges = gram.new_zeros(count, _RANK, n)
     generator = torch.Generator("cpu").manual_seed(inputs.seed)
     drawn = torch.randn(_RANK, n, generator=generator, dtype=torch.float32, device="cpu")
     drawn = drawn.to(ranges)

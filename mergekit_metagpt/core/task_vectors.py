@@ -48,14 +48,8 @@ def promoted_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 def squared_norms(base: Tensor, experts: Sequence[Tensor]) -> list[float]:
     """Return ‖θ_t − θ_0‖², the squared Frobenius norm, for every expert.
 
-    Args:
-        base: θ_0, of any shape, strides, device and floating-point dtype.
-        experts: θ_t, T tensors of the base's shape and device.
-
-    Returns:
-        T floats, within 1e-6 relative of a float64 computation. A norm is not finite only
-        if the base or that expert contains NaN or Inf, or if the square exceeds even
-        float64's range.
+    They are within 1e-6 relative of a float64 computation. A norm is not finite only if the base
+    or that expert contains NaN or Inf, or if the square exceeds even float64's range.
     """
     dtype = promoted_dtype([base, *experts])
     sums = _sums_of_squares(base, experts, working_dtype(dtype))
@@ -78,14 +72,9 @@ def squared_norm(tensor: Tensor) -> float:
 
 
 def inner_products(base: Tensor, experts: Sequence[Tensor]) -> list[list[float]]:
-    """Return ⟨θ_i − θ_0, θ_j − θ_0⟩, the Gram matrix of the task vectors.
+    """Return ⟨θ_i − θ_0, θ_j − θ_0⟩, the T x T Gram matrix of the task vectors.
 
-    Args:
-        base: θ_0, of any shape, strides, device and floating-point dtype.
-        experts: θ_t, T tensors of the base's shape and device.
-
-    Returns:
-        A symmetric T x T matrix; its diagonal is the result of :func:`squared_norms`.
+    Its diagonal is the result of :func:`squared_norms`.
     """
     norms = squared_norms(base, experts)
     # No product and no partial sum of products is larger than the largest square.
@@ -169,12 +158,7 @@ def add_task_vectors(
 def deltas_of(
     base: Tensor, experts: Sequence[Tensor], size: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield the task vectors side by side, chunk by chunk, in float32.
-
-    Args:
-        base: θ_0, flat, of a dtype that float32 holds.
-        experts: θ_t, T tensors of the base's length and device.
-        size: about how many numbers a chunk of all tensors together may have.
+    """Yield flat task vectors side by side, in float32, in chunks of about ``size`` in all.
 
     Yields:
         Where the chunk is, the base there (n), and the task vectors there (T, n). The tensors may
@@ -214,13 +198,7 @@ class Block(NamedTuple):
 
 
 def blocks(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Block]:
-    """Yield a matrix and its task vectors, some rows at a time.
-
-    Args:
-        base: θ_0, m x n, of any strides, device and floating-point dtype.
-        experts: θ_t, T matrices of the base's shape and device.
-        dtype: float32 or float64, in which they are subtracted.
-    """
+    """Yield a matrix and its task vectors, some rows at a time, subtracted in ``dtype``."""
     m, n = base.shape
     count = len(experts) + 2
     limit = BLOCK if base.device.type == "cpu" else ACCELERATOR_CHUNK

@@ -42,13 +42,13 @@ def _dominant_experts(summary: Summary) -> Iterator[str]:
         return
     for expert in summary.experts:
         if expert.mean > DOMINANT:
-            ways = ["give it a smaller weight (its prior)"]
+            way = ""
             if its := milder(summary, largest_mean):
                 means = _shares([other.mean for other in its.experts])
-                ways.insert(0, f"set exponent: {exponent_of(its):g}, which gives {means}")
+                way = f"set exponent: {exponent_of(its):g}, which gives {means}, or "
             yield (
                 f"{expert.model} has {expert.mean:.1%} of the merge, so the others hardly "
-                f"count; {', or '.join(ways)}."
+                f"count; {way}give it a smaller weight (its prior)."
             )
 
 
@@ -72,18 +72,16 @@ def _dominated_tensors(summary: Summary) -> Iterator[str]:
 
 def _hardly_kept(summary: Summary) -> Iterator[str]:
     """Warn if hardly anything of a task vector is in the merge, whatever its coefficients are."""
-    wanted = _taking_part(summary)
+    wanted, scale = _taking_part(summary), _scale(summary)
     for expert in summary.experts:
-        if expert.kept is not None and expert.model in wanted:
-            scale = _scale(summary)
-            if scale and expert.kept / scale < HARDLY:
-                ways = ["give it a larger weight (its prior)"]
-                if exponent_of(summary):
-                    ways.insert(0, "set exponent: 0")
-                yield (
-                    f"The merge keeps only {expert.kept:.1%} of the task vector of "
-                    f"{expert.model}; {', or '.join(ways)}."
-                )
+        if expert.kept is None or expert.model not in wanted or not scale:
+            continue
+        if expert.kept / scale < HARDLY:
+            way = "set exponent: 0, or " if exponent_of(summary) else ""
+            yield (
+                f"The merge keeps only {expert.kept:.1%} of the task vector of {expert.model}; "
+                f"{way}give it a larger weight (its prior)."
+            )
 
 
 def _stretched(summary: Summary) -> Iterator[str]:
@@ -122,12 +120,7 @@ def dominant(entry: Entry) -> Hashable | None:
 
 
 def moved_far(experts: Sequence[object], moved: Sequence[float] | None) -> list[str]:
-    """Warn if an expert moved so far from the base that adding up was not seen to work.
-
-    Args:
-        experts: T model ids.
-        moved: ‖τ_t‖ / ‖θ_0‖, T floats, if they are known.
-    """
+    """Warn if an expert moved too far for adding up; ``moved`` are ‖τ_t‖ / ‖θ_0‖, if known."""
     part, expert = max(zip(moved or [0.0], experts, strict=False), key=lambda pair: pair[0])
     if part <= _FAR:
         return []
@@ -150,14 +143,9 @@ def largest_mean(summary: Summary) -> float:
 
 
 def milder(summary: Summary, dominance: Callable[[Summary], float]) -> Summary | None:
-    """Return the merge with the next smaller exponent that makes a difference, 1 or 0.
-
-    Args:
-        summary: the merge.
-        dominance: returns what is to become less, a part of 1.
-    """
+    """Return the merge with the next smaller exponent, 1 or 0, that makes a dominance less."""
     for exponent in (1, 0):
-        its = summary.with_exponent(exponent)
+        its = Summary(entry.changed(exponent, {}) for entry in summary.entries)
         if exponent < exponent_of(summary) and round(dominance(its) - dominance(summary), 2) < 0:
             return its
     return None
@@ -169,11 +157,7 @@ def exponent_of(summary: Summary) -> float:
 
 
 def _over_the_model(summary: Summary) -> list[float] | None:
-    """Return the coefficients at granularity ``model``.
-
-    Return None if the merge uses that granularity already, or if priors or experts differ
-    between tensors.
-    """
+    """Return the coefficients at granularity ``model``, if it is another one and defined."""
     kinds = {(entry.experts, entry.priors) for entry in summary.entries}
     if "model" in summary.granularities or len(kinds) > 1:
         return None

@@ -46,7 +46,6 @@ RULES = {
     "gamma": _SHARE,
     "epsilon": _SHARE,
 }
-_DEFAULTS = {"weight": 1.0}
 
 _EXPONENT = _Checked(
     "exponent",
@@ -56,24 +55,6 @@ _EXPONENT = _Checked(
     description="k in λ ∝ ‖τ‖^k: 2 is MetaGPT, 0 the plain average",
     wanted=_POSITIVE[0],
     accepts=_POSITIVE[1],
-)
-
-
-@dataclass(frozen=True)
-class _Removed(ParameterSpec):
-    """A parameter of earlier versions, which refuses any value."""
-
-    def validate(self, value: Any) -> Any:
-        if value is not None:
-            raise ValueError(
-                f"Parameter {self.name} is gone, since granularity direction needs no setting any "
-                "more; remove it from the merge config."
-            )
-
-
-_OF_EARLIER_VERSIONS = tuple(
-    _Removed(name, value_type, ParameterScope.SHARED, default=None)
-    for name, value_type in (("isotropy", float), ("side", str))
 )
 
 
@@ -102,8 +83,7 @@ def with_priors(stock: Iterable[ParameterSpec], is_plain: bool) -> tuple[Paramet
         accepts=names.__contains__,
         way_out=_Checked.way_out + "; direction needs merge_method: metagpt" * (not is_plain),
     )
-    removed = _OF_EARLIER_VERSIONS if is_plain else ()
-    return (*map(_checked, stock), granularity, _EXPONENT, *removed)
+    return (*map(_checked, stock), granularity, _EXPONENT)
 
 
 def _checked(parameter: ParameterSpec) -> ParameterSpec:
@@ -114,7 +94,7 @@ def _checked(parameter: ParameterSpec) -> ParameterSpec:
         parameter.name,
         parameter.value_type,
         parameter.scope,
-        default=_DEFAULTS.get(parameter.name, parameter.default),
+        default=1.0 if parameter.name == "weight" else parameter.default,
         description=parameter.description,
         wanted=wanted,
         accepts=accepts,

@@ -43,14 +43,7 @@ def merge_sparsified(
     """Merge a tensor as MergeKit's method does with a float32 base, rounded to its dtype once.
 
     Float64, gradients and subclasses of MergeKit's method are left to MergeKit's own code.
-
-    Args:
-        stock: MergeKit's method.
-        inputs: θ_0 and T tensors θ_t of its shape and device.
-        parameters: those of the stock method; ``weight`` holds λ_t by expert.
-
-    Raises:
-        ValueError: if DELLA's density ± epsilon is not between 0 and 1, or it cannot rank rows.
+    ``weight`` holds λ_t by expert.
     """
     if stock.sparsification_method == SparsificationMethod.della_magprune:
         _require_ranks(inputs, parameters["density"].values())

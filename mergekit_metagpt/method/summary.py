@@ -52,7 +52,7 @@ class Entry:
         parameters: Mapping[str, Any],
         directions: Directions | None = None,
     ) -> "Entry":
-        """Describe how a tensor is merged with the method's parameters."""
+        """Return the entry of a tensor that is merged with the method's parameters."""
         granularity, exponent = parameters["granularity"], exponent_of(parameters)
         priors = tuple(parameters["weight"][expert] for expert in experts)
         return cls(tensor, granularity, experts, squared_norms, priors, exponent, size, directions)
@@ -76,10 +76,6 @@ class Entry:
         """The name of the scope that the norms were measured over."""
         return GRANULARITIES[self.granularity].scope(self.tensor or "")
 
-    def moves(self, expert: Hashable) -> bool:
-        """Return whether an expert differs from the base here, or lacks the tensor."""
-        return dict(zip(self.experts, self.squared_norms, strict=True)).get(expert) != 0
-
     def row(self, experts: Iterable[Hashable]) -> Norms:
         """Return the coefficients of some experts; 0 for those without the tensor."""
         known = dict(zip(self.experts, self.coefficients, strict=True))
@@ -91,7 +87,6 @@ class Expert:
     """The norm and the coefficients of one expert in a merge.
 
     Attributes:
-        model: its id.
         squared_norm: ‖τ‖² over everything that was measured for the merge.
         mean: its coefficient, averaged over the parameters of the merge; of directions, ``kept``.
         least: its least coefficient in any tensor.
@@ -139,10 +134,6 @@ class Summary:
         unknown = [None] * len(self.ids)
         self._kept_of_all: Sequence[float | None] = self._kept(self.entries) or kept or unknown
 
-    def with_exponent(self, exponent: float) -> "Summary":
-        """Return the summary for a different exponent; nothing is measured again."""
-        return Summary(entry.changed(exponent, {}) for entry in self.entries)
-
     @property
     def parameters(self) -> int:
         """How many numbers are merged."""
@@ -155,10 +146,10 @@ class Summary:
 
     @property
     def granularity(self) -> str:
-        """The scopes of the coefficients, in words."""
+        """The same in words."""
         return " and ".join(self.granularities)
 
-    @cached_property
+    @property
     def exponent(self) -> str:
         """K in λ ∝ w ‖τ‖^k, in words: one, unless slices differ."""
         return " and ".join(f"{k:g}" for k in sorted({entry.exponent for entry in self.entries}))
@@ -177,7 +168,8 @@ class Summary:
         coefficients = [
             entry.row([model])[0]
             for entry in self.entries
-            if not entry.directions or entry.moves(model)
+            if not entry.directions
+            or dict(zip(entry.experts, entry.squared_norms, strict=True)).get(model) != 0
         ]
         return min(coefficients, default=0.0), max(coefficients, default=0.0)
 
@@ -221,8 +213,12 @@ class Summary:
 
     @cached_property
     def _by_layer(self) -> list[list[Entry]]:
+        def in_order(layer: str) -> tuple[str, int]:
+            stack, _, number = layer.rpartition(".")
+            return stack, int(number)
+
         members = _grouped((layer, e) for e in self.entries if (layer := layer_of(e.tensor)))
-        return [members[layer] for layer in sorted(members, key=_in_order)]
+        return [members[layer] for layer in sorted(members, key=in_order)]
 
     @cached_property
     def scopes(self) -> dict[str, list[Entry]]:
@@ -237,6 +233,16 @@ class Summary:
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as JSON types; an expert without a scope's tensors has norm null."""
+
+        def scope(first: Entry, *others: Entry) -> dict[str, Any]:
+            norms = dict(zip(first.experts, first.squared_norms, strict=True))
+            return {
+                "norms_of": first.scope,
+                "parameters": sum(entry.size for entry in (first, *others)),
+                "squared_norms": [norms.get(expert) for expert in self.ids],
+                "coefficients": list(first.row(self.ids)),
+            }
+
         return {
             "granularity": self.granularities,
             "tensors": len(self.entries),
@@ -244,18 +250,7 @@ class Summary:
             "stretch": self.stretch,
             "decided": self.decided and list(self.decided),
             "experts": [expert.as_json() for expert in self.experts],
-            "coefficients": {
-                name: self._scope_as_json(entries) for name, entries in self.scopes.items()
-            },
-        }
-
-    def _scope_as_json(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        norms = dict(zip(entries[0].experts, entries[0].squared_norms, strict=True))
-        return {
-            "norms_of": entries[0].scope,
-            "parameters": sum(entry.size for entry in entries),
-            "squared_norms": [norms.get(expert) for expert in self.ids],
-            "coefficients": list(entries[0].row(self.ids)),
+            "coefficients": {name: scope(*entries) for name, entries in self.scopes.items()},
         }
 
     def _squared_norms(self) -> list[float]:
@@ -284,11 +279,6 @@ class Summary:
             return list(rows[0])  # exactly; a mean would round
         sums = (math.fsum(map(mul, sizes, column)) for column in zip(*rows, strict=True))
         return [one / sum(sizes) for one in sums]
-
-
-def _in_order(layer: str) -> tuple[str, int]:
-    stack, _, number = layer.rpartition(".")
-    return stack, int(number)
 
 
 def _grouped(entries: Iterable[tuple[str, Entry]]) -> dict[str, list[Entry]]:
