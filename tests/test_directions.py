@@ -210,14 +210,13 @@ def test_experts_that_read_different_inputs_are_added_up_whole(rank, exponent):
     assert found.squared_norm == pytest.approx(sum(found.squared_norms))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("drift", [0.01, 0.03, 0.1, 0.3])
-@pytest.mark.parametrize("rank", [4, 64])
-def test_adapters_from_one_random_start_are_not_amplified(rank, drift, dtype):
-    for count in (2, 6):
+@pytest.mark.parametrize("count", [2, 6])
+def test_adapters_from_one_random_start_are_not_amplified(count, drift):
+    for rank, dtype in ((4, torch.float32), (64, torch.bfloat16)):
         base, experts = adapters(count, rank, drift, dtype)
         found = merge_directions(base, experts, rule(experts))
-        assert found.squared_norm <= 1.2 * sum(found.squared_norms), count
+        assert found.squared_norm <= 1.2 * sum(found.squared_norms), rank
 
 
 def test_degenerate_task_vectors_give_finite_results():

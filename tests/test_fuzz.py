@@ -181,10 +181,10 @@ def leaves_the_range(
     return False
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_any_tensors_merge_as_the_float64_reference(granularity, fuzz):
+def test_any_tensors_merge_as_the_float64_reference(fuzz):
     def case(data: st.DataObject) -> None:
         base, experts = data.draw(families())
+        granularity = data.draw(st.sampled_from(GRANULARITIES))
         prior = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(1e-3, 10))
         priors = [data.draw(prior) for _ in experts]
         exponent = data.draw(st.one_of(st.just(2.0), st.floats(0, 4)))
@@ -227,15 +227,15 @@ def test_any_tensors_merge_as_the_float64_reference(granularity, fuzz):
             assert tensor.isfinite().all()
             assert_merged(tensor, base[name], others, by_tensor[name], scale, tolerance)
 
-    fuzz(case, 0.25, 100)
+    fuzz(case, 0.75, 120)
 
 
-@pytest.mark.parametrize("method", SPARSIFIED, ids=lambda method: method.spec.name)
-def test_sparsified_merges_are_finite_repeatable_and_blind_to_order(method, fuzz):
+def test_sparsified_merges_are_finite_repeatable_and_blind_to_order(fuzz):
     shares = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.01, 0.99))
-    shapes = RANKABLE if "della" in method.spec.name else SHAPES
 
     def case(data: st.DataObject) -> None:
+        method = data.draw(st.sampled_from(SPARSIFIED))
+        shapes = RANKABLE if "della" in method.spec.name else SHAPES
         base, experts = data.draw(families(-8, 4, shapes=shapes))
         density = data.draw(shares)
         drawn = {
@@ -272,7 +272,7 @@ def test_sparsified_merges_are_finite_repeatable_and_blind_to_order(method, fuzz
             assert torch.equal(tensor, again[name])
             assert torch.equal(tensor, turned[name])
 
-    fuzz(case, 0.24 / len(SPARSIFIED), 30)
+    fuzz(case, 0.24, 60)
 
 
 def test_no_damage_to_a_header_makes_a_merge_crash_or_go_wrong(family, tmp_path, fuzz):
@@ -307,4 +307,4 @@ def test_no_damage_to_a_header_makes_a_merge_crash_or_go_wrong(family, tmp_path,
         shutil.rmtree(out, ignore_errors=True)
         assert file.read_bytes() == damaged
 
-    fuzz(case, 0.02, 40)
+    fuzz(case, 0.02, 30)

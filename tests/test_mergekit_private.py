@@ -34,27 +34,21 @@ def test_a_private_name_is_there_and_takes_what_it_is_given(name):
 def test_a_name_that_is_gone_is_one_sentence():
     with pytest.raises(ImportError, match=r"mergekit\.merge has no _no_such, .* run: pip install"):
         Private("mergekit.merge:_no_such").check()
+    with pytest.raises(AttributeError, match="no_such"):
+        mergekit_private.no_such  # noqa: B018
     with pytest.raises(ImportError, match=r"run_merge takes \('merge_config', .*run: pip install"):
         Private("mergekit.merge:run_merge", "config").check()
 
 
-def test_a_name_that_is_not_listed_is_no_attribute():
-    with pytest.raises(AttributeError, match="no_such"):
-        mergekit_private.no_such  # noqa: B018
-
-
-def test_loaders_are_shared_by_all_threads():
+def test_loaders_are_shared_and_the_logger_of_run_merge_has_its_name():
     assert LoaderCache().loaders is mergekit_private.open_loaders
+    assert mergekit.merge.LOG.name == mergekit_private.MERGE_LOGGER
 
 
 def test_a_model_with_its_adapter_applied_is_kept_under_both_ids():
     model = ModelReference.model_validate("some/base+some/adapter")
     ids = [mergekit_private.unique_id(path) for path in (model.model, model.lora)]
     assert [id_.partition("_")[0] for id_ in ids] == ["base", "adapter"]
-
-
-def test_the_logger_of_run_merge_has_its_name():
-    assert mergekit.merge.LOG.name == mergekit_private.MERGE_LOGGER
 
 
 def test_the_stock_parameters_have_the_names_that_are_checked():

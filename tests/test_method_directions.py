@@ -52,9 +52,8 @@ def assert_merged(merged, base, experts, rule, scale=1.0, roles=None):
         assert torch.equal(tensor, out), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_checkpoints_merge_tensor_by_tensor(dtype, merge, tmp_path):
-    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.03, 0.02), dtype=dtype)
+def test_checkpoints_merge_tensor_by_tensor(merge, tmp_path):
+    paths = save_family(tmp_path, llama_config(), (0.01, 0.03, 0.02), dtype=torch.bfloat16)
     config = merge_config(paths, parameters={**SETTINGS, "lambda": 0.9})
     for model, prior in zip(config["models"], (1.0, 0.5, 2.0), strict=True):
         model["parameters"] = {"weight": prior}
@@ -88,14 +87,15 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def kind(request, tmp_path_factory):
-    return save_family(tmp_path_factory.mktemp("kind"), FAMILIES[request.param])
-
-
-@pytest.mark.parametrize("granularity", ["tensor", "layer", "model", "direction"])
+@pytest.mark.parametrize(
+    ("kind", "granularity"),
+    [
+        *((kind, "direction") for kind in FAMILIES),
+        *(("Llama with tied embeddings", g) for g in ("tensor", "layer", "model")),
+    ],
+)
 def test_the_same_models_give_the_same_merge_by_every_entrance(kind, granularity, merge, tmp_path):
-    parameters = {"granularity": granularity}
+    kind, parameters = save_family(tmp_path, FAMILIES[kind]), {"granularity": granularity}
     merged = merge(merge_config(kind, parameters=parameters))
 
     files = {name: f"{path}/model.safetensors" for name, path in kind.items()}
@@ -169,9 +169,8 @@ def test_bad_numbers_and_results_are_refused_by_name(merge, tmp_path):
         merge(config_of(paths))
 
 
-@pytest.mark.parametrize("method", ["metagpt_ties", "metagpt_dare_linear"])
-def test_the_sparsified_methods_refuse_it(method, family, merge):
-    config = merge_config(family, method, parameters={"granularity": "direction"})
+def test_the_sparsified_methods_refuse_it(family, merge):
+    config = merge_config(family, "metagpt_ties", parameters={"granularity": "direction"})
     refused = r"layer or model, not 'direction'.* merge_method: metagpt\."
     with pytest.raises(ValueError, match=refused):
         merge(config)
@@ -219,12 +218,6 @@ def test_the_commands_show_how_much_is_kept_and_how_long_it_takes(family, tmp_pa
     for expert in json.loads(invoke("coefficients", yml, "--json", "--quiet").stdout)["experts"]:
         assert expert["kept"] == pytest.approx(expert["coefficient"] / 2, abs=0.02)
     assert "Arithmetic" not in invoke("check", yml).stdout
-
-    for name, value in {"isotropy": 0.01, "side": "both"}.items():  # of earlier versions
-        yml = write_yaml(tmp_path / "old.yml", config_of(family, **{name: value}))
-        (sentence,) = invoke("check", yml, status=1).stderr.splitlines()
-        assert f"Parameter {name} is gone" in sentence
-        assert "remove it from the merge config" in sentence
 
 
 def save_adapters(base, folder):

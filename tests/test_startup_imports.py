@@ -4,14 +4,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from conftest import on_posix
 
 pytestmark = on_posix  # programs run in forks
-
-PACKAGE = Path(__file__).parents[1] / "mergekit_metagpt"
 
 # Imports what takes long, but neither MergeKit nor a module of this package, and then runs each
 # program in a process of its own.
@@ -61,10 +58,13 @@ def fresh() -> Iterator[Callable[[str], str]]:
         server.stdin.close()
 
 
-def test_any_module_of_the_package_may_be_imported_first(fresh):
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        name = ".".join(parts).removesuffix(".__init__")
+def test_any_module_may_be_imported_first(fresh):
+    """Of those that import MergeKit and are needed while it is half imported."""
+    needed = fresh("import sys, mergekit.merge_methods; print(*sys.modules)").split()
+    parts = ("mergekit_metagpt.method", "mergekit_metagpt.measure")
+    ours = [name for name in needed if name.startswith(parts)]
+    assert {f"{parts[0]}.merge_method", f"{parts[1]}.provider"} <= {*ours}
+    for name in ours:
         assert fresh(f"import {name}\n{COUNT}") == "8\n", name
 
 
@@ -121,27 +121,62 @@ for name in [name for name in sys.modules if name.split(".")[0] == "mergekit"]:
 """
 
 
-@pytest.mark.parametrize(
-    "before", [ASKS_THE_OTHERS, ASKS_THE_PATHS, RELOADS, IMPORTS_ANEW, COPIES_THE_LOADER]
-)
+# MergeKit's evolution does so, in its workers too. Modules keep their own loaders.
+IMPORTS_GENOMES_FIRST = """
+import inspect, sys
+import mergekit.evo.genome
+for name in ("mergekit.merge_methods", "mergekit.merge_methods.registry"):
+    module = sys.modules[name]
+    assert type(module.__spec__.loader).__name__ == "SourceFileLoader"
+    assert type(module.__loader__).__name__ == "SourceFileLoader"
+    inspect.getsource(module)
+"""
+
+BEFORE = [
+    ASKS_THE_OTHERS, ASKS_THE_PATHS, RELOADS, IMPORTS_ANEW, COPIES_THE_LOADER, IMPORTS_GENOMES_FIRST
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("before", BEFORE)
 def test_other_hooks_and_reloads_leave_the_methods_there(before, fresh):
     assert fresh(before + COUNT) == "8\n"
 
 
-def test_an_incompatible_mergekit_without_metadata_gives_the_warning_too(fresh, tmp_path):
+@pytest.mark.parametrize(
+    ("version", "modules"),
+    [
+        ("0.1.4", {"__init__": "from . import registry", "registry": "REGISTERED = {}"}),
+        ("0.9.0", {"__init__": ""}),
+        (None, {"__init__": ""}),  # without metadata
+    ],
+)
+def test_an_incompatible_mergekit_gives_one_warning_that_says_what_to_install(
+    version, modules, fresh, tmp_path
+):
     package = tmp_path / "mergekit" / "merge_methods"
     package.mkdir(parents=True)
     (package.parent / "__init__.py").touch()
-    (package / "__init__.py").touch()
+    for name, source in modules.items():
+        (package / f"{name}.py").write_text(source)
     said = fresh(f"""
 import importlib.metadata, sys
 sys.path.insert(0, {str(tmp_path)!r})
 def version(name):
-    raise importlib.metadata.PackageNotFoundError(name)
+    if {version!r} is None:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return {version!r}
 importlib.metadata.version = version
 import mergekit.merge_methods
 print("fine")
 """)
-    assert "needs mergekit>=0.1.5,<0.1.6 and found an unknown version" in said
+    found = version or "an unknown version"
+    assert said.count(f"mergekit-metagpt needs mergekit>=0.1.5,<0.1.6 and found {found}") == 1
+    assert "pip install 'mergekit>=0.1.5,<0.1.6'" in said
     assert said.endswith("fine\n")
     assert "Traceback" not in said
+
+
+def test_without_mergekit_nothing_is_said(fresh):
+    said = fresh("import sys; sys.modules['mergekit'] = None; import mergekit.merge_methods")
+    assert "ModuleNotFoundError" in said
+    assert "metagpt" not in said

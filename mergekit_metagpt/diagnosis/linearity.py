@@ -18,7 +18,6 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from mergekit_metagpt.core.task_vectors import working_dtype
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.vocabularies import load_tokenizer, tokenizers_agree
 
@@ -91,7 +90,8 @@ def measure_linearity(
     """
     known = options.transformers_cache, options.trust_remote_code
     stored = reduce(torch.promote_types, survey.dtypes.values())
-    model = load(base, working_dtype(stored), options).to(torch.device(options.device or "cpu"))
+    wide = torch.promote_types(stored, torch.float32)
+    model = load(base, wide, options).to(torch.device(options.device or "cpu"))
     start = load(base, stored, options)
     first, measured = logits(model, prompts), []
     experts = cast("tuple[ModelReference, ...]", survey.experts)

@@ -86,11 +86,13 @@ class MetaGPTMerge(GroupMergeMethod):
             note(Entry.of(inputs.name, inputs.ids, norms, size, parameters, found), models)
             return _require_finite(merged, inputs.name)
 
+        # λ_t = w_t ‖τ_t‖^k / Σ_j w_j ‖τ_j‖^k, with norms over the scope that the granularity sets
         norms = models.squared_norms(inputs, parameters["granularity"])
         entry = Entry.of(inputs.name, inputs.ids, norms, base.numel(), parameters)
         note(entry, models)
         if not any(entry.coefficients):
             return base.clone()
+        # θ_0 + s Σ_t λ_t τ_t
         if self.is_plain:
             merged = add_task_vectors(base, inputs.experts, entry.coefficients, scale)
             if 0 <= scale <= 1 and max(norms) < _LARGEST_SAFE_NORM:

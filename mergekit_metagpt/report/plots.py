@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-    from mergekit_metagpt.diagnosis.linearity import Linearity
-
+# A result of ``diagnosis``: its outputs along a task vector, and how straight they are.
+Linearity = Any
 Layers = Sequence[Sequence[float]]
 
 # Colour-blind readers can tell these colours apart (Okabe and Ito). Neighbours differ in grey, too.
@@ -46,7 +46,7 @@ def require_plotting(path: Path) -> None:
 
 
 def diagnosis_figure(
-    names: Sequence[str], linearities: Sequence["Linearity"], cosines: Sequence[Sequence[float]]
+    names: Sequence[str], linearities: Sequence[Linearity], cosines: Sequence[Sequence[float]]
 ) -> "Figure":
     """Draw figure 4 of the paper: outputs along T task vectors, and their T x T cosines."""
     names = short_names(names, _LONGEST_NAME)
@@ -155,7 +155,7 @@ def _draw_layers(ax: "Axes", layers: Layers, stacked: bool) -> None:
     ax.set_title("λ by layer" if stacked else "Kept of each task vector", fontsize=10)
 
 
-def _draw_outputs(ax: "Axes", linearity: "Linearity") -> None:
+def _draw_outputs(ax: "Axes", linearity: Linearity) -> None:
     """Draw z(α) − z(0) of the likeliest token of three prompts, and straight lines to the ends."""
     outputs = (linearity.outputs - linearity.outputs[0])[:, :, 0].T.tolist()
     for at, (colour, marker) in zip((0, len(outputs) // 2, -1), _SERIES, strict=True):
