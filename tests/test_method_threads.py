@@ -134,10 +134,10 @@ def test_workers_survey_with_the_options_of_the_command(family, executors, tmp_p
     seen = []
     survey = Checkpoints.survey
 
-    def watched(self, device, progress, **kwargs):
+    def watched(self, device, progress, *others):
         cache = LoaderCache()
         seen.append((threading.get_ident(), progress, cache.trust_remote_code, cache.hf_cache_dir))
-        return survey(self, device, progress, **kwargs)
+        return survey(self, device, progress, *others)
 
     monkeypatch.setattr(Checkpoints, "survey", watched)
     yml = write_yaml(tmp_path / "metagpt.yml", config_of(family, "metagpt", "model"))
