@@ -14,6 +14,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+QUESTIONS = 16  # of each task, more than there are solved examples
+
 
 def save_models(folder: Path, names: Iterable[str]) -> None:
     """Write a fine-tune of one tiny Llama for each name of the hub, at either of its places."""
@@ -41,11 +43,11 @@ def save_model(path: Path, tokens: int) -> None:
 def save_tasks(folder: Path) -> None:
     """Write tasks by the names of lm-eval's, with the metrics that the paper's tables read."""
     questions = [
-        {"q": f"w{3 + n} w{4 + n}", "c": [f"w{20 + n % 20}", f"w{40 + n % 20}"]} for n in range(40)
+        {"q": f"w{3 + n} w{4 + n}", "c": [f"w{20 + n}", f"w{40 + n}"]} for n in range(QUESTIONS)
     ]
     save_choice_tasks(folder, questions)
-    # The last digit of one word counts, which a model that knows nothing gets right at times.
-    last_digit = {"metric": "exact_match", "regexes_to_ignore": ["w[0-9]?(?=[0-9])"]}
+    # The last digit of one word counts, if below 5: a model that knows nothing is right at times.
+    last_digit = {"metric": "exact_match", "regexes_to_ignore": ["w[0-9]?(?=[0-9])", "[5-9]"]}
     written = {
         **asked(folder / "written.jsonl", questions),
         "output_type": "generate_until",
@@ -79,7 +81,8 @@ def save_choice_tasks(folder: Path, questions: list[dict[str, Any]]) -> None:
         "doc_to_choice": "{{c}}",
         "metric_list": [accuracy],
     }
-    numbers = {"answer": [n % 2 for n in range(40)], "gold": [[n % 2] for n in range(40)]}
+    count = len(questions)
+    numbers = {"answer": [n % 2 for n in range(count)], "gold": [[n % 2] for n in range(count)]}
     tasks = {
         "answer": ["winogrande", "medqa_4options", "agieval_math"],
         "gold": ["agieval_sat_en", "agieval_jec_qa_kd", "agieval_jec_qa_ca"],
