@@ -36,15 +36,19 @@ class Hub:
 
     def put(self, name: str, directory: str | Path, revision: str = "main") -> str:
         """Let a revision of a model be what a directory holds; return its commit."""
-        directory = Path(directory)
-        commit = hashlib.sha1(str(directory).encode()).hexdigest()
+        directory, commit = Path(directory), _commit(directory)
         self.models.setdefault(name, {}).update({revision: directory, commit: directory})
         return commit
+
+
+def _commit(directory: str | Path) -> str:
+    return hashlib.sha1(str(directory).encode()).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which delays each answer by 40 ms
 
     def do_GET(self) -> None:
         for pattern, answer in ((_FILE, self._file), (_INFO, self._info), (_TREE, self._tree)):
@@ -57,8 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
                 directory = revisions.get(found[2] or "main")
                 if directory is None:
                     return self._fail("RevisionNotFound")
-                self.name = found[1]
-                return answer(directory, *found.groups()[2:])
+                return answer(found[1], directory, *found.groups()[2:])
         return self._fail("EntryNotFound")
 
     do_HEAD = do_GET  # noqa: N815
@@ -66,24 +69,17 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *words: object) -> None:
         pass
 
-    def _commit(self, directory: Path) -> str:
-        return hashlib.sha1(str(directory).encode()).hexdigest()
+    def _info(self, model: str, directory: Path) -> None:
+        files = [{"rfilename": it.name, "size": it.stat().st_size} for it in directory.iterdir()]
+        self._json({"id": model, "sha": _commit(directory), "siblings": files, "tags": []})
 
-    def _info(self, directory: Path) -> None:
-        files = [
-            {"rfilename": path.name, "size": path.stat().st_size} for path in directory.iterdir()
-        ]
-        self._json({"id": self.name, "sha": self._commit(directory), "siblings": files, "tags": []})
-
-    def _tree(self, directory: Path) -> None:
+    def _tree(self, model: str, directory: Path) -> None:
+        entry = {"type": "file", "oid": "0" * 40}
         self._json(
-            [
-                {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0" * 40}
-                for path in directory.iterdir()
-            ]
+            [{**entry, "path": it.name, "size": it.stat().st_size} for it in directory.iterdir()]
         )
 
-    def _file(self, directory: Path, name: str) -> None:
+    def _file(self, model: str, directory: Path, name: str) -> None:
         part = self.headers.get("Range")
         self.hub.asked.append((self.command, name, part))
         cut = self.hub.before(name)
@@ -93,15 +89,14 @@ class _Handler(BaseHTTPRequestHandler):
         data, status = path.read_bytes(), 200
         headers = {
             "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
-            "X-Repo-Commit": self._commit(directory),
+            "X-Repo-Commit": _commit(directory),
             "Accept-Ranges": "bytes",
         }
         if part:
             first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", part).groups()
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             data, status = data[int(first) : int(last) + 1 if last else None], 206
-        self._send(status, headers, data, cut)
-        return None
+        return self._send(status, headers, data, cut)
 
     def _json(self, value: object) -> None:
         self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
@@ -128,6 +123,6 @@ def serving() -> Iterator[Hub]:
     handler = type("Handler", (_Handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         hub.address = f"http://127.0.0.1:{server.server_port}"
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
         yield hub
         server.shutdown()
