@@ -1,6 +1,5 @@
 """Surveys of checkpoints: what counts, which errors are raised, how often one is taken."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -126,15 +125,12 @@ def test_a_merge_takes_one_survey_and_a_second_merge_none(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("replace", [True, False], ids=["replaced", "written in place"])
-def test_changed_files_are_surveyed_again(replace, own, merge, passes, tmp_path):
+def test_changed_files_are_surveyed_again(own, merge, passes):
     config = merge_config(own, parameters={"granularity": "model"})
     merge(config)
     file = Path(own["a"], "model.safetensors")
     changed = {name: tensor * 1.1 for name, tensor in load_file(file).items()}
-    target = tmp_path / "new.safetensors" if replace else file
-    save_file(changed, target, metadata={"format": "pt"})
-    os.replace(target, file)
+    save_file(changed, file, metadata={"format": "pt"})
     merged = merge(config)
     assert len(passes) == 2
     base, expert = read(own["base"]), read(own["b"])

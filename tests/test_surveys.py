@@ -9,18 +9,17 @@ from pathlib import Path
 import platformdirs
 import pytest
 import torch
-import transformers
 from conftest import (
     invoke,
     llama_config,
     merge_config,
-    put_nan,
     save_family,
     slices_config,
     write_yaml,
 )
 from safetensors.torch import load_file, save, save_file
 from test_cli_check import save_tokenizer
+from test_lora_cache import train
 
 import mergekit_metagpt
 from mergekit_metagpt.measure.checkpoints import Checkpoints, survey_checkpoints
@@ -136,28 +135,19 @@ def test_a_file_that_an_index_finds_in_a_folder_below_counts(own, passes):
     assert len(passes) == 2
 
 
-def test_nan_in_a_norm_is_seen_after_a_survey(own, tmp_path):
-    invoke("survey", *own.values())
-    put_nan(own["b"], "model.norm.weight")
-    config = merge_config(own, parameters={"granularity": "model"})
-    with pytest.raises(ValueError, match=r"norm\.weight of model .*b holds NaN"):
-        mergekit_metagpt.merge(config, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_experts_that_a_survey_says_too_little_of_are_measured(own, tmp_path, passes, caplog):
     """Without an expert of another vocabulary, vocabularies agree."""
-    third = str(shutil.copytree(own["a"], tmp_path / "c"))
-    for path in (*own.values(), third):
-        save_tokenizer(path, *(f"w{n}" for n in range(60)), *(["new"] if path == third else []))
-    save_tokenizer(third, *reversed([f"w{n}" for n in range(60)]))
+    third, words = str(shutil.copytree(own["a"], tmp_path / "c")), [f"w{n}" for n in range(60)]
+    for path in own.values():
+        save_tokenizer(path, *words)
+    save_tokenizer(third, *reversed(words))
     assert json.loads(invoke("survey", *own.values(), third, "--json").stdout)["left_out"]
     invoke("survey", *own.values())
     assert len(passes) == 2
-    for _ in range(2):  # from the cache, too
-        caplog.clear()
-        invoke("survey", *own.values(), third)
-        assert "the rows of lm_head.weight different meanings; the tensor does not" in caplog.text
+    caplog.clear()
+    invoke("survey", *own.values(), third)  # from the cache
+    assert len(passes) == 2
+    assert "the rows of lm_head.weight different meanings; the tensor does not" in caplog.text
 
 
 @pytest.mark.parametrize("is_frozen", [False, True])
@@ -230,26 +220,16 @@ def test_a_survey_of_something_that_is_no_model_is_refused(family, tmp_path):
 def test_a_lora_expert_is_surveyed_as_it_is_merged_and_again_when_trained_again(
     family, tmp_path, passes
 ):
-    import peft
-
-    def train(scale: float) -> None:
-        model = transformers.AutoModelForCausalLM.from_pretrained(family["base"])
-        adapter = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-        for name, parameter in adapter.named_parameters():
-            if "lora_B" in name:
-                parameter.data += scale
-        adapter.save_pretrained(tmp_path / "lora")
-
     words = ["--lora-merge-cache", tmp_path / "cache", "--json"]
     expert = f"{family['base']}+{tmp_path / 'lora'}"
-    norms = []
-    for scale in (0.1, 0.2):
-        train(scale)
+    config = merge_config({"base": family["base"], "lora": expert, "a": family["a"]})
+    yml = write_yaml(tmp_path / "metagpt.yml", config)
+    norms = set()
+    for seed in (1, 2):
+        train(family["base"], tmp_path / "lora", seed)
         shown = json.loads(invoke("survey", family["base"], expert, family["a"], *words).stdout)
-        norms.append(dict(zip(shown["experts"], shown["squared_norms"], strict=True))[expert])
-        config = merge_config({"base": family["base"], "lora": expert, "a": family["a"]})
-        yml = write_yaml(tmp_path / "metagpt.yml", config)
+        norm = dict(zip(shown["experts"], shown["squared_norms"], strict=True))[expert]
         planned = json.loads(invoke("coefficients", yml, *words).stdout)
-        assert norms[-1] in [it["squared_norm"] for it in planned["experts"]]
-    assert len(passes) == 2
-    assert norms[1] > 2 * norms[0]
+        assert norm in [it["squared_norm"] for it in planned["experts"]]
+        norms.add(norm)
+    assert len(passes) == len(norms) == 2
