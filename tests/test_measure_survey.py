@@ -198,7 +198,8 @@ class TestTies:
         merged = merge_state_dicts(models, "metagpt", base=0, parameters={"granularity": "layer"})
         assert torch.equal(merged["layers.1.w"], merged["layers.0.w"])
         found = Survey(("a",), {"layers.0.w": (4.0,)}, {"layers.1.w": "layers.0.w"})
-        assert found.counted_as("layers.1.w") == "layers.0.w"
+        alone = TensorInputs("layers.1.w", "base", torch.zeros(1), ("a",), (torch.ones(1),))
+        assert found.norms_of(alone, "layer") == (4.0,)
 
     def test_nothing_is_known_of_experts_that_may_be_tied_otherwise(self):
         """A fresh survey ties no frozen tensors, and ties those that the others told apart."""

@@ -25,22 +25,28 @@ class Malicious:
         return os.mkdir, (self._directory,)
 
 
+@pytest.fixture(scope="module")
+def malicious(tmp_path_factory):
+    """The config of a merge, and the directory that its expert asks for."""
+    folder = tmp_path_factory.mktemp("malicious")
+    paths = save_family(folder, llama_config(num_hidden_layers=1), scales=(0.01,))
+    Path(paths["a"], "model.safetensors").unlink()
+    weights = Path(paths["a"], "pytorch_model.bin")
+    torch.save({"lm_head.weight": Malicious(folder / "done")}, weights)
+    torch.load(weights, weights_only=False)
+    (folder / "done").rmdir()
+    return write_yaml(folder / "merge.yml", merge_config(paths)), folder / "done"
+
+
 @pytest.mark.parametrize(
     "command", ["check", "coefficients", "resolve", "diagnose", "merge", "mergekit-yaml"]
 )
-def test_what_a_weight_file_asks_for_is_never_done(command, tmp_path):
-    paths = save_family(tmp_path, llama_config(), scales=(0.01,))
-    done, weights = tmp_path / "done", Path(paths["a"], "pytorch_model.bin")
-    Path(paths["a"], "model.safetensors").unlink()
-    torch.save({"lm_head.weight": Malicious(done)}, weights)
-    words = [str(write_yaml(tmp_path / "merge.yml", merge_config(paths)))]
-    words += [str(tmp_path / "out")] if "merge" in command else []
+def test_what_a_weight_file_asks_for_is_never_done(command, malicious, tmp_path):
+    words = [str(malicious[0]), *([str(tmp_path / "out")] if "merge" in command else [])]
     program, words = (run_yaml.main, words) if "-" in command else (main, [command, *words])
     for option in ([], ["--lazy-unpickle"]):
         assert CliRunner().invoke(program, [*words, *option]).exit_code == 1
-        assert not done.exists()
-    torch.load(weights, weights_only=False)
-    assert done.exists()
+        assert not malicious[1].exists()
 
 
 def test_no_torch_is_allowed_that_does_it_and_the_lowest_is_tested():

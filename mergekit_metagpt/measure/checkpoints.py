@@ -214,13 +214,8 @@ class Checkpoints:
     ) -> Survey:
         """Measure every task vector as it is stored.
 
-        Vocabulary tensors are left out if their shapes or tokenizers differ.
-
-        Args:
-            device: the torch device that computes.
-            progress: whether to show a progress bar.
-            products: whether to measure inner products too.
-            mapper: runs the measurements, in this process or on a cluster.
+        Vocabulary tensors are left out if their shapes or tokenizers differ. With ``products``,
+        inner products are measured too; ``mapper`` says where, in this process or on a cluster.
 
         Raises:
             ValueError: if an expert lacks a tensor of the base or has it in a different shape, or

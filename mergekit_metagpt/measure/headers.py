@@ -39,20 +39,12 @@ _LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class Header:
-    """What a weight file says about one tensor.
-
-    Attributes:
-        shape: of the tensor.
-        dtype: as safetensors calls it, such as F32 or BF16.
-        file: the path of the weight file; empty for a tensor that MergeKit makes from others.
-        start: where its data begin in a safetensors file, in bytes.
-        end: where they end.
-    """
+    """What a weight file says about one tensor."""
 
     shape: tuple[int, ...]
-    dtype: str
-    file: str
-    start: int = 0
+    dtype: str  # as safetensors calls it, such as F32 or BF16
+    file: str  # the path of the weight file; empty for a tensor that MergeKit makes from others
+    start: int = 0  # where its data begin in a safetensors file, in bytes
     end: int = 0
 
     @classmethod

@@ -118,9 +118,7 @@ def _untold(checkpoints: "Checkpoints", config: Mapping[str, Any]) -> Iterator[s
 def own_head(loader: "LazyTensorLoader", ties: Sequence[tuple[str, str]]) -> str | None:
     """Return the name of a head that is stored beside other embeddings, or None.
 
-    Args:
-        loader: reads the model.
-        ties: names of heads, each with those of the embeddings that it may be tied to.
+    Each name of a head comes with that of the embeddings that it may be tied to.
     """
     for head, table in ties:
         one, other = (loader.get_tensor(name, raise_on_missing=False) for name in (head, table))

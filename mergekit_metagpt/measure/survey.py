@@ -70,19 +70,6 @@ class Survey:
             for rows in zip(*self.grams.values(), strict=True)
         )
 
-    def counted_as(self, tensor: str | None) -> str | None:
-        """Return the name under which a tensor's norms are listed, or None if it is unknown."""
-        name = self.tied.get(tensor or "", tensor or "")
-        return name if name in self.squared_norms else None
-
-    def knows(self, tensor: str | None, dtype: torch.dtype) -> bool:
-        """Return whether a tensor was measured and ``dtype`` holds its stored values exactly."""
-        name = self.counted_as(tensor)
-        if name is None:
-            return False
-        stored = self.dtypes.get(name, dtype)
-        return torch.promote_types(stored, dtype) == dtype
-
     def norms_of(self, tensor: TaskVectors, granularity: str) -> Norms:
         """Return ‖τ_t‖² over the scope that a tensor belongs to, T floats.
 
@@ -90,10 +77,11 @@ class Survey:
             ValueError: if the tensor was not surveyed, or was rounded since then, and now holds
                 NaN or Inf.
         """
-        if not self.knows(tensor.name, tensor.dtype):
-            _ = tensor.squared_norms  # raises the error
         # A tensor that several layers share has the coefficients of the first of them.
-        name = self.counted_as(tensor.name) or tensor.name or ""
+        name = self.tied.get(tensor.name or "", tensor.name or "")
+        stored = self.dtypes.get(name)
+        if stored is None or torch.promote_types(stored, tensor.dtype) != tensor.dtype:
+            _ = tensor.squared_norms  # raises the error
         sums = {"layer": self.layers, "model": {"model": self.model}}[granularity]
         return sums.get(GRANULARITIES[granularity].scope(name)) or tensor.squared_norms
 

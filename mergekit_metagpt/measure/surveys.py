@@ -70,9 +70,7 @@ class Surveys:
     def require_unchanged(self, checkpoints: "Checkpoints", at_once: bool = False) -> None:
         """Stop a merge with a BadInputError if a weight file has changed since it began.
 
-        Args:
-            checkpoints: the models.
-            at_once: check now, even if the last check was less than a second ago.
+        Unless ``at_once``, do not look again within a second.
         """
         with self._lock:
             begun, now = self._begin(checkpoints), time.monotonic()

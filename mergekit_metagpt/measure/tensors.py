@@ -18,21 +18,13 @@ Device = torch.device | str
 
 @dataclass(frozen=True)
 class Measured:
-    """Results for one tensor.
+    """Results for one tensor."""
 
-    Attributes:
-        norms: ‖τ_t‖², T floats.
-        dtype: the stored dtype.
-        size: the number of elements.
-        products: ⟨τ_i, τ_j⟩, T x T; empty if not asked for.
-        base: ‖θ_0‖²; 0 if inner products were not asked for.
-    """
-
-    norms: Norms
-    dtype: torch.dtype
-    size: int
-    products: list[list[float]]
-    base: float
+    norms: Norms  # ‖τ_t‖², T floats
+    dtype: torch.dtype  # that the stored tensors promote to
+    size: int  # the number of elements
+    products: list[list[float]]  # ⟨τ_i, τ_j⟩, T x T; empty if not asked for
+    base: float  # ‖θ_0‖²; 0 if products were not asked for
 
 
 def measure(
@@ -42,14 +34,9 @@ def measure(
     products: bool,
     weight: WeightInfo,
 ) -> Measured | str | None:
-    """Measure one tensor, in any process.
+    """Measure one tensor of models, the base first, in any process.
 
-    Args:
-        models: the base, then the experts in canonical order.
-        load: returns a tensor of a model as it is stored, or None if the model has none.
-        device: the device of the arithmetic.
-        products: whether inner products are measured too.
-        weight: the tensor.
+    ``load`` returns a tensor of a model as it is stored, or None if the model has none.
 
     Returns:
         None if the base lacks it or it is not floating-point; the reason if vocabularies differ.

@@ -26,15 +26,9 @@ Vocabulary = dict[int, str]
 def load_tokenizer(
     model: ModelReference, cache_dir: str | None, trust_remote_code: bool
 ) -> Any | None:
-    """Return a model's tokenizer, or None if the model has none.
+    """Return a model's tokenizer, or None if it has none; an adapter has that of its base.
 
-    Args:
-        model: the model; if it has a LoRA adapter, the model under the adapter is used.
-        cache_dir: MergeKit's ``--transformers-cache``.
-        trust_remote_code: MergeKit's option of this name.
-
-    Raises:
-        BadInputError: if there are files of a tokenizer, but they cannot be used.
+    If there are files of a tokenizer that cannot be used, raise a BadInputError.
     """
     try:
         return transformers.AutoTokenizer.from_pretrained(
@@ -75,7 +69,7 @@ def _tokenizer_files(model: ModelPath) -> list[str]:
 def load_vocabulary(
     model: ModelReference, cache_dir: str | None, trust_remote_code: bool
 ) -> Vocabulary | None:
-    """Return a model's tokens by token id; arguments and errors as for ``load_tokenizer``."""
+    """Return a model's tokens by token id, or None if it has no tokenizer."""
     tokenizer = load_tokenizer(model, cache_dir, trust_remote_code)
     if tokenizer is None:
         return None
