@@ -73,7 +73,7 @@ MUTANTS = {
         "            with suppress(OSError):  # one of the two places is on another disk\n": (
             "            if False:\n"
         ),
-        "places = {self.workplace, *(": "places = {self.workplace, *() and (",
+        "if self._lock(self.path.parent).exists():": "if False:",
     },
     ("merging/whole.py", "test_merging_directory.py"): {
         '"inputs": inputs,': "",

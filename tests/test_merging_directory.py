@@ -342,7 +342,8 @@ class TestTheLock:
         (out if exists else out.parent).mkdir(parents=True)
         place = out if exists is True else out.parent
         with FileLock(place / "merged.metagpt-lock"):
-            (place / f"merged.metagpt-{KEY}" / "complete").mkdir(parents=True)
+            if isinstance(exists, bool):  # the first merge may only just have begun
+                (place / f"merged.metagpt-{KEY}" / "complete").mkdir(parents=True)
             before = names(place)
             done = merge(config, out, status=1)
             assert done.stderr.startswith(f"Error: Another merge is writing {out}; wait")

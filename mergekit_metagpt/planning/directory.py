@@ -96,8 +96,9 @@ class Output:
             BadInputError: if another merge is writing the output, or it is not empty.
         """
         self.workplace.mkdir(parents=True, exist_ok=True)
-        # The output may have been made while a merge is being written beside it.
-        places = {self.workplace, *(path.parent for path in self._own_directories())}
+        places = {self.workplace}
+        if self._lock(self.path.parent).exists():  # of a merge that began before there was one
+            places.add(self.path.parent)
         with ExitStack() as locks:
             for place in sorted(places):
                 locks.enter_context(self._holding_lock(self._lock(place)))
