@@ -19,7 +19,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoadTensor
 from mergekit.io.tensor_writer import TensorWriter
 from mergekit.merge import run_merge
-from mergekit.merge_methods import get
+from mergekit.merge_methods import GeneralizedTaskArithmeticMerge
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
@@ -39,7 +39,7 @@ PARTS: dict[str, list[Callable[..., Any]]] = {
     "opening inputs": [LoadTensor.execute],
     "survey": [Checkpoints.survey],
     "norms": [squared_norms],
-    "merging": [get("task_arithmetic").merge_group, add_task_vectors, merge_directions],
+    "merging": [GeneralizedTaskArithmeticMerge.merge_group, add_task_vectors, merge_directions],
     "writing": [TensorWriter.finalize],
 }
 

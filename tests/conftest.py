@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         metavar="N",
         help="run N random cases of test_fuzz.py or test_sequences.py, not a few hundred, and all "
-        "kinds of models in test_lost_weights.py",
+        "kinds of models in test_lost_weights.py and test_roles.py",
     )
 
 
