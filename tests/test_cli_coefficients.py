@@ -1,20 +1,17 @@
-"""``mergekit-metagpt coefficients`` and ``resolve``."""
+"""``mergekit-metagpt coefficients``: the figures, and how people see them."""
 
 import json
 
 import numpy as np
 import pytest
 import reference
-import torch
 import yaml
 from conftest import (
-    command,
     invoke,
     llama_config,
     merge_config,
     put_nan,
     read,
-    run,
     save_family,
     slices_config,
     write_yaml,
@@ -194,22 +191,6 @@ def test_a_bad_config_is_one_sentence(family, tmp_path):
 def test_wrong_usage_exits_with_2(config):
     for words in ([], ["nowhere.yml"], [config, "--granularity", "layers"], [config, "--nonsense"]):
         invoke("coefficients", *words, status=2)
-
-
-def test_resolve_writes_yaml_that_stock_mergekit_merges_to_the_same_bytes(family, merge, tmp_path):
-    config = merge_config(family, "metagpt_ties", parameters={"density": 0.5})
-    yml = write_yaml(tmp_path / "metagpt.yml", config)
-    invoke("resolve", yml, "-o", tmp_path / "stock.yml")
-    text = (tmp_path / "stock.yml").read_text()
-    assert invoke("resolve", yml).stdout == text
-    done = run(
-        command("mergekit-yaml"), tmp_path / "stock.yml", tmp_path / "out", "--no-copy-tokenizer",
-        MERGEKIT_METAGPT_AUTOLOAD="0",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    ours, stock = merge(config), read(tmp_path / "out")
-    assert all(torch.equal(ours[name], stock[name]) for name in ours)
-    assert yaml.safe_load(text)["merge_method"] == "ties"
 
 
 def test_priors_near_the_largest_number_are_relative_like_all_others(family, tmp_path):

@@ -37,10 +37,11 @@ def failure(config: Path, *words: object) -> str:
     return last
 
 
-@pytest.fixture
-def config(family, tmp_path):
-    """The config of a merge of the family's two experts."""
-    return write_yaml(tmp_path / "metagpt.yml", merge_config(family))
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """The config of a merge of two experts."""
+    folder = tmp_path_factory.mktemp("small")
+    return write_yaml(folder / "metagpt.yml", merge_config(save_family(folder, SMALL)))
 
 
 def save_directions(directory: Path, directions: list[list[float]]) -> dict[str, str]:

@@ -1,10 +1,13 @@
-"""Where ``mergekit-metagpt resolve`` writes to."""
+"""What ``mergekit-metagpt resolve`` writes, and where to."""
 
 import os
 import stat
 
 import pytest
-from conftest import invoke, merge_config, on_posix, write_yaml
+import torch
+from conftest import invoke, merge_config, on_posix, read, write_yaml
+
+from mergekit_metagpt.demo.merges import merge_with_mergekit, stock_command
 
 
 @pytest.fixture
@@ -12,6 +15,20 @@ def resolve(family, tmp_path):
     config = merge_config(family, parameters={"granularity": "model"})
     yml = write_yaml(tmp_path / "metagpt.yml", config)
     return lambda *words: invoke("resolve", yml, *words, "--quiet").stdout
+
+
+def test_stock_mergekit_merges_it_to_the_same_bytes_without_this_package(
+    family, merge, tmp_path, monkeypatch
+):
+    config = merge_config(family, "metagpt_ties", parameters={"density": 0.5})
+    stock = tmp_path / "stock.yml"
+    invoke("resolve", write_yaml(tmp_path / "metagpt.yml", config), "-o", stock)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("MERGEKIT_METAGPT_AUTOLOAD", "0")
+    merge_with_mergekit(stock_command(), stock, tmp_path / "out")
+    ours, theirs = merge(config), read(tmp_path / "out")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_file_is_replaced_as_a_whole(resolve, tmp_path):

@@ -30,18 +30,14 @@ def resolved(config) -> str:
     return stock_config(forecast(parsed, MergeOptions(), progress=False))
 
 
-def assert_same_bytes(merge, config, steps: int = 0) -> None:
-    """Compare a merge with that of its stock config, up to some rounding steps."""
+def assert_same(merge, config, steps: int = 0) -> None:
+    """Compare a merge with that of its stock config: the same bytes, or up to rounding steps."""
     ours, stock = merge(config), merge(yaml.safe_load(resolved(config)))
     assert ours.keys() == stock.keys()
     for name, tensor in ours.items():
         # Of the largest value: where terms cancel, steps are as large as those of the terms.
         step = torch.finfo(tensor.dtype).eps * tensor.abs().max().item()
         torch.testing.assert_close(tensor, stock[name], rtol=0, atol=steps * step)
-
-
-def assert_within_two_rounding_steps(merge, config) -> None:
-    assert_same_bytes(merge, config, steps=2)
 
 
 @pytest.mark.parametrize(
@@ -52,20 +48,20 @@ def test_sparsified_methods_give_the_same_bytes(method, granularity, family, mer
     config = merge_config(family, method, parameters=parameters)
     config["models"].reverse()
     config["models"].append({"model": family["base"]})
-    assert_same_bytes(merge, config)
+    assert_same(merge, config)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_the_plain_method_is_within_two_rounding_steps(granularity, family, merge):
     parameters = {"granularity": granularity, "exponent": 1.5, "normalize": True, "lambda": 0.7}
-    assert_within_two_rounding_steps(merge, merge_config(family, parameters=parameters))
+    assert_same(merge, merge_config(family, parameters=parameters), steps=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_for_16_bit_checkpoints_the_yaml_asks_for_float32(dtype, tmp_path, merge):
     paths = save_family(tmp_path, llama_config(), dtype=dtype)
-    assert_same_bytes(merge, merge_config(paths, "metagpt_ties"))  # of equal numbers, all are kept
-    assert_within_two_rounding_steps(merge, merge_config(paths))
+    assert_same(merge, merge_config(paths, "metagpt_ties"))  # of equal numbers, all are kept
+    assert_same(merge, merge_config(paths), steps=2)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "layer"])
@@ -75,17 +71,17 @@ def test_slices_modules_and_priors_are_kept(granularity, family, merge):
     sliced = slices_config(family, [[0, 2]], [[2, 3]], parameters=parameters)
     sliced["merge_method"] = "metagpt_ties"
     sliced["slices"][0]["sources"][1]["parameters"] = priors
-    assert_same_bytes(merge, sliced)
+    assert_same(merge, sliced)
     whole = merge_config(family, "metagpt_ties", parameters=parameters)
     whole["models"][1]["parameters"] = {**priors, "exponent": 1.0}
     whole["modules"] = {"default": {"models": whole.pop("models"), "parameters": {"weight": 2.0}}}
-    assert_same_bytes(merge, whole)
+    assert_same(merge, whole)
 
 
 def test_layers_that_move_take_their_weights_along(family, merge):
     config = slices_config(family, [[0, 1]], [[2, 3]], [[1, 3], [0, 2]])
     config["merge_method"] = "metagpt_ties"
-    assert_same_bytes(merge, config)
+    assert_same(merge, config)
 
 
 def test_one_weight_per_model_is_written_as_a_number(family):
@@ -117,7 +113,7 @@ def test_ten_and_more_layers_are_not_confused(tmp_path, merge):
     paths = save_family(tmp_path, llama_config(num_hidden_layers=12, hidden_size=16))
     for granularity in ("tensor", "layer"):
         parameters = {"granularity": granularity}
-        assert_same_bytes(merge, merge_config(paths, "metagpt_ties", parameters=parameters))
+        assert_same(merge, merge_config(paths, "metagpt_ties", parameters=parameters))
 
 
 WRITTEN = [
@@ -152,7 +148,7 @@ def test_what_is_written_passes_the_check_and_merges_to_the_same(
         config["models"].insert(0, base)
     text = resolved(config)
     assert inspect(ConfigFile("stock.yml", text, yaml.safe_load(text))).problems == []
-    assert_within_two_rounding_steps(merge, config)
+    assert_same(merge, config, steps=2)
 
 
 def test_another_method_is_refused(family):
