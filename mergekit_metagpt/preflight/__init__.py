@@ -122,18 +122,18 @@ def _look(case: Case, problems: list[str]) -> Preflight:
     if bad_layers := list(structure.bad_layers(case)):
         problems += bad_layers
         return Preflight(problems)
-    outputs = _plan(case, problems)
-    if outputs is None:
-        return Preflight(problems)
-    case.outputs = outputs
-    problems += _found(case, _OF_THE_TENSORS)
+    if outputs := _plan(case, problems):
+        case.outputs = outputs
+        problems += _found(case, _OF_THE_TENSORS)
     if problems:
         return Preflight(problems)
     total = costs(case)
     problems += output.no_room(case, total)
+    if problems:
+        return Preflight(problems)
     are_final = all(f.weights.directory and not f.to_apply for f in case.models.values())
     warnings = list(models.different_settings(case))
-    return Preflight(problems, total, outputs if are_final else None, warnings)
+    return Preflight([], total, case.outputs if are_final else None, warnings)
 
 
 def _plan(case: Case, problems: list[str]) -> Outputs | None:
