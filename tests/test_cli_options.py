@@ -1,6 +1,7 @@
 """Help, completion and suggestions; and what is printed, on any terminal."""
 
 import re
+import sys
 
 import click
 import pytest
@@ -91,3 +92,10 @@ def test_help_is_printed_in_ascii_too():
     done = CliRunner(charset="ascii").invoke(main, ["diagnose", "--help"])
     assert done.exit_code == 0
     assert "Linearity" in done.stdout_bytes.decode("utf-8")
+
+
+def test_a_command_that_cannot_be_imported_is_one_sentence(monkeypatch):
+    """As with another version of MergeKit, whose private names differ."""
+    monkeypatch.setitem(sys.modules, "mergekit_metagpt.cli.resolve", None)
+    (line,) = invoke("resolve", "metagpt.yml", status=1).stderr.splitlines()
+    assert line.startswith("Error: import of mergekit_metagpt.cli.resolve halted")
