@@ -302,6 +302,7 @@ class TestSlices:
             ([[[0, 1]], [[2, 3]]], None),  # a layer is left out, and the next one moves up
             ([[[0, 1]], [[2, 3]]], "bfloat16"),
             ([[[0, 2], [1, 3]]], None),  # an expert's layers meet different layers of the base
+            ([[[0, 2], [1, 3]]], "bfloat16"),
             ([[[0, 3]], [[0, 3]]], None),  # deeper than the base
         ],
     )

@@ -81,10 +81,7 @@ class Solution:
 def solve(projected: Tensor, gram: Tensor, rule: Rule) -> Solution:
     """Decide in the K leading directions, and add up elsewhere.
 
-    Args:
-        projected: P_t, T x m x q.
-        gram: ⟨τ_t, τ_k⟩, T x T in float64.
-        rule: says how λ_t and c_t follow from them.
+    ``projected`` are P_t, T x m x q; ``gram`` holds ⟨τ_t, τ_k⟩, T x T in float64.
     """
     norms = gram.diagonal()
     factors = gram.new_tensor(rule.traces(norms.tolist())) / norms.clamp_min(_TINY)
@@ -120,14 +117,9 @@ def _participation(values: Tensor) -> int:
 
 
 def _shares(gram: Tensor, priors: Tensor) -> Tensor:
-    """Return c_t = 1 / Σ_k cos²(τ_t, τ_k): 1, but experts that move alike share it.
+    """Return c_t = 1 / Σ_k cos²(τ_t, τ_k), T float64: 1, but experts that move alike share it.
 
-    Args:
-        gram: ⟨τ_t, τ_k⟩, T x T in float64.
-        priors: w_t, T float64, from 0 to 1. Of experts that move differently, that much is added.
-
-    Returns:
-        T float64.
+    Of experts that move differently, as much is added as their priors say, from 0 to 1.
     """
     lengths = gram.diagonal().clamp_min(0).sqrt()
     alike = (gram / torch.outer(lengths, lengths).clamp_min_(_TINY)).square_().clamp_(max=1)

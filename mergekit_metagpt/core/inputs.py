@@ -47,11 +47,7 @@ class TensorInputs:
 
     @cached_property
     def squared_norms(self) -> Norms:
-        """‖θ_t − θ_0‖², T finite floats; measured on first use.
-
-        Raises:
-            ValueError: if an input holds NaN or Inf. The message names the model and the tensor.
-        """
+        """‖θ_t − θ_0‖², T finite floats, measured on first use; NaN or Inf raise ``not_finite``."""
         norms = squared_norms(self.base, self.experts)
         if not all(map(math.isfinite, norms)):
             raise self.not_finite()

@@ -38,11 +38,7 @@ class MatrixInputs:
     seed: int
 
     def widened(self) -> "MatrixInputs":
-        """Return the inputs to calculate with in float64.
-
-        Raises:
-            FloatingPointError: if that is so already.
-        """
+        """Return the inputs to calculate with in float64; an error if that is so already."""
         if self.dtype == torch.float64:
             raise FloatingPointError("A number is not finite, or too large to be squared.")
         base, *experts = where_possible(torch.float64, self.base, *self.experts)
@@ -69,8 +65,7 @@ class MatrixInputs:
     def norms(self, squares: Sequence[Tensor]) -> Tensor:
         """Return ‖τ_t‖², T float64, from the squares of each block's rows, T x rows.
 
-        Raises:
-            FloatingPointError: if they are out of the dtype's range.
+        A FloatingPointError says that they are out of the dtype's range.
         """
         norms = torch.cat(list(squares), dim=1).cpu().double().sum(1)
         size, is_exact = self.base.numel(), self.dtype == torch.float64

@@ -36,12 +36,7 @@ class Provider:
         self.quiet = False
 
     def begin(self, ids: Sequence[Hashable], base: Hashable) -> None:
-        """Prepare for a merge that MergeKit plans: record its options and its files.
-
-        Args:
-            ids: the ids of all inputs.
-            base: the id of θ_0.
-        """
+        """Prepare for a merge that MergeKit plans: record its options and its files."""
         self._known.clear()
         checkpoints = _checkpoints_of(ids, base)
         if checkpoints is not None:
@@ -52,7 +47,7 @@ class Provider:
             warn_of_untold(checkpoints)
 
     def require_unchanged(self, ids: Sequence[Hashable], base: Hashable) -> None:
-        """Stop a merge if a weight file has changed since it began; arguments as for ``begin``."""
+        """Stop a merge if a weight file has changed since it began."""
         checkpoints = _checkpoints_of(ids, base)
         if checkpoints is not None:
             SURVEYS.require_unchanged(checkpoints)

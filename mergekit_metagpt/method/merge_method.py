@@ -175,13 +175,7 @@ class MetaGPTMerge(GroupMergeMethod):
 def by_directions(
     inputs: TensorInputs, shape_of: ShapeOf, parameters: dict[str, Any], out: Tensor | None = None
 ) -> Directions:
-    """Merge a tensor with a coefficient for every direction, with a method's parameters.
-
-    Args:
-        inputs: θ_0 and θ_t.
-        shape_of: returns the shape of another tensor of the base.
-        parameters: those of the method, with the priors w_t as ``weight``.
-        out: where the merge is written; None computes its figures only.
+    """Merge a tensor into ``out`` with a coefficient for every direction, or return figures only.
 
     Raises:
         ValueError: if an input is not finite.
