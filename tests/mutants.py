@@ -75,9 +75,11 @@ MUTANTS = {
         ),
         "if self._lock(self.path.parent).exists():": "if False:",
     },
+    ("merging/whole.py", "test_merging_whole.py"): {
+        '"tokenizer": plan and plan.tokenizer,': "",
+    },
     ("merging/whole.py", "test_merging_directory.py"): {
         '"inputs": inputs,': "",
-        '"tokenizer": plan and plan.tokenizer,': "",
         '        facts["seed"] = job.options.random_seed\n': "",
     },
     ("cli/__init__.py", "test_merging_directory.py"): {

@@ -121,21 +121,6 @@ def test_the_module_is_the_command():
     assert shown.splitlines()[1:] == installed.splitlines()[1:]
 
 
-NOTEBOOK = """
-import mergekit.merge_methods as methods
-assert "metagpt" not in {m.spec.name for m in methods.registered_methods()}
-import mergekit_metagpt
-assert "metagpt" in {m.spec.name for m in methods.registered_methods()}
-"""
-
-
-def test_a_process_that_imported_mergekit_before_the_installation_gets_the_methods():
-    # -S reads no start-up file, like a process that started before there was one.
-    paths = [path for path in sys.path if path]
-    done = run(sys.executable, "-S", "-c", f"import sys; sys.path += {paths!r}\n{NOTEBOOK}")
-    assert done.returncode == 0, done.stderr
-
-
 def test_public_names_are_documented():
     for name in mergekit_metagpt.__all__:
         assert getattr(mergekit_metagpt, name).__doc__

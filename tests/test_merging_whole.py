@@ -9,7 +9,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import reference
+import transformers
 from conftest import invoke, llama_config, merge_config, put_nan, read, save_family, write_yaml
+from mergekit.tokenizer import BuildTokenizer
+from test_cli_check import save_tokenizer
 
 from mergekit_metagpt.merging import by_shard, whole
 
@@ -229,3 +232,30 @@ def test_a_weight_file_that_changes_while_it_is_merged_is_named_and_nothing_stay
     done = merge(config, out, status=1)
     assert f"Weight file {paths['b']}/model.safetensors has changed since this merge" in done.stderr
     assert not names(out.parent)
+
+
+def test_tokens_that_mergekit_orders_anew_are_another_merge(tmp_path, out, monkeypatch):
+    """Its union of tokenizers may have another order in each process."""
+    paths = save_family(tmp_path, llama_config())
+    words = [f"w{number}" for number in range(64)]
+    for path in paths.values():
+        save_tokenizer(path, *words)
+    raw = merge_config(paths, tokenizer={"source": "union"})
+    config = write_yaml(tmp_path / "metagpt.yml", raw)
+    with monkeypatch.context() as patch:
+        patch.setattr(whole, "merge_record", failing(OSError("No space left")))
+        merge(config, out, status=1)
+    (kept,) = names(out.parent)
+    build = BuildTokenizer.execute
+
+    def in_another_order(self):
+        save_tokenizer(str(tmp_path / "other"), *reversed(words))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "other")
+        rows = {number: 63 - number for number in range(64)}
+        built = build(self)
+        permutations = dict.fromkeys(built.permutations, rows)
+        return built.model_copy(update={"tokenizer": tokenizer, "permutations": permutations})
+
+    monkeypatch.setattr(BuildTokenizer, "execute", in_another_order)
+    merge(config, out)
+    assert names(out.parent) == {"merged", kept}

@@ -4,8 +4,7 @@
 for this process.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,9 +46,12 @@ def forecasts(
     """Return the coefficients that a merge will use.
 
     There is a forecast for each of the granularities, in place of the config's unless it is
-    None; ``numbers_only`` refuses direction. What MergeKit ignores in the config is warned of.
+    None; ``numbers_only`` refuses direction. What MergeKit ignores in the config is warned of,
+    and a failure is explained by the problems that ``check`` finds.
     """
-    with _explained(job, warn):
+    known = ignored(job.config)
+    warn(known)
+    try:
         own_method(job.parsed)  # before the hub is asked for anything
         mapper = _ready_to_measure(job, ray)
         return [
@@ -63,6 +65,13 @@ def forecasts(
             )
             for granularity in granularities
         ]
+    except BadInputError:
+        raise
+    except Exception as error:
+        problems = inspect(job.config, options=job.options).problems
+        if set(problems) - set(known):
+            raise BadInputError(*problems) from error
+        raise
 
 
 def comparing(base: str | ModelReference, experts: Sequence[str | ModelReference]) -> ConfigFile:
@@ -138,22 +147,6 @@ def _ready_to_measure(job: Job, ray: str | None) -> Mapper:
         raise
     open_on_hub(on_hub)
     return in_this_process if ray is None else _ray_mapper(ray, job, on_hub)
-
-
-@contextmanager
-def _explained(job: Job, warn: Callable[[Iterable[str]], None]) -> Iterator[None]:
-    """Warn of what MergeKit ignores in a config; explain a failure by the problems of ``check``."""
-    known = ignored(job.config)
-    warn(known)
-    try:
-        yield
-    except BadInputError:
-        raise
-    except Exception as error:
-        problems = inspect(job.config, options=job.options).problems
-        if set(problems) - set(known):
-            raise BadInputError(*problems) from error
-        raise
 
 
 def _draw(path: Path, summary: Summary) -> None:
