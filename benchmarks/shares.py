@@ -5,6 +5,7 @@ memory. Prints a table; the medians of its rounds.
 """
 
 import cProfile
+import os
 import pstats
 import shutil
 import statistics
@@ -46,12 +47,14 @@ PARTS: dict[str, list[Callable[..., Any]]] = {
 
 def seconds(case: Case, paths: list[Path], dtype: str) -> dict[str, float]:
     """Merge once; return the seconds of each part, of the rest, and of all."""
-    out = paths[0].parent / "merged"
+    out, cache = paths[0].parent / "merged", paths[0].parent / "cache"
+    os.environ["XDG_CACHE_HOME"] = str(cache)  # no survey of an earlier round is found
     config = MergeConfiguration.model_validate(case.config(paths, dtype))
     options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
     profile = cProfile.Profile()
     profile.runcall(run_merge, config, str(out), options)
     shutil.rmtree(out)
+    shutil.rmtree(cache, ignore_errors=True)
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     found = {part: sum(_cumulative(stats, f) for f in parts) for part, parts in PARTS.items()}
     if found["survey"]:  # which measures by the same function

@@ -1,6 +1,7 @@
 """Time merges, each in its own process, and the machine's limits, in interleaved rounds."""
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -61,13 +62,22 @@ class Case:
     ) -> Run:
         """Merge once, into a folder beside the family, and remove the result.
 
-        ``start`` is called in the process of the merge, before anything else.
+        No survey of an earlier run is found. ``start`` is called in the process of the merge,
+        before anything else.
         """
-        out = paths[0].parent / "merged"
+        out, cache = paths[0].parent / "merged", paths[0].parent / "cache"
         task = {"config": self.config(paths, dtype), "out": str(out), "options": dict(self.options)}
         words = [sys.executable, "-m", "benchmarks.one_merge", json.dumps(task)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, preexec_fn=start)
+        done = subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=start,
+            env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+        )
         shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(cache, ignore_errors=True)
         if done.returncode:
             raise RuntimeError(f"{self.name} failed:\n{done.stderr}")
         result: Run = json.loads(done.stdout.splitlines()[-1])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
+from torch import Tensor
 
 from mergekit_metagpt.core.coefficients import Norms
 from mergekit_metagpt.core.granularities import GRANULARITIES, moved
@@ -139,7 +140,9 @@ class StoredModels:
         models: Any = inputs
         for model, tensor in models:
             stored = self.checkpoints.stored(model, inputs.name)
-            if stored is None or not torch.equal(stored.to(tensor), tensor):
+            if stored is None or not (
+                _are_one(stored, tensor) or torch.equal(stored.to(tensor), tensor)
+            ):
                 raise moved(inputs.name)
 
 
@@ -199,6 +202,11 @@ class ModelsInMemory:
 
 
 PROVIDER = Provider()
+
+
+def _are_one(stored: Tensor, tensor: Tensor) -> bool:
+    """Return whether two tensors are one place of a file in memory, and need no comparison."""
+    return stored.data_ptr() == tensor.data_ptr() and stored.dtype == tensor.dtype
 
 
 def _checkpoints_of(ids: Sequence[Hashable], base: Hashable) -> "Checkpoints | None":
