@@ -1,17 +1,16 @@
-"""Headers of weight files: shapes, dtypes and places; and what the disk reads ahead of them."""
+"""Headers of weight files: shapes, dtypes and places."""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import merge_config
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from mergekit_metagpt.measure import checkpoints, headers, loaders
+from mergekit_metagpt.measure import headers
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.headers import Header, read_header
-from mergekit_metagpt.measure.loaders import forget_files, read_ahead
+from mergekit_metagpt.measure.loaders import forget_files
 
 TENSORS = {
     "model.layers.0.w": torch.ones(3, 4),
@@ -72,63 +71,3 @@ def test_a_header_is_read_again_only_if_the_file_changes(tmp_path, monkeypatch):
     (tmp_path / "new").replace(path)  # of another inode
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert read_header(path, "m")["w"].shape == (2, 2)
-
-
-class TestReadingAhead:
-    @pytest.fixture
-    def asked(self, monkeypatch):
-        """Collect the byte ranges that are asked for; the window is 1000 bytes."""
-        if not hasattr(os, "posix_fadvise"):
-            pytest.skip("this system cannot be asked")
-        ranges = []
-        monkeypatch.setattr(
-            os, "posix_fadvise", lambda _, *place_and_advice: ranges.append(place_and_advice[:2])
-        )
-        monkeypatch.setattr(loaders, "_WINDOW", 1000)
-        monkeypatch.setattr(loaders, "_ASKED", {})
-        return ranges
-
-    @pytest.mark.parametrize(
-        ("tensors", "expected"),
-        [
-            # Each time half of the window is used up, the rest of the next one is asked for.
-            (range(5), [(0, 1000), (1000, 800), (1800, 800)]),
-            ((9, 0, 9), [(3600, 1000), (0, 1000), (3600, 1000)]),
-            ((4, 2, 3), [(1600, 1000)]),
-        ],
-        ids=["forwards", "jumps", "small steps back"],
-    )
-    def test_a_window_moves_along_the_file(self, tensors, expected, asked, tmp_path):
-        file = str(tmp_path / "model.safetensors")
-        save_file({f"w{n}": torch.full((100,), float(n)) for n in range(10)}, file)
-        for number in tensors:
-            read_ahead(file, f"w{number}")
-        first = read_header(file, file)["w0"].start
-        assert [(start - first, size) for start, size in asked] == expected
-
-    def test_a_changed_file_is_looked_at_again(self, asked, tmp_path):
-        file = str(tmp_path / "model.safetensors")
-        save_file({"w": torch.zeros(3)}, file)
-        read_ahead(file, "w")
-        save_file({"new": torch.zeros(3000), "w1": torch.zeros(3)}, file)
-        os.utime(file, (1, 1))
-        read_ahead(file, "w")  # no longer there
-        read_ahead(file, "w1")  # now far from the start
-        assert [start for start, _ in asked][1:] == [read_header(file, file)["w1"].start]
-
-    @pytest.mark.parametrize("granularity", ["tensor", "model"])
-    def test_it_is_done_by_merges(self, granularity, family, merge, monkeypatch):
-        begun = []
-        monkeypatch.setattr(checkpoints, "read_ahead", lambda *place: begun.append(place))
-        merge(merge_config(family, parameters={"granularity": granularity}))
-        files = {f"{path}/model.safetensors" for path in family.values()}
-        tensors = set(load_file(f"{family['base']}/model.safetensors"))
-        assert set(begun) == {(file, tensor) for file in files for tensor in tensors}
-
-    def test_pickles_are_left_alone(self, asked, tmp_path):
-        torch.save(TENSORS, tmp_path / "pytorch_model.bin")
-        models = Checkpoints.of(str(tmp_path), [])
-        models.read_ahead(models.base, "model.norm")
-        models.read_ahead(models.base, "unknown")
-        assert asked == []
-        forget_files()

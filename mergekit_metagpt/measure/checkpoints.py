@@ -24,7 +24,7 @@ from mergekit_metagpt.core.coefficients import Norms
 from mergekit_metagpt.measure.headers import Header, read_header
 from mergekit_metagpt.measure.hub import HubLoader
 from mergekit_metagpt.measure.identity import identity_of, on_hub, stat_of
-from mergekit_metagpt.measure.loaders import forget_models, read_ahead, weight_files
+from mergekit_metagpt.measure.loaders import forget_models, weight_files
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.tensors import Device, Measured, measure
 from mergekit_metagpt.measure.vocabularies import tokenizers_agree
@@ -177,7 +177,6 @@ class Checkpoints:
 
     def load(self, model: ModelReference, weight: WeightInfo, device: Device) -> Tensor | None:
         """Return a weight as it is stored, or None if the model lacks it."""
-        self.read_ahead(model, self._stored_name(model, weight))
         if self.are_files:
             return self.loader(model).get_tensor(
                 weight.name, device=str(device), raise_on_missing=False
@@ -197,13 +196,6 @@ class Checkpoints:
         """Return a weight as it is stored, or None if there is none of this name."""
         weight = self.weights.get(name or "")
         return self.load(model, weight, "cpu") if weight else None
-
-    def read_ahead(self, model: ModelReference, tensor: str | None) -> None:
-        """Let the disk read a tensor of a model, and what follows it in its file."""
-        loader = self.loader(model)
-        file = loader.index.tensor_paths.get(tensor or "", "")
-        if tensor and file.endswith(".safetensors") and not isinstance(loader, HubLoader):
-            read_ahead(os.path.join(loader.index.base_path, file), tensor)
 
     def survey(
         self,

@@ -96,11 +96,6 @@ class StoredModels:
     checkpoints: "Checkpoints"
     provider: Provider
 
-    def read_ahead(self, tensor: str | None) -> None:
-        """Let the disk read what follows a tensor of each model in its file."""
-        for model in self.checkpoints.models:
-            self.checkpoints.read_ahead(model, tensor)
-
     def merged_as(self, parameters: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the number of each tensor: each is merged by itself."""
         return list(range(len(parameters)))
@@ -152,9 +147,6 @@ class ModelsInMemory:
 
     tensors: Sequence[TensorInputs]
     parameters = None  # nothing is said of them
-
-    def read_ahead(self, tensor: str | None) -> None:
-        """Do nothing."""
 
     def shape_of(self, tensor: str) -> Sequence[int] | None:
         """Return the shape of a tensor, or None if there is none of this name."""

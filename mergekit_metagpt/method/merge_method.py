@@ -157,8 +157,6 @@ class MetaGPTMerge(GroupMergeMethod):
         models = self.provider.models_of([TensorInputs.of(group) for group in groups])
         places = models.merged_as(parameters)
         once = sorted(set(places))
-        for number in once:
-            models.read_ahead(groups[number].metadata.name)
         found: tuple[Tensor, ...] = super()._execute(
             [groups[number] for number in once],
             [{**parameters[number], "models": models} for number in once],

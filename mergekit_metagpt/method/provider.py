@@ -23,9 +23,6 @@ class Models(Protocol):
     def shape_of(self, tensor: str) -> Sequence[int] | None:
         """Return the shape of a tensor of the base, or None if it has none of this name."""
 
-    def read_ahead(self, tensor: str | None) -> None:
-        """Prepare for what is read after a tensor."""
-
     def merged_as(self, parameters: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return for each tensor the number of the one whose merge is also its own."""
 
