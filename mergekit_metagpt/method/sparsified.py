@@ -6,13 +6,9 @@ first, which differ from platform to platform.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from threading import RLock
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -27,9 +23,8 @@ from torch import Tensor
 from mergekit_metagpt.core.buffers import chunk_size
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import Sum, deltas_of, working_dtype
-
-# Threads share a device's default generator, so only one may use it at a time.
-_GENERATOR_LOCKS: defaultdict[str, RLock] = defaultdict(RLock)
+from mergekit_metagpt.method.parameters import require_ranks
+from mergekit_metagpt.method.random_streams import own_stream
 
 # How far a rank may be from that in a random sample. If it is farther, counting shows it.
 _DEVIATIONS = 3
@@ -42,46 +37,12 @@ def merge_sparsified(
 ) -> Tensor:
     """Merge a tensor as MergeKit's method does with a float32 base, rounded to its dtype once.
 
-    Float64, gradients and subclasses of MergeKit's method are left to MergeKit's own code.
     ``weight`` holds λ_t by expert.
     """
     if stock.sparsification_method == SparsificationMethod.della_magprune:
-        _require_ranks(inputs, parameters["density"].values())
+        require_ranks(inputs, parameters["density"].values())
     with own_stream(inputs.base.device, f"{stock.spec.name}/{inputs.name}"):
         return _merge(stock, inputs, parameters)
-
-
-def _require_ranks(inputs: TensorInputs, densities: Iterable[float]) -> None:
-    """Refuse rows of one number, which DELLA cannot rank: MergeKit would divide by 0."""
-    shape = inputs.base.shape
-    row = shape[1] if len(shape) > 1 else shape.numel()
-    if row == 1 and any(0 < density < 1 for density in densities):
-        raise ValueError(
-            f"DELLA cannot rank the numbers of tensor {inputs.name} of shape {list(shape)}: "
-            "each row has only one; set its density to 1 with a filter, or choose a DARE method."
-        )
-
-
-@contextmanager
-def own_stream(device: torch.device, name: str) -> Iterator[None]:
-    """Give a tensor its own random stream, independent of the order of the merge.
-
-    DARE and DELLA draw from the default generator of the tensor's device. Here it has a seed
-    derived from ``--random-seed`` and the name. Afterwards the caller's state is restored.
-    """
-    accelerator = device.type != "cpu"
-    with _GENERATOR_LOCKS[str(device)]:
-        seed = crc32(f"{torch.initial_seed()}/{name}".encode())
-        with torch.random.fork_rng(
-            devices=[device] if accelerator else [],
-            device_type=device.type if accelerator else "cuda",
-        ):
-            if accelerator:
-                with torch.get_device_module(device).device(device):
-                    torch.get_device_module(device).manual_seed(seed)
-            else:
-                torch.default_generator.manual_seed(seed)
-            yield
 
 
 def _merge(
@@ -90,7 +51,7 @@ def _merge(
     tensors = [inputs.base, *inputs.experts]
     has_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     is_subclass = type(stock) is not GeneralizedTaskArithmeticMerge
-    if has_gradients or is_subclass or inputs.dtype == torch.float64:
+    if has_gradients or is_subclass or inputs.dtype == torch.float64:  # MergeKit's own code does it
         tensors[0] = inputs.base.to(working_dtype(inputs.base.dtype))
         ids = [inputs.base_id, *inputs.ids]
         group = TensorGroup.from_tensors(tensors, ids=ids, base_index=0, name=inputs.name)
