@@ -29,14 +29,6 @@ def from_disk(paths: Sequence[Path], action: Callable[[], Run]) -> Callable[[], 
     return run
 
 
-def disk_bytes() -> int:
-    """Return how many bytes this process has fetched from disks."""
-    for line in Path("/proc/self/io").read_text().splitlines():
-        if line.startswith("read_bytes:"):
-            return int(line.split()[1])
-    raise OSError("/proc/self/io has no read_bytes; run this on Linux.")
-
-
 @contextmanager
 def memory_limit(size: int) -> Iterator[Callable[[], None] | None]:
     """Yield what a child process calls to have no more than this memory, files included.

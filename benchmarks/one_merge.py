@@ -1,42 +1,50 @@
-"""One merge in its own process: `python -m benchmarks.one_merge '{"config": …}'`.
+"""One merge, to be timed in a process of its own."""
 
-Prints a line of JSON: the seconds and CPU seconds of MergeKit's ``run_merge``, without imports,
-the peak resident memory of the process, and what it read from disks, in bytes.
-"""
-
-import json
-import sys
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from benchmarks.cold import disk_bytes
 
+def one_merge(
+    config: dict[str, Any],
+    out: Path,
+    cache: Path,
+    options: dict[str, Any],
+    start: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Merge; return seconds, CPU seconds, peak resident memory and bytes read from disks.
 
-def main() -> None:
-    """Merge as the argument says."""
-    task = json.loads(sys.argv[1])
-    config = MergeConfiguration.model_validate(task["config"])
-    options = MergeOptions(
-        quiet=True, copy_tokenizer=False, write_model_card=False, **task["options"]
-    )
-    options.apply_global_options()  # type: ignore[no-untyped-call]
-    if options.device != "cpu":
-        torch.ones(1, device=options.device)  # create the context first: it is not part of a merge
-    read = disk_bytes()
+    Args:
+        config: MergeKit's.
+        out: the output directory.
+        cache: the directory of caches.
+        options: MergeKit's.
+        start: is called before anything else.
+    """
+    if start:
+        start()
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    merge = MergeConfiguration.model_validate(config)
+    settings = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False, **options)
+    settings.apply_global_options()  # type: ignore[no-untyped-call]
+    if settings.device != "cpu":
+        torch.ones(1, device=settings.device)  # create the context first: it is no part of a merge
+    read = _disk_bytes()
     cpu, wall = time.process_time(), time.perf_counter()
-    run_merge(config, task["out"], options)
-    result = {
+    run_merge(merge, str(out), settings)
+    return {
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
         "peak_bytes": _peak_bytes(),
-        "disk_bytes": disk_bytes() - read,
+        "disk_bytes": _disk_bytes() - read,
     }
-    print("\n" + json.dumps(result))
 
 
 def _peak_bytes() -> int:
@@ -47,5 +55,9 @@ def _peak_bytes() -> int:
     raise OSError("/proc/self/status has no VmHWM; run this on Linux.")
 
 
-if __name__ == "__main__":
-    main()
+def _disk_bytes() -> int:
+    """Return how many bytes this process has fetched from disks."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    raise OSError("/proc/self/io has no read_bytes; run this on Linux.")

@@ -1,19 +1,23 @@
 """Time merges, each in its own process, and the machine's limits, in interleaved rounds."""
 
-import json
-import os
+import multiprocessing
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import tqdm
+
+from benchmarks.one_merge import one_merge
+
+# Each is new, but has imported all that a merge needs, which takes longer than most merges.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["benchmarks.one_merge"])
 
 Run = dict[str, float]
 _BLOCK = 1 << 24
@@ -64,24 +68,20 @@ class Case:
 
         No survey of an earlier run is found. ``start`` is called in the process of the merge,
         before anything else.
+
+        Raises:
+            RuntimeError: if the merge fails.
         """
         out, cache = paths[0].parent / "merged", paths[0].parent / "cache"
-        task = {"config": self.config(paths, dtype), "out": str(out), "options": dict(self.options)}
-        words = [sys.executable, "-m", "benchmarks.one_merge", json.dumps(task)]
-        done = subprocess.run(
-            words,
-            capture_output=True,
-            text=True,
-            check=False,
-            preexec_fn=start,
-            env={**os.environ, "XDG_CACHE_HOME": str(cache)},
-        )
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(cache, ignore_errors=True)
-        if done.returncode:
-            raise RuntimeError(f"{self.name} failed:\n{done.stderr}")
-        result: Run = json.loads(done.stdout.splitlines()[-1])
-        return result
+        config = self.config(paths, dtype)
+        with ProcessPoolExecutor(1, mp_context=_PROCESSES) as process:
+            merged = process.submit(one_merge, config, out, cache, dict(self.options), start)
+            error = merged.exception()
+        for folder in (out, cache):
+            shutil.rmtree(folder, ignore_errors=True)
+        if error:
+            raise RuntimeError(f"{self.name} failed: {error}") from error
+        return merged.result()
 
 
 def interleaved(
