@@ -5,9 +5,7 @@ memory. Prints a table; the medians of its rounds.
 """
 
 import cProfile
-import os
 import pstats
-import shutil
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -16,16 +14,15 @@ from typing import Any
 
 import click
 import torch
-from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoadTensor
 from mergekit.io.tensor_writer import TensorWriter
 from mergekit.merge import run_merge
 from mergekit.merge_methods import GeneralizedTaskArithmeticMerge
-from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from benchmarks.families import BLOCKS, make_family, sized
 from benchmarks.machine import described
+from benchmarks.one_merge import one_merge
 from benchmarks.speed import DIRECTION, PLAIN, TASK_ARITHMETIC
 from benchmarks.tables import table
 from benchmarks.timing import Case
@@ -47,19 +44,15 @@ PARTS: dict[str, list[Callable[..., Any]]] = {
 
 def seconds(case: Case, paths: list[Path], dtype: str) -> dict[str, float]:
     """Merge once; return the seconds of each part, of the rest, and of all."""
-    out, cache = paths[0].parent / "merged", paths[0].parent / "cache"
-    os.environ["XDG_CACHE_HOME"] = str(cache)  # no survey of an earlier round is found
-    config = MergeConfiguration.model_validate(case.config(paths, dtype))
-    options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
     profile = cProfile.Profile()
-    profile.runcall(run_merge, config, str(out), options)
-    shutil.rmtree(out)
-    shutil.rmtree(cache, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=paths[0].parent) as folder:
+        out, cache = Path(folder, "merged"), Path(folder, "cache")
+        profile.runcall(one_merge, case.config(paths, dtype), out, cache, {})
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     found = {part: sum(_cumulative(stats, f) for f in parts) for part, parts in PARTS.items()}
     if found["survey"]:  # which measures by the same function
         found["norms"] = 0.0
-    whole = max(cumulative for _, _, _, cumulative, _ in stats.values())
+    whole = _cumulative(stats, run_merge)
     return {**found, "the rest": whole - sum(found.values()), "all": whole}
 
 
@@ -76,9 +69,9 @@ def _cumulative(stats: dict[Any, Any], function: Callable[..., Any]) -> float:
 @click.option("--rounds", default=5, show_default=True, help="after one that warms up")
 def main(parameters: int, dtype: str, rounds: int) -> None:
     """Profile merges and print a table."""
-    models = {f"{parameters / 1e9:g} B": sized(parameters), **BLOCKS}
+    block = "a block of Llama 2 7B"
     lines = []
-    for label, config in list(models.items())[:2]:
+    for label, config in ((f"{parameters / 1e9:g} B", sized(parameters)), (block, BLOCKS[block])):
         with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
             paths = make_family(Path(folder), config, 3, getattr(torch, dtype))
             runs: dict[str, list[dict[str, float]]] = {case.name: [] for case in CASES}

@@ -70,7 +70,7 @@ class TensorInputs:
     @property
     def memory(self) -> tuple[Any, ...]:
         """Where the tensors lie; the same for tensors that are tied in memory."""
-        return tuple((t.data_ptr(), t.shape, t.stride()) for _, t in self)
+        return tuple(place_of(tensor) for _, tensor in self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,3 +81,8 @@ class TensorInputs:
         """Yield id and tensor of the base, then of each expert."""
         yield self.base_id, self.base
         yield from zip(self.ids, self.experts, strict=True)
+
+
+def place_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return where a tensor lies in memory; two with the same place have the same content."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -9,6 +9,7 @@ from typing import Any
 import lm_eval
 from lm_eval.loggers import EvaluationTracker
 from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
 
 from mergekit_metagpt.evaluation.harness import evaluate
 from mergekit_metagpt.evaluation.results import Results
@@ -85,7 +86,7 @@ class Bench:
     def _settings(self, model: ModelReference) -> dict[str, Any]:
         """Return what the scores of a model depend on, as JSON types."""
         return {
-            "files": sorted(map(sha256_of, weight_files(model))),
+            "files": sorted(map(sha256_of, weight_files(LoaderCache().get(model)))),
             "task_files": self._task_files,
             "lm_eval": lm_eval.__version__,
             **self.deciding,

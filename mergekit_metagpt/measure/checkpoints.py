@@ -87,8 +87,7 @@ class Checkpoints:
 
     def files(self) -> list[str]:
         """Return the paths of all weight files."""
-        indexes = [self.loader(model).index for model in self.models]
-        return [os.path.join(i.base_path, shard.filename) for i in indexes for shard in i.shards]
+        return [str(path) for model in self.models for path in weight_files(self.loader(model))]
 
     def identity(self, model: ModelReference) -> list[Any]:
         """Return what a model is: its files, or those of the model with its adapter applied.
@@ -103,7 +102,7 @@ class Checkpoints:
         else:
             identity = identity_of(loader.index.base_path)
             if not on_hub(loader.index.base_path):  # an index may name files in folders below
-                identity += [[str(path), stat_of(path)] for path in weight_files(model)]
+                identity += [[str(path), stat_of(path)] for path in weight_files(loader)]
         if model.lora and os.path.isdir(model.model.path):
             identity += identity_of(model.model.path)
         return [*identity, LoaderCache().trust_remote_code]

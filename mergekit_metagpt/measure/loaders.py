@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mergekit.common import ModelReference
+from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
@@ -12,9 +13,9 @@ from mergekit_metagpt.measure.hub import HubLoader, open_on_hub
 from mergekit_metagpt.measure.vocabularies import tokenizers_agree
 
 
-def weight_files(model: ModelReference) -> list[Path]:
-    """Return the weight files that MergeKit reads a model from."""
-    index = LoaderCache().get(model).index
+def weight_files(loader: LazyTensorLoader) -> list[Path]:
+    """Return the weight files that a loader reads."""
+    index = loader.index
     return [Path(index.base_path, shard.filename) for shard in index.shards]
 
 

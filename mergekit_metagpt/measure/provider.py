@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
-from torch import Tensor
 
 from mergekit_metagpt.core.coefficients import Norms
 from mergekit_metagpt.core.granularities import GRANULARITIES, moved
-from mergekit_metagpt.core.inputs import TensorInputs
+from mergekit_metagpt.core.inputs import TensorInputs, place_of
 from mergekit_metagpt.core.roles import Role, role_of
 from mergekit_metagpt.measure.survey import Survey, survey_tensors
 from mergekit_metagpt.measure.surveys import SURVEYS
@@ -135,8 +134,9 @@ class StoredModels:
         models: Any = inputs
         for model, tensor in models:
             stored = self.checkpoints.stored(model, inputs.name)
+            # What was not converted is the same place of a mapped file, and need not be read.
             if stored is None or not (
-                _are_one(stored, tensor) or torch.equal(stored.to(tensor), tensor)
+                place_of(stored) == place_of(tensor) or torch.equal(stored.to(tensor), tensor)
             ):
                 raise moved(inputs.name)
 
@@ -194,11 +194,6 @@ class ModelsInMemory:
 
 
 PROVIDER = Provider()
-
-
-def _are_one(stored: Tensor, tensor: Tensor) -> bool:
-    """Return whether two tensors are one place of a file in memory, and need no comparison."""
-    return stored.data_ptr() == tensor.data_ptr() and stored.dtype == tensor.dtype
 
 
 def _checkpoints_of(ids: Sequence[Hashable], base: Hashable) -> "Checkpoints | None":

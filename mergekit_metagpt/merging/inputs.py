@@ -59,7 +59,9 @@ def _directory(model: ModelReference) -> str:
 def opened(job: Job) -> Iterator[Inputs]:
     """Open the models of a job, which applies their adapters, and look at their files."""
     models = canonical(job.parsed.referenced_models())
-    files = {model: (weight_files(model), _adapter_files(model)) for model in models}
+    files = {
+        model: (weight_files(LoaderCache().get(model)), _adapter_files(model)) for model in models
+    }
     paths = [path for pair in files.values() for each in pair for path in each]
     reader = ThreadPoolExecutor(1)
     try:
