@@ -30,7 +30,9 @@ from mergekit_metagpt.core.decision import Rule, basis_of, solve
 from mergekit_metagpt.core.matrices import MatrixInputs, matrices_of
 from mergekit_metagpt.core.roles import Role
 from mergekit_metagpt.core.task_vectors import (
+    ROW_PARTS,
     add_task_vectors,
+    by_parts,
     promoted_dtype,
     working_dtype,
 )
@@ -192,7 +194,9 @@ def _merge_matrix(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | 
             merged = torch.mul(block.task_vectors[0], first, out=block.spare)
             for tau, share in zip(block.task_vectors[1:], others, strict=True):
                 merged.add_(tau, alpha=share)
-            out[block.rows] = merged.addmm_(left[block.rows], right).add_(block.base)
+            target, part = by_parts(merged), by_parts(left[block.rows])
+            target.baddbmm_(part, right.expand(len(part), -1, -1))
+            out[block.rows] = merged.add_(block.base)
     n, decided = len(basis), found.directions.shape[1]
     return _Part(norms, found.products, found.squared_norm, n, decided)
 
@@ -201,24 +205,23 @@ def _looked_at(inputs: MatrixInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Read a matrix once; return ‖τ_t‖², ⟨τ_t, τ_k⟩ (float64), and where each expert moves.
 
     The last one is Y_t = (τ_tᵀ τ_t Ω)ᵀ with a random Ω, T x r x n: its rows are mixtures of the
-    directions of τ_t, by the squares of their singular values. They lie as rows, since products
-    with a few long rows are several times as fast as with a few long columns.
+    directions of τ_t, by the squares of their singular values.
     """
     count, n = len(inputs.experts), inputs.base.shape[1]
     gram = inputs.base.new_zeros(count, count, dtype=inputs.dtype)
-    ranges = gram.new_zeros(count, _RANK, n)
+    ranges = gram.new_zeros(count, ROW_PARTS, _RANK, n)
     generator = torch.Generator("cpu").manual_seed(inputs.seed)
     drawn = torch.randn(_RANK, n, generator=generator, dtype=torch.float32, device="cpu")
-    drawn = drawn.to(ranges)
+    drawn = drawn.to(gram)
     squares = []
     for block in inputs.blocks():
-        taus = block.task_vectors
-        images = (drawn @ taus.flatten(0, 1).T).view(_RANK, count, -1)
-        for t, tau in enumerate(taus):
-            ranges[t].addmm_(images[:, t], tau)
-        flat = taus.flatten(1)
-        gram.addmm_(flat, flat.T)
+        for tau, sums in zip(block.task_vectors, ranges, strict=True):
+            parts = by_parts(tau)
+            sums[: len(parts)].baddbmm_((parts @ drawn.T).mT, parts)
+        by_row = block.task_vectors.transpose(0, 1)
+        gram += torch.bmm(by_row, by_row.mT).sum(0)
         squares.append(block.squares())
+    ranges = ranges.sum(1)
     norms = inputs.norms(squares)
     if not ranges.isfinite().all():
         raise FloatingPointError(
@@ -234,7 +237,8 @@ def _projected(inputs: MatrixInputs, basis: Tensor) -> Tensor:
     m, q = len(inputs.base), basis.shape[1]
     projected = basis.new_empty(len(inputs.experts), m, q)
     for block in inputs.blocks():
-        projected[:, block.rows] = block.task_vectors @ basis
+        for product, tau in zip(projected[:, block.rows], block.task_vectors, strict=True):
+            torch.mm(tau, basis, out=product)
     return projected
 
 
