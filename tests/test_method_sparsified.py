@@ -48,7 +48,7 @@ def one_chunk(stack):
 
 def as_an_accelerator(stack):
     one_chunk(stack)
-    stack.enter_context(mock.patch.object(sparsified, "_array", lambda tensor: tensor))
+    stack.enter_context(mock.patch.object(sparsified, "as_array", lambda tensor: tensor))
 
 
 WAYS = [several_chunks, one_chunk, as_an_accelerator]

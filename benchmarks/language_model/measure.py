@@ -99,11 +99,11 @@ class FamilyBench:
         )
 
     def _expert(self, task: str) -> Metrics:
-        expert = self.experts[task]
-        return self.bench.kept(
-            f"{self.name}/test/expert {task}",
-            str(expert),
-            lambda: self.bench.score(self._checkpoint(expert), _split([task], "test")),
+        checkpoint = self._checkpoint(self.experts[task])
+        return self.bench.kept(  # families share experts
+            str(checkpoint.relative_to(self.bench.work)),
+            "expert",
+            lambda: self.bench.score(checkpoint, _split([task], "test")),
         )
 
     def _merge(self, row: Row, split: str) -> Metrics:

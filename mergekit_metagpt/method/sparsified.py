@@ -7,7 +7,6 @@ first, which differ from platform to platform.
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
+from mergekit_metagpt.core.arrays import as_array, at_places, in_order, places_of
 from mergekit_metagpt.core.buffers import chunk_size
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import Sum, deltas_of, working_dtype
@@ -113,12 +113,12 @@ def _keep_between(mask: Tensor, base: Tensor, expert: Tensor, start: int, stop: 
     Most magnitudes are seen to be kept or dropped when they are compared with guessed limits. Only
     those near the ends have to be sorted.
     """
-    marks = _array(mask)
+    marks = as_array(mask)
     library: Any = np if isinstance(marks, np.ndarray) else torch
     for low, high in (_limits(base, expert, start, stop), _NO_LIMITS):
         smaller, between, parts = 0, 0, []
         for chunk, _, [delta] in deltas_of(base, [expert], chunk_size(base.device)):
-            magnitudes = _array(delta.abs_())
+            magnitudes = as_array(delta.abs_())
             inside, kept = magnitudes >= low[0], magnitudes > low[1]
             smaller += len(inside) - int(library.count_nonzero(inside))
             inside ^= kept
@@ -128,7 +128,7 @@ def _keep_between(mask: Tensor, base: Tensor, expert: Tensor, start: int, stop: 
                 inside ^= beyond ^ outlier
             marks[chunk] = kept
             between += int(library.count_nonzero(kept))
-            unsure = library.argwhere(inside)[:, 0]
+            unsure = places_of(inside)
             parts.append((unsure + chunk.start, magnitudes[unsure]))
         places, values = (library.concatenate(part) for part in zip(*parts, strict=True))
         # Zeros are not among the values: they are the same when dropped.
@@ -145,7 +145,7 @@ def _limits(base: Tensor, expert: Tensor, start: int, stop: int) -> tuple[tuple[
     size, count = len(base), int(len(base) ** (2 / 3))
     generator = torch.Generator("cpu").manual_seed(0)
     places = torch.randint(size, (count,), generator=generator, device="cpu").to(base.device)
-    sample = _sorted(_array((expert[places].float() - base[places].float()).abs_()))
+    sample = in_order(as_array((expert[places].float() - base[places].float()).abs_()))
     pairs = []
     for share in (start / size, stop / size):
         margin = 2 + _DEVIATIONS * math.sqrt(count * share * (1 - share))
@@ -161,12 +161,11 @@ def _chosen(values: Any, start: int, stop: int) -> Any:
     """Return which values, if sorted, are at ``[start:stop]``; of equal ones the first are."""
     if start >= stop:
         return values < 0
-    library: Any = np if isinstance(values, np.ndarray) else torch
-    ordered = _sorted(values)
-    chosen = (values > ordered[start]) & (values < ordered[stop - 1])
-    for end in (ordered[start], ordered[stop - 1]):
-        equal = library.argwhere(values == end)[:, 0]
-        fewer = int(library.count_nonzero(values < end))
+    ends = at_places(values, start, stop - 1)
+    chosen = (values > ends[0]) & (values < ends[1])
+    for end in ends:
+        equal = places_of(values == end)
+        fewer = int((values < end).sum())
         chosen[equal[: min(fewer + len(equal), stop) - max(fewer, start)]] = True
     return chosen
 
@@ -187,7 +186,7 @@ def _draw_by_rank(
         # A magnitude's bits grow with it. Below them is the place from the end, so that no two keys
         # are equal, and the first of equal magnitudes has the highest rank.
         keys = magnitudes.reshape(-1, length).view(torch.int32).long().bitwise_left_shift_(32)
-        keys = torch.as_tensor(_sorted(_array(keys.add_(ranks.flip(0)))), device=base.device)
+        keys = torch.as_tensor(in_order(as_array(keys.add_(ranks.flip(0)))), device=base.device)
         order = keys.bitwise_and_((1 << 32) - 1).neg_().add_(length - 1)
         probabilities = torch.empty_like(order, dtype=torch.float32)
         probabilities.scatter_(1, order, by_rank.expand_as(order))
@@ -232,19 +231,3 @@ def _mixed(
     if options["lambda"] != 1:
         mixed *= options["lambda"]
     return mixed
-
-
-def _array(tensor: Tensor) -> Any:
-    """Return a CPU tensor as NumPy's, which compares, finds and sorts several times as fast."""
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor
-
-
-def _sorted(array: Any) -> Any:
-    """Return an array's numbers in rising order, those of each row if it has rows."""
-    if not isinstance(array, np.ndarray):
-        return array.sort().values
-    if array.ndim == 1:
-        return np.sort(array)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        parts = np.array_split(array, torch.get_num_threads())
-        return np.concatenate(list(pool.map(np.sort, parts)))
