@@ -86,9 +86,10 @@ def test_small_matrices_are_merged_as_the_reference_says(shape, exponent):
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("ranks", [(1, 1), (3, 8, 5), (directions._RANK,) * 4])
-def test_large_matrices_of_low_rank_are_merged_as_the_reference_says(ranks, dtype, close):
-    """The range finder finds the whole of them."""
-    base, experts = of_low_rank((150, 120), ranks, dtype)
+@pytest.mark.parametrize("rows", [150, 600])
+def test_large_matrices_of_low_rank_are_merged_as_the_reference_says(rows, ranks, dtype, close):
+    """The range finder finds the whole of them, also in a sample of the rows."""
+    base, experts = of_low_rank((rows, 120), ranks, dtype)
     exact = wanted(base, experts)
     merged = as_float64(merge(base, experts)[0])
     np.testing.assert_allclose(merged, exact, atol=close * abs(exact).max())
@@ -96,14 +97,22 @@ def test_large_matrices_of_low_rank_are_merged_as_the_reference_says(ranks, dtyp
 
 def test_the_range_finder_finds_leading_directions():
     """Of a spectrum that falls by a tenth each, it misses little of what rank r can hold."""
-    left, right = (torch.linalg.qr(drawn(200, 200, seed=s)).Q for s in (1, 2))
+    left, right = (torch.linalg.qr(drawn(rows, 200, seed=s)).Q for s, rows in ((1, 8000), (2, 200)))
     values = 0.9 ** torch.arange(200, dtype=torch.float64)
     expert = left @ (values.unsqueeze(1) * right.T)
     inputs = MatrixInputs(torch.zeros_like(expert), [expert], torch.float64, 0)
-    basis = basis_of(directions._looked_at(inputs)[2])
+    basis = basis_of(directions._ranges(inputs))
     assert basis.shape == (200, directions._RANK)
     held = (expert @ basis).square().sum() / values[: directions._RANK].square().sum()
     assert held > 0.85
+
+
+def test_what_the_range_finder_does_not_see_is_added_up(monkeypatch):
+    monkeypatch.setattr(directions, "_ranges", lambda inputs: torch.zeros(2, 8, 100))
+    base, (first, second) = torch.zeros(600, 100), torch.zeros(2, 600, 100)
+    first[300, 50:], second[301, 50:] = drawn(2, 50).float()
+    for experts, expected in (([first, second], first + second), ([first, first], first)):
+        assert torch.allclose(merge(base, experts)[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("exponent", [0.0, 2.0])

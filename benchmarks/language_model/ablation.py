@@ -65,7 +65,7 @@ class Ablation:
 
     def __init__(self, family: FamilyBench) -> None:
         self._family, self._bench = family, family.bench
-        self._looked: tuple[int, int] | None = None
+        self._looked: tuple[int, ...] | None = None
         self._looks: list[Look | None] = []
 
     @torch.no_grad()
@@ -100,8 +100,9 @@ class Ablation:
 
     def _look(self, variant: Variant) -> None:
         """Look at all matrices, unless the last variant looked in the same way."""
-        if self._looked != (variant.rank, variant.passes):
-            self._looked, self._looks = (variant.rank, variant.passes), []
+        way = (variant.rank, variant.every, variant.passes)
+        if self._looked != way:
+            self._looked, self._looks = way, []
             for part in self._parts:
                 self._looks.append(variant.look(part.taus, part.name) if part.is_matrix else None)
 

@@ -34,6 +34,7 @@ class Variant:
 
     Attributes:
         rank: r, how many directions of each expert are looked at.
+        every: of how many rows the range finder sees one.
         passes: how often the range finder multiplies by τ_tᵀ τ_t.
         power: the participation number counts eigenvalues by this power of them.
         farther: how much farther the merge may move in K directions than the experts do, as a
@@ -47,6 +48,7 @@ class Variant:
     """
 
     rank: int = 8
+    every: int = 1
     passes: int = 1
     power: float = 0.75
     farther: float | None = 0.2
@@ -56,7 +58,7 @@ class Variant:
     rows: Literal["bound", "shared", "sum"] = "bound"
 
     def look(self, taus: Tensor, name: str) -> Look:
-        """Look at the experts of a matrix; depends on ``rank`` and ``passes`` only.
+        """Look at the experts of a matrix; depends on ``rank``, ``every`` and ``passes``.
 
         Args:
             taus: τ_t, T x m x n.
@@ -67,7 +69,8 @@ class Variant:
         drawn = torch.Generator().manual_seed(crc32(f"{name}/{list(taus.shape[1:])}/0".encode()))
         ranges = torch.randn(self.rank, n, generator=drawn).to(taus)
         for _ in range(self.passes):
-            ranges = ranges @ taus.mT @ taus
+            seen = taus[:, :: self.every]
+            ranges = ranges @ seen.mT @ seen
         rows = ranges.flatten(0, 1)
         basis = torch.linalg.qr(rows.T).Q if len(rows) < n else torch.eye(n).to(taus)
         flat = taus.flatten(1)

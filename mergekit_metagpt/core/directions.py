@@ -30,7 +30,6 @@ from mergekit_metagpt.core.decision import Rule, basis_of, solve
 from mergekit_metagpt.core.matrices import MatrixInputs, matrices_of
 from mergekit_metagpt.core.roles import Role
 from mergekit_metagpt.core.task_vectors import (
-    ROW_PARTS,
     add_task_vectors,
     by_parts,
     promoted_dtype,
@@ -39,6 +38,8 @@ from mergekit_metagpt.core.task_vectors import (
 
 # How many leading directions of each expert are looked at.
 _RANK = 8
+# They are found in one of so many rows, but in no fewer than so many.
+_OF_ROWS, _LEAST_ROWS = 16, 256
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,9 @@ def _merge_one(
 
 
 def _merge_matrix(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
-    norms, gram, ranges = _looked_at(inputs)
-    basis = basis_of(ranges)
-    found = solve(_projected(inputs, basis), gram, rule)
+    basis = basis_of(_ranges(inputs))
+    norms, gram, projected = _projected(inputs, basis)
+    found = solve(projected, gram, rule)
     if out is not None:
         left, right = scale * found.left, (basis @ found.directions).T
         first, *others = (scale * share for share in found.elsewhere)
@@ -201,45 +202,45 @@ def _merge_matrix(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | 
     return _Part(norms, found.products, found.squared_norm, n, decided)
 
 
-def _looked_at(inputs: MatrixInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Read a matrix once; return ‖τ_t‖², ⟨τ_t, τ_k⟩ (float64), and where each expert moves.
+def _ranges(inputs: MatrixInputs) -> Tensor:
+    """Return where each expert moves: (τ_tᵀ τ_t Ω)ᵀ with a random Ω, T x r x n.
 
-    The last one is Y_t = (τ_tᵀ τ_t Ω)ᵀ with a random Ω, T x r x n: its rows are mixtures of the
-    directions of τ_t, by the squares of their singular values.
+    Its rows are mixtures of the directions of τ_t, by the squares of their singular values. They
+    need not be exact, and a sample of the rows of τ_t shows them as well as all do.
     """
-    count, n = len(inputs.experts), inputs.base.shape[1]
-    gram = inputs.base.new_zeros(count, count, dtype=inputs.dtype)
-    ranges = gram.new_zeros(count, ROW_PARTS, _RANK, n)
+    m, n = inputs.base.shape
     generator = torch.Generator("cpu").manual_seed(inputs.seed)
     drawn = torch.randn(_RANK, n, generator=generator, dtype=torch.float32, device="cpu")
-    drawn = drawn.to(gram)
-    squares = []
-    for block in inputs.blocks():
+    drawn = drawn.to(inputs.base.device, inputs.dtype)
+    order = torch.randperm(m, generator=generator, device="cpu")
+    seen = inputs.at(order[: max(_LEAST_ROWS, m // _OF_ROWS)].sort().values)
+    ranges = drawn.new_zeros(len(inputs.experts), _RANK, n)
+    for block in seen.blocks():
         for tau, sums in zip(block.task_vectors, ranges, strict=True):
-            parts = by_parts(tau)
-            sums[: len(parts)].baddbmm_((parts @ drawn.T).mT, parts)
-        by_row = block.task_vectors.transpose(0, 1)
-        gram += torch.bmm(by_row, by_row.mT).sum(0)
-        squares.append(block.squares())
-    ranges = ranges.sum(1)
-    norms = inputs.norms(squares)
+            sums.addmm_((tau @ drawn.T).T, tau)
     if not ranges.isfinite().all():
         raise FloatingPointError(
             f"The directions of a matrix are out of the range of {inputs.dtype}."
         )
-    gram = gram.cpu().double()
-    gram.diagonal().copy_(norms)
-    return norms, gram, ranges
+    return ranges
 
 
-def _projected(inputs: MatrixInputs, basis: Tensor) -> Tensor:
-    """Return P_t = τ_t Q, T x m x q."""
-    m, q = len(inputs.base), basis.shape[1]
-    projected = basis.new_empty(len(inputs.experts), m, q)
+def _projected(inputs: MatrixInputs, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ‖τ_t‖², ⟨τ_t, τ_k⟩ (float64), and P_t = τ_t Q, T x m x q."""
+    count, m, q = len(inputs.experts), len(inputs.base), basis.shape[1]
+    gram = basis.new_zeros(count, count)
+    projected = basis.new_empty(count, m, q)
+    squares = []
     for block in inputs.blocks():
         for product, tau in zip(projected[:, block.rows], block.task_vectors, strict=True):
             torch.mm(tau, basis, out=product)
-    return projected
+        by_row = block.task_vectors.transpose(0, 1)
+        gram += torch.bmm(by_row, by_row.mT).sum(0)
+        squares.append(block.squares())
+    norms = inputs.norms(squares)
+    gram = gram.cpu().double()
+    gram.diagonal().copy_(norms)
+    return norms, gram, projected
 
 
 def _summarized(parts: Sequence[_Part], scale: float, is_matrix: bool) -> Directions:

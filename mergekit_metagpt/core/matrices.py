@@ -53,6 +53,13 @@ class MatrixInputs:
         """Return the inputs with some of the experts."""
         return replace(self, experts=[self.experts[t] for t in experts])
 
+    def at(self, rows: Tensor) -> "MatrixInputs":
+        """Return the inputs with some of the rows."""
+        rows = rows.to(self.base.device)
+        return replace(
+            self, base=self.base[rows], experts=[expert[rows] for expert in self.experts]
+        )
+
     def norms_of_others(self, movers: Sequence[int]) -> list[float]:
         """Return ‖τ_t‖² of experts that take no part, and 0 for those that do."""
         others = enumerate(self.experts)
