@@ -39,6 +39,7 @@ VARIANTS = {
     "rank 16": Variant(rank=16),
     "rank 32": Variant(rank=32),
     "two passes": Variant(passes=2),
+    "all rows seen": Variant(of_rows=1),
 }
 
 
@@ -100,7 +101,7 @@ class Ablation:
 
     def _look(self, variant: Variant) -> None:
         """Look at all matrices, unless the last variant looked in the same way."""
-        way = (variant.rank, variant.every, variant.passes)
+        way = (variant.rank, variant.of_rows, variant.passes)
         if self._looked != way:
             self._looked, self._looks = way, []
             for part in self._parts:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from benchmarks.language_model.rules import by_rows, moving
 
+_LEAST_ROWS = 256
+
 
 @dataclass(frozen=True)
 class Look:
@@ -34,7 +36,7 @@ class Variant:
 
     Attributes:
         rank: r, how many directions of each expert are looked at.
-        every: of how many rows the range finder sees one.
+        of_rows: of how many rows the range finder sees one; it sees 256 at least.
         passes: how often the range finder multiplies by τ_tᵀ τ_t.
         power: the participation number counts eigenvalues by this power of them.
         farther: how much farther the merge may move in K directions than the experts do, as a
@@ -48,7 +50,7 @@ class Variant:
     """
 
     rank: int = 8
-    every: int = 1
+    of_rows: int = 16
     passes: int = 1
     power: float = 0.75
     farther: float | None = 0.2
@@ -58,18 +60,19 @@ class Variant:
     rows: Literal["bound", "shared", "sum"] = "bound"
 
     def look(self, taus: Tensor, name: str) -> Look:
-        """Look at the experts of a matrix; depends on ``rank``, ``every`` and ``passes``.
+        """Look at the experts of a matrix; depends on ``rank``, ``of_rows``, ``passes``.
 
         Args:
             taus: τ_t, T x m x n.
             name: the tensor's name, which decides what the range finder draws.
         """
         taus = moving(taus)
-        n = taus.shape[2]
+        _, m, n = taus.shape
         drawn = torch.Generator().manual_seed(crc32(f"{name}/{list(taus.shape[1:])}/0".encode()))
         ranges = torch.randn(self.rank, n, generator=drawn).to(taus)
+        order = torch.randperm(m, generator=drawn)
+        seen = taus[:, order[: max(_LEAST_ROWS, m // self.of_rows)]]
         for _ in range(self.passes):
-            seen = taus[:, :: self.every]
             ranges = ranges @ seen.mT @ seen
         rows = ranges.flatten(0, 1)
         basis = torch.linalg.qr(rows.T).Q if len(rows) < n else torch.eye(n).to(taus)
