@@ -17,7 +17,7 @@ from mergekit_metagpt.planning.outputs import Outputs, output_shards
 from mergekit_metagpt.preflight.case import Case
 from mergekit_metagpt.preflight.unused import idle_coefficients
 
-_TRIAL = 1024  # rows and columns
+_TRIAL = 4096, 1024  # rows and columns
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _arithmetic(case: Case) -> float:
 def _trial(experts: int, dtype: torch.dtype, device: torch.device) -> float:
     """Return the seconds per number of a matrix that takes a few tenths of a second to merge."""
     own = torch.Generator("cpu").manual_seed(0)  # the caller's random numbers stay as they were
-    drawn = torch.randn(experts + 1, _TRIAL, _TRIAL, generator=own, device="cpu")
+    drawn = torch.randn(experts + 1, *_TRIAL, generator=own, device="cpu")
     base, *others = drawn.to(device, dtype)
     out, rule = torch.empty_like(base), Rule([1.0] * experts)
     seconds: list[float] = []
@@ -109,7 +109,7 @@ def _trial(experts: int, dtype: torch.dtype, device: torch.device) -> float:
         merge_directions(base, others, rule, out=out)
         float(out[0, 0])  # waits for the device
         seconds.append(time.perf_counter() - start)
-    return min(seconds) / _TRIAL**2
+    return min(seconds) / math.prod(_TRIAL)
 
 
 def _notes(case: Case) -> Iterator[str]:
