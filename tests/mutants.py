@@ -25,6 +25,14 @@ MUTANTS = {
         "farther <= _FARTHER * float(gram.trace())": "True",
         "alike.fill_diagonal_(1)": "alike.fill_diagonal_(0)",
     },
+    ("core/directions.py", "test_directions.py"): {
+        "max(_LEAST_ROWS, m // _OF_ROWS)": "1",
+        "sums.addmm_((tau @ drawn.T).T, tau)": "sums.addmm_(drawn @ tau.T, tau * 0)",
+        "gram.diagonal().copy_(norms)": "gram.diagonal().mul_(0)",
+    },
+    ("core/arrays.py", "test_method_sparsified.py"): {
+        "np.partition(array, (first, last))": "np.partition(array, first)",
+    },
     ("core/task_vectors.py", "test_task_vectors.py"): {
         "chosen.sort(key=lambda pair: -pair[1])": "chosen.sort(key=lambda pair: pair[1])",
         "_LEAST_MEAN_SQUARE * size <= squared_norm": "squared_norm",
@@ -43,6 +51,13 @@ MUTANTS = {
     ("measure/surveys.py", "test_surveys.py"): {
         " or (products and survey.grams is None):\n                    #": ":\n #",
         "replace(survey, experts=self.experts)": "replace(survey, experts=self.experts[::-1])",
+    },
+    ("measure/provider.py", "test_measure_survey.py"): {
+        "                self._require_own_layer(tensor)\n": "                pass\n",
+        "if stored is None or not (": "if stored is None and not (",
+    },
+    ("measure/provider.py", "test_method_directions.py"): {
+        "return [tables.get(first, first) for first in firsts]": "return firsts",
     },
     ("measure/survey.py", "test_surveys.py"): {
         "        if self.left_out:\n            return None": "",
