@@ -26,9 +26,12 @@ MUTANTS = {
         "alike.fill_diagonal_(1)": "alike.fill_diagonal_(0)",
     },
     ("core/directions.py", "test_directions.py"): {
-        "max(_LEAST_ROWS, m // _OF_ROWS)": "1",
+        "gram.diagonal().copy_(by_row.sum(1))": "gram.diagonal().mul_(0)",
+    },
+    ("core/range_finder.py", "test_directions.py"): {
+        "max(_LEAST_ROWS, m // _ONE_ROW_OF)": "1",
+        "_ENOUGH_ROWS * squares.shape[1]": "0",
         "sums.addmm_((tau @ drawn.T).T, tau)": "sums.addmm_(drawn @ tau.T, tau * 0)",
-        "gram.diagonal().copy_(norms)": "gram.diagonal().mul_(0)",
     },
     ("core/arrays.py", "test_method_sparsified.py"): {
         "np.partition(array, (first, last))": "np.partition(array, first)",

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import as_float64, by_directions
 
-from mergekit_metagpt.core import directions, task_vectors
-from mergekit_metagpt.core.decision import basis_of
+from mergekit_metagpt.core import range_finder, task_vectors
 from mergekit_metagpt.core.directions import Rule, merge_directions
 from mergekit_metagpt.core.matrices import MatrixInputs
 from mergekit_metagpt.core.roles import Role
@@ -85,7 +84,7 @@ def test_small_matrices_are_merged_as_the_reference_says(shape, exponent):
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("ranks", [(1, 1), (3, 8, 5), (directions._RANK,) * 4])
+@pytest.mark.parametrize("ranks", [(1, 1), (3, 8, 5), (range_finder.RANK,) * 4])
 @pytest.mark.parametrize("rows", [150, 600])
 def test_large_matrices_of_low_rank_are_merged_as_the_reference_says(rows, ranks, dtype, close):
     """The range finder finds the whole of them, also in a sample of the rows."""
@@ -101,14 +100,30 @@ def test_the_range_finder_finds_leading_directions():
     values = 0.9 ** torch.arange(200, dtype=torch.float64)
     expert = left @ (values.unsqueeze(1) * right.T)
     inputs = MatrixInputs(torch.zeros_like(expert), [expert], torch.float64, 0)
-    basis = basis_of(directions._ranges(inputs))
-    assert basis.shape == (200, directions._RANK)
-    held = (expert @ basis).square().sum() / values[: directions._RANK].square().sum()
+    basis = range_finder.basis_of(inputs, range_finder.drawn_rows(inputs))
+    assert basis.shape == (200, range_finder.RANK)
+    held = (expert @ basis).square().sum() / values[: range_finder.RANK].square().sum()
     assert held > 0.85
 
 
+@pytest.mark.parametrize("moved", [1, 2, 5, 20, 100])
+@pytest.mark.parametrize("drift", [0.0, 1.0])
+def test_few_rows_that_move_far_are_not_missed(moved, drift):
+    """Such as those of new tokens in a head, or outliers; a sample of the rows hardly has any."""
+    m, n = 4096, 96
+    rows = torch.randperm(m, generator=torch.Generator().manual_seed(moved))[:moved]
+    base, experts = torch.zeros(m, n, dtype=torch.float64), []
+    for t in range(3):
+        tau = drift * drawn(m, 3, seed=t) @ drawn(3, n, seed=10 + t)
+        tau[rows] += 300 * drawn(moved, 3, seed=20 + t) @ (drawn(3, n) + drawn(3, n, seed=30 + t))
+        experts.append(tau)
+    exact = wanted(base, experts)
+    merged = as_float64(merge(base, experts)[0])
+    np.testing.assert_allclose(merged, exact, atol=1e-3 * abs(exact).max())
+
+
 def test_what_the_range_finder_does_not_see_is_added_up(monkeypatch):
-    monkeypatch.setattr(directions, "_ranges", lambda inputs: torch.zeros(2, 8, 100))
+    monkeypatch.setattr(range_finder, "_ranges", lambda inputs, rows: torch.zeros(2, 8, 100))
     base, (first, second) = torch.zeros(600, 100), torch.zeros(2, 600, 100)
     first[300, 50:], second[301, 50:] = drawn(2, 50).float()
     for experts, expected in (([first, second], first + second), ([first, first], first)):

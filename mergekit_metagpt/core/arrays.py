@@ -1,6 +1,6 @@
 """CPU tensors as NumPy arrays, which compare, find and sort several times as fast.
 
-Every function takes an array, or the tensor of an accelerator.
+The other functions take what ``as_array`` returns.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +17,13 @@ def as_array(tensor: Tensor) -> Any:
 
 
 def places_of(flags: Any) -> Any:
-    """Return where flags in a row are set."""
+    """Return the places at which one-dimensional flags are set."""
     return np.flatnonzero(flags) if isinstance(flags, np.ndarray) else flags.nonzero()[:, 0]
+
+
+def count_of(flags: Any) -> int:
+    """Return how many flags are set."""
+    return int(np.count_nonzero(flags) if isinstance(flags, np.ndarray) else flags.sum())
 
 
 def at_places(array: Any, first: int, last: int) -> tuple[Any, Any]:

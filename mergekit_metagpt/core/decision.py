@@ -46,19 +46,6 @@ class Rule:
         return scaling_coefficients(squared_norms, self.priors, self.exponent)
 
 
-def basis_of(ranges: Tensor) -> Tensor:
-    """Return Q, n x T r: orthonormal directions that span what all ranges, T x r x n, do.
-
-    If T r ≥ n, all directions are looked at: Q is the identity.
-    """
-    rows = ranges.flatten(0, 1)
-    found, n = rows.shape
-    if found >= n:
-        return torch.eye(n, dtype=rows.dtype, device=rows.device)
-    basis: Tensor = torch.linalg.qr(rows.T).Q
-    return basis
-
-
 @dataclass(frozen=True)
 class Solution:
     """M = Σ_t c_t τ_t + H Vᵀ Qᵀ.

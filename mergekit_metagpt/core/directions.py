@@ -12,9 +12,10 @@ which they move most, V; elsewhere they hardly meet, and what they do is added u
     M = Σ_t τ_t V (Vᵀ S_t V) (Vᵀ C V)⁻¹ Vᵀ + Σ_t c_t τ_t (I − V Vᵀ)        C = Σ_t S_t
 
 V are leading eigenvectors of C, within the span Q of the leading directions of every expert. A
-randomized range finder (Halko, Martinsson and Tropp, 2011) finds Q. K is the participation number
-of the eigenvalues. c_t is 1, but experts that move alike share it. For the rows of an embedding,
-and the elements of a vector, every S_t is diagonal, and M is their mean, weighted by S_t.
+randomized range finder (Halko, Martinsson and Tropp, 2011) finds Q in a sample of the rows. K is
+the participation number of the eigenvalues. c_t is 1, but experts that move alike share it. For the
+rows of an embedding, and the elements of a vector, every S_t is diagonal, and M is their mean,
+weighted by S_t.
 """
 
 import math
@@ -26,8 +27,9 @@ import torch
 from torch import Tensor
 
 from mergekit_metagpt.core.coefficients import Norms
-from mergekit_metagpt.core.decision import Rule, basis_of, solve
+from mergekit_metagpt.core.decision import Rule, solve
 from mergekit_metagpt.core.matrices import MatrixInputs, matrices_of
+from mergekit_metagpt.core.range_finder import basis_of, drawn_rows, longest_rows
 from mergekit_metagpt.core.roles import Role
 from mergekit_metagpt.core.task_vectors import (
     add_task_vectors,
@@ -35,11 +37,6 @@ from mergekit_metagpt.core.task_vectors import (
     promoted_dtype,
     working_dtype,
 )
-
-# How many leading directions of each expert are looked at.
-_RANK = 8
-# They are found in one of so many rows, but in no fewer than so many.
-_OF_ROWS, _LEAST_ROWS = 16, 256
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ class _Part:
 def _merge_rows(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
     """Merge with a coefficient for each row: every S_t is diagonal, so nothing is amplified."""
     squares = [block.squares() for block in inputs.blocks()]
-    norms = inputs.norms(squares)
+    norms = inputs.row_norms(squares).sum(1)
     traces = rule.traces(norms.tolist())
     factors = [c / q if q else 0.0 for c, q in zip(traces, norms.tolist(), strict=True)]
     products, length = torch.zeros_like(norms), 0.0
@@ -185,8 +182,13 @@ def _merge_one(
 
 
 def _merge_matrix(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
-    basis = basis_of(_ranges(inputs))
-    norms, gram, projected = _projected(inputs, basis)
+    rows = drawn_rows(inputs)
+    basis = basis_of(inputs, rows)
+    squares, gram, projected = _read(inputs, basis)
+    if (longest := longest_rows(squares, rows)) is not None:
+        basis = basis_of(inputs, longest)
+        squares, gram, projected = _read(inputs, basis)
+    norms = gram.diagonal()
     found = solve(projected, gram, rule)
     if out is not None:
         left, right = scale * found.left, (basis @ found.directions).T
@@ -202,31 +204,13 @@ def _merge_matrix(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | 
     return _Part(norms, found.products, found.squared_norm, n, decided)
 
 
-def _ranges(inputs: MatrixInputs) -> Tensor:
-    """Return where each expert moves: (τ_tᵀ τ_t Ω)ᵀ with a random Ω, T x r x n.
+def _read(inputs: MatrixInputs, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Read a matrix once.
 
-    Its rows are mixtures of the directions of τ_t, by the squares of their singular values. They
-    need not be exact, and a sample of the rows of τ_t shows them as well as all do.
+    Returns:
+        The squared length of each row of τ_t, T x m float64; ⟨τ_t, τ_k⟩, T x T float64; and
+        P_t = τ_t Q, T x m x q.
     """
-    m, n = inputs.base.shape
-    generator = torch.Generator("cpu").manual_seed(inputs.seed)
-    drawn = torch.randn(_RANK, n, generator=generator, dtype=torch.float32, device="cpu")
-    drawn = drawn.to(inputs.base.device, inputs.dtype)
-    order = torch.randperm(m, generator=generator, device="cpu")
-    seen = inputs.at(order[: max(_LEAST_ROWS, m // _OF_ROWS)].sort().values)
-    ranges = drawn.new_zeros(len(inputs.experts), _RANK, n)
-    for block in seen.blocks():
-        for tau, sums in zip(block.task_vectors, ranges, strict=True):
-            sums.addmm_((tau @ drawn.T).T, tau)
-    if not ranges.isfinite().all():
-        raise FloatingPointError(
-            f"The directions of a matrix are out of the range of {inputs.dtype}."
-        )
-    return ranges
-
-
-def _projected(inputs: MatrixInputs, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ‖τ_t‖², ⟨τ_t, τ_k⟩ (float64), and P_t = τ_t Q, T x m x q."""
     count, m, q = len(inputs.experts), len(inputs.base), basis.shape[1]
     gram = basis.new_zeros(count, count)
     projected = basis.new_empty(count, m, q)
@@ -234,13 +218,12 @@ def _projected(inputs: MatrixInputs, basis: Tensor) -> tuple[Tensor, Tensor, Ten
     for block in inputs.blocks():
         for product, tau in zip(projected[:, block.rows], block.task_vectors, strict=True):
             torch.mm(tau, basis, out=product)
-        by_row = block.task_vectors.transpose(0, 1)
-        gram += torch.bmm(by_row, by_row.mT).sum(0)
+        gram += block.products()
         squares.append(block.squares())
-    norms = inputs.norms(squares)
+    by_row = inputs.row_norms(squares)
     gram = gram.cpu().double()
-    gram.diagonal().copy_(norms)
-    return norms, gram, projected
+    gram.diagonal().copy_(by_row.sum(1))
+    return by_row, gram, projected
 
 
 def _summarized(parts: Sequence[_Part], scale: float, is_matrix: bool) -> Directions:

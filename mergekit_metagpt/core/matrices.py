@@ -53,8 +53,8 @@ class MatrixInputs:
         """Return the inputs with some of the experts."""
         return replace(self, experts=[self.experts[t] for t in experts])
 
-    def at(self, rows: Tensor) -> "MatrixInputs":
-        """Return the inputs with some of the rows."""
+    def copy_of(self, rows: Tensor) -> "MatrixInputs":
+        """Return a copy of some of the rows, as inputs."""
         rows = rows.to(self.base.device)
         return replace(
             self, base=self.base[rows], experts=[expert[rows] for expert in self.experts]
@@ -69,15 +69,15 @@ class MatrixInputs:
         """Yield all rows, some at a time."""
         return blocks(self.base, self.experts, self.dtype)
 
-    def norms(self, squares: Sequence[Tensor]) -> Tensor:
-        """Return ‖τ_t‖², T float64, from the squares of each block's rows, T x rows.
+    def row_norms(self, squares: Sequence[Tensor]) -> Tensor:
+        """Return the squares of each block's rows, T x rows, together: T x m float64.
 
         A FloatingPointError says that they are out of the dtype's range.
         """
-        norms = torch.cat(list(squares), dim=1).cpu().double().sum(1)
+        by_row = torch.cat(list(squares), dim=1).cpu().double()
         size, is_exact = self.base.numel(), self.dtype == torch.float64
-        for norm in norms.tolist():
+        for norm in by_row.sum(1).tolist():
             is_right = in_float32_range(norm, size) and norm < _LARGEST
             if not (math.isfinite(norm) if is_exact else is_right):
                 raise FloatingPointError(f"A squared norm is {norm} in {self.dtype}.")
-        return norms
+        return by_row

@@ -33,9 +33,9 @@ _STEP = 128
 _ROW = 1 << 12
 # Below this mean square, float32 squares start to underflow (the least normal one is 1e-38).
 _LEAST_MEAN_SQUARE = 1e-30
-# Threads share out the rows of a block. A product of a part of the rows then is of numbers that
-# its own core has just subtracted; from another core's cache they take three times as long.
-ROW_PARTS = 8
+# The product that is written is taken by so many parts of a block's rows. So a core multiplies
+# numbers that it has just subtracted; from another core's cache they take three times as long.
+_ROW_PARTS = 8
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -199,13 +199,22 @@ class Block(NamedTuple):
             [torch.mul(tau, tau, out=self.spare).sum(1) for tau in self.task_vectors]
         )
 
+    def products(self) -> Tensor:
+        """Return ⟨τ_t, τ_k⟩ over these rows, T x T."""
+        count, _, n = self.task_vectors.shape
+        if n < count**2:  # a product for each row would take more room than the rows
+            flat = self.task_vectors.flatten(1)
+            return flat @ flat.T
+        by_row = self.task_vectors.transpose(0, 1)  # half the time of one product of long rows
+        return torch.bmm(by_row, by_row.mT).sum(0)
+
 
 def by_parts(rows: Tensor) -> Tensor:
     """Return a view of a block's rows, parts x rows of a part x n.
 
-    There are ``ROW_PARTS`` parts, or one if the rows are no multiple of that.
+    There are ``_ROW_PARTS`` parts, or one if the number of rows is no multiple of that.
     """
-    return rows.view(1 if len(rows) % ROW_PARTS else ROW_PARTS, -1, rows.shape[1])
+    return rows.view(1 if len(rows) % _ROW_PARTS else _ROW_PARTS, -1, rows.shape[1])
 
 
 def blocks(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Block]:
@@ -214,7 +223,7 @@ def blocks(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype) -> Itera
     count = len(experts) + 2
     limit = BLOCK if base.device.type == "cpu" else ACCELERATOR_CHUNK
     rows = max(1, limit // (count * n))
-    rows = min(m, rows if rows < ROW_PARTS else rows - rows % ROW_PARTS)
+    rows = min(m, rows if rows < _ROW_PARTS else rows - rows % _ROW_PARTS)
     room = room_for(base, dtype, count * rows * n)
     for start in range(0, m, rows):
         part = slice(start, min(m, start + rows))

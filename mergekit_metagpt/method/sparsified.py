@@ -19,7 +19,7 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_metagpt.core.arrays import as_array, at_places, in_order, places_of
+from mergekit_metagpt.core.arrays import as_array, at_places, count_of, in_order, places_of
 from mergekit_metagpt.core.buffers import chunk_size
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import Sum, deltas_of, working_dtype
@@ -110,8 +110,8 @@ def _sparsify(
 def _keep_between(mask: Tensor, base: Tensor, expert: Tensor, start: int, stop: int) -> None:
     """Keep what is at ``[start:stop]`` when the smallest magnitude comes first.
 
-    Most magnitudes are seen to be kept or dropped when they are compared with guessed limits. Only
-    those near the ends have to be sorted.
+    Most magnitudes are seen to be kept or dropped when they are compared with guessed limits. The
+    two at the ends are looked for only among those near the ends.
     """
     marks = as_array(mask)
     library: Any = np if isinstance(marks, np.ndarray) else torch
@@ -120,21 +120,21 @@ def _keep_between(mask: Tensor, base: Tensor, expert: Tensor, start: int, stop: 
         for chunk, _, [delta] in deltas_of(base, [expert], chunk_size(base.device)):
             magnitudes = as_array(delta.abs_())
             inside, kept = magnitudes >= low[0], magnitudes > low[1]
-            smaller += len(inside) - int(library.count_nonzero(inside))
+            smaller += len(inside) - count_of(inside)
             inside ^= kept
             if stop < len(mask):
                 beyond, outlier = magnitudes >= high[0], magnitudes > high[1]
                 kept ^= beyond
                 inside ^= beyond ^ outlier
             marks[chunk] = kept
-            between += int(library.count_nonzero(kept))
+            between += count_of(kept)
             unsure = places_of(inside)
             parts.append((unsure + chunk.start, magnitudes[unsure]))
         places, values = (library.concatenate(part) for part in zip(*parts, strict=True))
         # Zeros are not among the values: they are the same when dropped.
         first, last = max(0, start - smaller), max(0, stop - smaller - between)
         # A guess is right if the first and the last to keep are near the end that it is about.
-        lower = int(library.count_nonzero(values <= low[1]))
+        lower = count_of(values <= low[1])
         if (smaller <= start or low[0] == _LEAST) and first <= lower <= last <= len(values):
             break
     marks[places[_chosen(values, first, last)]] = 1
@@ -165,7 +165,7 @@ def _chosen(values: Any, start: int, stop: int) -> Any:
     chosen = (values > ends[0]) & (values < ends[1])
     for end in ends:
         equal = places_of(values == end)
-        fewer = int((values < end).sum())
+        fewer = count_of(values < end)
         chosen[equal[: min(fewer + len(equal), stop) - max(fewer, start)]] = True
     return chosen
 

@@ -1,0 +1,82 @@
+"""Where the experts of a matrix move: a randomized range finder, in a sample of the rows.
+
+N. Halko, P. G. Martinsson and J. A. Tropp, "Finding structure with randomness", SIAM Review 53,
+2011, arXiv 0909.4061. Any basis of nearly the same span serves, so it need not be exact.
+"""
+
+import torch
+from torch import Tensor
+
+from mergekit_metagpt.core.matrices import MatrixInputs
+
+# How many leading directions of each expert are looked for.
+RANK = 8
+# They are looked for in a sixteenth of the rows, but in at least 256, or all if there are fewer.
+_ONE_ROW_OF, _LEAST_ROWS = 16, 256
+# A sample in which an expert moves in fewer rows may miss what matters.
+_ENOUGH_ROWS = 64
+
+
+def drawn_rows(inputs: MatrixInputs) -> Tensor | None:
+    """Return the rows to look at, drawn by the inputs' seed; None for all of them."""
+    m, n = inputs.base.shape
+    if m <= _LEAST_ROWS or len(inputs.experts) * RANK >= n:
+        return None
+    generator = torch.Generator("cpu").manual_seed(inputs.seed)
+    order = torch.randperm(m, generator=generator, device="cpu")
+    return order[: max(_LEAST_ROWS, m // _ONE_ROW_OF)]
+
+
+def longest_rows(squares: Tensor, drawn: Tensor | None) -> Tensor | None:
+    """Return rows to look at in place of those drawn, or None if those are good.
+
+    Such rows are those of new tokens in a head, which move far beyond the others; a sample hardly
+    has any. In how many rows an expert moves is the participation number of their shares in its
+    squared norm.
+
+    Args:
+        squares: the squared length of each row of τ_t, T x m.
+        drawn: the rows that were looked at; None if all were.
+    """
+    if drawn is None:
+        return None
+    shares = squares / squares.sum(1, keepdim=True)
+    moving = 1 / float(shares.square().sum(1).max())
+    if len(drawn) * moving >= _ENOUGH_ROWS * squares.shape[1]:
+        return None
+    return shares.sum(0).topk(len(drawn)).indices
+
+
+def basis_of(inputs: MatrixInputs, rows: Tensor | None) -> Tensor:
+    """Return Q, n x T r: orthonormal directions that span where the experts move in these rows.
+
+    None stands for all rows. If T r ≥ n, the experts may move everywhere: Q is the identity.
+
+    Raises:
+        FloatingPointError: if products are out of the range of the inputs' dtype.
+    """
+    n = inputs.base.shape[1]
+    if len(inputs.experts) * RANK >= n:
+        return torch.eye(n, dtype=inputs.dtype, device=inputs.base.device)
+    basis: Tensor = torch.linalg.qr(_ranges(inputs, rows).flatten(0, 1).T).Q
+    return basis
+
+
+def _ranges(inputs: MatrixInputs, rows: Tensor | None) -> Tensor:
+    """Return (R_tᵀ R_t Ω)ᵀ with a random Ω, T x r x n; R_t are these rows of τ_t.
+
+    It consists of mixtures of their input directions, by the squares of their singular values.
+    """
+    generator = torch.Generator("cpu").manual_seed(inputs.seed)
+    n = inputs.base.shape[1]
+    drawn = torch.randn(RANK, n, generator=generator, dtype=torch.float32, device="cpu")
+    drawn = drawn.to(inputs.base.device, inputs.dtype)
+    ranges = drawn.new_zeros(len(inputs.experts), RANK, n)
+    for block in (inputs if rows is None else inputs.copy_of(rows)).blocks():
+        for tau, sums in zip(block.task_vectors, ranges, strict=True):
+            sums.addmm_((tau @ drawn.T).T, tau)  # a few long rows: the fastest layout
+    if not ranges.isfinite().all():
+        raise FloatingPointError(
+            f"The directions of a matrix are out of the range of {inputs.dtype}."
+        )
+    return ranges
