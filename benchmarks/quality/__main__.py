@@ -22,7 +22,7 @@ SIZES = {
     "small": Size(hidden_size=96, layers=3, base_steps=600, base_rate=2e-3, expert_steps=200),
     "large": Size(hidden_size=192, layers=4, base_steps=550, base_rate=1e-3, expert_steps=200),
 }
-SEEDS = 5
+SEEDS = 3
 
 QUICK_SIZES = {"small": SIZES["small"]}
 QUICK_SEEDS = 1
