@@ -19,8 +19,8 @@ _ENOUGH_ROWS = 64
 
 def drawn_rows(inputs: MatrixInputs) -> Tensor | None:
     """Return the rows to look at, drawn by the inputs' seed; None for all of them."""
-    m, n = inputs.base.shape
-    if m <= _LEAST_ROWS or len(inputs.experts) * RANK >= n:
+    m = len(inputs.base)
+    if m <= _LEAST_ROWS or _may_move_everywhere(inputs):
         return None
     generator = torch.Generator("cpu").manual_seed(inputs.seed)
     order = torch.randperm(m, generator=generator, device="cpu")
@@ -55,11 +55,16 @@ def basis_of(inputs: MatrixInputs, rows: Tensor | None) -> Tensor:
     Raises:
         FloatingPointError: if products are out of the range of the inputs' dtype.
     """
-    n = inputs.base.shape[1]
-    if len(inputs.experts) * RANK >= n:
+    if _may_move_everywhere(inputs):
+        n = inputs.base.shape[1]
         return torch.eye(n, dtype=inputs.dtype, device=inputs.base.device)
     basis: Tensor = torch.linalg.qr(_ranges(inputs, rows).flatten(0, 1).T).Q
     return basis
+
+
+def _may_move_everywhere(inputs: MatrixInputs) -> bool:
+    """Return whether T r ≥ n: what is looked for may be all directions that there are."""
+    return len(inputs.experts) * RANK >= inputs.base.shape[1]
 
 
 def _ranges(inputs: MatrixInputs, rows: Tensor | None) -> Tensor:
