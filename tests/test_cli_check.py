@@ -211,22 +211,15 @@ def stock(method: str, **settings: Any) -> Callable[[Config], None]:
     return changed(merge_method=method, parameters=settings)
 
 
-# stranger_configs.yml, test_config_words.py and test_broken_inputs.py have more.
+# What MergeKit ignores, or says itself. stranger_configs.yml and test_config_words.py have more.
 CONFIGS: list[tuple[Callable[[Config], Any], tuple[str, ...]]] = [
-    (changed(merge_method="metagtp"), ("metagtp", "write metagpt instead")),
-    (changed(merge_method="metagpt_task_arithmetic"), ("write metagpt instead",)),
-    (changed(merge_method="zzz"), ("use one of", "task_arithmetic")),
+    (changed(merge_method="metagtp"), ("metagtp",)),
     (changed(base_modle="x"), ("unknown key base_modle", "remove it")),
     (changed(dtype="float8"), ("dtype float8", "write float")),
     (changed(parameters={"densitty": 1}), ("densitty", "write density instead")),
     (changed(parameters={"granularity": "modle"}), ("granularity must", "'modle'")),
-    (with_parameters(density=1.5), ("models[0] (/", "density must be a number from 0 to 1")),
     (with_parameters(density=[0.5, float("nan")]), ("density must be", "not nan")),
     (with_parameters(weight=[{"value": "x", "filter": "mlp"}]), ("weight must", "'x'")),
-    (stock("metagpt_breadcrumbs", gamma=-0.1), ("gamma must be a number from 0 to 1",)),
-    (stock("metagpt_della", epsilon=2), ("epsilon must be a number from 0 to 1",)),
-    (stock("dare_ties", density=-1, weight=1), ("density must be a number from 0 to 1",)),
-    (stock("task_arithmetic", weight=float("nan")), ("weight must be finite",)),
     (stock("task_arithmetic"), ("weight",)),
 ]
 
@@ -235,16 +228,12 @@ CONFIGS: list[tuple[Callable[[Config], Any], tuple[str, ...]]] = [
 def test_a_mistake_in_the_config_is_named_with_the_way_out(change, parts, family, problems):
     config = merge_config(family, "metagpt_ties")
     change(config)
-    found = problems(config)
-    assert "merge.yml" in found[0]
-    if "unknown key base_modle" in parts:
-        found = found[-1:]
-    the_only(found, *parts)
+    the_only(problems(config), "merge.yml", *parts)
 
 
 def test_a_config_that_is_not_there_is_named(tmp_path):
     done = invoke("check", tmp_path / "merge.yml", status=1)
-    the_only(done.stderr.splitlines(), f"{tmp_path}/merge.yml", "does not exist")
+    the_only(done.stderr.splitlines(), f"{tmp_path}/merge.yml", "cannot be read (No such file")
 
 
 def cut(model: str) -> None:
@@ -467,22 +456,13 @@ class TestHub:
 
 
 def test_all_problems_are_reported_at_once(own, problems):
-    config = merge_config(own, "metagpt_tise", dtype="float8")
-    config["parameters"] = {"densitty": 0.5, "density": 7, "exponent": -1}
+    config = merge_config(own, "metagpt_ties", dtype="float8")
+    config["parameters"] = {"densitty": 0.5}
     config["modles"] = []
-    config["models"] += [{"model": own["a"] + "/"}, {"model": own["b"]}, {"model": "/not/there"}]
+    config["models"] += [{"model": own["a"] + "/"}, {"model": "/not/there"}]
     cut(own["a"])
-    rewrite(own["b"], **{NORM: None, "lm_head.weight": torch.ones(65, 32)})
     said = "\n".join(problems(config, own["base"]))
-    parts = ["metagpt_tise", "float8", "densitty", "modles", "twice", "/not/there", "truncated"]
-    for part in (
-        *parts,
-        "not 7",
-        "not -1",
-        "is the input model",
-        f"lacks tensor {NORM}",
-        "[65, 32]",
-    ):
+    for part in ("float8", "densitty", "modles", "/not/there", "truncated", "is the input model"):
         assert part in said
 
 
@@ -547,24 +527,6 @@ class TestUsage:
         )
 
 
-BOMB = "x0: &x0 [1]\n" + "".join(f"x{n}: &x{n} [{f'*x{n - 1}, ' * 9}]\n" for n in range(1, 12))
-# Merge keys are multiplied while the text is read, before there are any values.
-MERGE_BOMB = "x0: &x0 {a: 1}\n" + "".join(
-    f"x{n}: &x{n} {{<<: [{f'*x{n - 1}, ' * 9}]}}\n" for n in range(1, 12)
-)
-
-
-@pytest.mark.parametrize("bomb", [BOMB, MERGE_BOMB], ids=["lists", "merge keys"])
-def test_aliases_of_aliases_are_refused(bomb, tmp_path):
-    file = tmp_path / "merge.yml"
-    file.write_text(bomb)
-    found = inspect(str(file)).problems
-    assert found == [
-        f"Merge config {file} repeats values by aliases more than 1,000,000 times; write it with "
-        "fewer aliases."
-    ]
-
-
 def test_a_top_level_anchor_that_is_used_by_every_model_is_no_bomb(family, tmp_path):
     shared = {"weight": [0.5] * 100}
     config = {"x": shared, **merge_config(family)}
@@ -577,14 +539,6 @@ def test_a_top_level_anchor_that_is_used_by_every_model_is_no_bomb(family, tmp_p
 
 
 @on_posix
-def test_a_config_without_an_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_metagpt.planning.yaml_file._LONGEST_TEXT", 1000)
-    assert inspect("/dev/zero").problems == [
-        "Merge config /dev/zero cannot be read (it does not end); name a YAML file."
-    ]
-
-
-@on_posix
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
 def test_a_pipe_in_place_of_a_weight_file_is_refused(name, own, tmp_path):
     Path(own["a"], "model.safetensors").unlink()
@@ -594,13 +548,3 @@ def test_a_pipe_in_place_of_a_weight_file_is_refused(name, own, tmp_path):
     assert str(Path(own["a"], name)) in problem
     assert "it is a pipe or a device, not a file" in problem
     assert "download it again" in problem
-
-
-def test_multi_gpu_without_a_gpu_is_refused(check, family, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
-    done = check(merge_config(family), "--multi-gpu", status=1)
-    assert done.stderr == (
-        "--multi-gpu needs a GPU, and this machine has none; leave that option out.\n"
-    )
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    check(merge_config(family), "--multi-gpu")

@@ -180,9 +180,9 @@ def test_nan_is_one_sentence(tmp_path):
 def test_a_bad_config_is_one_sentence(family, tmp_path):
     config = tmp_path / "bad.yml"
     for text, sentence in (
-        ("models: []", "bad.yml lacks merge_method; add it."),
+        ("models: []", "bad.yml is wrong at merge_method: Field required"),
         ("merge_method: linear\nmodels: [{model: x}]", "merge_method linear has no coefficients"),
-        (yaml.safe_dump(merge_config(family, base_model=None)), "has no base_model, which"),
+        (yaml.safe_dump(merge_config(family, base_model=None)), "Merge method requires a base"),
     ):
         config.write_text(text)
         assert sentence in invoke("coefficients", config, status=1).stderr

@@ -53,10 +53,10 @@ def test_a_pipe_is_a_config(name, config, tmp_path):
             lambda c: c["slices"][0]["sources"][1].update(layer_range=[0, 2]),
             "must contain the same number of layers); correct that.",
         ),
-        (lambda c: c["slices"][0]["sources"].pop(0), "does not list the base"),
+        (lambda c: c["slices"][0]["sources"].pop(0), "Base input is not present"),
         (
             lambda c: [s.update(layer_range=[0, 9]) for s in c["slices"][0]["sources"]],
-            "end it at 3",
+            "correct its layer_range",
         ),
     ],
 )

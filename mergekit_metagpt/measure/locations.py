@@ -135,7 +135,8 @@ def locate(model: ModelPath, options: MergeOptions) -> Directory | Repository:
         raise
     except HFValidationError:
         raise BadInputError(
-            f"Model directory {model} does not exist; correct the path in the merge config."
+            f"Model directory {model} does not exist; correct the path in the merge config, or "
+            "write one that has a + or @ as {model: {path: PATH}}."
         ) from None
     except Exception as error:  # of the hub's client, or of its connection
         raise BadInputError(

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,10 +17,9 @@ from mergekit.config import (
 from pydantic import ValidationError
 
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.planning.levels import misread
-from mergekit_metagpt.planning.shapes import complaints
+from mergekit_metagpt.planning.levels import is_within
 from mergekit_metagpt.planning.yaml_file import read_yaml
-from mergekit_metagpt.wording import BadInputError
+from mergekit_metagpt.wording import BadInputError, reason
 
 # The module of a config, and the number of the slice in it.
 Place = tuple[str, int]
@@ -50,18 +49,31 @@ class ConfigFile:
         """Return the config as MergeKit reads it.
 
         Raises:
-            BadInputError: with a sentence for each value that MergeKit cannot read, or would read
-                as the path of another model.
+            BadInputError: with a sentence for each value that MergeKit cannot read.
         """
-        if sentences := list(misread(self.raw, self.name)):
-            raise BadInputError(*sentences)
         try:
             return MergeConfiguration.model_validate(self.raw)
         except ValidationError as error:
-            raise BadInputError(*complaints(error, self.raw, self.name)) from None
+            said = {_place(each, self.raw): each["msg"] for each in error.errors()}
+            # What is wrong inside a value says more than that the value is wrong.
+            inner = [at for at in said if not any(at != it and is_within(it, at) for it in said)]
+            raise BadInputError(
+                *(f"{self.name} is wrong at {at}: {said[at]}; correct it." for at in inner)
+            ) from None
         except (RuntimeError, TypeError) as error:
-            said = str(error).rstrip(".")
-            raise BadInputError(f"{self.name} is wrong: {said}; correct it.") from None
+            raise BadInputError(f"{self.name} is wrong: {reason(error)}; correct it.") from None
+
+
+def _place(error: Mapping[str, Any], value: Any) -> str:
+    """Return where pydantic found an error, without the names of the types that it tried."""
+    place, keys = "", list(error["loc"])
+    for key in keys:
+        known = range(len(value)) if isinstance(value, list) else value
+        if isinstance(known, dict | range) and key in known:
+            place += f"[{key}]" if isinstance(key, int) else f".{key}"
+            value = value[key]
+    lacks = f".{keys[-1]}" if error["type"] == "missing" else ""
+    return f"{place}{lacks}".lstrip(".")
 
 
 def read_config(file: str) -> ConfigFile:

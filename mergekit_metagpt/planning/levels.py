@@ -1,7 +1,5 @@
 """Walks through a raw config, whether MergeKit can read it or not."""
 
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +29,6 @@ _CHILDREN: dict[str, type[BaseModel]] = {
     "parameters": ConditionalParameter,
     **dict.fromkeys(_REFERENCES, ModelReference),
 }
-
-_HUB = "https://huggingface.co/"
 
 
 @dataclass(frozen=True)
@@ -102,33 +98,3 @@ def is_within(inner: str, outer: str) -> bool:
     (True, False)
     """
     return inner == outer or not outer or inner.startswith((f"{outer}.", f"{outer}["))
-
-
-def misread(raw: dict[Any, Any], file: str) -> Iterator[str]:
-    """Find names of models that MergeKit would take for something else than they are."""
-    for level in levels(raw):
-        for key in _REFERENCES:
-            value = level.values.get(key)
-            if key in level.schema.model_fields and isinstance(value, str):
-                what = f"{file} names {value} at {f'{level.path}.{key}'.lstrip('.')}"
-                if complaint := _misread(value, key, level.schema):
-                    yield f"{what}, {complaint}."
-
-
-def _misread(value: str, key: str, schema: type[BaseModel]) -> str | None:
-    whole = os.path.expanduser(os.path.expandvars(value))
-    paths = [part.split("@") for part in value.split("+")]
-    is_split = len(paths) > 2 or any(len(path) > 2 for path in paths)
-    if is_split or (os.path.exists(value) and not os.path.exists(paths[0][0])):
-        way = f"{{path: {json.dumps(value, ensure_ascii=False)}}}"
-        way = way if schema is ModelReference else f"{{model: {way}}}"
-        return (
-            "where MergeKit takes what follows a + for an adapter and what follows an @ for a "
-            f"revision; write {key}: {way}"
-        )
-    if whole != value and os.path.exists(whole) and not os.path.exists(value):
-        return f"and MergeKit does not know what ~ and $ stand for; write {whole}"
-    if value.startswith(_HUB):
-        name = "/".join(value.removeprefix(_HUB).split("/")[:2])
-        return f"an address, where MergeKit wants the name; write {name}"
-    return None

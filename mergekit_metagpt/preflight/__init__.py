@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
-from mergekit.config import InputModelDefinition
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt import register
@@ -32,12 +31,16 @@ _OF_WHAT_IS_IGNORED: list[Check] = [
     configs.ignored_parameters,
     unused.hidden_values,
 ]
+_OF_THE_CONFIG: list[Check] = [
+    configs.bad_dtypes,
+    configs.bad_template,
+    structure.no_experts,
+    structure.no_layers,
+]
 _OF_THE_MODELS: list[Check] = [
     models.unusable,
     models.same_models,
-    models.different_depths,
     models.different_heads,
-    models.different_architectures,
     output.bad_output,
 ]
 _OF_THE_TENSORS: list[Check] = [
@@ -107,24 +110,25 @@ def _found(case: Case, checks: Iterable[Check]) -> Iterator[str]:
 
 
 def _look(case: Case, problems: list[str]) -> Preflight:
-    """Look at the config, then at the models, then at their tensors side by side."""
-    problems += _found(case, [configs.no_accelerator, configs.unknown_method])
-    problems += _found(case, [*_OF_WHAT_IS_IGNORED, configs.bad_parameters])
+    """Look at the config, then at the models, then at their tensors side by side.
+
+    MergeKit's own parser and planner are asked in between, and what they say is passed on: the
+    checks look for what MergeKit ignores, loses or would fail on later.
+    """
+    problems += _found(case, _OF_WHAT_IS_IGNORED)
     case.config = case.written.parse()
-    unusable = configs.unusable(case)
-    problems += unusable.values()
-    case.config = case.config.model_copy(update=dict.fromkeys(unusable))
-    problems += _found(case, [configs.bad_template, structure.bad_groups])
+    problems += _found(case, _OF_THE_CONFIG)
     case.options = with_own_adapters(case.options, case.config)
     named = sorted(case.config.referenced_models(), key=lambda it: (it != case.base, str(it)))
     case.models = {model: find_model_files(model, case.options) for model in named}
     problems += _found(case, _OF_THE_MODELS)
-    if bad_layers := list(structure.bad_layers(case)):
-        problems += bad_layers
-        return Preflight(problems)
-    if outputs := _plan(case, problems):
-        case.outputs = outputs
-        problems += _found(case, _OF_THE_TENSORS)
+    try:
+        case.outputs = plan_outputs(case.config, case.options, case.models, case.file)
+    except PlannerError:
+        if problems:  # which may be why
+            return Preflight(problems)
+        raise
+    problems += _found(case, _OF_THE_TENSORS)
     if problems:
         return Preflight(problems)
     total = costs(case)
@@ -134,25 +138,3 @@ def _look(case: Case, problems: list[str]) -> Preflight:
     are_final = all(f.weights.directory and not f.to_apply for f in case.models.values())
     warnings = list(models.different_settings(case))
     return Preflight([], total, case.outputs if are_final else None, warnings)
-
-
-def _plan(case: Case, problems: list[str]) -> Outputs | None:
-    """Plan the merge.
-
-    If it has problems and cannot be planned, plan a plain merge of the models that could be
-    read, so that their tensors are checked too.
-    """
-    config = case.config
-    attempts = [config]
-    if problems and config.models and config.base_model:
-        known = [m.model for m in config.models if case.models[m.model].config]
-        listed = [InputModelDefinition(model=model) for model in dict.fromkeys(known)]
-        changes = {"merge_method": "metagpt", "parameters": None, "models": listed}
-        attempts.append(config.model_copy(update=changes))
-    for attempt in attempts:
-        try:
-            return plan_outputs(attempt, case.options, case.models, case.file)
-        except PlannerError:
-            if not problems:
-                raise
-    return None  # the problems say why

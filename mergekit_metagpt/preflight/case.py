@@ -13,10 +13,6 @@ from mergekit.options import MergeOptions
 from mergekit_metagpt.planning.config import ConfigFile
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import Outputs, output_rows
-from mergekit_metagpt.wording import nearest
-
-# A metagpt method adds to each stock method, but plain task arithmetic is metagpt itself.
-_MEANT = {"metagpt_task_arithmetic": "metagpt", "metagpt_linear": "metagpt"}
 
 
 @dataclass
@@ -27,7 +23,7 @@ class Case:
         written: the config as it was written.
         options: MergeKit's options.
         out: the directory that it will be written to, if that is known.
-        config: the config as MergeKit reads it, without the values that it could not use.
+        config: the config as MergeKit reads it.
         models: the models that it names, the base first.
         outputs: what it will write.
     """
@@ -56,10 +52,9 @@ class Case:
 
     @cached_property
     def method(self) -> MergeMethod | None:
-        """The method that the config names, or most likely means."""
+        """The method that the config names; None if MergeKit does not know it."""
         methods = {method.spec.name: method for method in merge_methods.registered_methods()}
-        name = str(self.raw.get("merge_method")).lower()
-        return methods.get(nearest(_MEANT.get(name, name), methods) or "")
+        return methods.get(self.raw.get("merge_method", ""))
 
     @cached_property
     def rows(self) -> int | None:

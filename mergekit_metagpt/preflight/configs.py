@@ -1,43 +1,20 @@
 """Keys and values of a merge config; needs no model."""
 
 import importlib.resources
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from mergekit.common import ModelReference
-from mergekit.config import ConditionalParameter
-from mergekit.merge_methods import registered_methods
-from mergekit.merge_methods.base import ParameterScope, ParameterSpec
-from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
-from pydantic import ValidationError
+from mergekit.merge_methods.base import ParameterScope
 
 from mergekit_metagpt.measure.headers import FLOAT_NAMES
 from mergekit_metagpt.mergekit_private import chat_templates, compile_template
-from mergekit_metagpt.method.parameters import with_priors
 from mergekit_metagpt.planning.levels import Level, levels, settings
 from mergekit_metagpt.preflight.case import Case
 from mergekit_metagpt.wording import instead, nearest, reason
 
 # Keys that MergeKit reads but never uses.
 _UNUSED = {"residual_weight"}
-
-
-def no_accelerator(case: Case) -> Iterator[str]:
-    """Find ``--multi-gpu`` on a machine without an accelerator, where MergeKit would crash."""
-    if case.options.multi_gpu and not torch.accelerator.device_count():
-        yield "--multi-gpu needs a GPU, and this machine has none; leave that option out."
-
-
-def unknown_method(case: Case) -> Iterator[str]:
-    """Find a method that MergeKit does not know."""
-    name = case.raw.get("merge_method")
-    known = {method.spec.name for method in registered_methods()}
-    if isinstance(name, str) and name not in known:
-        way = instead(case.method.spec.name if case.method else name, known)
-        yield f"{case.file} has the merge_method {name}, which MergeKit does not know; {way}."
 
 
 def unknown_keys(case: Case) -> Iterator[str]:
@@ -49,14 +26,10 @@ def unknown_keys(case: Case) -> Iterator[str]:
         for key in level.values:
             if key in known | ignored:
                 continue
-            if level.schema is ModelReference and key == "path":
-                continue  # the config's parser reports it
             close = nearest(key, known - set(level.values))
             if not (close or level.path) and key in case.written.anchored:
                 continue
             way = f"write {close} instead" if close else "remove it"
-            if level.schema is ConditionalParameter and not close:
-                way = f"write {{filter: {key}, value: {level.values[key]}}}"
             if key in parameters and "parameters" in known:
                 way = "move it under parameters there"
             yield (
@@ -68,15 +41,15 @@ def ignored_parameters(case: Case) -> Iterator[str]:
     """Find parameters that the method does not have, or does not read where they are."""
     if case.method is None:
         return
-    method, specs = case.method.spec.name, _specs(case)
+    method, specs = case.method.spec.name, {p.name: p for p in case.method.spec.parameters}
     for level, name, _ in settings(case.raw):
         spec = specs.get(name)
         said = f"{case.file} sets the parameter {name}{level.at}"
         if spec is None:
-            way = instead(name, specs)
-            if isinstance(name, int):  # {weight: 0,5} sets weight to 0 and 5 to nothing
-                way = "write a decimal point, not a comma"
-            yield f"{said}, which {method} does not have and MergeKit ignores; {way}."
+            yield (
+                f"{said}, which {method} does not have and MergeKit ignores; "
+                f"{instead(name, specs)}."
+            )
         elif level.is_input and spec.scope == ParameterScope.SHARED:
             yield (
                 f"{said}, where MergeKit ignores it since all models share it; move it to the "
@@ -92,74 +65,15 @@ def _is_base(level: Level, raw: dict[str, Any]) -> bool:
     return level.is_input and [level.values.get("model")] == bases
 
 
-def bad_parameters(case: Case) -> Iterator[str]:
-    """Find values of parameters that the method cannot use."""
-    specs = _specs(case)
-    for level, name, setting in settings(case.raw):
-        spec = specs.get(name)
-        if spec is None or (level.is_input and spec.scope == ParameterScope.SHARED):
-            continue
-        for value in _scalars(setting):
-            if complaint := _complaint(spec, value):
-                yield f"{case.file}{level.at}: {complaint}"
-
-
-def _specs(case: Case) -> dict[str, ParameterSpec]:
-    """Return the method's parameters by name; stock methods get the bounds of this package."""
-    if case.method is None:
-        return {}
-    specs = {p.name: p for p in case.method.spec.parameters}
-    if isinstance(case.method, GeneralizedTaskArithmeticMerge):
-        for spec in with_priors(case.method.spec.parameters, is_plain=True):
-            # Stock methods allow a negative weight.
-            if spec.name in specs and spec.name != "weight":
-                specs[spec.name] = spec
-    return specs
-
-
-def _scalars(setting: Any) -> Iterator[Any]:
-    """Yield every value of a setting, through MergeKit's gradients and filters."""
-    if isinstance(setting, dict):
-        yield from _scalars(setting.get("value"))
-    elif isinstance(setting, list):
-        for member in setting:
-            yield from _scalars(member)
-    elif isinstance(setting, (bool, int, float, str)):
-        yield setting
-
-
-def _complaint(spec: ParameterSpec, value: Any) -> str | None:
-    try:
-        parsed = spec.validate(value)
-    except ValidationError:
-        wanted = getattr(spec.value_type, "__name__", str(spec.value_type))
-        return f"Parameter {spec.name} must be a {wanted}, not {value!r}; correct it."
-    except ValueError as error:
-        return str(error)
-    if isinstance(parsed, float) and not math.isfinite(parsed):
-        return f"Parameter {spec.name} must be finite, not {value!r}; correct it."
-    return None
-
-
-def unusable(case: Case) -> dict[str, str]:
-    """Return a sentence for each key whose value MergeKit would fail on while it merges."""
-    config, found = case.config, {}
+def bad_dtypes(case: Case) -> Iterator[str]:
+    """Find dtypes that MergeKit would fail on when it has read or merged the first tensor."""
     for key in ("dtype", "out_dtype"):
-        name = getattr(config, key)
+        name = getattr(case.config, key)
         if name and name.removeprefix("torch.") not in FLOAT_NAMES:
-            found[key] = (
+            yield (
                 f"{case.file} has the {key} {name}, in which MergeKit cannot merge; "
                 f"{instead(name, FLOAT_NAMES)}."
             )
-    # The form of early releases, which MergeKit takes for a path now.
-    tokenizer = config.tokenizer.source if config.tokenizer else None
-    for key, source in (("tokenizer", tokenizer), ("tokenizer_source", config.tokenizer_source)):
-        if str(source).startswith("model:"):
-            found[key] = (
-                f"{case.file} names the tokenizer {source}, which MergeKit takes for a path now; "
-                f"write `tokenizer: {{source: {str(source).removeprefix('model:')}}}`."
-            )
-    return found
 
 
 def bad_template(case: Case) -> Iterator[str]:

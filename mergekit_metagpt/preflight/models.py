@@ -11,7 +11,6 @@ from typing import Any
 
 from mergekit.common import ModelReference
 
-from mergekit_metagpt.planning.config import parts
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.preflight.adapters import bad_adapters
 from mergekit_metagpt.preflight.case import Case
@@ -43,43 +42,9 @@ def same_models(case: Case) -> Iterator[str]:
             )
 
 
-def different_depths(case: Case) -> Iterator[str]:
-    """Find models whose number of layers is not that of the base, or of the first."""
-    for part in parts(case.config):
-        if part.is_slice:
-            continue
-        merged = [*([part.base] if part.base else []), *part.models]
-        counts = {model: case.models[model].layers(part.place[0]) for model in merged}
-        known = {model: count for model, count in counts.items() if count is not None}
-        first, expected = next(iter(known.items()), (None, None))
-        for model, count in known.items():
-            if count != expected:
-                yield (
-                    f"Model {model} has {count} layers, but {first} has {expected}, and "
-                    "`models:` merges each layer with those of the same number; write `slices:` "
-                    "instead, with the layer_range to take from each model."
-                )
-
-
-def different_architectures(case: Case) -> Iterator[str]:
-    """Find models that MergeKit does not merge with the base, or with the first."""
-    if case.options.allow_crimes:
-        return
-    for files, first in _beside_first(case):
-        if files.description and first.description:
-            differ = files.description != first.description
-        else:
-            differ = files.architecture != first.architecture
-        if differ:
-            yield (
-                f"Model {files.model} is a {files.architecture}, but {first.model} is a "
-                f"{first.architecture}; merge fine-tunes of one base, or pass --allow-crimes."
-            )
-
-
 def different_heads(case: Case) -> Iterator[str]:
     """Find models whose attention is split otherwise than that of the base, or of the first."""
-    for files, first in _beside_first(case, of_one_architecture=True):
+    for files, first in _beside_first(case):
         expected = _heads(first)
         for key, value in _heads(files).items():
             if value != expected.get(key, value):
@@ -93,7 +58,7 @@ def different_heads(case: Case) -> Iterator[str]:
 
 def different_settings(case: Case) -> Iterator[str]:
     """Find models that compute otherwise than the base, or the first, with weights of one shape."""
-    for files, first in _beside_first(case, of_one_architecture=True):
+    for files, first in _beside_first(case):
         own, others = dict(_settings(_text(files))), dict(_settings(_text(first)))
         differ = [
             f"{key} ({_short(own, key)}, not {_short(others, key)})"
@@ -109,13 +74,11 @@ def different_settings(case: Case) -> Iterator[str]:
             )
 
 
-def _beside_first(
-    case: Case, *, of_one_architecture: bool = False
-) -> Iterator[tuple[ModelFiles, ModelFiles]]:
-    """Yield each model beside the base, or beside the first; those that cannot be read are none."""
+def _beside_first(case: Case) -> Iterator[tuple[ModelFiles, ModelFiles]]:
+    """Yield each model beside the base, or beside the first, if both are of one architecture."""
     known = [files for files in case.models.values() if files.config]
     for files in known[1:]:
-        if not of_one_architecture or files.architecture == known[0].architecture:
+        if files.architecture == known[0].architecture:
             yield files, known[0]
 
 

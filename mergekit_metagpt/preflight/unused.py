@@ -1,42 +1,28 @@
 """Values in a config that never reach a tensor, or change nothing there."""
 
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Iterator
 from typing import Any
 
 from mergekit_metagpt.method.parameters import exponent_of
 from mergekit_metagpt.planning.config import parts
 from mergekit_metagpt.planning.levels import is_within, settings
 from mergekit_metagpt.preflight.case import Case
-from mergekit_metagpt.wording import nearest
 
 _ALL = (None, "", "*")  # the filters that MergeKit takes for all tensors
 
 
 def hidden_values(case: Case) -> Iterator[str]:
     """Find values that MergeKit never reaches: it takes the first whose filter fits."""
-    file = case.file
     for level, name, setting in settings(case.raw):
-        path = f"{level.path}.parameters.{name}".lstrip(".")
-        if setting == []:
-            yield f"{file} has an empty list at {path}, which sets nothing; remove it."
         entries = _entries(setting)
         for number, entry in enumerate(entries):
-            if entry.get("value") == []:
+            before = (n for n in range(number) if _fits(entries[n], entry.get("filter")))
+            if (first := next(before, None)) is not None:
+                path = f"{level.path}.parameters.{name}".lstrip(".")
                 yield (
-                    f"{file} has an empty list at {path}[{number}].value, which sets nothing; "
-                    "remove that entry."
-                )
-            wanted = entry.get("filter")
-            takers = (n for n in range(number) if _fits(entries[n], wanted))
-            first = next((n for n in takers if entries[n].keys() <= {"filter", "value"}), None)
-            if first is not None:
-                takes = entries[first].get("filter")
-                which = "" if takes in _ALL else f" with {takes} in their name"
-                yield (
-                    f"{file} has a value at {path}[{number}] that is never used, since "
-                    f"{path}[{first}] before it takes all tensors{which}; "
-                    f"{'remove one of them' if wanted in _ALL else 'write the narrower one first'}."
+                    f"{case.file} has a value at {path}[{number}] that is never used, since "
+                    f"{path}[{first}] before it takes the same tensors; write the narrower one "
+                    "first, or remove one of them."
                 )
 
 
@@ -52,8 +38,8 @@ def idle_filters(case: Case) -> Iterator[str]:
             if names and not any(_fits(entry, name) for name in names):
                 yield (
                     f"{case.file} has the filter {entry['filter']} in the parameter "
-                    f"{name}{level.at}, which no tensor there has in its name; "
-                    f"{_fitting(entry['filter'], names)}."
+                    f"{name}{level.at}, which no tensor there has in its name; write a part of a "
+                    f"name as plain text, such as {names[len(names) // 2]}."
                 )
 
 
@@ -84,30 +70,3 @@ def _fits(entry: dict[str, Any], tensor: str | None) -> bool:
     """Whether MergeKit takes a value for a tensor; None stands for all tensors."""
     wanted = entry.get("filter")
     return wanted in _ALL or (tensor is not None and str(wanted) in str(tensor))
-
-
-def _fitting(wanted: str, names: Sequence[str]) -> str:
-    """Say what to write instead of a filter that fits no name.
-
-    >>> _fitting("*mlp*", ["model.layers.0.mlp.up_proj.weight"])
-    'MergeKit takes a filter as plain text, so write mlp'
-    >>> _fitting("layers.7.mpl", ["model.layers.0.mlp.up_proj.weight"])
-    'write layers.0.mlp, as in model.layers.0.mlp.up_proj.weight'
-    >>> _fitting("experts", ["model.layers.0.mlp.up_proj.weight"])
-    'write a part of a name such as model.layers.0.mlp.up_proj.weight'
-    """
-    text = wanted.strip("*^$ ")
-    for name in names:
-        start = name.lower().find(text.lower())
-        if text and start >= 0:
-            found = name[start : start + len(text)]
-            return f"MergeKit takes a filter as plain text, so write {found}"
-    pieces: dict[str, str] = {}
-    for name in names:
-        words, count = name.split("."), text.strip(".").count(".") + 1
-        for start, end in product(range(len(words)), (count, count + 1)):
-            pieces.setdefault(".".join(words[start : start + end]), name)
-    close = nearest(text.strip("."), pieces)
-    if close:
-        return f"write {close}{'.' * text.endswith('.')}, as in {pieces[close]}"
-    return f"write a part of a name such as {names[len(names) // 2]}"

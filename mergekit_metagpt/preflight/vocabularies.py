@@ -3,15 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from mergekit.common import ModelReference
-from mergekit.tokenizer import TokenizerInfo
-from mergekit.tokenizer.config import ModelTokenEmbedding
 
 from mergekit_metagpt.measure.vocabularies import Vocabulary, first_difference, load_vocabulary
-from mergekit_metagpt.planning.outputs import Outputs
 from mergekit_metagpt.preflight.case import Case
 from mergekit_metagpt.preflight.tensors import TOKENIZER_WAY
-from mergekit_metagpt.wording import BadInputError
+from mergekit_metagpt.wording import BadInputError, reason
 
 
 def bad_vocabularies(case: Case) -> Iterator[str]:
@@ -55,54 +53,27 @@ def _bad_tokenizers(case: Case) -> Iterator[str]:
 
 
 def _bad_tokens(case: Case) -> Iterator[str]:
-    """Find tokens of the output's tokenizer that MergeKit has no row for, and fails on."""
+    """Let MergeKit align rows of zeros: it fails on a token that it has no row for."""
     info = case.outputs.tokenizer_info if case.rows else None
-    if info is None:
+    tensors = [t for t in case.outputs.tensors if t.merge.vocabulary_is_aligned]
+    if info is None or not tensors:
         return
-    settings = (case.config.tokenizer.tokens if case.config.tokenizer else None) or {}
-    vocabulary = info.tokenizer.get_vocab()
-    for model, rows in info.permutations.items():
-        lacking = [token for token, id_ in vocabulary.items() if id_ not in rows]
-        if lacking and model == case.base and lacking[0] in settings:
-            yield (
-                f"{case.file} adds the token {lacking[0]!r} to `tokenizer: {{source: base}}`, and "
-                "MergeKit fails on a token that the base does not have; write `source: union`."
-            )
-        elif lacking:
-            yield (
-                f"The tokenizer of model {model} has the token {lacking[0]!r}, for which the model "
-                "has no row; resize its embeddings (resize_token_embeddings of transformers), or "
-                "remove the token from its tokenizer."
-            )
-    for token, setting in settings.items():
-        id_ = vocabulary[token]
-        lacked = any(rows.get(id_, -1) < 0 for rows in info.permutations.values())
-        if not (setting.force or lacked):
-            continue
-        if complaint := _complaint(setting.source, id_, case.outputs, info):
-            yield f"{case.file} is wrong at the token {token!r} of its tokenizer: {complaint}."
-
-
-def _complaint(source: Any, id_: int, outputs: Outputs, info: TokenizerInfo) -> str | None:
-    """Return what is wrong with the source of a token."""
-    if source is None:
-        return "it has no source; add one, such as `source: {kind: zero}`"
-    model = getattr(source, "model", None) if isinstance(source, ModelTokenEmbedding) else source
-    if not isinstance(model, ModelReference):
-        return None  # a row of zeros
-    if model not in info.permutations:
-        return f"model {model} is not in the merge; name a model that is"
-    if not isinstance(source, ModelTokenEmbedding):
-        has_it = info.permutations[model].get(id_, -1) >= 0
-        return None if has_it else f"model {model} does not have it; name a model that does"
-    known = info.original_vocabs.get(model, {})
-    if source.token is not None and source.token not in known:
-        return f"model {model} has no token {source.token!r}; name one that it has"
-    rows = min(
-        tensor.stored[model].shape[tensor.merge.vocabulary_axis]
-        for tensor in outputs.tensors
-        if tensor.merge.vocabulary_axis is not None and model in tensor.stored
+    align: Any = tensors[0].merge.task.gather_tensors
+    axis = tensors[0].merge.vocabulary_axis
+    rows = {
+        model: torch.zeros([n if at == axis else 1 for at, n in enumerate(header.shape)])
+        for model, header in tensors[0].stored.items()
+    }
+    try:
+        align.execute(tokenizer_info=info, tensors=rows)
+        return
+    except KeyError as error:
+        (id_,) = error.args
+        why = f"{info.tokenizer.convert_ids_to_tokens(id_)!r} has none in one of the models"
+    except Exception as error:  # MergeKit raises many types
+        why = reason(error)
+    yield (
+        f"MergeKit cannot give every token of the merge a row of {tensors[0].name} ({why}); "
+        f"correct `tokenizer` in {case.file}, or resize the embeddings of the model to its "
+        "tokenizer (resize_token_embeddings of transformers)."
     )
-    if source.token_id is not None and not 0 <= source.token_id < rows:
-        return f"model {model} has {rows} rows, and none of number {source.token_id}"
-    return None
