@@ -293,10 +293,6 @@ def quantize(model: str) -> None:
     file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
 
 
-def as_dtype(dtype: torch.dtype) -> Callable[[str], None]:
-    return lambda model: rewrite(model, **{NORM: torch.ones(32).to(dtype)})
-
-
 SAFETENSORS = "model.safetensors"
 MODELS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "is not there": (shutil.rmtree, ("does not exist", "correct the path")),
@@ -304,7 +300,6 @@ MODELS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "has a broken config": (overwrite("config.json", b"{"), ("config.json", "cannot be used")),
     "is of no architecture": (overwrite("config.json", b'{"model_type":"llama"}'), ("nothing",)),
     "has no weights": (remove(SAFETENSORS), ("no weights", "download it again")),
-    "is truncated": (cut, (SAFETENSORS, "truncated", "download it again")),
     "is empty": (overwrite(SAFETENSORS, b""), (SAFETENSORS, "is empty")),
     "is noise": (overwrite(SAFETENSORS, bytes(999)), (SAFETENSORS, "corrupt")),
     "is a pointer": (overwrite(SAFETENSORS, b"version https://git-lfs"), ("git lfs pull",)),
@@ -315,7 +310,6 @@ MODELS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
         ("holds both", "remove whichever"),
     ),
     "has a broken index": (break_index, ("model.safetensors.index.json", "is corrupt")),
-    "has a stale index": (edit_index(move_norm), (NORM, "stale", "does not hold it")),
     "has an index with a gap": (edit_index(lambda i: i.pop(NORM)), (NORM, "does not name")),
     "has an index that leads out": (
         edit_index(lambda i: i.update({NORM: "../a/model.safetensors"})),
@@ -330,21 +324,6 @@ MODELS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
         pickle_of(b"cos\nsystem\n(S'true'\ntR."),
         ("pytorch_model.bin", "save it as safetensors"),
     ),
-    "lacks a tensor": (lambda m: rewrite(m, **{NORM: None}), (f"lacks tensor {NORM}", "complete")),
-    "has a tensor more": (
-        lambda m: rewrite(m, **{"head.weight": torch.ones(2), "x.inv_freq": torch.ones(2)}),
-        ("holds tensor head.weight,", "would drop"),
-    ),
-    "has another shape": (
-        lambda m: rewrite(m, **{NORM: torch.ones(33)}),
-        (NORM, "[33]", "but [32]", "fine-tunes of one base"),
-    ),
-    "has other tokens": (
-        lambda m: rewrite(m, **{"lm_head.weight": torch.ones(65, 32)}),
-        ("lm_head.weight has shape [65, 32]", "tokenizer: {source: base}", "source: union"),
-    ),
-    "is in 8 bits": (as_dtype(torch.float8_e4m3fn), (NORM, "F8_E4M3", "quantized")),
-    "mixes integers and floats": (as_dtype(torch.int64), (NORM, "I64", "cannot be merged")),
     "says it is quantized": (quantize, ("gptq", "checkpoint that it was made from")),
 }
 
