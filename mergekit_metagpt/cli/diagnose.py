@@ -13,8 +13,6 @@ from mergekit_metagpt.cli import _common
 from mergekit_metagpt.cli._command import MergeCommand
 from mergekit_metagpt.diagnosis import linearity
 from mergekit_metagpt.names import short_names
-from mergekit_metagpt.planning.config import read_config
-from mergekit_metagpt.planning.job import running
 from mergekit_metagpt.planning.models import require_models
 from mergekit_metagpt.report import plots, tables
 
@@ -50,9 +48,8 @@ def diagnose(
     """
     if plot is not None:
         plots.require_plotting(plot)
-    merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one for all models is enough
-    with running(read_config(config), merge_options, _common.wants_progress(merge_options)) as job:
+    with _common.job_of(config, merge_options) as job:
         options, (base, experts) = job.options, job.base_and_experts
         require_models((base, *experts), options)
         for model in (*experts, base):
