@@ -137,7 +137,7 @@ def test_an_expert_with_a_head_of_its_own_does_not_fit_a_base_with_a_tied_one(tm
     tied = save_family(tmp_path / "tied", llama_config(tie_word_embeddings=True), scales=())
     free = save_family(tmp_path / "free", llama_config(), scales=())
     _, base, expert = loaded({"base": tied["base"], "a": free["base"]})
-    problem = r"^Parameter lm_head.weight of .*/free/base is .* tied .* there;"
+    problem = r"^Parameter lm_head.weight is missing from .*/tied/base or .*, or tied .* there;"
     with pytest.raises(ValueError, match=problem):
         incomparable(base, expert)
 
@@ -153,8 +153,7 @@ def test_r_squared_is_the_documented_one_and_pools_before_it_divides():
     assert of([10 * alpha for alpha in ALPHAS], noise).r_squared == pytest.approx(1, abs=1e-6)
     for rest in (0.0, 1e-6):
         still = of([1 + rest * alpha for alpha in ALPHAS])
-        assert not still.moves
-        assert math.isnan(still.r_squared)
+        assert still.r_squared is None
 
 
 def test_outputs_that_overflow_are_refused(family):

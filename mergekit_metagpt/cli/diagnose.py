@@ -54,15 +54,14 @@ def diagnose(
         require_models((base, *experts), options)
         for model in (*experts, base):
             LoaderCache().get(model)  # to run the models, they have to be downloaded anyway
-            known = linearity.language_model_config(model, options.trust_remote_code)
-        vocabulary = known.get_text_config().vocab_size
-        ids, source = linearity.token_ids(prompts, base, vocabulary, options)
+            linearity.architecture_of(model, options.trust_remote_code)
+        ids, source = linearity.token_ids(prompts, base, options)
         click.echo(f"Prompts: {source}.\n")
         survey = measured(job)
         lines = linearity.measure_linearity(
             base, survey, ids, options=options, progress=job.progress
         )
-    names, fits = short_names(survey.experts), [it.r_squared if it.moves else None for it in lines]
+    names, fits = short_names(survey.experts), [line.r_squared for line in lines]
     columns = {
         "expert": names,
         "R²": ["" if fit is None else f"{fit:.4f}" for fit in fits],

@@ -56,8 +56,9 @@ def diagnosis_figure(
     for number, (name, linearity) in enumerate(zip(names, linearities, strict=True), 1):
         ax = left.add_subplot(rows, columns, number)
         _draw_outputs(ax, linearity)
-        fit = f"R² = {linearity.r_squared:.3f}" if linearity.moves else "does not move"
-        ax.set_title(f"{name}: {fit}", fontsize=10)
+        fit = linearity.r_squared
+        shown = "does not move" if fit is None else f"R² = {fit:.3f}"
+        ax.set_title(f"{name}: {shown}", fontsize=10)
     left.axes[0].legend(left.axes[0].lines[:2], ["output", "straight line"], fontsize=8)
     _draw_cosines(right.add_subplot(), names, cosines)
     return figure
