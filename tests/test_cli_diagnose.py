@@ -41,12 +41,15 @@ def failure(config: Path, *words: object) -> str:
 def config(tmp_path_factory):
     """The config of a merge of two experts."""
     folder = tmp_path_factory.mktemp("small")
-    return write_yaml(folder / "metagpt.yml", merge_config(save_family(folder, SMALL)))
+    paths = save_family(folder, SMALL)
+    save_tokenizer(paths["base"])
+    return write_yaml(folder / "metagpt.yml", merge_config(paths))
 
 
 def save_directions(directory: Path, directions: list[list[float]]) -> dict[str, str]:
     """Write a base and an expert per direction: multiples of two orthogonal task vectors."""
     paths = save_family(directory, SMALL, scales=())
+    save_tokenizer(paths["base"])
     first, second = (torch.zeros(VOCABULARY, 32) for _ in range(2))
     first[:, ::2], second[:, 1::2] = 0.01, 0.01
     for name, (a, b) in zip("abcdefgh", directions, strict=False):
@@ -70,7 +73,7 @@ def test_it_shows_r_squared_and_cosines_and_what_they_mean(config, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "assumptions.png"
     done = invoke("diagnose", config, "--plot", picture)
-    assert "Prompts: 32 prompts of random token ids, since no tokenizer" in done.output
+    assert "Prompts: 8 built-in prompts." in done.output
     assert re.search(r"\bb +[0.]*\d{4} +no +\d", done.output)
     assert "Nearly orthogonal: the largest |cosine| of two experts is 0.0" in done.output
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -93,6 +96,7 @@ def test_what_a_cosine_means():
 
 def test_an_expert_equal_to_the_base_has_no_r_squared(tmp_path):
     paths = save_family(tmp_path, SMALL, scales=(0.0,))
+    save_tokenizer(paths["base"])
     said = diagnose(write_yaml(tmp_path / "metagpt.yml", merge_config(paths)))
     assert re.search(r"\ba +0\b", said)
     assert "nan" not in said
@@ -100,16 +104,12 @@ def test_an_expert_equal_to_the_base_has_no_r_squared(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "count"), [(None, 8), ("w1 w2 w3\n\nw4\nw5 Grüße 東京\n", 3), ("w1\n" * 40, 32)]
+    ("prompts", "count"), [("w1 w2 w3\n\nw4\nw5 Grüße 東京\n", 3), ("w1\n" * 40, 32)]
 )
-def test_prompts_are_tokenised_with_the_bases_tokenizer(prompts, count, tmp_path):
-    paths = save_family(tmp_path, SMALL, scales=(0.01,))
-    save_tokenizer(paths["base"])
-    config, file = write_yaml(tmp_path / "metagpt.yml", merge_config(paths)), tmp_path / "prompts"
-    file.write_text(prompts or "", encoding="utf-8")
-    said = diagnose(config, *(["--prompts", file] if prompts else []))
-    source = f"prompts from {file}" if prompts else "built-in prompts"
-    assert f"Prompts: {count} {source}." in said
+def test_prompts_are_tokenised_with_the_bases_tokenizer(prompts, count, config, tmp_path):
+    file = tmp_path / "prompts"
+    file.write_text(prompts, encoding="utf-8")
+    assert f"Prompts: {count} prompts from {file}." in diagnose(config, "--prompts", file)
 
 
 def test_only_an_expert_whose_vocabulary_differs_is_named(tmp_path):
@@ -125,8 +125,10 @@ def test_only_an_expert_whose_vocabulary_differs_is_named(tmp_path):
     assert named == [("model.embed_tokens.weight, lm_head.weight", name) for name in "bc"]
 
 
-def test_slices_and_other_methods_will_do(family, tmp_path):
-    config = slices_config(family, [[0, 2]], [[2, 3]], merge_method="ties")
+def test_slices_and_other_methods_will_do(tmp_path):
+    paths = save_family(tmp_path, llama_config())
+    save_tokenizer(paths["base"])
+    config = slices_config(paths, [[0, 2]], [[2, 3]], merge_method="ties")
     assert re.search(r"1 +a +1\.00 ", diagnose(write_yaml(tmp_path / "metagpt.yml", config)))
 
 
@@ -164,13 +166,13 @@ def test_prompts_and_tokenizers_that_cannot_be_used_are_refused(config, tmp_path
     for text, sentence in (
         (b" \n", "holds no prompts; write one prompt per line."),
         (b"\xff\xfe", "is not UTF-8 text"),
-        (b"w1 w2", "No tokenizer could be loaded for"),
     ):
         file.write_bytes(text)
         assert sentence in failure(config, "--prompts", file)
     paths = save_family(tmp_path, SMALL)
-    save_tokenizer(paths["base"], size=VOCABULARY + 1)  # that of another model
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
+    assert f"No tokenizer could be loaded for {paths['base']}; add" in failure(config)
+    save_tokenizer(paths["base"], size=VOCABULARY + 1)  # that of another model
     assert "does not fit the model, which knows 64 tokens" in failure(config)
 
 

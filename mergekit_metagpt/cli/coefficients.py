@@ -38,8 +38,7 @@ def coefficients(
     Example:
       mergekit-metagpt coefficients metagpt.yml --granularity layer --plot coefficients.png
     """
-    if plot is not None:
-        plots.require_plotting(plot)
+    plots.require_plotting(plot)
     (forecast,) = _common.forecast_config(config, merge_options, ray, [granularity])
     if as_json:
         click.echo(json.dumps(tables.as_json(forecast)))

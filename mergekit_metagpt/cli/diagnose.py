@@ -25,7 +25,6 @@ _LEAST_R_SQUARED, _LARGEST_COSINE = 0.95, 0.1
 @click.option(
     "--prompts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
     help="One prompt per line, in UTF-8, of which 32 are used; without it, built-in prompts.",
 )
 @_common.plot_option("the outputs and the cosines")
@@ -46,8 +45,7 @@ def diagnose(
     Example:
       mergekit-metagpt diagnose metagpt.yml --prompts questions.txt --plot assumptions.png
     """
-    if plot is not None:
-        plots.require_plotting(plot)
+    plots.require_plotting(plot)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one for all models is enough
     with _common.job_of(config, merge_options) as job:
         options, (base, experts) = job.options, job.base_and_experts
@@ -55,12 +53,12 @@ def diagnose(
         for model in (*experts, base):
             LoaderCache().get(model)  # to run the models, they have to be downloaded anyway
             linearity.architecture_of(model, options.trust_remote_code)
-        ids, source = linearity.token_ids(prompts, base, options)
-        click.echo(f"Prompts: {source}.\n")
-        survey = measured(job)
-        lines = linearity.measure_linearity(
-            base, survey, ids, options=options, progress=job.progress
+        ids = linearity.token_ids(prompts, base, options)
+        click.echo(
+            f"Prompts: {len(ids)} {f'prompts from {prompts}' if prompts else 'built-in prompts'}.\n"
         )
+        survey = measured(job)
+        lines = linearity.measure_linearity(base, survey, ids, options)
     names, fits = short_names(survey.experts), [line.r_squared for line in lines]
     columns = {
         "expert": names,
@@ -81,8 +79,8 @@ def diagnose(
         "minimises applies. Where it is not, the coefficients are a heuristic: score the merge "
         "before you rely on it. Without R²: the outputs move by no more than rounding.\n"
     )
-    show("Orthogonality (Property 6)", tables.cosines_table(survey), sep="\n")
-    show(_verdict(survey.cosines))
+    title, cosines = "Orthogonality (Property 6)", tables.cosines_table(survey)
+    show(title, cosines, _verdict(survey.cosines), sep="\n")
     if plot is not None:
         _common.save_figure(plots.diagnosis_figure(names, lines, survey.cosines), plot)
         click.echo(f"The figure is in {plot}.")

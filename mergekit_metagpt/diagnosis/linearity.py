@@ -1,7 +1,4 @@
-"""Property 5 on the user's own models: how linear outputs are between base and expert.
-
-One model runs. The files of base and expert are mapped into memory and read tensor by tensor.
-"""
+"""Property 5 on the user's own models: how linear outputs are between base and expert."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -10,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tqdm
 from mergekit.common import ModelReference, get_auto_cls
 from mergekit.options import MergeOptions
 from torch import Tensor
+from tqdm import tqdm
 
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.vocabularies import load_tokenizer, tokenizers_agree
@@ -67,39 +64,29 @@ class Linearity:
 
 
 def measure_linearity(
-    base: ModelReference,
-    survey: Survey,
-    prompts: Sequence[Tensor],
-    *,
-    options: MergeOptions,
-    progress: bool = True,
+    base: ModelReference, survey: Survey, prompts: Sequence[Tensor], options: MergeOptions
 ) -> list[Linearity]:
     """Follow the next token's logits on the line from a base to each expert of its survey.
 
-    The model runs in float32, or in float64 if it is stored so: 16 bits would round away small
-    steps along a task vector.
+    The model runs in float32: 16 bits would round away small steps along a task vector.
 
     Raises:
         ValueError: if a model has a parameter that another lacks, or if outputs overflow.
     """
+    known = options.transformers_cache, options.trust_remote_code
     stored = reduce(torch.promote_types, survey.dtypes.values())
-    wide = torch.promote_types(stored, torch.float32)
-    model = load(base, wide, options).to(torch.device(options.device or "cpu"))
+    model = load(base, torch.float32, options).to(torch.device(options.device or "cpu"))
     start, measured = load(base, stored, options), []
     experts: tuple[Any, ...] = survey.experts
-    for expert in tqdm.tqdm(experts, "Running the models", unit="expert", disable=not progress):
+    for expert in tqdm(experts, "Running the models", unit="expert", disable=options.quiet or None):
         end = load(expert, stored, options)
         # Different shapes need no list: the models themselves show them.
-        agree = tokenizers_agree(
-            base, expert, options.transformers_cache, options.trust_remote_code
-        )
-        held = incomparable(start, end, () if agree else survey.left_out)
-        outputs = torch.stack(
-            [logits(interpolated(model, start, end, alpha, held), prompts) for alpha in ALPHAS]
-        )
-        tokens = (outputs[0] + outputs[-1]).topk(min(_TOKENS, outputs.shape[-1])).indices
-        followed = outputs.gather(-1, tokens.expand(len(ALPHAS), -1, -1))
-        measured.append(Linearity(followed.double(), held))
+        left_out = () if tokenizers_agree(base, expert, *known) else survey.left_out
+        held = incomparable(start, end, left_out)
+        steps = [logits(interpolated(model, start, end, alpha, held), prompts) for alpha in ALPHAS]
+        tokens = (steps[0] + steps[-1]).topk(_TOKENS).indices
+        outputs = torch.stack([step.gather(-1, tokens) for step in steps]).double()
+        measured.append(Linearity(outputs, held))
         del end  # frees it before the next expert is loaded
     return measured
 
@@ -119,9 +106,7 @@ def logits(model: Any, prompts: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def interpolated(
-    model: Any, base: Any, expert: Any, alpha: float, held: Collection[str] = ()
-) -> Any:
+def interpolated(model: Any, base: Any, expert: Any, alpha: float, held: Sequence[str]) -> Any:
     """Set a model to θ_0 + α (θ_t − θ_0), but the parameters ``held`` to θ_0, and return it."""
     starts, ends = base.state_dict(), expert.state_dict()
     for name, parameter in model.named_parameters():
@@ -171,28 +156,21 @@ def load(model: ModelReference, dtype: torch.dtype, options: MergeOptions) -> An
     return auto.from_pretrained(path.path, trust_remote_code=trust, dtype=dtype, **cached).eval()
 
 
-def token_ids(
-    file: Path | None, base: ModelReference, options: MergeOptions
-) -> tuple[list[Tensor], str]:
-    """Return prompts as token ids, int64 of shape [L] each, and a description in words.
-
-    They are the first lines of a file, or else built in; random ids if there is no tokenizer.
-    """
-    prompts, trust = _lines(file) if file else BUILT_IN_PROMPTS, options.trust_remote_code
+def token_ids(file: Path | None, base: ModelReference, options: MergeOptions) -> list[Tensor]:
+    """Return the prompts of a file, or built-in ones, as token ids, int64 of shape [L] each."""
+    prompts, trust = BUILT_IN_PROMPTS, options.trust_remote_code
+    if file:
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from None
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError(f"{file} holds no prompts; write one prompt per line.")
     vocabulary = base.config(trust).get_text_config().vocab_size
     tokenizer = load_tokenizer(base, options.transformers_cache, trust)
-    if tokenizer is None and file:
-        raise ValueError(
-            f"No tokenizer could be loaded for {base}, but {file} needs one; add the tokenizer "
-            "files, or leave out --prompts to use random token ids."
-        )
     if tokenizer is None:
-        generator = torch.Generator().manual_seed(options.random_seed or 0)
-        random = list(torch.randint(vocabulary, (32, 16), generator=generator))
-        return (
-            random,
-            f"32 prompts of random token ids, since no tokenizer could be loaded for {base}",
-        )
+        raise ValueError(f"No tokenizer could be loaded for {base}; add the tokenizer files.")
     ids = (tokenizer(prompt)["input_ids"][:_MOST_TOKENS] for prompt in prompts[:_MOST_PROMPTS])
     rows = [torch.tensor(row) for row in ids if row]
     if not rows or max(row.max().item() for row in rows) >= vocabulary:
@@ -200,14 +178,4 @@ def token_ids(
             f"The tokenizer of {base} does not fit the model, which knows {vocabulary} tokens; "
             "download its tokenizer files again."
         )
-    return rows, f"{len(rows)} " + (f"prompts from {file}" if file else "built-in prompts")
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from None
-    if not any(lines):
-        raise ValueError(f"{file} holds no prompts; write one prompt per line.")
-    return list(filter(None, lines))
+    return rows

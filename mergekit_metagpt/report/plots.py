@@ -36,8 +36,10 @@ _MOST_MARKERS = 24  # the lines of more layers have none
 _MOST_NUMBERS = 12  # the cells of a matrix with more rows show no numbers
 
 
-def require_plotting(path: Path) -> None:
-    """Raise an error before the work starts if the figure could not be written after it."""
+def require_plotting(path: Path | None) -> None:
+    """Raise an error before the work starts if a figure could not be written after it."""
+    if path is None:
+        return
     formats = _figure(1, 1).canvas.get_supported_filetypes()
     if path.suffix.lower().removeprefix(".") not in formats:
         raise ValueError(f"A plot cannot be written as {path.name}; name it {path.stem}.png.")
