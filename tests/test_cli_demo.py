@@ -147,7 +147,7 @@ def test_the_example_config_is_what_the_demo_merges():
 def test_directories_that_cannot_be_used_are_refused_and_kept(tmp_path):
     (tmp_path / "mine.txt").write_text("kept")
     assert invoke("demo", tmp_path, status=1).output == (
-        f"Error: {tmp_path} is not empty; choose another directory or delete it.\n"
+        f"Error: {tmp_path} is not empty; choose another directory.\n"
     )
     for name in ("a+b", "a@b"):  # which MergeKit would misread
         said = invoke("demo", tmp_path / name, status=1).output
