@@ -32,18 +32,18 @@ class Shown(ABC):
         return []
 
     @abstractmethod
-    def _shown(self) -> tuple[str, Summary, RenderableType]:
+    def shown(self) -> tuple[str, Summary, RenderableType]:
         """Return a title, the coefficients, and tables of them."""
 
     def __repr__(self) -> str:
-        title, summary, _ = self._shown()
+        title, summary, _ = self.shown()
         named = zip(short_names(summary.ids), summary.experts, strict=True)
         return f"<{title}: {', '.join(f'{name} {share(expert.mean)}' for name, expert in named)}>"
 
     def _repr_html_(self) -> str:
-        title, _, shown = self._shown()
-        console = Console(file=StringIO(), record=True, width=100, emoji=False, highlight=False)
-        console.print(Text(title, "bold"), shown, *map(Text, self.warnings))
+        title, _, shown = self.shown()
+        console = Console(file=StringIO(), record=True, width=100, force_jupyter=False)
+        console.print(Text(title, "bold"), Text(), shown, *map(Text, self.warnings), sep="\n")
         return console.export_html(inline_styles=True, code_format=_PAGE)
 
 
@@ -84,7 +84,8 @@ class Survey(Shown):
         cosines = self.figures.in_order_of(self.summary.ids).cosines
         return plots.coefficients_figure("metagpt", self.base, self.summary, cosines)
 
-    def _shown(self) -> tuple[str, Summary, RenderableType]:
+    def shown(self) -> tuple[str, Summary, RenderableType]:
+        """Return what the command ``survey`` prints."""
         title = f"Survey of {len(self.experts)} experts of {self.base}"
         return title, self.summary, tables.survey_tables(self.figures)
 
@@ -124,9 +125,11 @@ class Plan(Shown):
         shown = it.method.spec.name, it.base, it.summary, it.survey.cosines
         return plots.coefficients_figure(*shown)
 
-    def _shown(self) -> tuple[str, Summary, RenderableType]:
+    def shown(self) -> tuple[str, Summary, RenderableType]:
+        """Return what the command ``coefficients`` prints."""
         summary = self.forecast.summary
-        title = f"{self.forecast.method.spec.name}, granularity {summary.granularity}"
+        chosen = f"granularity {summary.granularity}, exponent {summary.exponent}"
+        title = f"{self.forecast.method.spec.name}, {chosen}; base {self.forecast.base}"
         return title, summary, tables.forecast_tables(self.forecast)
 
 
@@ -149,5 +152,6 @@ class Merged(Shown):
         """What to look at before you rely on it, one sentence each."""
         return warnings(self.summary)
 
-    def _shown(self) -> tuple[str, Summary, RenderableType]:
+    def shown(self) -> tuple[str, Summary, RenderableType]:
+        """Return what the command ``merge`` prints."""
         return f"Merged into {self.path}", self.summary, tables.coefficients_table(self.summary)

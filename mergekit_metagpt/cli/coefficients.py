@@ -11,7 +11,6 @@ from mergekit_metagpt.cli import _common
 from mergekit_metagpt.cli._command import MergeCommand
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.report.plots import require_plotting
-from mergekit_metagpt.report.tables import forecast_tables
 
 
 @click.command(cls=MergeCommand)
@@ -45,7 +44,8 @@ def coefficients(
     if as_json:
         click.echo(json.dumps(plan.as_json()))
     else:
-        _common.console().print(forecast_tables(plan.forecast))
+        title, _, shown = plan.shown()
+        _common.console().print(title, "", shown, sep="\n")
     _common.warn(plan.warnings)
     if plot is not None:
         _common.save_figure(plan.plot(), plot)

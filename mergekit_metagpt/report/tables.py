@@ -154,7 +154,7 @@ def table(columns: Columns) -> Table:
 
 
 def forecast_tables(forecast: Forecast) -> RenderableType:
-    """Return everything that ``mergekit-metagpt coefficients`` shows."""
+    """Return what ``mergekit-metagpt coefficients`` shows below its title."""
     summary, survey, limits = forecast.summary, forecast.survey, bounds(forecast)
     names = short_names(forecast.experts, _LONGEST_NAME)
     moved = [f"{n} {part:.2%}" for n, part in zip(names, survey.moved or (), strict=False)]
@@ -163,10 +163,6 @@ def forecast_tables(forecast: Forecast) -> RenderableType:
         "bound": [f"{value:.3f}" for value in limits.values()],
     }
     return Group(
-        Text(
-            f"{forecast.method.spec.name}, granularity {summary.granularity}, exponent "
-            f"{summary.exponent}; base {forecast.base}\n"
-        ),
         coefficients_table(summary),
         *([Text(f"Moved, of the base's length: {', '.join(moved)}\n")] if moved else []),
         cosines_table(survey),
