@@ -32,7 +32,6 @@ _NOTEBOOK_DPI = 75  # enough to read, and a saved notebook stays small
 _MOST_COLUMNS = 3
 _LONGEST_NAME = 24
 _LONGEST_BASE = 60
-_MOST_MARKERS = 24  # the lines of more layers have none
 _MOST_NUMBERS = 12  # the cells of a matrix with more rows show no numbers
 
 
@@ -141,14 +140,13 @@ def _draw_means(ax: "Axes", names: Sequence[str], summary: Summary) -> None:
 def _draw_layers(ax: "Axes", layers: Layers, stacked: bool) -> None:
     """Draw the figures of each layer: as a stack, the first expert's on top, or as lines."""
     upper, places = list(map(sum, layers)), range(len(layers))
-    marker = "." if len(layers) <= _MOST_MARKERS else ""
     for colour, own in zip(_colours(len(layers[0])), zip(*layers, strict=True), strict=True):
         if stacked:
             upper = [a - b for a, b in zip(upper, own, strict=True)]
             # The edges are for printing in grey.
             ax.bar(places, own, 1.0, upper, color=colour, edgecolor="white", linewidth=0.3)
         else:
-            ax.plot(places, own, color=colour, marker=marker)
+            ax.plot(places, own, color=colour, marker=".")
     if stacked:
         ax.set_ylim(0, max(map(sum, layers)) or 1)
         ax.margins(x=0)
