@@ -114,12 +114,9 @@ def test_training_lowers_the_loss_of_an_experts_own_task(tmp_path):
     assert losses["sort"] < losses["base"]
 
 
-def test_a_task_has_one_right_answer():
+def test_a_task_has_one_right_answer_and_no_held_out_example_is_trained_on():
     answers = {task: answer("709056") for task, answer in TASKS.items()}
     assert answers == {"reverse": "650907", "sort": "005679", "double": "418112"}
-
-
-def test_no_held_out_example_is_trained_on():
     for task in TASKS:
         drawn = examples(task, SMALL)
         assert list(map(len, drawn)) == [20, 6, 18]
