@@ -4,13 +4,14 @@ import filecmp
 import os
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import huggingface_hub
 import pytest
+import tokenizers
 import torch
 import transformers
 import yaml
@@ -137,6 +138,17 @@ def save_family(
         paths[name] = str(directory / name)
         base.save_pretrained(paths[name], **save)
     return paths
+
+
+def save_tokenizer(model: str | Path, words: Sequence[str], **settings: Any) -> None:
+    """Write a tokenizer of whole words, of which the first stands for unknown ones."""
+    ids = {word: number for number, word in enumerate(words)}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=words[0]))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token=words[0], **settings
+    )
+    tokenizer.save_pretrained(model)
 
 
 @pytest.fixture(scope="session")

@@ -102,12 +102,12 @@ def test_notebooks_show_tables_with_escaped_names_and_plots(family, tmp_path):
     merged = mergekit_metagpt.merge(merge_config(family), tmp_path / "<b>&", options=QUIET)
     for shown in (found, planned, merged):
         page = shown._repr_html_()
-        assert page.count("<svg") == 2
-        assert "<td>a</td>" in page
+        assert page.startswith("<pre")
+        assert " a " in page
         assert ": a 0." in repr(shown)
         assert "ModelReference" not in repr(shown)
     assert "Cosines" in found._repr_html_()
-    assert "<b>Merged into" in merged._repr_html_()
+    assert "Merged into" in merged._repr_html_()
     assert "&lt;b&gt;&amp;" in merged._repr_html_()
     assert len(found.plot().axes) == 2
     assert len(planned.plot().axes) == 3

@@ -24,13 +24,12 @@ from mergekit.options import MergeOptions
 from mergekit.scripts import run_yaml
 from paper_stand_ins import save_models, save_tasks
 
+from benchmarks.averages import absolute_average, normalized_average
+from benchmarks.harness import score
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.merges import merge, with_local_models
 from benchmarks.paper.tables import Row, read_table, table_numbers
 from mergekit_metagpt.evaluation import harness
-from mergekit_metagpt.evaluation.averages import absolute_average, normalized_average
-from mergekit_metagpt.evaluation.harness import evaluate
-from mergekit_metagpt.evaluation.results import metrics
 from mergekit_metagpt.preflight import inspect
 
 ROWS = [
@@ -202,10 +201,10 @@ def test_a_row_is_measured_on_its_own_merge_and_printed_beside_the_papers_figure
     measured, published = printed(first.stdout, "DARE")
     for number, column in enumerate(SAFE_COLUMNS):
         wanted = {"shots": column.shots, "shot_answer": column.shot_answer}
-        report = evaluate(checkpoint, column.tasks, task_folder=tasks, **wanted)
-        score = 100 * metrics(report)[column.tasks[0]][column.metric]
-        assert results(out)[f"dare/{column.name}"]["score"] == pytest.approx(score)
-        assert measured[number] == f"{score:.2f}"
+        found = score(checkpoint, column.tasks, tasks, device="cpu", **wanted)
+        percent = 100 * found[column.tasks[0]][column.metric]
+        assert results(out)[f"dare/{column.name}"]["score"] == pytest.approx(percent)
+        assert measured[number] == f"{percent:.2f}"
         assert published[number] == f"{row.scores[number]:.2f}"
 
 

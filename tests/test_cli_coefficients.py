@@ -145,14 +145,11 @@ def test_people_see_tables_and_a_picture(config, tmp_path):
     ):  # fmt: skip
         assert text in output
     assert "▇" in output or "█" in output
+    one_set = invoke("coefficients", config, "--granularity", "model").stdout
+    assert not any(word in one_set for word in ("least", "by layer", "mean"))
     assert (tmp_path / "coefficients.png").read_bytes().startswith(b"\x89PNG")
     failed = invoke("coefficients", config, "--plot", tmp_path / "coefficients.doc", status=1)
     assert "cannot be written as coefficients.doc" in failed.stderr
-
-
-def test_one_set_of_coefficients_has_no_least_and_no_layers(config):
-    output = invoke("coefficients", config, "--granularity", "model").stdout
-    assert not any(word in output for word in ("least", "by layer", "mean"))
 
 
 def test_warnings_go_to_standard_error(tmp_path):
@@ -177,18 +174,15 @@ def test_nan_is_one_sentence(tmp_path):
     assert last.startswith(f"Error: Tensor model.norm.weight of model {paths['a']} holds NaN")
 
 
-def test_a_bad_config_is_one_sentence(family, tmp_path):
-    config = tmp_path / "bad.yml"
+def test_a_bad_config_is_one_sentence_and_wrong_usage_exits_with_2(family, config, tmp_path):
+    bad = tmp_path / "bad.yml"
     for text, sentence in (
         ("models: []", "bad.yml is wrong at merge_method: Field required"),
         ("merge_method: linear\nmodels: [{model: x}]", "merge_method linear has no coefficients"),
         (yaml.safe_dump(merge_config(family, base_model=None)), "Merge method requires a base"),
     ):
-        config.write_text(text)
-        assert sentence in invoke("coefficients", config, status=1).stderr
-
-
-def test_wrong_usage_exits_with_2(config):
+        bad.write_text(text)
+        assert sentence in invoke("coefficients", bad, status=1).stderr
     for words in ([], ["nowhere.yml"], [config, "--granularity", "layers"], [config, "--nonsense"]):
         invoke("coefficients", *words, status=2)
 

@@ -3,9 +3,9 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import transformers
 from conftest import (
@@ -14,6 +14,7 @@ from conftest import (
     llama_config,
     merge_config,
     save_family,
+    save_tokenizer,
     slices_config,
     write_yaml,
 )
@@ -22,6 +23,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 from mergekit_metagpt.cli.diagnose import _verdict
 
 SMALL = llama_config(num_hidden_layers=1)
+WORDS = [f"w{number}" for number in range(VOCABULARY)]
 
 
 def diagnose(config: Path, *words: object) -> str:
@@ -37,16 +39,22 @@ def failure(config: Path, *words: object) -> str:
     return last
 
 
+def saved(folder: Path, config: Any = SMALL, **settings: Any) -> tuple[dict[str, str], Path]:
+    """Write a family and a tokenizer of its base; return its paths, and a merge config."""
+    paths = save_family(folder, config, **settings)
+    save_tokenizer(paths["base"], WORDS)
+    return paths, write_yaml(folder / "metagpt.yml", merge_config(paths))
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """The config of a merge of two experts."""
-    folder = tmp_path_factory.mktemp("small")
-    return write_yaml(folder / "metagpt.yml", merge_config(save_family(folder, SMALL)))
+    return saved(tmp_path_factory.mktemp("small"))[1]
 
 
 def save_directions(directory: Path, directions: list[list[float]]) -> dict[str, str]:
     """Write a base and an expert per direction: multiples of two orthogonal task vectors."""
-    paths = save_family(directory, SMALL, scales=())
+    paths, _ = saved(directory, scales=())
     first, second = (torch.zeros(VOCABULARY, 32) for _ in range(2))
     first[:, ::2], second[:, 1::2] = 0.01, 0.01
     for name, (a, b) in zip("abcdefgh", directions, strict=False):
@@ -58,19 +66,11 @@ def save_directions(directory: Path, directions: list[list[float]]) -> dict[str,
     return paths
 
 
-def save_tokenizer(model: str, size: int = VOCABULARY, prefix: str = "w") -> None:
-    words = {f"{prefix}{number}": number for number in range(size)}
-    unknown = f"{prefix}{size - 1}"
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=unknown))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(model)
-
-
 def test_it_shows_r_squared_and_cosines_and_what_they_mean(config, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "assumptions.png"
     done = invoke("diagnose", config, "--plot", picture)
-    assert "Prompts: 32 prompts of random token ids, since no tokenizer" in done.output
+    assert "Prompts: 8 built-in prompts." in done.output
     assert re.search(r"\bb +[0.]*\d{4} +no +\d", done.output)
     assert "Nearly orthogonal: the largest |cosine| of two experts is 0.0" in done.output
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -92,41 +92,36 @@ def test_what_a_cosine_means():
 
 
 def test_an_expert_equal_to_the_base_has_no_r_squared(tmp_path):
-    paths = save_family(tmp_path, SMALL, scales=(0.0,))
-    said = diagnose(write_yaml(tmp_path / "metagpt.yml", merge_config(paths)))
+    said = diagnose(saved(tmp_path, scales=(0.0,))[1])
     assert re.search(r"\ba +0\b", said)
     assert "nan" not in said
     assert "With one expert there is no pair to compare." in said
 
 
 @pytest.mark.parametrize(
-    ("prompts", "count"), [(None, 8), ("w1 w2 w3\n\nw4\nw5 Grüße 東京\n", 3), ("w1\n" * 40, 32)]
+    ("prompts", "count"), [("w1 w2 w3\n\nw4\nw5 Grüße 東京\n", 3), ("w1\n" * 40, 32)]
 )
-def test_prompts_are_tokenised_with_the_bases_tokenizer(prompts, count, tmp_path):
-    paths = save_family(tmp_path, SMALL, scales=(0.01,))
-    save_tokenizer(paths["base"])
-    config, file = write_yaml(tmp_path / "metagpt.yml", merge_config(paths)), tmp_path / "prompts"
-    file.write_text(prompts or "", encoding="utf-8")
-    said = diagnose(config, *(["--prompts", file] if prompts else []))
-    source = f"prompts from {file}" if prompts else "built-in prompts"
-    assert f"Prompts: {count} {source}." in said
+def test_prompts_are_tokenised_with_the_bases_tokenizer(prompts, count, config, tmp_path):
+    file = tmp_path / "prompts"
+    file.write_text(prompts, encoding="utf-8")
+    assert f"Prompts: {count} prompts from {file}." in diagnose(config, "--prompts", file)
 
 
 def test_only_an_expert_whose_vocabulary_differs_is_named(tmp_path):
-    paths = save_family(tmp_path, SMALL, scales=(0.01, 0.02, 0.03))
-    for name in ("base", "a"):
-        save_tokenizer(paths[name])
-    save_tokenizer(paths["b"], prefix="v")  # other tokens
+    paths, config = saved(tmp_path, scales=(0.01, 0.02, 0.03))
+    save_tokenizer(paths["a"], WORDS)
+    save_tokenizer(paths["b"], WORDS[::-1])  # other tokens
     model = transformers.AutoModelForCausalLM.from_pretrained(paths["c"])
     model.resize_token_embeddings(72)  # another size
     model.save_pretrained(paths["c"])
-    said = diagnose(write_yaml(tmp_path / "metagpt.yml", merge_config(paths)))
+    said = diagnose(config)
     named = re.findall(r"(.*): the vocabulary of (.) differs", said)
     assert named == [("model.embed_tokens.weight, lm_head.weight", name) for name in "bc"]
 
 
-def test_slices_and_other_methods_will_do(family, tmp_path):
-    config = slices_config(family, [[0, 2]], [[2, 3]], merge_method="ties")
+def test_slices_and_other_methods_will_do(tmp_path):
+    paths, _ = saved(tmp_path, llama_config())
+    config = slices_config(paths, [[0, 2]], [[2, 3]], merge_method="ties")
     assert re.search(r"1 +a +1\.00 ", diagnose(write_yaml(tmp_path / "metagpt.yml", config)))
 
 
@@ -164,13 +159,13 @@ def test_prompts_and_tokenizers_that_cannot_be_used_are_refused(config, tmp_path
     for text, sentence in (
         (b" \n", "holds no prompts; write one prompt per line."),
         (b"\xff\xfe", "is not UTF-8 text"),
-        (b"w1 w2", "No tokenizer could be loaded for"),
     ):
         file.write_bytes(text)
         assert sentence in failure(config, "--prompts", file)
     paths = save_family(tmp_path, SMALL)
-    save_tokenizer(paths["base"], size=VOCABULARY + 1)  # that of another model
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
+    assert f"No tokenizer could be loaded for {paths['base']}; add" in failure(config)
+    save_tokenizer(paths["base"], [*WORDS, "the"])  # that of another model
     assert "does not fit the model, which knows 64 tokens" in failure(config)
 
 

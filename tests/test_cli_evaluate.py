@@ -86,11 +86,8 @@ class TestTheTable:
             task_manager=tasks, device="cpu", bootstrap_iters=0,
         )["results"]  # fmt: skip
         found = as_json(made)["models"][-1]
-        expected = [
-            report["agieval"]["acc,none"],
-            report["one"]["acc,none"],
-            report["text"]["word_perplexity,none"],
-        ]
+        keys = ("acc,none", "acc,none", "word_perplexity,none")
+        expected = [report[task][key] for task, key in zip(TASKS.split(","), keys, strict=True)]
         assert found["model"] == "merge"
         assert found["scores"] == pytest.approx(expected)
 
@@ -129,22 +126,15 @@ class TestTheResults:
         assert scored(evaluate(folder)) == ("expert a", "merge")
 
     def test_every_model_is_if_the_settings_or_the_tasks_change(self, folder):
-        assert scored(evaluate(folder, "--limit", 4, tasks="one")) == MODELS
-        assert scored(evaluate(folder, "--limit", 4, tasks="one")) == ()
-        assert scored(evaluate(folder, "--limit", 4, "--shots", 1, tasks="one")) == MODELS
         data = folder / "tasks" / "one.jsonl"
+        for words, run in (([], MODELS), ([], ()), (["--shots", 1], MODELS)):
+            assert scored(evaluate(folder, "--limit", 4, *words, tasks="one")) == run
         data.write_text(data.read_text().replace("w7", "w8"))
         assert scored(evaluate(folder, "--limit", 4, tasks="one")) == MODELS
 
     def test_only_tasks_that_are_missing_are_run(self, folder, monkeypatch):
-        run = []
-
-        def noted(checkpoint, tasks, **settings):
-            run.append(tasks)
-            return evaluate_here(checkpoint, tasks, **settings)
-
-        evaluate_here = bench.evaluate
-        monkeypatch.setattr(bench, "evaluate", noted)
+        run, load_tasks = [], bench.load_tasks
+        monkeypatch.setattr(bench, "load_tasks", lambda *it: run.append(it[0]) or load_tasks(*it))
         evaluate(folder, "--limit", 3, tasks="one")
         evaluate(folder, "--limit", 3, tasks="one,text")
         assert run == [["one"]] * 4 + [["text"]] * 4

@@ -50,7 +50,7 @@ def test_a_stopped_command_ends_in_one_line_and_leaves_nothing(
 
     for owner, name in (
         (preflight, "inspect"),
-        (linearity, "measure_linearity"),
+        (linearity, "token_ids"),
         (models, "train_family"),
         (Checkpoints, "__init__"),
         (Bench, "missing"),

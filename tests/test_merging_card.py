@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from paper_stand_ins import save_model
 
 from mergekit_metagpt.merging.card import write_card
-from mergekit_metagpt.merging.hub_names import named
+from mergekit_metagpt.merging.hub_names import renamed
 
 README = Path(__file__).parents[1] / "README.md"
 NAMES = {"base": "jane/llama", "a": "jane/llama-math", "b": "jane/llama-code"}
@@ -111,17 +111,21 @@ class TestNames:
             "merge_method": "ties",
             "models": [{"model": "ties+lora@main"}, {"model": {"model": {"path": "ties"}}}],
             "parameters": {"weight": [{"filter": "ties", "value": 1}]},
-            "tokenizer": {"source": "base", "tokens": {"ties": {"source": "base+ties"}}, 5: "ties"},
+            "tokenizer": {
+                "source": "union",
+                "tokens": {"ties": {"source": "base+ties"}},
+                5: "ties",
+            },
         }
         names = {"ties": "joe/ties", "base": "joe/base", "lora": "joe/lora"}
-        assert named(config, names) == {
+        assert renamed(config, lambda path: names.get(path, path)) == {
             **config,
             "models": [
                 {"model": "joe/ties+joe/lora@main"},
                 {"model": {"model": {"path": "joe/ties"}}},
             ],
             "tokenizer": {
-                "source": "base",
+                "source": "union",
                 "tokens": {"ties": {"source": "joe/base+joe/ties"}},
                 5: "ties",
             },
@@ -132,9 +136,9 @@ class TestNames:
         [
             (["{a}x=jane/math"], "names no path of the config; write {a} instead."),
             (["metagpt=jane/math"], "names no path of the config"),
-            (["{a}=math"], "gives no name of the hub; write {a}=USER/NAME."),
-            (["{a}=https://huggingface.co/jane/math"], "gives no name of the hub"),
-            (["{a}=jane/x", "{b}=jane/x"], "{b}=jane/x gives two models one name"),
+            (["{a}=math"], "gives no hub name of its own; write {a}=USER/NAME."),
+            (["{a}=https://huggingface.co/jane/math"], "gives no hub name of its own"),
+            (["{a}=jane/x", "{b}=jane/x"], "{b}=jane/x gives no hub name of its own"),
         ],
     )
     def test_a_wrong_one_is_refused_before_anything_is_merged(

@@ -84,17 +84,15 @@ def test_layers_that_move_take_their_weights_along(family, merge):
     assert_same(merge, config)
 
 
-def test_one_weight_per_model_is_written_as_a_number(family):
-    document = yaml.safe_load(resolved(merge_config(family, parameters={"granularity": "model"})))
-    assert document["merge_method"] == "task_arithmetic"
-    weights = [model["parameters"]["weight"] for model in document["models"]]
-    assert sum(weights) == pytest.approx(1)
-    assert "granularity" not in document["parameters"]
-
-
-def test_layers_are_written_as_one_filter_each(family):
-    document = yaml.safe_load(resolved(merge_config(family, parameters={"granularity": "layer"})))
-    filters = [w["filter"] for w in document["models"][0]["parameters"]["weight"]]
+def test_a_model_has_one_number_and_a_layer_one_filter(family):
+    model, layer = (
+        yaml.safe_load(resolved(merge_config(family, parameters={"granularity": granularity})))
+        for granularity in ("model", "layer")
+    )
+    assert model["merge_method"] == "task_arithmetic"
+    assert sum(it["parameters"]["weight"] for it in model["models"]) == pytest.approx(1)
+    assert "granularity" not in model["parameters"]
+    filters = [w["filter"] for w in layer["models"][0]["parameters"]["weight"]]
     assert {f"model.layers.{n}." for n in range(3)} < set(filters)
     assert len(filters) == 6
 
@@ -111,9 +109,8 @@ def test_comments_say_where_the_numbers_come_from(family):
 
 def test_ten_and_more_layers_are_not_confused(tmp_path, merge):
     paths = save_family(tmp_path, llama_config(num_hidden_layers=12, hidden_size=16))
-    for granularity in ("tensor", "layer"):
-        parameters = {"granularity": granularity}
-        assert_same(merge, merge_config(paths, "metagpt_ties", parameters=parameters))
+    for own in ("tensor", "layer"):
+        assert_same(merge, merge_config(paths, "metagpt_ties", parameters={"granularity": own}))
 
 
 WRITTEN = [

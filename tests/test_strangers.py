@@ -7,19 +7,17 @@ MergeKit's stock method, with λ as its weights.
 
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import click
 import numpy as np
 import peft
 import pytest
 import reference
-import tokenizers
 import torch
 import transformers
 import yaml
 from click.testing import CliRunner
-from conftest import llama_config, read, save_family
+from conftest import llama_config, read, save_family, save_tokenizer
 from mergekit import merge_methods
 from mergekit.common import dtype_from_name
 from mergekit.io.tasks import LoaderCache
@@ -40,15 +38,8 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, **HEADS}
 EACH = ("density", "gamma")  # the parameters of each expert besides its prior
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(3, 64))]
+ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
 SOME = ("layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "layers.3.mlp.down_proj", "model.norm")
-
-
-def give_tokenizer(path: str, words: list[str], **settings: Any) -> None:
-    ids = {word: number for number, word in enumerate(words)}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special, **settings)
-    tokenizer.save_pretrained(path)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     found = dict(zip(("base", "math", "code", "chat"), paths.values(), strict=True))
     for name, path in found.items():
         template = {"chat_template": "{{ messages }}"} if name == "chat" else {}
-        give_tokenizer(path, WORDS, **template)
+        save_tokenizer(path, WORDS, **ENDS, **template)
     others = {
         "bigger": llama_config(**SIZES, vocab_size=66),
         "deeper": llama_config(**{**SIZES, "num_hidden_layers": 5}),
@@ -67,7 +58,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
     for name, config in others.items():
         found[name] = save_family(place / name, config, scales=())["base"]
-        give_tokenizer(found[name], WORDS + ["<|im_start|>", "<|im_end|>"] * (name == "bigger"))
+        more = ["<|im_start|>", "<|im_end|>"] if name == "bigger" else []
+        save_tokenizer(found[name], WORDS + more, **ENDS)
     found |= {name: str(place / name) for name in ("lora", "cache")}
     base = transformers.AutoModelForCausalLM.from_pretrained(found["base"])
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)

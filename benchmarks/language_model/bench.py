@@ -11,14 +11,13 @@ import torch
 from mergekit.common import ModelReference
 from transformers import AutoTokenizer
 
+from benchmarks.harness import Metrics, score
 from benchmarks.harness_tasks import write_answers, write_text
 from benchmarks.language_model.base import ATTENTION, fast_products, load
 from benchmarks.language_model.experts import Recipe, train_expert
 from benchmarks.language_model.neutral import passages
 from benchmarks.language_model.tasks import Splits, splits
 from benchmarks.language_model.whole import write_json, written_whole
-from mergekit_metagpt.evaluation.harness import evaluate
-from mergekit_metagpt.evaluation.results import Metrics, metrics
 
 NEUTRAL = "neutral"  # the harness task of neutral text
 
@@ -99,12 +98,11 @@ class Bench:
     def score(self, checkpoint: Path, tasks: Sequence[str]) -> Metrics:
         """Score a checkpoint with lm-eval on tasks named TASK_validation, TASK_test, NEUTRAL."""
         with fast_products(self.device):
-            report = evaluate(
+            return score(
                 checkpoint,
                 tasks,
-                task_folder=self._harness,
+                self._harness,
                 device=self.device,
                 batch_size=_BATCH,
                 attn_implementation=ATTENTION,
             )
-        return metrics(report)

@@ -13,6 +13,7 @@ import transformers
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
+from benchmarks.harness import Metrics
 from benchmarks.language_model.bench import NEUTRAL, Bench
 from benchmarks.language_model.by_rule import Moved, merge_by_rule, task_vectors
 from benchmarks.language_model.experts import RECIPES
@@ -21,7 +22,6 @@ from benchmarks.language_model.rules import RULES
 from benchmarks.quality.families import Family, Score, expert_name
 from benchmarks.stock_merge import merge
 from mergekit_metagpt import survey
-from mergekit_metagpt.evaluation.results import Metrics
 
 
 @dataclass(frozen=True)

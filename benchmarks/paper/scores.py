@@ -50,20 +50,21 @@ class Scores:
         """Load a column's tasks and data, so that errors appear before any merge."""
         from mergekit_metagpt.evaluation.harness import load_tasks
 
-        load_tasks(column.tasks, self.task_folder, self.unsafe_code)
+        if self.unsafe_code:
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # read when such a task is imported
+        load_tasks(column.tasks, self.task_folder)
 
     def measure(self, row: Row, column: Column, checkpoint: str) -> float:
         """Measure a checkpoint with lm-eval, and store and return the score in %."""
         import torch
 
-        from mergekit_metagpt.evaluation.harness import evaluate
-        from mergekit_metagpt.evaluation.results import metrics
+        from benchmarks.harness import score
 
         on_gpu = torch.cuda.is_available()
-        report = evaluate(
+        found = score(
             checkpoint,
             column.tasks,
-            task_folder=self.task_folder,
+            self.task_folder,
             shots=column.shots,
             shot_answer=column.shot_answer,
             limit=self.limit,
@@ -72,11 +73,10 @@ class Scores:
             unsafe_code=self.unsafe_code,
             progress=True,
         )
-        found = metrics(report)
-        score = 100 * fmean(found[task][column.metric] for task in column.tasks)
-        result = {"score": score, "settings": self._settings(row, column), "metrics": found}
+        mean = 100 * fmean(found[task][column.metric] for task in column.tasks)
+        result = {"score": mean, "settings": self._settings(row, column), "metrics": found}
         self._write(self._path(row, column), result)
-        return score
+        return mean
 
     def _path(self, row: Row, column: Column) -> Path:
         # A run with a limit must not overwrite a full score that took hours.

@@ -8,14 +8,13 @@ from pathlib import Path
 import transformers
 from mergekit.options import MergeOptions
 
+from benchmarks.harness import score
 from benchmarks.quality.families import Family, Score, expert_name
 from benchmarks.quality.merges import BASELINES, GRID, METAGPT
 from benchmarks.quality.models import Size, Trainer
 from benchmarks.quality.tasks import TASKS, write_harness_tasks
 from benchmarks.stock_merge import Method, merge, task_arithmetic
 from mergekit_metagpt import survey
-from mergekit_metagpt.evaluation.harness import evaluate
-from mergekit_metagpt.evaluation.results import metrics
 
 BEST_OF_GRID = "task arithmetic, best of grid"
 
@@ -114,10 +113,8 @@ class _Bench:
 
     def _scores(self, model: Path, split: str) -> dict[str, Score]:
         names = [f"{task}_{split}" for task in TASKS]
-        report = evaluate(
-            model, names, task_folder=self.folder / "tasks", device=self.device, batch_size=128
-        )
-        found = metrics(report)
+        tasks = self.folder / "tasks"
+        found = score(model, names, tasks, device=self.device, batch_size=128)
         return {
             task: Score(
                 accuracy=100 * found[f"{task}_{split}"]["acc,none"],

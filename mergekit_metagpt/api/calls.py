@@ -76,14 +76,15 @@ def forecasts(
 
 def comparing(base: str | ModelReference, experts: Sequence[str | ModelReference]) -> ConfigFile:
     """Return a config that compares models, named as MergeKit writes them."""
-    raw = plain(
-        {
-            "merge_method": "metagpt",
-            "base_model": reference(base),
-            "models": [{"model": reference(model)} for model in experts],
-        }
-    )
-    return ConfigFile("the command", yaml.safe_dump(raw, allow_unicode=True), raw)
+    models = [{"model": reference(model)} for model in experts]
+    its = {"merge_method": "metagpt", "base_model": reference(base), "models": models}
+    return written(its, "the command")
+
+
+def written(config: Any, name: str = "the config") -> ConfigFile:
+    """Return the content of a config as if it had been read from a file."""
+    raw = plain(config)
+    return ConfigFile(name, yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), raw)
 
 
 def measured(job: Job, ray: str | None = None) -> Survey:

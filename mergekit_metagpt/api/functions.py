@@ -5,18 +5,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt import register
-from mergekit_metagpt.api.calls import comparing, forecasts, measured, merged
+from mergekit_metagpt.api.calls import comparing, forecasts, measured, merged, written
 from mergekit_metagpt.api.results import Merged, Plan, Survey
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.planning.config import ConfigFile, read_config, reference
 from mergekit_metagpt.planning.job import running
-from mergekit_metagpt.planning.yaml_file import plain
 from mergekit_metagpt.preflight import inspect
 from mergekit_metagpt.wording import BadInputError
 
@@ -75,7 +73,7 @@ def plan(
     """
     register()
     options = options or MergeOptions()
-    with running(_written(config), options, not options.quiet) as job:
+    with running(_read(config), options, not options.quiet) as job:
         (foreseen,) = forecasts(job, [granularity], warn=_log)
     return Plan(foreseen)
 
@@ -98,23 +96,18 @@ def merge(
     Raises:
         ValueError: if the merge has problems; names all of them.
     """
-    written, options = _written(config), options or MergeOptions()
-    looked_at = inspect(written, str(out), options)
+    file, options = _read(config), options or MergeOptions()
+    looked_at = inspect(file, str(out), options)
     if looked_at.problems:
         raise BadInputError(*looked_at.problems)
     _log(looked_at.warnings)
-    with running(written, options, not options.quiet) as job:
+    with running(file, options, not options.quiet) as job:
         record = merged(job, Path(out), outputs=looked_at.outputs)
         return Merged(Path(out), Summary(job.entries), record)
 
 
-def _written(config: Config) -> ConfigFile:
-    """Return a config as if it had been read from a file."""
-    if isinstance(config, str | Path):
-        return read_config(str(config))
-    raw = plain(config)
-    text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
-    return ConfigFile("the config", text, raw)
+def _read(config: Config) -> ConfigFile:
+    return read_config(str(config)) if isinstance(config, str | Path) else written(config)
 
 
 def _log(sentences: Iterable[str]) -> None:

@@ -1,42 +1,50 @@
-"""What the Python functions return: figures, a table for notebooks, and a plot."""
+"""What the Python functions return: figures, tables for notebooks, and a plot."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit.common import ModelReference
+from rich.console import Console, RenderableType
+from rich.text import Text
 
 from mergekit_metagpt.measure import survey as measured
 from mergekit_metagpt.method.advice import share, warnings
 from mergekit_metagpt.method.summary import Expert, Summary
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.forecast import Forecast
-from mergekit_metagpt.report.html import coefficients_html
-from mergekit_metagpt.report.tables import as_json, forecast_warnings, whole_models
+from mergekit_metagpt.report import plots, tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Title, coefficients, cosines in the order of ``Summary.ids``, and warnings.
-Figures = tuple[str, Summary, Sequence[Sequence[float]], list[str]]
+_PAGE = "<pre style='line-height: 1.2'>{code}</pre>"
 
 
 class Shown(ABC):
-    """What notebooks show as a table, and other places as a line."""
+    """What notebooks show as the commands do, and other places as a line."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to look at before you rely on it, one sentence each."""
+        return []
 
     @abstractmethod
-    def _figures(self) -> Figures:
-        """Return what is shown."""
+    def shown(self) -> tuple[str, Summary, RenderableType]:
+        """Return a title, the coefficients, and tables of them."""
 
     def __repr__(self) -> str:
-        title, summary, *_ = self._figures()
+        title, summary, _ = self.shown()
         named = zip(short_names(summary.ids), summary.experts, strict=True)
         return f"<{title}: {', '.join(f'{name} {share(expert.mean)}' for name, expert in named)}>"
 
     def _repr_html_(self) -> str:
-        return coefficients_html(*self._figures())
+        title, _, shown = self.shown()
+        console = Console(file=StringIO(), record=True, width=100, force_jupyter=False)
+        console.print(Text(title, "bold"), Text(), shown, *map(Text, self.warnings), sep="\n")
+        return console.export_html(inline_styles=True, code_format=_PAGE)
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,18 +77,17 @@ class Survey(Shown):
     @property
     def summary(self) -> Summary:
         """The coefficients that Theorem 10 gives whole models."""
-        return whole_models(self.figures)
+        return tables.whole_models(self.figures)
 
     def plot(self) -> "Figure":
         """Draw the coefficients of whole models, and the cosines; needs matplotlib."""
-        from mergekit_metagpt.report.plots import coefficients_figure
+        cosines = self.figures.in_order_of(self.summary.ids).cosines
+        return plots.coefficients_figure("metagpt", self.base, self.summary, cosines)
 
-        _, summary, cosines, _ = self._figures()
-        return coefficients_figure("metagpt", self.base, summary, cosines)
-
-    def _figures(self) -> Figures:
+    def shown(self) -> tuple[str, Summary, RenderableType]:
+        """Return what the command ``survey`` prints."""
         title = f"Survey of {len(self.experts)} experts of {self.base}"
-        return title, self.summary, self.figures.in_order_of(self.summary.ids).cosines, []
+        return title, self.summary, tables.survey_tables(self.figures)
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,25 +113,24 @@ class Plan(Shown):
     @property
     def warnings(self) -> list[str]:
         """What to look at before you merge, one sentence each."""
-        return forecast_warnings(self.forecast)
+        return tables.forecast_warnings(self.forecast)
 
     def as_json(self) -> dict[str, Any]:
         """Return all figures as JSON types, as ``mergekit-metagpt coefficients --json`` does."""
-        return as_json(self.forecast)
+        return tables.as_json(self.forecast)
 
     def plot(self) -> "Figure":
         """Draw the coefficients, those of each layer, and the cosines; needs matplotlib."""
-        from mergekit_metagpt.report.plots import coefficients_figure
+        it = self.forecast
+        shown = it.method.spec.name, it.base, it.summary, it.survey.cosines
+        return plots.coefficients_figure(*shown)
 
-        _, summary, cosines, _ = self._figures()
-        return coefficients_figure(
-            self.forecast.method.spec.name, self.forecast.base, summary, cosines
-        )
-
-    def _figures(self) -> Figures:
+    def shown(self) -> tuple[str, Summary, RenderableType]:
+        """Return what the command ``coefficients`` prints."""
         summary = self.forecast.summary
-        title = f"{self.forecast.method.spec.name}, granularity {summary.granularity}"
-        return title, summary, self.forecast.survey.cosines, self.warnings
+        chosen = f"granularity {summary.granularity}, exponent {summary.exponent}"
+        title = f"{self.forecast.method.spec.name}, {chosen}; base {self.forecast.base}"
+        return title, summary, tables.forecast_tables(self.forecast)
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,5 +152,6 @@ class Merged(Shown):
         """What to look at before you rely on it, one sentence each."""
         return warnings(self.summary)
 
-    def _figures(self) -> Figures:
-        return f"Merged into {self.path}", self.summary, (), self.warnings
+    def shown(self) -> tuple[str, Summary, RenderableType]:
+        """Return what the command ``merge`` prints."""
+        return f"Merged into {self.path}", self.summary, tables.coefficients_table(self.summary)

@@ -3,7 +3,8 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,9 @@ from mergekit.options import MergeOptions
 from rich.console import Console
 
 from mergekit_metagpt.api.calls import forecasts
-from mergekit_metagpt.planning.config import read_config
+from mergekit_metagpt.planning.config import ConfigFile, read_config
 from mergekit_metagpt.planning.forecast import Forecast
-from mergekit_metagpt.planning.job import running
+from mergekit_metagpt.planning.job import Job, running
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,11 +46,6 @@ def plot_option(what: str) -> Callable[[Any], Any]:
     )
 
 
-def wants_progress(options: MergeOptions) -> bool:
-    """Return whether progress bars are shown: on a terminal, unless ``--quiet`` is given."""
-    return sys.stderr.isatty() and not options.quiet
-
-
 def console() -> Console:
     """Return rich's console for standard output; it prints model names unchanged."""
     return Console(markup=False, emoji=False, highlight=False)
@@ -59,6 +55,20 @@ def warn(sentences: Iterable[str]) -> None:
     """Print warnings to standard error."""
     for sentence in sentences:
         click.secho(f"Warning: {sentence}", fg="yellow", err=True)
+
+
+def wants_progress(options: MergeOptions) -> bool:
+    """Return whether progress bars are shown: on a terminal, unless ``--quiet`` is given."""
+    return sys.stderr.isatty() and not options.quiet
+
+
+@contextmanager
+def job_of(config: str | ConfigFile, options: MergeOptions) -> Iterator[Job]:
+    """Run a job with MergeKit's options; a config that is not read yet is given by its path."""
+    options.apply_global_options()  # type: ignore[no-untyped-call]
+    written = read_config(config) if isinstance(config, str) else config
+    with running(written, options, wants_progress(options)) as job:
+        yield job
 
 
 def forecast_config(
@@ -73,8 +83,7 @@ def forecast_config(
     There is a forecast for each granularity, in place of the config's unless it is None;
     ``numbers_only`` refuses granularity direction.
     """
-    options.apply_global_options()  # type: ignore[no-untyped-call]
-    with running(read_config(config), options, wants_progress(options)) as job:
+    with job_of(config, options) as job:
         return forecasts(job, granularities, numbers_only=numbers_only, ray=ray, warn=warn)
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt.api.results import Plan
 from mergekit_metagpt.cli import _common
 from mergekit_metagpt.cli._command import MergeCommand
 from mergekit_metagpt.core.granularities import GRANULARITIES
-from mergekit_metagpt.report import plots, tables
+from mergekit_metagpt.report.plots import require_plotting
 
 
 @click.command(cls=MergeCommand)
@@ -38,16 +39,13 @@ def coefficients(
     Example:
       mergekit-metagpt coefficients metagpt.yml --granularity layer --plot coefficients.png
     """
-    if plot is not None:
-        plots.require_plotting(plot)
-    (forecast,) = _common.forecast_config(config, merge_options, ray, [granularity])
+    require_plotting(plot)
+    plan = Plan(*_common.forecast_config(config, merge_options, ray, [granularity]))
     if as_json:
-        click.echo(json.dumps(tables.as_json(forecast)))
+        click.echo(json.dumps(plan.as_json()))
     else:
-        _common.console().print(tables.forecast_tables(forecast))
-    _common.warn(tables.forecast_warnings(forecast))
+        title, _, shown = plan.shown()
+        _common.console().print(title, "", shown, sep="\n")
+    _common.warn(plan.warnings)
     if plot is not None:
-        figure = plots.coefficients_figure(
-            forecast.method.spec.name, forecast.base, forecast.summary, forecast.survey.cosines
-        )
-        _common.save_figure(figure, plot)
+        _common.save_figure(plan.plot(), plot)

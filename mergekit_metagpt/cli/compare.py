@@ -66,8 +66,7 @@ def compare(
     Example:
       mergekit-metagpt compare metagpt.yml --weights math=2,code=1 --plot compare.png
     """
-    if plot is not None:
-        plots.require_plotting(plot)
+    plots.require_plotting(plot)
     forecasts = _common.forecast_config(config, merge_options, ray, granularities or _NUMBERS)
     priors = [_priors(given, forecasts[0].experts) for given in weights]
     compared = comparison.choices(forecasts, exponents, priors)

@@ -3,7 +3,6 @@
 import os
 import shlex
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -13,6 +12,13 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from mergekit_metagpt.demo.models import Scale
+
+_LEGEND = """\
+metagpt-*: merge_method metagpt, by granularity
+task-arithmetic: stock task_arithmetic, weight 0.3 each
+average: stock linear, the plain average of the experts
+One small run: an illustration, not a benchmark
+"""
 
 # Imports of torch and MergeKit are inside functions: help and refusals do not wait for them.
 
@@ -39,7 +45,6 @@ def demo(directory: Path) -> None:
     the stock mergekit-yaml command. Writes the models, the merge configs and the merges to DIR,
     which must be new or empty. The default is metagpt-demo.
     """
-    is_new = not directory.exists()
     _require_usable(directory)
     # All models are on this disk, so transformers and MergeKit need not ask the hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,7 +59,7 @@ def demo(directory: Path) -> None:
     try:
         run_demo(directory, Scale(), console())
     except BaseException as error:
-        _clear(directory, is_new)
+        shutil.rmtree(directory, ignore_errors=True)
         if isinstance(error, OSError | RuntimeError):
             raise click.ClickException(str(error)) from error
         raise
@@ -72,7 +77,7 @@ def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
     from mergekit_metagpt.demo.merges import merge_with_mergekit, stock_command, write_configs
     from mergekit_metagpt.demo.models import TASKS, scores, train_family
     from mergekit_metagpt.measure.checkpoints import survey_checkpoints
-    from mergekit_metagpt.report.tables import survey_tables
+    from mergekit_metagpt.report.tables import survey_tables, table
 
     command = stock_command()
     train_family(directory, scale)
@@ -83,15 +88,17 @@ def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
 
     rows = {"base": directory / "base"}
     rows |= {f"expert {task}": directory / task for task in TASKS} | merges
-    _show_scores(
-        {name: scores(path, scale) for name, path in tqdm(rows.items(), "Scoring", unit="model")},
-        scale,
-        console,
-    )
+    results = [scores(path, scale) for path in tqdm(rows.values(), "Scoring", unit="model")]
+    columns = {"model": list(rows)}
+    columns |= {task: [f"{own[task]:.1f}" for own in results] for task in TASKS}
+    columns["average"] = [f"{fmean(own.values()):.1f}" for own in results]
+    show = console.print
+    show(f"Right answers to {scale.held_out} held-out prompts per task, in %", style="bold")
+    show(table(columns), _LEGEND)
     experts = [str(directory / task) for task in sorted(TASKS)]
     survey = survey_checkpoints(str(rows["base"]), experts, progress=False, products=True)
-    console.print("Scaling coefficients at granularity model", style="bold")
-    console.print(survey_tables(survey))
+    show("Scaling coefficients at granularity model", style="bold")
+    show(survey_tables(survey))
     shown = "metagpt-direction"
     words = [command, str(files[shown]), str(merges[shown])]
     for text in (
@@ -105,50 +112,12 @@ def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
 def _require_usable(directory: Path) -> None:
     """Create the directory, or say in one sentence why it cannot be used."""
     if set("+@") & set(str(directory)):
-        raise click.ClickException(
-            f"MergeKit reads the + or @ in {directory} as a LoRA or a revision; choose another "
-            "directory."
-        )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        is_empty = not any(directory.iterdir())
-    except OSError as error:
-        raise click.ClickException(
-            f"{directory} cannot be used ({error.strerror}); choose another directory."
-        ) from error
-    if not is_empty:
-        raise click.ClickException(
-            f"{directory} is not empty; choose another directory or delete it."
-        )
-
-
-def _clear(directory: Path, remove: bool) -> None:
-    """Remove what a demo that failed or was stopped has written, so that it can be run again."""
-    for path in directory.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    if remove:
-        directory.rmdir()
-
-
-def _show_scores(
-    results: Mapping[str, Mapping[str, float]], scale: "Scale", console: Console
-) -> None:
-    from mergekit_metagpt.demo.models import TASKS
-    from mergekit_metagpt.report.tables import table
-
-    columns = {"model": list(results)}
-    for task in TASKS:
-        columns[task] = [f"{own[task]:.1f}" for own in results.values()]
-    columns["average"] = [f"{fmean(own.values()):.1f}" for own in results.values()]
-    title = f"Right answers to {scale.held_out} held-out prompts per task, in %"
-    console.print(title, style="bold")
-    console.print(table(columns))
-    console.print(
-        "metagpt-*: merge_method metagpt, by granularity\n"
-        "task-arithmetic: stock task_arithmetic, weight 0.3 each\n"
-        "average: stock linear, the plain average of the experts\n"
-        "One small run: an illustration, not a benchmark\n"
-    )
+        why = "has a + or @, which MergeKit reads as a LoRA or a revision"
+    else:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            why = "is not empty" if any(directory.iterdir()) else ""
+        except OSError as error:
+            why = f"cannot be used ({error.strerror})"
+    if why:
+        raise click.ClickException(f"{directory} {why}; choose another directory.")

@@ -13,8 +13,6 @@ from mergekit_metagpt.cli import _common
 from mergekit_metagpt.cli._command import MergeCommand
 from mergekit_metagpt.diagnosis import linearity
 from mergekit_metagpt.names import short_names
-from mergekit_metagpt.planning.config import read_config
-from mergekit_metagpt.planning.job import running
 from mergekit_metagpt.planning.models import require_models
 from mergekit_metagpt.report import plots, tables
 
@@ -27,7 +25,6 @@ _LEAST_R_SQUARED, _LARGEST_COSINE = 0.95, 0.1
 @click.option(
     "--prompts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
     help="One prompt per line, in UTF-8, of which 32 are used; without it, built-in prompts.",
 )
 @_common.plot_option("the outputs and the cosines")
@@ -48,24 +45,21 @@ def diagnose(
     Example:
       mergekit-metagpt diagnose metagpt.yml --prompts questions.txt --plot assumptions.png
     """
-    if plot is not None:
-        plots.require_plotting(plot)
-    merge_options.apply_global_options()  # type: ignore[no-untyped-call]
+    plots.require_plotting(plot)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one for all models is enough
-    with running(read_config(config), merge_options, _common.wants_progress(merge_options)) as job:
+    with _common.job_of(config, merge_options) as job:
         options, (base, experts) = job.options, job.base_and_experts
         require_models((base, *experts), options)
         for model in (*experts, base):
             LoaderCache().get(model)  # to run the models, they have to be downloaded anyway
-            known = linearity.language_model_config(model, options.trust_remote_code)
-        vocabulary = known.get_text_config().vocab_size
-        ids, source = linearity.token_ids(prompts, base, vocabulary, options)
-        click.echo(f"Prompts: {source}.\n")
-        survey = measured(job)
-        lines = linearity.measure_linearity(
-            base, survey, ids, options=options, progress=job.progress
+            linearity.architecture_of(model, options.trust_remote_code)
+        ids = linearity.token_ids(prompts, base, options)
+        click.echo(
+            f"Prompts: {len(ids)} {f'prompts from {prompts}' if prompts else 'built-in prompts'}.\n"
         )
-    names, fits = short_names(survey.experts), [it.r_squared if it.moves else None for it in lines]
+        survey = measured(job)
+        lines = linearity.measure_linearity(base, survey, ids, options)
+    names, fits = short_names(survey.experts), [line.r_squared for line in lines]
     columns = {
         "expert": names,
         "R²": ["" if fit is None else f"{fit:.4f}" for fit in fits],
@@ -85,8 +79,8 @@ def diagnose(
         "minimises applies. Where it is not, the coefficients are a heuristic: score the merge "
         "before you rely on it. Without R²: the outputs move by no more than rounding.\n"
     )
-    show("Orthogonality (Property 6)", tables.cosines_table(survey), sep="\n")
-    show(_verdict(survey.cosines))
+    title, cosines = "Orthogonality (Property 6)", tables.cosines_table(survey)
+    show(title, cosines, _verdict(survey.cosines), sep="\n")
     if plot is not None:
         _common.save_figure(plots.diagnosis_figure(names, lines, survey.cosines), plot)
         click.echo(f"The figure is in {plot}.")

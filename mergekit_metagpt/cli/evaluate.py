@@ -3,6 +3,7 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 from mergekit.common import ModelPath, ModelReference
@@ -10,10 +11,8 @@ from mergekit.options import MergeOptions
 
 from mergekit_metagpt.cli import _common
 from mergekit_metagpt.cli._command import MergeCommand
-from mergekit_metagpt.evaluation.averages import Column, averages
+from mergekit_metagpt.evaluation.scores import averages
 from mergekit_metagpt.names import short_names
-from mergekit_metagpt.planning.config import read_config
-from mergekit_metagpt.planning.job import running
 from mergekit_metagpt.planning.models import require_models
 from mergekit_metagpt.report.tables import table
 from mergekit_metagpt.wording import BadInputError
@@ -53,12 +52,11 @@ def evaluate(
     config: str,
     out: Path,
     tasks: str,
-    limit: int | None,
-    shots: int | None,
     batch_size: str,
     include_path: Path | None,
     as_json: bool,
     merge_options: MergeOptions,
+    **deciding: int | None,
 ) -> None:
     """Score OUT, the merge of CONFIG, with lm-eval, beside its base and its experts.
 
@@ -77,77 +75,52 @@ def evaluate(
         raise click.BadParameter(f"{batch_size!r} is no number.", param_hint="--batch-size")
     from mergekit_metagpt.evaluation.bench import Bench  # which needs lm-eval
 
-    merge_options.apply_global_options()  # type: ignore[no-untyped-call]
-    with running(read_config(config), merge_options, _common.wants_progress(merge_options)) as job:
+    with _common.job_of(config, merge_options) as job:
         base, experts = job.base_and_experts
         require_models((base, *experts), job.options)
         if not (out / "config.json").exists():
             raise BadInputError(
                 f"There is no merge in {out}; run mergekit-metagpt merge {config} {out} first."
             )
-        out = out.absolute()
+        merge = ModelReference(model=ModelPath(path=str(out.absolute())))
+        chosen = list(dict.fromkeys(filter(None, tasks.split(","))))
+        run = (job.options, job.progress, Path(f"{out.absolute()}.scores"))
+        bench = Bench(*run, chosen, include_path, deciding, batch_size)
         names = [f"expert {name}" for name in short_names(experts)]
-        models = {"base": base, **dict(zip(names, experts, strict=True))}
-        models["merge"] = ModelReference(model=ModelPath(path=str(out)))
-        bench = Bench(
-            folder=out.with_name(f"{out.name}.scores"),
-            tasks=list(dict.fromkeys(filter(None, tasks.split(",")))),
-            task_folder=include_path,
-            deciding={"shots": shots, "limit": limit},
-            hardware={"batch_size": batch_size, "device": merge_options.device or "cpu"},
-            model_args={"trust_remote_code": True} if merge_options.trust_remote_code else {},
-            progress=job.progress,
-        )
-        for name, model in models.items():
+        scored = {}
+        for name, model in zip(("base", *names, "merge"), (base, *experts, merge), strict=True):
             if bench.missing(model):
                 if not merge_options.quiet:
                     click.echo(f"Scoring {name}", err=True)
                 bench.score(model)
-        scored = {name: bench.results(model) for name, model in models.items()}
-    columns = [
-        Column.of(task, {name: own[task][1] for name, own in scored.items()}, names)
-        for task in bench.tasks
+            scored[name] = bench.scores(model)
+    best = {task: max(names, key=lambda it: scored[it][task].rank) for task in chosen}
+    rows: list[dict[str, Any]] = [
+        {
+            "model": name,
+            "scores": [scores[task].value for task in best],
+            "losses": [scores[task].loss for task in best],
+            **averages([(scores[task], scored[expert][task]) for task, expert in best.items()]),
+        }
+        for name, scores in scored.items()
     ]
-    files = sorted({str(scored["merge"][task][0]) for task in bench.tasks})
-    figures = {name: averages(columns, name) for name in models}
-    if as_json:
-        click.echo(json.dumps(_as_json(columns, figures, files)))
-        return
-    _show(columns, figures)
-    for file in files:
-        click.echo(f"The scores of the merge are in {file}.")
-
-
-Figures = dict[str, dict[str, float | None]]  # averages by model
-
-
-def _as_json(columns: list[Column], figures: Figures, files: list[str]) -> dict[str, object]:
-    shown = ("task", "metric", "higher_is_better", "expert")
-    return {
-        "tasks": [{key: getattr(column, key) for key in shown} for column in columns],
-        "models": [
-            {
-                "model": name,
-                "scores": [column.scores[name] for column in columns],
-                "losses": [column.losses[name] for column in columns],
-                **own,
-            }
-            for name, own in figures.items()
-        ],
-        "results": files,
-    }
-
-
-def _show(columns: list[Column], figures: Figures) -> None:
-    """Print a row for each model."""
-    cells = {"model": list(figures)}
-    for column in columns:
-        arrow = "" if column.higher_is_better else " ↓"
-        cells[f"{column.task}\n{column.metric.removesuffix(',none')}{arrow}"] = [
-            f"{column.scores[name]:.4f}{'*' if name == column.expert else ' '}" for name in figures
+    columns, cells = [], {"model": list(scored)}
+    for task, expert in best.items():
+        own = {name: scores[task] for name, scores in scored.items()}
+        metric, higher = own[expert].metric, own[expert].higher_is_better
+        columns.append(
+            {"task": task, "metric": metric, "higher_is_better": higher, "expert": expert}
+        )
+        cells[f"{task}\n{metric.removesuffix(',none')}{'' if higher else ' ↓'}"] = [
+            f"{score.value:.4f}{'*' if name == expert else ' '}" for name, score in own.items()
         ]
     for key, (title, digits) in _AVERAGES.items():
-        values = [own[key] for own in figures.values()]
-        cells[title] = ["n/a" if value is None else f"{value:.{digits}f}" for value in values]
+        cells[title] = ["n/a" if row[key] is None else f"{row[key]:.{digits}f}" for row in rows]
+    files = sorted({str(score.file) for score in scored["merge"].values()})
+    if as_json:
+        click.echo(json.dumps({"tasks": columns, "models": rows, "results": files}))
+        return
     _common.console().print(table(cells))
     click.echo("* the best expert on this task: Nor. Avg and ALD compare with it")
+    for file in files:
+        click.echo(f"The scores of the merge are in {file}.")

@@ -8,7 +8,6 @@ from mergekit.options import MergeOptions
 from mergekit_metagpt.api.calls import comparing, measured
 from mergekit_metagpt.cli import _common
 from mergekit_metagpt.cli._command import MergeCommand
-from mergekit_metagpt.planning.job import running
 from mergekit_metagpt.report.tables import survey_as_json, survey_tables
 
 
@@ -34,9 +33,7 @@ def survey(
     Example:
       mergekit-metagpt survey path/to/base path/to/math path/to/code
     """
-    merge_options.apply_global_options()  # type: ignore[no-untyped-call]
-    progress = _common.wants_progress(merge_options)
-    with running(comparing(base, experts), merge_options, progress) as job:
+    with _common.job_of(comparing(base, experts), merge_options) as job:
         figures = measured(job, ray)
     if as_json:
         click.echo(json.dumps({"base": base, **survey_as_json(figures)}))

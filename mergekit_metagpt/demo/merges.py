@@ -18,19 +18,16 @@ def merge_configs(directory: Path) -> dict[str, dict[str, Any]]:
     """Return the merge configs by name, for the base and experts in ``directory``."""
     models = [{"model": str(directory / task)} for task in TASKS]
     on_base = {"base_model": str(directory / "base"), "models": models}
-    configs: dict[str, dict[str, Any]] = {
-        f"metagpt-{granularity}": {
-            "merge_method": "metagpt",
-            **on_base,
-            "parameters": {"granularity": granularity},
-        }
-        for granularity in GRANULARITIES
+
+    def config(method: str, given: dict[str, Any], **parameters: Any) -> dict[str, Any]:
+        return {"merge_method": method, **given, "parameters": parameters}
+
+    return {
+        **{f"metagpt-{it}": config("metagpt", on_base, granularity=it) for it in GRANULARITIES},
+        "task-arithmetic": config("task_arithmetic", on_base, weight=0.3),
+        # linear divides by the sum of the weights.
+        "average": config("linear", {"models": models}, weight=1.0),
     }
-    weight: dict[str, Any] = {"parameters": {"weight": 0.3}}
-    configs["task-arithmetic"] = {"merge_method": "task_arithmetic", **on_base, **weight}
-    # linear divides by the sum of the weights.
-    configs["average"] = {"merge_method": "linear", "models": models, "parameters": {"weight": 1.0}}
-    return configs
 
 
 def write_configs(directory: Path) -> dict[str, Path]:

@@ -50,25 +50,19 @@ class Scale:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Examples:
-    """The examples of one task: a line of text each, all different."""
+def examples(task: str, scale: Scale) -> tuple[list[str], list[str], list[str]]:
+    """Draw a task's lines of text: held out, for the base, and for its expert; all different.
 
-    held_out: list[str]
-    base: list[str]
-    expert: list[str]
-
-    @classmethod
-    def of(cls, task: str, scale: Scale) -> "Examples":
-        """Draw a task's examples. The same scale gives the same examples."""
-        base = -(-scale.batch * scale.base_steps // len(TASKS))  # its share, rounded up
-        kept = scale.held_out + base
-        # Each number is one prompt and is drawn once, so held-out prompts are never trained on.
-        numbers = random.Random(f"{scale.seed}/{task}").sample(
-            range(10**_DIGITS), kept + scale.batch * scale.expert_steps
-        )
-        lines = [_line(task, f"{number:0{_DIGITS}d}") for number in numbers]
-        return cls(lines[: scale.held_out], lines[scale.held_out : kept], lines[kept:])
+    The same scale gives the same examples.
+    """
+    base = -(-scale.batch * scale.base_steps // len(TASKS))  # its share, rounded up
+    kept = scale.held_out + base
+    # Each number is one prompt and is drawn once, so held-out prompts are never trained on.
+    numbers = random.Random(f"{scale.seed}/{task}").sample(
+        range(10**_DIGITS), kept + scale.batch * scale.expert_steps
+    )
+    lines = [_line(task, f"{number:0{_DIGITS}d}") for number in numbers]
+    return lines[: scale.held_out], lines[scale.held_out : kept], lines[kept:]
 
 
 def train_family(directory: Path, scale: Scale) -> None:
@@ -79,8 +73,7 @@ def train_family(directory: Path, scale: Scale) -> None:
     # Progress bars for files of a few hundred kilobytes would hide the demo's own.
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = make_tokenizer()
-    examples = {task: Examples.of(task, scale) for task in TASKS}
-    mixture = zip(*(drawn.base for drawn in examples.values()), strict=True)
+    _, of_base, of_expert = zip(*(examples(task, scale) for task in TASKS), strict=True)
 
     torch.manual_seed(scale.seed)
     config = transformers.LlamaConfig(
@@ -95,12 +88,11 @@ def train_family(directory: Path, scale: Scale) -> None:
         eos_token_id=tokenizer.eos_token_id,
     )
     models = {"base": transformers.LlamaForCausalLM(config)}
-    lines = encode(tokenizer, chain(*mixture))
+    lines = encode(tokenizer, chain(*zip(*of_base, strict=True)))
     _train(models["base"], lines, scale.batch, _BASE_RATE, "base")
-    for task, drawn in examples.items():
+    for task, drawn in zip(TASKS, of_expert, strict=True):
         models[task] = copy.deepcopy(models["base"])
-        lines = encode(tokenizer, drawn.expert)
-        _train(models[task], lines, scale.batch, _EXPERT_RATE, f"expert {task}")
+        _train(models[task], encode(tokenizer, drawn), scale.batch, _EXPERT_RATE, f"expert {task}")
     for name, model in models.items():
         model.save_pretrained(directory / name)
         tokenizer.save_pretrained(directory / name)
@@ -112,7 +104,7 @@ def scores(model_directory: Path, scale: Scale) -> dict[str, float]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_directory)
     results = {}
     for task in TASKS:
-        ids = encode(tokenizer, Examples.of(task, scale).held_out)
+        ids = encode(tokenizer, examples(task, scale)[0])
         with torch.inference_mode():
             guesses = model(input_ids=ids[:, :-1]).logits.argmax(-1)
         # Greedy decoding gives the right answer if and only if each token is right, given the

@@ -1,22 +1,16 @@
-"""Property 5 on the user's own models: how linear outputs are between base and expert.
+"""Property 5 on the user's own models: how linear outputs are between base and expert."""
 
-One model runs. The files of base and expert are mapped into memory and read tensor by tensor.
-"""
-
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import tqdm
 from mergekit.common import ModelReference, get_auto_cls
 from mergekit.options import MergeOptions
 from torch import Tensor
-from transformers import PretrainedConfig
+from tqdm import tqdm
 
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.vocabularies import load_tokenizer, tokenizers_agree
@@ -55,57 +49,44 @@ class Linearity:
         return (self.outputs[-1] - self.outputs[0]).square().mean().sqrt().item()
 
     @property
-    def moves(self) -> bool:
-        """Whether the outputs move by more than the rounding of float32."""
-        return self.movement > _RESOLUTION * self.outputs.square().mean().sqrt().item()
-
-    @property
-    def r_squared(self) -> float:
-        """R² of straight lines, NaN at rest: 1 − Σ (z − line)² / Σ (z − mean of z over α)².
+    def r_squared(self) -> float | None:
+        """R² of straight lines: 1 − Σ (z − line)² / Σ (z − mean of z over α)².
 
         Each sum is over all outputs and α, since the R² of an output that hardly moves is noise.
+        None if they move by no more than the rounding of float32.
         """
+        if self.movement <= _RESOLUTION * self.outputs.square().mean().sqrt().item():
+            return None
         alphas = torch.tensor(ALPHAS, dtype=self.outputs.dtype)[:, None, None]
         line = torch.lerp(self.outputs[:1], self.outputs[-1:], alphas)
-        misfit = (self.outputs - line).square().sum().item()
-        spread = (self.outputs - self.outputs.mean(dim=0)).square().sum().item()
-        return 1 - misfit / spread if self.moves else math.nan
+        misfit = (self.outputs - line).square().sum()
+        return 1 - (misfit / (self.outputs - self.outputs.mean(dim=0)).square().sum()).item()
 
 
 def measure_linearity(
-    base: ModelReference,
-    survey: Survey,
-    prompts: Sequence[Tensor],
-    *,
-    options: MergeOptions,
-    progress: bool = True,
+    base: ModelReference, survey: Survey, prompts: Sequence[Tensor], options: MergeOptions
 ) -> list[Linearity]:
     """Follow the next token's logits on the line from a base to each expert of its survey.
 
-    The model runs in float32, or in float64 if it is stored so: 16 bits would round away small
-    steps along a task vector.
+    The model runs in float32: 16 bits would round away small steps along a task vector.
 
     Raises:
         ValueError: if a model has a parameter that another lacks, or if outputs overflow.
     """
     known = options.transformers_cache, options.trust_remote_code
     stored = reduce(torch.promote_types, survey.dtypes.values())
-    wide = torch.promote_types(stored, torch.float32)
-    model = load(base, wide, options).to(torch.device(options.device or "cpu"))
-    start = load(base, stored, options)
-    first, measured = logits(model, prompts), []
-    experts = cast("tuple[ModelReference, ...]", survey.experts)
-    for expert in tqdm.tqdm(experts, "Running the models", unit="expert", disable=not progress):
+    model = load(base, torch.float32, options).to(torch.device(options.device or "cpu"))
+    start, measured = load(base, stored, options), []
+    experts: tuple[Any, ...] = survey.experts
+    for expert in tqdm(experts, "Running the models", unit="expert", disable=options.quiet or None):
         end = load(expert, stored, options)
         # Different shapes need no list: the models themselves show them.
         left_out = () if tokenizers_agree(base, expert, *known) else survey.left_out
         held = incomparable(start, end, left_out)
-        last = logits(interpolated(model, start, end, 1.0, held), prompts)
-        tokens = (first + last).topk(min(_TOKENS, first.shape[-1])).indices
-        # One by one, since the logits of all tokens at all α would take much memory.
-        between = (logits(interpolated(model, start, end, a, held), prompts) for a in ALPHAS[1:-1])
-        rows = [row.gather(-1, tokens) for row in chain([first], between, [last])]
-        measured.append(Linearity(torch.stack(rows).double(), held))
+        steps = [logits(interpolated(model, start, end, alpha, held), prompts) for alpha in ALPHAS]
+        tokens = (steps[0] + steps[-1]).topk(_TOKENS).indices
+        outputs = torch.stack([step.gather(-1, tokens) for step in steps]).double()
+        measured.append(Linearity(outputs, held))
         del end  # frees it before the next expert is loaded
     return measured
 
@@ -125,9 +106,7 @@ def logits(model: Any, prompts: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def interpolated(
-    model: Any, base: Any, expert: Any, alpha: float, held: Collection[str] = ()
-) -> Any:
+def interpolated(model: Any, base: Any, expert: Any, alpha: float, held: Sequence[str]) -> Any:
     """Set a model to θ_0 + α (θ_t − θ_0), but the parameters ``held`` to θ_0, and return it."""
     starts, ends = base.state_dict(), expert.state_dict()
     for name, parameter in model.named_parameters():
@@ -142,11 +121,10 @@ def incomparable(base: Any, expert: Any, left_out: Collection[str] = ()) -> list
     parameters, tensors = dict(base.named_parameters()), expert.state_dict()
     # A tied weight is in the parameters once, and in a state_dict under each of its names.
     own = dict(expert.named_parameters()).keys() - parameters.keys()
-    for name in sorted(own | (parameters.keys() - tensors.keys())):
-        owner, other = (expert, base) if name in own else (base, expert)
+    if unknown := sorted(own | (parameters.keys() - tensors.keys())):
         raise ValueError(
-            f"Parameter {name} of {owner.name_or_path} is missing from {other.name_or_path}, or "
-            "tied to another one there; diagnose fine-tunes of one base."
+            f"Parameter {unknown[0]} is missing from {base.name_or_path} or {expert.name_or_path}, "
+            "or tied to another one there; diagnose fine-tunes of one base."
         )
     return [
         name
@@ -157,65 +135,47 @@ def incomparable(base: Any, expert: Any, left_out: Collection[str] = ()) -> list
     ]
 
 
-def language_model_config(model: ModelReference, trust: bool) -> PretrainedConfig:
-    """Return a model's config; refuse a model that does not return the logits of a next token."""
+def architecture_of(model: ModelReference, trust: bool) -> str:
+    """Return a model's architecture; refuse one that yields no logits of a next token."""
     config = model.config(trust)
-    architecture = (config.architectures or ["no architecture"])[0]
+    architecture: str = (config.architectures or ["no architecture"])[0]
     if config.is_encoder_decoder or not architecture.endswith(_CAUSAL_SUFFIXES):
         raise ValueError(
             f"{model} is a {architecture}, which yields no logits of a next token; diagnose "
             "tests decoder-only language models."
         )
-    return config
+    return architecture
 
 
 def load(model: ModelReference, dtype: torch.dtype, options: MergeOptions) -> Any:
     """Load a model, with its LoRA merged; its files are mapped if they are stored in ``dtype``."""
     trust = options.trust_remote_code
-    merged = model.merged(options.lora_merge_cache, trust, options.lora_merge_dtype)
-    (architecture, *_) = language_model_config(model, trust).architectures or [""]
-    cached = {"revision": merged.model.revision, "cache_dir": options.transformers_cache}
-    auto: Any = get_auto_cls(architecture)
-    return auto.from_pretrained(
-        merged.model.path, trust_remote_code=trust, dtype=dtype, **cached
-    ).eval()
+    path = model.merged(options.lora_merge_cache, trust, options.lora_merge_dtype).model
+    auto: Any = get_auto_cls(architecture_of(model, trust))
+    cached = {"revision": path.revision, "cache_dir": options.transformers_cache}
+    return auto.from_pretrained(path.path, trust_remote_code=trust, dtype=dtype, **cached).eval()
 
 
-def token_ids(
-    file: Path | None, base: ModelReference, vocabulary: int, options: MergeOptions
-) -> tuple[list[Tensor], str]:
-    """Return prompts as token ids, int64 of shape [L] each, and a description in words.
-
-    They are the first lines of a file, or else built in; random ids if there is no tokenizer.
-    """
-    prompts = _lines(file)[:_MOST_PROMPTS] if file else BUILT_IN_PROMPTS
-    tokenizer = load_tokenizer(base, options.transformers_cache, options.trust_remote_code)
-    if tokenizer is not None:
-        source = f"prompts from {file}" if file else "built-in prompts"
-        ids = (tokenizer(prompt)["input_ids"][:_MOST_TOKENS] for prompt in prompts)
-        rows = [torch.tensor(row).long() for row in ids if row]
-    elif file:
-        raise ValueError(
-            f"No tokenizer could be loaded for {base}, but {file} needs one; add the tokenizer "
-            "files, or leave out --prompts to use random token ids."
-        )
-    else:
-        source = f"prompts of random token ids, since no tokenizer could be loaded for {base}"
-        generator = torch.Generator().manual_seed(options.random_seed or 0)
-        rows = list(torch.randint(vocabulary, (32, 16), generator=generator))
+def token_ids(file: Path | None, base: ModelReference, options: MergeOptions) -> list[Tensor]:
+    """Return the prompts of a file, or built-in ones, as token ids, int64 of shape [L] each."""
+    prompts, trust = BUILT_IN_PROMPTS, options.trust_remote_code
+    if file:
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from None
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError(f"{file} holds no prompts; write one prompt per line.")
+    vocabulary = base.config(trust).get_text_config().vocab_size
+    tokenizer = load_tokenizer(base, options.transformers_cache, trust)
+    if tokenizer is None:
+        raise ValueError(f"No tokenizer could be loaded for {base}; add the tokenizer files.")
+    ids = (tokenizer(prompt)["input_ids"][:_MOST_TOKENS] for prompt in prompts[:_MOST_PROMPTS])
+    rows = [torch.tensor(row) for row in ids if row]
     if not rows or max(row.max().item() for row in rows) >= vocabulary:
         raise ValueError(
             f"The tokenizer of {base} does not fit the model, which knows {vocabulary} tokens; "
             "download its tokenizer files again."
         )
-    return rows, f"{len(rows)} {source}"
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from None
-    if not any(lines):
-        raise ValueError(f"{file} holds no prompts; write one prompt per line.")
-    return list(filter(None, lines))
+    return rows

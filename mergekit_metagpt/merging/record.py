@@ -10,7 +10,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.merging.hub_names import named
+from mergekit_metagpt.merging.hub_names import renamed
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.planning.job import Job
 
@@ -34,13 +34,9 @@ def merge_record(
 ) -> dict[str, Any]:
     """Return the record of a job that has just merged; ``names`` stand for paths. JSON types."""
     config, options, summary = job.parsed, job.options, Summary(job.entries)
-    source = job.config.text
-    if names:
-        raw = named(job.config.raw, names)
-        source = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
     record: dict[str, Any] = {
         "schema_version": _SCHEMA,
-        "config": source,
+        "config": job.config.text,
         "method": config.merge_method,
         "base": None if config.base_model is None else str(config.base_model),
         **summary.as_json(),
@@ -49,7 +45,11 @@ def merge_record(
         "options": deciding_options(config, options, by_direction=summary.by_direction),
         "versions": versions(),
     }
-    return record | {key: named(record[key], names, key) for key in ("base", "inputs", "experts")}
+    if not names:
+        return record
+    named = renamed(record | {"config": job.config.raw}, lambda path: names.get(path, path))
+    text = yaml.safe_dump(named["config"], sort_keys=False, allow_unicode=True)
+    return {**named, "config": text}
 
 
 @cache

@@ -32,12 +32,13 @@ _NOTEBOOK_DPI = 75  # enough to read, and a saved notebook stays small
 _MOST_COLUMNS = 3
 _LONGEST_NAME = 24
 _LONGEST_BASE = 60
-_MOST_MARKERS = 24  # the lines of more layers have none
 _MOST_NUMBERS = 12  # the cells of a matrix with more rows show no numbers
 
 
-def require_plotting(path: Path) -> None:
-    """Raise an error before the work starts if the figure could not be written after it."""
+def require_plotting(path: Path | None) -> None:
+    """Raise an error before the work starts if a figure could not be written after it."""
+    if path is None:
+        return
     formats = _figure(1, 1).canvas.get_supported_filetypes()
     if path.suffix.lower().removeprefix(".") not in formats:
         raise ValueError(f"A plot cannot be written as {path.name}; name it {path.stem}.png.")
@@ -56,8 +57,9 @@ def diagnosis_figure(
     for number, (name, linearity) in enumerate(zip(names, linearities, strict=True), 1):
         ax = left.add_subplot(rows, columns, number)
         _draw_outputs(ax, linearity)
-        fit = f"R² = {linearity.r_squared:.3f}" if linearity.moves else "does not move"
-        ax.set_title(f"{name}: {fit}", fontsize=10)
+        fit = linearity.r_squared
+        shown = "does not move" if fit is None else f"R² = {fit:.3f}"
+        ax.set_title(f"{name}: {shown}", fontsize=10)
     left.axes[0].legend(left.axes[0].lines[:2], ["output", "straight line"], fontsize=8)
     _draw_cosines(right.add_subplot(), names, cosines)
     return figure
@@ -138,14 +140,13 @@ def _draw_means(ax: "Axes", names: Sequence[str], summary: Summary) -> None:
 def _draw_layers(ax: "Axes", layers: Layers, stacked: bool) -> None:
     """Draw the figures of each layer: as a stack, the first expert's on top, or as lines."""
     upper, places = list(map(sum, layers)), range(len(layers))
-    marker = "." if len(layers) <= _MOST_MARKERS else ""
     for colour, own in zip(_colours(len(layers[0])), zip(*layers, strict=True), strict=True):
         if stacked:
             upper = [a - b for a, b in zip(upper, own, strict=True)]
             # The edges are for printing in grey.
             ax.bar(places, own, 1.0, upper, color=colour, edgecolor="white", linewidth=0.3)
         else:
-            ax.plot(places, own, color=colour, marker=marker)
+            ax.plot(places, own, color=colour, marker=".")
     if stacked:
         ax.set_ylim(0, max(map(sum, layers)) or 1)
         ax.margins(x=0)

@@ -1,8 +1,4 @@
-"""What a merge will do, or has done, and why: columns of cells, which terminals show as tables.
-
-A table is a mapping from the titles of its columns to their cells. Everything that shows one
-renders these mappings, so terminals, notebooks and diagrams of one merge agree.
-"""
+"""What a merge will do, or has done, and why, as tables and JSON."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -125,14 +121,6 @@ def expert_columns(summary: Summary) -> Columns:
     return columns
 
 
-def matrix_columns(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Columns:
-    """Return a square matrix, such as cosines; rows have names, and columns their numbers."""
-    columns = {"": [f"{number}  {name}" for number, name in enumerate(names, 1)]}
-    for number, column in enumerate(zip(*rows, strict=True), 1):
-        columns[str(number)] = list(map(two_digits, column))
-    return columns
-
-
 def two_digits(number: float) -> str:
     """Write a number with two digits, and 0 without a sign."""
     return f"{round(number, 2) + 0.0:.2f}"
@@ -151,7 +139,7 @@ def bar(shares: Sequence[float]) -> str:
 
 
 def table(columns: Columns) -> Table:
-    """Return columns as a terminal shows them."""
+    """Return columns, given by their titles, as a terminal shows them."""
     shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for number, title in enumerate(columns):
         shown.add_column(
@@ -166,7 +154,7 @@ def table(columns: Columns) -> Table:
 
 
 def forecast_tables(forecast: Forecast) -> RenderableType:
-    """Return everything that ``mergekit-metagpt coefficients`` shows."""
+    """Return what ``mergekit-metagpt coefficients`` shows below its title."""
     summary, survey, limits = forecast.summary, forecast.survey, bounds(forecast)
     names = short_names(forecast.experts, _LONGEST_NAME)
     moved = [f"{n} {part:.2%}" for n, part in zip(names, survey.moved or (), strict=False)]
@@ -175,10 +163,6 @@ def forecast_tables(forecast: Forecast) -> RenderableType:
         "bound": [f"{value:.3f}" for value in limits.values()],
     }
     return Group(
-        Text(
-            f"{forecast.method.spec.name}, granularity {summary.granularity}, exponent "
-            f"{summary.exponent}; base {forecast.base}\n"
-        ),
         coefficients_table(summary),
         *([Text(f"Moved, of the base's length: {', '.join(moved)}\n")] if moved else []),
         cosines_table(survey),
@@ -198,8 +182,10 @@ def survey_tables(survey: Survey) -> RenderableType:
 
 def cosines_table(survey: Survey) -> RenderableType:
     """Return the cosines of a survey with inner products, below their title."""
-    names = short_names(survey.experts, _LONGEST_NAME)
-    return Group(Text(COSINES, "bold"), table(matrix_columns(names, survey.cosines)))
+    names = enumerate(short_names(survey.experts, _LONGEST_NAME), 1)
+    columns = {"": [f"{number}  {name}" for number, name in names]}
+    columns |= {str(n): list(map(two_digits, own)) for n, own in enumerate(survey.cosines, 1)}
+    return Group(Text(COSINES, "bold"), table(columns))
 
 
 def coefficients_table(summary: Summary) -> RenderableType:

@@ -1,0 +1,73 @@
+"""What lm-eval says of models, and the averages over tasks that the paper judges merges by."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mergekit_metagpt.wording import BadInputError
+
+# Their logarithms are losses, in nats per example, word or byte.
+_PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model did on a task."""
+
+    metric: str  # as ``metric,filter``: the first for which higher is better, or else the first
+    higher_is_better: bool
+    value: float  # in lm-eval's unit
+    loss: float | None  # in nats; None if the task has no perplexity
+    file: Path  # a ``results_*.json`` of lm-eval
+
+    @classmethod
+    def of(cls, task: str, report: Mapping[str, Any], file: Path) -> "Score":
+        """Read the score on a task or group from the content of a file."""
+        figures = figures_of(report["results"][task])
+        if not figures:
+            raise BadInputError(f"lm-eval gives no figure for {task}; name its subtasks.")
+        known = report["higher_is_better"].get(task, {})  # null where members of a group disagree
+        higher = [key for key in figures if known.get(key.split(",")[0])]
+        metric, by_name = (*higher, *figures)[0], {k.split(",")[0]: v for k, v in figures.items()}
+        losses = [math.log(by_name[name]) for name in _PERPLEXITIES if name in by_name]
+        return cls(metric, bool(higher), figures[metric], losses[0] if losses else None, file)
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Is larger for a better model; of equal scores, the one with less loss is better."""
+        return self.value if self.higher_is_better else -self.value, -(self.loss or 0.0)
+
+
+def figures_of(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of a task by ``metric,filter``, without standard errors."""
+    return {
+        key: float(value)
+        for key, value in result.items()
+        if "," in key and "_stderr," not in key and isinstance(value, int | float)
+    }
+
+
+def averages(pairs: Sequence[tuple[Score, Score]]) -> dict[str, float | None]:
+    """Return a model's averages over the tasks that have them; None if there are none.
+
+    Each pair is its score on a task, and that of the best expert. Abs. Avg and Nor. Avg are over
+    tasks in which a higher figure is better, ALD (equation 4) over those with a loss, in nats.
+    """
+    higher = [(own.value, best.value) for own, best in pairs if own.higher_is_better]
+    losses = [(own.loss, best.loss) for own, best in pairs]
+    return {
+        "absolute_average": _mean(value for value, _ in higher),
+        "normalized_average": _mean(value / best if best else math.nan for value, best in higher),
+        "average_loss_difference": _mean(
+            loss - best for loss, best in losses if loss is not None and best is not None
+        ),
+    }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    """Return the mean; None if there are no values, or one is not finite."""
+    mean = fmean([*values] or [math.nan])
+    return mean if math.isfinite(mean) else None

@@ -1,0 +1,76 @@
+"""What models are judged by: the figures of tasks, the paper's averages, and exact identity."""
+
+import hashlib
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from mergekit_metagpt.evaluation.scores import Score, averages
+from mergekit_metagpt.measure.identity import sha256_of
+from mergekit_metagpt.wording import BadInputError
+
+
+def scored(**figures: float) -> Score:
+    """Return the score on a task; of every metric but perplexities higher is better."""
+    report = {
+        "results": {"task": {"alias": "task"} | {f"{it},none": v for it, v in figures.items()}},
+        "higher_is_better": {"task": {name: "perplexity" not in name for name in figures}},
+    }
+    return Score.of("task", report, Path("results_1.json"))
+
+
+def test_the_averages_compare_a_merge_with_the_expert_of_each_task():
+    math_expert, law_expert = scored(acc=0.8, perplexity=math.e), scored(acc=0.5)
+    merge = scored(acc=0.6, perplexity=math.e**3), scored(acc=0.4)
+    own = math_expert, scored(acc=0.2)
+    pairs = [list(zip(each, (math_expert, law_expert), strict=True)) for each in (merge, own)]
+    assert averages(pairs[0]) == pytest.approx(
+        {
+            "absolute_average": 0.5,
+            "normalized_average": (0.6 / 0.8 + 0.4 / 0.5) / 2,
+            "average_loss_difference": 3 - 1,  # of the one task that measures a loss
+        }
+    )
+    assert averages(pairs[1])["normalized_average"] == pytest.approx((1 + 0.2 / 0.5) / 2)
+    assert averages(pairs[1])["average_loss_difference"] == 0
+
+
+def test_a_task_that_measures_perplexity_only_counts_in_no_other_average():
+    better = scored(word_perplexity=math.e**2, byte_perplexity=1.5)
+    worse = scored(word_perplexity=math.e**4, byte_perplexity=1.6)
+    assert better.metric == "word_perplexity,none"
+    assert better.rank > worse.rank
+    assert averages([(worse, better)]) == {
+        "absolute_average": None,
+        "normalized_average": None,
+        "average_loss_difference": pytest.approx(2),
+    }
+
+
+def test_experts_that_score_the_same_are_told_apart_by_their_loss():
+    better = scored(acc=0.0, perplexity=8.0)
+    assert better.rank > scored(acc=0.0, perplexity=9.0).rank
+    assert averages([(better, better)])["normalized_average"] is None  # of nothing
+
+
+def test_a_task_is_judged_by_its_first_metric_of_which_higher_is_better():
+    score = scored(perplexity=2.0, acc_stderr=0.1, f1=0.5, acc=0.25)
+    assert (score.metric, score.higher_is_better, score.value) == ("f1,none", True, 0.5)
+    assert score.loss == pytest.approx(math.log(2))
+    with pytest.raises(BadInputError, match="no figure for task; name its subtasks"):
+        scored()
+
+
+def test_every_byte_of_a_file_counts(tmp_path):
+    file = tmp_path / "model.safetensors"
+    content = bytearray(9 << 20)
+    known = set()
+    for at in range(0, len(content), 2_999_983):
+        content[at] = 1
+        file.write_bytes(content)
+        os.utime(file, ns=(0, at))
+        known.add(sha256_of(file))
+        assert sha256_of(file) == hashlib.sha256(content).hexdigest()
+    assert len(known) == 4
