@@ -7,18 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
 
-from mergekit_metagpt.method.advice import (
-    DOMINANT,
-    HARDLY,
-    STRETCHED,
-    dominant,
-    experts_in,
-    exponent_of,
-    largest_mean,
-    milder,
-    share,
-    warnings,
-)
+from mergekit_metagpt.method.advice import concerns, share, warnings
 from mergekit_metagpt.method.provider import Models
 from mergekit_metagpt.method.summary import Entry, Summary
 
@@ -82,9 +71,13 @@ class Watch:
         if entry.granularity == "model":
             self._look_at_whole(entry)
             return
-        for sentence, of in _shown(entry):
-            if self._is_enough((sentence, of), entry.size, enough):
-                LOG.warning("In tensors with at least a tenth of the parameters, %s", sentence)
+        for about, sentence in concerns(Summary([entry])):
+            if self._is_enough(about, entry.size, enough):
+                LOG.warning(
+                    "In tensors with at least a tenth of the parameters, as in %s: %s",
+                    entry.tensor,
+                    sentence,
+                )
 
     def _look_at_whole(self, entry: Entry) -> None:
         if not self._is_enough((entry.experts, entry.squared_norms, entry.exponent), 1, 1):
@@ -107,32 +100,3 @@ class Watch:
 
 
 WATCH = Watch()
-
-
-def _shown(entry: Entry) -> Iterator[tuple[str, Hashable]]:
-    """Yield what a tensor shows as the end of a sentence, and the expert that it is about."""
-    expert = dominant(entry)
-    if expert is not None:
-        its = milder(Summary([entry]), largest_mean)
-        way = f"set exponent: {exponent_of(its):g}, or " if its else ""
-        yield (
-            f"{expert} has more than {DOMINANT:.0%} of the merge, so almost nothing of the "
-            f"others is left; {way}give it a smaller weight (its prior).",
-            expert,
-        )
-    if not entry.directions or not entry.directions.scale:
-        return
-    scale, taking_part = entry.directions.scale, experts_in(entry)
-    for expert, kept in zip(entry.experts, entry.directions.kept, strict=True):
-        if expert in taking_part and kept / scale < HARDLY:
-            yield (
-                f"the merge keeps less than {HARDLY:.0%} of the task vector of {expert}; give it "
-                "a larger weight (its prior).",
-                expert,
-            )
-    if entry.directions.squared_norm > (STRETCHED * scale) ** 2 * sum(entry.squared_norms):
-        yield (
-            f"the merge moves more than {STRETCHED} times as far as orthogonal experts would "
-            "together, and may be broken; set a smaller lambda, or granularity: model.",
-            None,
-        )
