@@ -9,7 +9,6 @@ are no names of a module, such as the text of an error, have a function here. Ea
 new release of these libraries must pass these tests before ``pyproject.toml`` allows it.
 """
 
-import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,17 +53,6 @@ class Private:
                 f"{module} has no {path}, which mergekit-metagpt needs; run: pip install "
                 f"'{REQUIRED}'"
             ) from None
-
-    def check(self) -> None:
-        """Raise an ImportError if the name is gone or its parameters have changed."""
-        found = self.find()
-        takes = tuple(inspect.signature(found).parameters) if self.parameters else ()
-        passes = tuple(self.parameters.split())
-        if takes != passes:
-            raise ImportError(
-                f"{self.place.replace(':', '.')} takes {takes}, but mergekit-metagpt passes "
-                f"{passes}; run: pip install '{REQUIRED}'"
-            )
 
 
 _MERGE = "mergekit.merge"
