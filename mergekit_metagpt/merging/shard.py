@@ -43,7 +43,7 @@ class ShardMerge:
     work: Work
     inputs: dict[str, Stat]  # of this machine, as they were when the merge began
     options: MergeOptions  # with the seed and the number of threads that every task uses
-    out_dtype: str | None  # if numbers can be too large for it
+    out_dtype: str | None
     surveys: dict[Checkpoints, Survey]
     tokenizer: Mapping[BuildTokenizer, TokenizerInfo]  # the output's, and the task that builds it
 

@@ -17,7 +17,7 @@ from mergekit_metagpt.merging.by_shard import Plan, merge_by_shard
 from mergekit_metagpt.merging.card import PICTURE, write_card
 from mergekit_metagpt.merging.finished import describe
 from mergekit_metagpt.merging.inputs import opened
-from mergekit_metagpt.merging.ranges import require_in_range, too_narrow
+from mergekit_metagpt.merging.ranges import require_in_range
 from mergekit_metagpt.merging.record import deciding_options, merge_record, versions
 from mergekit_metagpt.merging.shard import as_json, entries_of
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
@@ -137,7 +137,7 @@ def _merge_at_once(job: Job, work: Work, inputs: dict[str, Stat]) -> None:
         options = {"write_model_card": False, "quiet": not job.progress}
         with noted(in_all_threads=True) as entries:
             run_merge(config, str(work.merged), job.options.model_copy(update=options))
-        require_in_range(work.merged, too_narrow(job.parsed))
+        require_in_range(work.merged, job.parsed.out_dtype)
         _describe(work, job)
         require_unchanged(inputs)
         record = {"entries": as_json(entries)}
