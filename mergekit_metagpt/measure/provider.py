@@ -22,8 +22,6 @@ from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.names import layer_of
 
 if TYPE_CHECKING:
-    from mergekit.options import MergeOptions
-
     from mergekit_metagpt.measure.checkpoints import Checkpoints
 
 
@@ -32,7 +30,7 @@ class Provider:
 
     def __init__(self) -> None:
         self._known: dict[Checkpoints, StoredModels] = {}
-        self._loader_options: MergeOptions | None = None
+        self._loading: dict[str, Any] = {}
         self.quiet = False
 
     def begin(self, ids: Sequence[Hashable], base: Hashable) -> None:
@@ -64,28 +62,20 @@ class Provider:
     def _note_options(self) -> None:
         """Keep the options of the planning thread; other threads do not have them."""
         from mergekit.io.tasks import LoaderCache
-        from mergekit.options import MergeOptions
 
-        command, cache = click.get_current_context(silent=True), LoaderCache()
-        if command is None and not vars(cache):
-            return
-        options = command.params.get("merge_options") if command else None
-        quiet = getattr(options, "quiet", False)
-        self.quiet = bool(command.params.get("quiet", quiet)) if command else False
-        self._loader_options = MergeOptions(
-            transformers_cache=cache.hf_cache_dir,
-            lora_merge_cache=cache.lora_cache_dir,
-            lora_merge_dtype=cache.lora_merge_dtype,
-            lazy_unpickle=cache.lazy_unpickle,
-            trust_remote_code=cache.trust_remote_code,
-        )
+        command, loading = click.get_current_context(silent=True), dict(vars(LoaderCache()))
+        if command or loading:
+            given = command.params if command else {}
+            self.quiet = bool(given.get("quiet", getattr(given.get("merge_options"), "quiet", 0)))
+            self._loading = loading
 
     def _set_up_loaders(self) -> None:
         """Give the loaders of this thread the options of the planning thread."""
         from mergekit.io.tasks import LoaderCache
 
-        if self._loader_options is not None and not vars(LoaderCache()):
-            LoaderCache().setup(self._loader_options)
+        loading = vars(LoaderCache())
+        if not loading:
+            loading.update(self._loading)
 
 
 @dataclass(frozen=True)
