@@ -15,7 +15,8 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 # Applies a function to items; yields the results in the order of the items.
@@ -91,13 +92,13 @@ class RayMapper:
         *,
         run: int = _RUN,
         cpus: float = 1,
-        stopping: Callable[[], AbstractContextManager[None]] | None = None,
+        stop: Path | None = None,
     ) -> Generator[Any, None, None]:
         """Yield ``function(item)`` for each item, as the cluster returns it.
 
         A task takes a ``run`` of items. The first exception that one raises is raised here; then
         the other tasks run on until this process ends, because cancelling a task that is just
-        ending can crash Ray. In the context ``stopping``, if given, they are waited for.
+        ending can crash Ray. They are waited for if there is a file to make that ends them.
         """
         ray = self._ray
         # A task that needs more CPUs than the largest machine has would wait for ever.
@@ -112,9 +113,9 @@ class RayMapper:
             for each in tasks:
                 yield from ray.get(each)
         except BaseException as error:
-            if stopping:
-                with stopping():
-                    ray.wait(tasks, num_returns=len(tasks), fetch_local=False)
+            if stop:
+                stop.touch()
+                ray.wait(tasks, num_returns=len(tasks), fetch_local=False)
             if isinstance(error, ray.exceptions.RayTaskError):
                 # The function's own exception, as without Ray, not the worker's traceback.
                 raise error.cause from error

@@ -111,7 +111,7 @@ def merge_by_shard(
     )
     shards = [Shard(name, [it.merge.save for it in file]) for name, file in to_do.items()]
     if mapper:
-        written = mapper(merge.write, shards, run=1, cpus=threads, stopping=work.stopped)
+        written = mapper(merge.write, shards, run=1, cpus=threads, stop=work.stopped)
     else:
         written = in_this_process(merge.write, shards)
     bar = tqdm.tqdm(

@@ -54,7 +54,7 @@ class ShardMerge:
                 f"Machine {gethostname()} of the cluster does not see {self.work.path}; choose an "
                 "output directory on storage that all machines share."
             )
-        if self.work.is_stopped:
+        if self.work.stopped.exists():
             raise InterruptedError("The merge has been stopped.")
         register()
         torch.manual_seed(self.options.random_seed or 0)

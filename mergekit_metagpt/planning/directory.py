@@ -22,8 +22,6 @@ from mergekit_metagpt.wording import BadInputError, reason
 LOG = logging.getLogger(__name__)
 
 _WORK = re.compile(r"(.*)\.metagpt-[0-9a-f]{16}(\.removed)?", re.DOTALL)
-# Of the 255 bytes that file systems allow, what is left beside ".metagpt-KEY.removed".
-_LONGEST_NAME = 222
 
 
 @dataclass(frozen=True)
@@ -45,17 +43,8 @@ class Output:
 
     @classmethod
     def of(cls, out: Path | str) -> "Output":
-        """Look at an output as it is now.
-
-        Raises:
-            BadInputError: if its name leaves no room for that of its work directory.
-        """
+        """Look at an output as it is now."""
         path = Path(out).resolve()
-        if len(os.fsencode(path.name)) > _LONGEST_NAME:
-            raise BadInputError(
-                f"The name of output directory {out} is too long; choose one of at most "
-                f"{_LONGEST_NAME} bytes."
-            )
         return cls(path, path if path.is_dir() else path.parent)
 
     def works(self) -> list[Work]:

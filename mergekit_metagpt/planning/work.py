@@ -8,8 +8,8 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Work:
         """Make the directory, or clear it of everything that is not complete."""
         for directory in (self.merged, self.path / "complete"):
             directory.mkdir(parents=True, exist_ok=True)
-        (self.path / "stopped").unlink(missing_ok=True)
+        self.stopped.unlink(missing_ok=True)
         for leftover in self.path.glob("unfinished-*"):  # of a process that was killed
             shutil.rmtree(leftover)
         records = self.records
@@ -74,19 +74,9 @@ class Work:
         _write_whole(self.path / "merge.json", facts)
 
     @property
-    def is_stopped(self) -> bool:
-        """Whether tasks of a cluster that have not begun are to end at once."""
-        return (self.path / "stopped").exists()
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Let tasks of a cluster end before the context does."""
-        mark = self.path / "stopped"
-        mark.touch()
-        try:
-            yield
-        finally:
-            mark.unlink()
+    def stopped(self) -> Path:
+        """A file that is there when tasks of a cluster that have not begun are to end at once."""
+        return self.path / "stopped"
 
     @property
     def facts(self) -> dict[str, Any]:
