@@ -11,11 +11,9 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +70,13 @@ class RayMapper:
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         try:
             _require_listener(address)
-            with _exiting_on_sigterm():
-                # log_to_driver would mix what workers print with what the command prints.
-                ray.init(
-                    address,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+            former = signal.getsignal(signal.SIGTERM)
+            # log_to_driver would mix what workers print with what the command prints.
+            ray.init(
+                address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, former or signal.SIG_DFL)  # not Ray's
         except (OSError, RuntimeError, ValueError) as error:
             raise ConnectionError(
                 f"No Ray cluster could be reached at {address}: {error}"
@@ -135,23 +132,6 @@ def _apply(shared: tuple[str, Callable[[], None], str, Callable[[Any], Any]], it
 
 
 _last_call = ""  # the call that this worker is set up for
-
-
-@contextmanager
-def _exiting_on_sigterm() -> Iterator[None]:
-    """Restore the handler of SIGTERM, because the one that Ray sets up aborts the process.
-
-    If there was no handler, exit in order on SIGTERM.
-    """
-    former = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        kept = former not in (signal.SIG_DFL, None)
-        signal.signal(signal.SIGTERM, former if kept else _exit)
-
-
-def _exit(number: int, frame: object) -> None:
-    sys.exit(128 + number)
 
 
 def _require_listener(address: str) -> None:
