@@ -4,11 +4,12 @@ import logging
 from collections import Counter
 from typing import NamedTuple
 
-import transformers
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
+from mergekit_metagpt.measure.vocabularies import load_tokenizer
 from mergekit_metagpt.planning.config import parts
+from mergekit_metagpt.wording import BadInputError
 
 LOG = logging.getLogger(__name__)
 
@@ -58,13 +59,11 @@ def with_chosen_template(config: MergeConfiguration) -> MergeConfiguration:
 def _template(model: ModelReference) -> str | None:
     """Return a model's chat template as MergeKit finds it."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            model.model.path, revision=model.model.revision
-        )
-    except Exception as error:  # tokenizers raise many kinds of errors; MergeKit goes on, too
-        LOG.info("No tokenizer could be loaded for %s: %s", model, error)
+        tokenizer = load_tokenizer(model, None, trust_remote_code=False)
+    except BadInputError as error:  # MergeKit goes on, too
+        LOG.info("%s", error)
         return None
-    template = tokenizer.chat_template
+    template = tokenizer and tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     return template.strip() if template else None
