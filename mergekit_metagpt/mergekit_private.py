@@ -12,7 +12,6 @@ new release of these libraries must pass these tests before ``pyproject.toml`` a
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -153,10 +152,7 @@ def squared_difference(first: "Tensor", second: "Tensor", out: "Tensor") -> "Ten
     All three have the same dtype and shape. ATen's operation needs one pass and no temporary
     tensor; torch's public ``mse_loss`` has no ``out``.
     """
-    result: Tensor = _mse_loss()(first, second, 0, out=out)  # 0: no reduction
+    import torch
+
+    result: Tensor = torch.ops.aten.mse_loss.out(first, second, 0, out=out)  # 0: no reduction
     return result
-
-
-@cache
-def _mse_loss() -> Any:
-    return Private("torch:ops.aten.mse_loss.out").find()

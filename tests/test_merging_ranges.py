@@ -37,7 +37,7 @@ def test_pickled_files(family, out, tmp_path):
 
 
 def test_no_other_merge_is_read_back(family, out, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_metagpt.merging.ranges._overflowing", None)
+    monkeypatch.setattr("mergekit_metagpt.merging.shard._overflowing", None)
     config = merge_config(family, out_dtype="bfloat16")
     merge(write_yaml(tmp_path / "metagpt.yml", config), out)
     assert names(out) == WHOLE

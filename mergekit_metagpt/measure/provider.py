@@ -158,20 +158,19 @@ class ModelsInMemory:
         Tensors that are tied in memory stay tied: they are merged once, as the embedding if one
         of them is.
         """
-        memories = [tensor.memory for tensor in self.tensors]
-        firsts = [memories.index(memory) for memory in memories]
-        firsts = [
-            first if parameters[first] == parameters[number] else number
-            for number, first in enumerate(firsts)
-        ]
-        tables = {
-            first: number
-            for number, first in reversed(list(enumerate(firsts)))
-            if self._is_table(self.tensors[number])
-        }
-        return [tables.get(first, first) for first in firsts]
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for number, tensor in enumerate(self.tensors):
+            alike.setdefault(tensor.memory, []).append(number)
 
-    def _is_table(self, tensor: TensorInputs) -> bool:
+        def its(number: int) -> int:
+            tied = alike[self.tensors[number].memory]
+            tied = [other for other in tied if parameters[other] == parameters[number]]
+            return next(filter(self._is_table, tied), tied[0])
+
+        return list(map(its, range(len(parameters))))
+
+    def _is_table(self, number: int) -> bool:
+        tensor = self.tensors[number]
         return role_of(tensor.name, tensor.base.shape, self.shape_of) is Role.ROWS
 
     @cached_property
