@@ -28,7 +28,7 @@ from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.method.merge_method import MetaGPTMerge, by_directions
 from mergekit_metagpt.method.summary import Entry, Summary
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.planning.config import parameter_sets
+from mergekit_metagpt.planning.config import base_and_experts, parameter_sets
 from mergekit_metagpt.planning.planner import Planner, TensorMerge
 from mergekit_metagpt.wording import BadInputError
 from mergekit_metagpt.workers import Mapper, in_this_process
@@ -133,7 +133,7 @@ def forecast(
         )
     if moving := next((merge.name for merge in merges if merge.moves_layers), None):
         raise moved(moving)
-    base = _only_base(merges)
+    base, _ = base_and_experts(config)
     experts = tuple(canonical({model for merge in merges for model in merge.models} - {base}))
     device = options.device or "cpu"
 
@@ -179,17 +179,6 @@ def own_method(config: MergeConfiguration) -> MetaGPTMerge:
             f"{', '.join(ours)}."
         )
     return method
-
-
-def _only_base(merges: list[TensorMerge]) -> ModelReference:
-    bases = {merge.base for merge in merges}
-    if len(bases) != 1:
-        raise BadInputError(
-            "The slices of this merge have different base models; plan them one by one."
-        )
-    (base,) = bases
-    assert base is not None  # MergeKit plans no merge of these methods without one
-    return base
 
 
 def _is_as_surveyed(merge: TensorMerge, survey: Survey, base: ModelReference) -> bool:
