@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# What a work directory that is being removed is called after.
-REMOVED = ".removed"
-
 
 @dataclass(frozen=True)
 class Work:
@@ -114,11 +111,8 @@ class Work:
         (self.path / "moved.json").unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove the directory, which tasks of a cluster may still be writing to."""
-        removed = self.path.with_name(self.path.name + REMOVED)
-        with suppress(OSError):
-            os.rename(self.path, removed)  # so that they can make no more files there
-        shutil.rmtree(removed, ignore_errors=True)
+        """Remove the directory, as far as that is possible."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _rank(name: str) -> int:
