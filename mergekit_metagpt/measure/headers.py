@@ -1,8 +1,6 @@
 """The headers of weight files: names, shapes and dtypes of tensors, but not their data."""
 
 import math
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mergekit_metagpt.measure.identity import Stat, stat_of
 from mergekit_metagpt.mergekit_private import is_cut_short
 from mergekit_metagpt.wording import BadInputError, reason
 
@@ -64,8 +63,7 @@ class Header:
 def read_header(path: str, model: Any) -> Mapping[str, Header]:
     """Return the headers of one weight file by tensor, or raise a BadInputError about the file."""
     try:
-        found = require_file(path)
-        return _read(path, found.st_size, found.st_mtime_ns, found.st_ino)
+        return _read(path, stat_of(path))
     except FileNotFoundError:
         fault = "is missing; download it again"
     except OSError as error:
@@ -75,20 +73,10 @@ def read_header(path: str, model: Any) -> Mapping[str, Header]:
     raise BadInputError(f"Weight file {path} of model {model} {fault}.")
 
 
-def require_file(path: str) -> os.stat_result:
-    """Raise an OSError for a pipe or a device, which may never end."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-        raise OSError("it is a pipe or a device, not a file")
-    return found
-
-
 @lru_cache(maxsize=4096)
-def _read(path: str, *_stat: int) -> dict[str, Header]:
+def _read(path: str, _stat: Stat) -> dict[str, Header]:
     with open(path, "rb") as file:
         start = file.read(len(_LFS_POINTER))
-    if not start:
-        raise BadInputError("is empty; download it again")
     if start == _LFS_POINTER:
         raise BadInputError("is only a pointer of Git LFS; run git lfs pull there")
     try:
