@@ -9,11 +9,9 @@ are no names of a module, such as the text of an error, have a function here. Ea
 new release of these libraries must pass these tests before ``pyproject.toml`` allows it.
 """
 
-import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -54,17 +52,6 @@ class Private:
                 f"{module} has no {path}, which mergekit-metagpt needs; run: pip install "
                 f"'{REQUIRED}'"
             ) from None
-
-    def check(self) -> None:
-        """Raise an ImportError if the name is gone or its parameters have changed."""
-        found = self.find()
-        takes = tuple(inspect.signature(found).parameters) if self.parameters else ()
-        passes = tuple(self.parameters.split())
-        if takes != passes:
-            raise ImportError(
-                f"{self.place.replace(':', '.')} takes {takes}, but mergekit-metagpt passes "
-                f"{passes}; run: pip install '{REQUIRED}'"
-            )
 
 
 _MERGE = "mergekit.merge"
@@ -165,10 +152,7 @@ def squared_difference(first: "Tensor", second: "Tensor", out: "Tensor") -> "Ten
     All three have the same dtype and shape. ATen's operation needs one pass and no temporary
     tensor; torch's public ``mse_loss`` has no ``out``.
     """
-    result: Tensor = _mse_loss()(first, second, 0, out=out)  # 0: no reduction
+    import torch
+
+    result: Tensor = torch.ops.aten.mse_loss.out(first, second, 0, out=out)  # 0: no reduction
     return result
-
-
-@cache
-def _mse_loss() -> Any:
-    return Private("torch:ops.aten.mse_loss.out").find()

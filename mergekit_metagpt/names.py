@@ -1,8 +1,8 @@
 """Names of tensors and of models: layers, the order of experts, short names for tables."""
 
 import re
-from collections.abc import Hashable, Iterable, Sequence
-from itertools import takewhile
+from collections.abc import Hashable, Iterable
+from os.path import commonprefix
 from typing import TypeVar
 
 Id = TypeVar("Id", bound=Hashable)
@@ -45,8 +45,8 @@ def short_names(models: Iterable[object], longest: int | None = None) -> list[st
 
     Args:
         models: names or references.
-        longest: shorten names with more characters than this. What all of them share is cut
-            first, then the middle of each.
+        longest: shorten names with more characters than this. The words that all of them start
+            with are cut first, then the middle of each.
 
     >>> short_names(["TIGER-Lab/MAmmoTH-7B", "/models/chat"])
     ['MAmmoTH-7B', 'chat']
@@ -59,36 +59,11 @@ def short_names(models: Iterable[object], longest: int | None = None) -> list[st
     """
     names = [str(model) for model in models]
     short = [re.split(r"[/\\]", name.rstrip("/\\"))[-1] for name in names]
-    names = short if _all_differ(short) else names
-    if longest is not None and max(map(len, names), default=0) > longest:
-        names = _without_shared(names, longest) if len(names) > 1 else names
-        names = [_shortened(name, longest) for name in names]
-    return names
-
-
-def _without_shared(names: list[str], longest: int) -> list[str]:
-    """Cut the words that all names start with, and, if that is not enough, end with."""
-    words = [re.findall(r"[^-_./ ]+[-_./ ]*|[-_./ ]+", name) for name in names]
-    start = _equal(words)
-    words = [["…"] * bool(start) + row[start:] for row in words]
-    if max(len("".join(row)) for row in words) > longest:
-        end = _equal([row[::-1] for row in words])
-        words = [row[: len(row) - end] + ["…"] * bool(end) for row in words]
-    return ["".join(row) for row in words]
-
-
-def _equal(rows: Sequence[Sequence[str]]) -> int:
-    """Return how many words all rows start with; every row has more words than that."""
-    columns = zip(*(row[:-1] for row in rows), strict=False)
-    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
-
-
-def _all_differ(names: Sequence[str]) -> bool:
-    return len(set(names)) == len(names)
-
-
-def _shortened(name: str, longest: int) -> str:
-    if len(name) <= longest:
-        return name
+    names = short if len(set(short)) == len(short) else names
+    if longest is None:
+        return names
+    if len(names) > 1 and max(map(len, names)) > longest:
+        shared = re.match(r"(.*[-_./ ])?", commonprefix(names))  # noqa: RUF071  # of words
+        names = ["…" + name[shared.end() :] if shared and shared[0] else name for name in names]
     head, tail = longest // 2, (longest - 1) // 2
-    return f"{name[:head]}…{name[len(name) - tail :]}"
+    return [n if len(n) <= longest else f"{n[:head]}…{n[len(n) - tail :]}" for n in names]

@@ -11,11 +11,10 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 # Applies a function to items; yields the results in the order of the items.
@@ -71,14 +70,13 @@ class RayMapper:
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         try:
             _require_listener(address)
-            with _exiting_on_sigterm():
-                # log_to_driver would mix what workers print with what the command prints.
-                ray.init(
-                    address,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+            former = signal.getsignal(signal.SIGTERM)
+            # log_to_driver would mix what workers print with what the command prints.
+            ray.init(
+                address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, former or signal.SIG_DFL)  # not Ray's
         except (OSError, RuntimeError, ValueError) as error:
             raise ConnectionError(
                 f"No Ray cluster could be reached at {address}: {error}"
@@ -91,13 +89,13 @@ class RayMapper:
         *,
         run: int = _RUN,
         cpus: float = 1,
-        stopping: Callable[[], AbstractContextManager[None]] | None = None,
+        stop: Path | None = None,
     ) -> Generator[Any, None, None]:
         """Yield ``function(item)`` for each item, as the cluster returns it.
 
         A task takes a ``run`` of items. The first exception that one raises is raised here; then
         the other tasks run on until this process ends, because cancelling a task that is just
-        ending can crash Ray. In the context ``stopping``, if given, they are waited for.
+        ending can crash Ray. They are waited for if there is a file to make that ends them.
         """
         ray = self._ray
         # A task that needs more CPUs than the largest machine has would wait for ever.
@@ -112,9 +110,9 @@ class RayMapper:
             for each in tasks:
                 yield from ray.get(each)
         except BaseException as error:
-            if stopping:
-                with stopping():
-                    ray.wait(tasks, num_returns=len(tasks), fetch_local=False)
+            if stop:
+                stop.touch()
+                ray.wait(tasks, num_returns=len(tasks), fetch_local=False)
             if isinstance(error, ray.exceptions.RayTaskError):
                 # The function's own exception, as without Ray, not the worker's traceback.
                 raise error.cause from error
@@ -134,23 +132,6 @@ def _apply(shared: tuple[str, Callable[[], None], str, Callable[[Any], Any]], it
 
 
 _last_call = ""  # the call that this worker is set up for
-
-
-@contextmanager
-def _exiting_on_sigterm() -> Iterator[None]:
-    """Restore the handler of SIGTERM, because the one that Ray sets up aborts the process.
-
-    If there was no handler, exit in order on SIGTERM.
-    """
-    former = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        kept = former not in (signal.SIG_DFL, None)
-        signal.signal(signal.SIGTERM, former if kept else _exit)
-
-
-def _exit(number: int, frame: object) -> None:
-    sys.exit(128 + number)
 
 
 def _require_listener(address: str) -> None:

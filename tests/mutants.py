@@ -60,7 +60,7 @@ MUTANTS = {
         "if stored is None or not (": "if stored is None and not (",
     },
     ("measure/provider.py", "test_method_directions.py"): {
-        "return [tables.get(first, first) for first in firsts]": "return firsts",
+        "return next(filter(self._is_table, tied), tied[0])": "return tied[0]",
     },
     ("measure/survey.py", "test_surveys.py"): {
         "        if self.left_out:\n            return None": "",

@@ -41,15 +41,11 @@ def nested(tensors, path):
 def test_a_base_is_described_without_its_data(is_file, save, file, tmp_path):
     path = tmp_path / file
     save(TENSORS, path)
-    data = path.read_bytes()
     found = read_header(str(path), "some model")
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         header = found[name]
         assert (header.shape, header.torch_dtype) == (tuple(tensor.shape), tensor.dtype)
-        if save is save_file:
-            raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-            assert data[header.start : header.end] == raw
     base = str(path if is_file else tmp_path)
     models = Checkpoints.of(base, [base])
     assert models.parameters_of_base() == 12 + 5 + 1
@@ -66,8 +62,7 @@ def test_a_header_is_read_again_only_if_the_file_changes(tmp_path, monkeypatch):
     save_file({"w": torch.zeros(2, 2)}, str(tmp_path / "new"))
     with monkeypatch.context() as patch:
         patch.setattr(headers, "safe_open", None)
-        size = before.st_size
-        assert read_header(path, "m")["w"] == first == Header((4,), "F32", path, size - 16, size)
+        assert read_header(path, "m")["w"] == first == Header((4,), "F32", path)
     (tmp_path / "new").replace(path)  # of another inode
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert read_header(path, "m")["w"].shape == (2, 2)

@@ -175,10 +175,6 @@ def test_a_worker_reads_a_model_in_one_file_that_the_main_process_has_found(hub,
     assert loader.index.tensor_paths.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(loader.get_tensor(name), tensor)
-    assert torch.equal(loader.get_tensor("lost", aliases=["neither", "one"]), tensors["one"])
-    assert loader.get_tensor("lost", raise_on_missing=False) is None
-    with pytest.raises(KeyError, match="lost"):
-        loader.get_tensor("lost")
 
 
 def test_models_on_this_disk_and_on_the_hub_may_be_mixed_and_are_forgotten(

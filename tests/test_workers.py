@@ -119,6 +119,7 @@ from mergekit_metagpt.workers import RayMapper
 
 address, number, failed = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 @click.command()
 def stopped():

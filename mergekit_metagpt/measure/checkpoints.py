@@ -64,10 +64,9 @@ class Checkpoints:
         """Whether the references name single files of tensors."""
         return os.path.isfile(self.base.model.path)
 
-    @property
-    def config_of_base(self) -> PretrainedConfig:
-        """The config of the base, which is no single file."""
-        return self.base.config(LoaderCache().trust_remote_code)
+    def config_of(self, model: ModelReference) -> PretrainedConfig:
+        """Return the config of a model, which is no single file."""
+        return model.config(LoaderCache().trust_remote_code)
 
     def loader(self, model: ModelReference) -> LazyTensorLoader:
         """Return the loader that MergeKit reads the model with."""
@@ -163,7 +162,7 @@ class Checkpoints:
             transformers_cache=cache.hf_cache_dir,
             lazy_unpickle=cache.lazy_unpickle,
         )
-        return get_architecture_info(config, options).all_weights(self.config_of_base)
+        return get_architecture_info(config, options).all_weights(self.config_of(self.base))
 
     def _stored_name(self, model: ModelReference, weight: WeightInfo) -> str | None:
         """Return the name under which a model stores a weight, or None if it lacks the weight.

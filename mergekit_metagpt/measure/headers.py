@@ -1,20 +1,15 @@
 """The headers of weight files: names, shapes and dtypes of tensors, but not their data."""
 
 import math
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from huggingface_hub import parse_local_safetensors_file_metadata
-from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it is documented there
-    SafetensorsFileMetadata,
-)
 from safetensors import SafetensorError, safe_open
 
+from mergekit_metagpt.measure.identity import Stat, stat_of
 from mergekit_metagpt.mergekit_private import is_cut_short
 from mergekit_metagpt.wording import BadInputError, reason
 
@@ -44,7 +39,7 @@ class Header:
     shape: tuple[int, ...]
     dtype: str  # as safetensors calls it, such as F32 or BF16
     file: str  # the path of the weight file; empty for a tensor that MergeKit makes from others
-    start: int = 0  # where its data begin in a safetensors file, in bytes
+    start: int = 0  # where its data begin in a file on the hub, in bytes
     end: int = 0
 
     @classmethod
@@ -65,20 +60,10 @@ class Header:
         return math.prod(self.shape) * (dtype.itemsize if dtype else 1)
 
 
-def headers_of(file: str, found: SafetensorsFileMetadata, size: int) -> dict[str, Header]:
-    """Return the headers of a safetensors file of this size; its last byte belongs to a tensor."""
-    first = size - max((tensor.data_offsets[1] for tensor in found.tensors.values()), default=0)
-    return {
-        name: Header(tuple(t.shape), t.dtype, file, *(first + n for n in t.data_offsets))
-        for name, t in found.tensors.items()
-    }
-
-
 def read_header(path: str, model: Any) -> Mapping[str, Header]:
     """Return the headers of one weight file by tensor, or raise a BadInputError about the file."""
     try:
-        found = require_file(path)
-        return _read(path, found.st_size, found.st_mtime_ns, found.st_ino)
+        return _read(path, stat_of(path))
     except FileNotFoundError:
         fault = "is missing; download it again"
     except OSError as error:
@@ -88,26 +73,19 @@ def read_header(path: str, model: Any) -> Mapping[str, Header]:
     raise BadInputError(f"Weight file {path} of model {model} {fault}.")
 
 
-def require_file(path: str) -> os.stat_result:
-    """Raise an OSError for a pipe or a device, which may never end."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-        raise OSError("it is a pipe or a device, not a file")
-    return found
-
-
 @lru_cache(maxsize=4096)
-def _read(path: str, size: int, *_stat: int) -> dict[str, Header]:
+def _read(path: str, _stat: Stat) -> dict[str, Header]:
     with open(path, "rb") as file:
         start = file.read(len(_LFS_POINTER))
-    if not start:
-        raise BadInputError("is empty; download it again")
     if start == _LFS_POINTER:
         raise BadInputError("is only a pointer of Git LFS; run git lfs pull there")
     try:
         if path.lower().endswith(".safetensors"):
-            with safe_open(path, framework="pt"):  # refuses a header that the data do not fit
-                return headers_of(path, parse_local_safetensors_file_metadata(path), size)
+            with safe_open(path, framework="pt") as opened:  # if the data fit its header
+                parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                return {
+                    n: Header(tuple(t.get_shape()), t.get_dtype(), path) for n, t in parts.items()
+                }
         # With map_location meta, torch skips the data of an archive.
         held = torch.load(path, map_location="meta", weights_only=True)
         tensors = held.get("state_dict", held)  # as MergeKit reads it

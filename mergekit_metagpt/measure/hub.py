@@ -50,17 +50,13 @@ class HubLoader(LazyTensorLoader):
         aliases: list[str] | None = None,
         raise_on_missing: bool = True,
     ) -> Tensor | None:
-        """Return the tensor of this name, or else of the first alias that the model holds."""
-        at = next((self.headers[n] for n in (key, *(aliases or ())) if n in self.headers), None)
-        if at is not None:  # as a file of one tensor
-            data = self.repository.read(at.file, at.start, at.end)
-            entry = {"dtype": at.dtype, "shape": at.shape, "data_offsets": [0, len(data)]}
-            header = json.dumps({key: entry}).encode()
-            file = struct.pack("<Q", len(header)) + header + data
-            return safetensors.torch.load(file)[key].to(device)
-        if raise_on_missing:
-            raise KeyError(key)
-        return None
+        """Return the tensor of this name, which MergeKit has found in the index."""
+        at = self.headers[key]
+        data = self.repository.read(at.file, at.start, at.end)
+        entry = {"dtype": at.dtype, "shape": at.shape, "data_offsets": [0, len(data)]}
+        header = json.dumps({key: entry}).encode()  # as a file of one tensor
+        file = struct.pack("<Q", len(header)) + header + data
+        return safetensors.torch.load(file)[key].to(device)
 
 
 def open_on_hub(loaders: Iterable[HubLoader]) -> None:

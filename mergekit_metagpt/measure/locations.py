@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, SafetensorsParsingError
 from mergekit.common import ModelPath
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.measure.headers import Header, headers_of, read_header, require_file
+from mergekit_metagpt.measure.headers import Header, read_header
 from mergekit_metagpt.wording import BadInputError, reason
 
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -39,7 +39,6 @@ class Directory:
 
     def text(self, name: str) -> str:
         """Return the content of a file."""
-        require_file(self.file(name))
         return Path(self.file(name)).read_text(encoding="utf-8")
 
     def headers(self, name: str) -> Mapping[str, Header]:
@@ -81,9 +80,12 @@ class Repository:
             found = huggingface_hub.parse_safetensors_file_metadata(
                 self.id, name, revision=self.commit
             )
-            headers = headers_of(file, found, size)
-            first = min((header.start for header in headers.values()), default=size)
-            if int.from_bytes(self.read(file, 0, 8), "little") != first - 8:
+            first = 8 + int.from_bytes(self.read(file, 0, 8), "little")
+            headers = {
+                name: Header(tuple(t.shape), t.dtype, file, *(first + n for n in t.data_offsets))
+                for name, t in found.tensors.items()
+            }
+            if max((header.end for header in headers.values()), default=first) != size:
                 raise SafetensorsParsingError
             return headers
 

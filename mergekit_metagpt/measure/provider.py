@@ -22,8 +22,6 @@ from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.names import layer_of
 
 if TYPE_CHECKING:
-    from mergekit.options import MergeOptions
-
     from mergekit_metagpt.measure.checkpoints import Checkpoints
 
 
@@ -32,7 +30,7 @@ class Provider:
 
     def __init__(self) -> None:
         self._known: dict[Checkpoints, StoredModels] = {}
-        self._loader_options: MergeOptions | None = None
+        self._loading: dict[str, Any] = {}
         self.quiet = False
 
     def begin(self, ids: Sequence[Hashable], base: Hashable) -> None:
@@ -64,28 +62,20 @@ class Provider:
     def _note_options(self) -> None:
         """Keep the options of the planning thread; other threads do not have them."""
         from mergekit.io.tasks import LoaderCache
-        from mergekit.options import MergeOptions
 
-        command, cache = click.get_current_context(silent=True), LoaderCache()
-        if command is None and not vars(cache):
-            return
-        options = command.params.get("merge_options") if command else None
-        quiet = getattr(options, "quiet", False)
-        self.quiet = bool(command.params.get("quiet", quiet)) if command else False
-        self._loader_options = MergeOptions(
-            transformers_cache=cache.hf_cache_dir,
-            lora_merge_cache=cache.lora_cache_dir,
-            lora_merge_dtype=cache.lora_merge_dtype,
-            lazy_unpickle=cache.lazy_unpickle,
-            trust_remote_code=cache.trust_remote_code,
-        )
+        command, loading = click.get_current_context(silent=True), dict(vars(LoaderCache()))
+        if command or loading:
+            given = command.params if command else {}
+            self.quiet = bool(given.get("quiet", getattr(given.get("merge_options"), "quiet", 0)))
+            self._loading = loading
 
     def _set_up_loaders(self) -> None:
         """Give the loaders of this thread the options of the planning thread."""
         from mergekit.io.tasks import LoaderCache
 
-        if self._loader_options is not None and not vars(LoaderCache()):
-            LoaderCache().setup(self._loader_options)
+        loading = vars(LoaderCache())
+        if not loading:
+            loading.update(self._loading)
 
 
 @dataclass(frozen=True)
@@ -168,20 +158,19 @@ class ModelsInMemory:
         Tensors that are tied in memory stay tied: they are merged once, as the embedding if one
         of them is.
         """
-        memories = [tensor.memory for tensor in self.tensors]
-        firsts = [memories.index(memory) for memory in memories]
-        firsts = [
-            first if parameters[first] == parameters[number] else number
-            for number, first in enumerate(firsts)
-        ]
-        tables = {
-            first: number
-            for number, first in reversed(list(enumerate(firsts)))
-            if self._is_table(self.tensors[number])
-        }
-        return [tables.get(first, first) for first in firsts]
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for number, tensor in enumerate(self.tensors):
+            alike.setdefault(tensor.memory, []).append(number)
 
-    def _is_table(self, tensor: TensorInputs) -> bool:
+        def its(number: int) -> int:
+            tied = alike[self.tensors[number].memory]
+            tied = [other for other in tied if parameters[other] == parameters[number]]
+            return next(filter(self._is_table, tied), tied[0])
+
+        return list(map(its, range(len(parameters))))
+
+    def _is_table(self, number: int) -> bool:
+        tensor = self.tensors[number]
         return role_of(tensor.name, tensor.base.shape, self.shape_of) is Role.ROWS
 
     @cached_property

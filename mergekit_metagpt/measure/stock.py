@@ -21,7 +21,6 @@ from mergekit_metagpt.names import COMPUTED, MASKS
 from mergekit_metagpt.wording import counted
 
 if TYPE_CHECKING:
-    from mergekit.common import ModelReference
     from mergekit.io import LazyTensorLoader
 
     from mergekit_metagpt.measure.checkpoints import Checkpoints
@@ -54,7 +53,7 @@ def _unread(checkpoints: "Checkpoints") -> list[str]:
     unread = [name for name in unread if not name.endswith((*COMPUTED, *MASKS))]
     if not unread:
         return []
-    config = checkpoints.config_of_base
+    config = checkpoints.config_of(checkpoints.base)
     architecture = next(iter(config.architectures or []), "")
     ties = tied_names(architecture) if getattr(config, "tie_word_embeddings", False) else []
     tied = {name for pair in ties for name in pair}
@@ -77,34 +76,26 @@ def warn_of_untold(checkpoints: "Checkpoints") -> None:
 
 
 def _untold(checkpoints: "Checkpoints", config: Mapping[str, Any]) -> Iterator[str]:
-    base, said = checkpoints.base, checkpoints.config_of_base
-    loaders = {model: checkpoints.loader(model) for model in checkpoints.models}
+    base, said = checkpoints.base, checkpoints.config_of(checkpoints.base)
     if getattr(said, "tie_word_embeddings", False):
         ties = tied_names((said.architectures or [""])[0])
         ties = [(head, table) for head, table in ties if "embed" not in head]
-        for model, loader in loaders.items():
-            if head := own_head(loader, ties):
+        for model in checkpoints.models:
+            if head := own_head(checkpoints.loader(model), ties):
                 yield (
                     f"Model {model} has a head of its own ({head}), but the config.json of the "
                     f"merge will say tie_word_embeddings: true, as that of {base} does; {_WAY}."
                 )
                 break
-    written = str(config.get("out_dtype") or config.get("dtype") or "")
-    if written.startswith("torch."):
-        yield (
-            f"The config.json of the merge will say {written}, and no model can be loaded with "
-            f"that; write {written.removeprefix('torch.')} in the config."
-        )
-    found = [dtype for model in loaders if (dtype := _dtype(checkpoints, model))]
-    if not written and found and isinstance(said.dtype, torch.dtype):
-        stored = reduce(torch.promote_types, found)
+    dtypes: list[Any] = [checkpoints.config_of(model).dtype for model in checkpoints.models]
+    if not (config.get("out_dtype") or config.get("dtype")) and None not in dtypes:
+        stored = reduce(torch.promote_types, dtypes)
         if stored != said.dtype:
-            names = [str(dtype).removeprefix("torch.") for dtype in (stored, said.dtype)]
             yield (
-                f"The merge will be stored in {names[0]}, but its config.json will say {names[1]}, "
+                f"The merge will be stored in {stored}, but its config.json will say {said.dtype}, "
                 f"as that of {base} does; set dtype in the config."
             )
-    generation = os.path.join(loaders[base].index.base_path, "generation_config.json")
+    generation = os.path.join(checkpoints.loader(base).index.base_path, "generation_config.json")
     settings = ("chat_template", "tokenizer", "tokenizer_source")
     setting = next((setting for setting in settings if config.get(setting)), None)
     if setting and os.path.exists(generation):
@@ -127,11 +118,3 @@ def own_head(loader: "LazyTensorLoader", ties: Sequence[tuple[str, str]]) -> str
         if one.shape != other.shape or (one != other).any():
             return head
     return None
-
-
-def _dtype(checkpoints: "Checkpoints", model: "ModelReference") -> torch.dtype | None:
-    """Return the dtype of a matrix of the last layer."""
-    held = checkpoints.loader(model).index.tensor_paths
-    names = [name for name in held if "proj" in name or "attn" in name]
-    header = checkpoints.header(model, max(names or held))
-    return header.torch_dtype if header else None

@@ -4,7 +4,7 @@ import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -14,20 +14,14 @@ from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.names import layer_of
 
 
-class TaskVectors(Protocol):
-    """The task vectors of one tensor, and what they say of it."""
+@dataclass(frozen=True)
+class Surveyed:
+    """The task vectors of a tensor that need not be loaded, since a survey has measured them."""
 
-    @property
-    def name(self) -> str | None:
-        """The tensor's name in the output."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which it is merged."""
-
-    @property
-    def squared_norms(self) -> Norms:
-        """‖τ_t‖², T finite floats; measured on first use."""
+    name: str
+    ids: tuple[Hashable, ...]
+    squared_norms: Norms
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class Survey:
             for rows in zip(*self.grams.values(), strict=True)
         )
 
-    def norms_of(self, tensor: TaskVectors, granularity: str) -> Norms:
+    def norms_of(self, tensor: TensorInputs | Surveyed, granularity: str) -> Norms:
         """Return ‖τ_t‖² over the scope that a tensor belongs to, T floats.
 
         Raises:

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-_LAYOUT = 1  # of the files in the cache
+_LAYOUT = 2  # of the files in the cache
 # A merge checks its files at each tensor. On a file server, each check costs a round trip.
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -172,21 +172,15 @@ class _Kept:
             self.folder.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=self.folder) as unfinished:  # goes, whatever happens
                 part = Path(unfinished, self.file.name)
-                content = _as_json(replace(survey, experts=self.experts))
-                part.write_text(json.dumps(content), encoding="utf-8")
+                content = asdict(replace(survey, experts=self.experts))
+                part.write_text(json.dumps(content, default=str), encoding="utf-8")
                 os.replace(part, self.file)
         except OSError as error:
             LOG.info("The survey could not be kept in %s: %s", self.file, error)
 
 
-def _as_json(survey: Survey) -> dict[str, Any]:
-    fields = ("experts", "squared_norms", "tied", "left_out", "sizes", "grams", "bases")
-    dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in survey.dtypes.items()}
-    return {**{field: getattr(survey, field) for field in fields}, "dtypes": dtypes}
-
-
 def _from_json(content: dict[str, Any]) -> Survey:
-    dtypes = {name: getattr(torch, dtype) for name, dtype in content.pop("dtypes").items()}
+    dtypes = {name: getattr(torch, it[6:]) for name, it in content.pop("dtypes").items()}  # torch.
     norms = {name: tuple(row) for name, row in content.pop("squared_norms").items()}
     experts = tuple(content.pop("experts"))
     return Survey(experts, squared_norms=norms, dtypes=dtypes, **content)

@@ -15,9 +15,8 @@ from torch import Tensor
 from mergekit_metagpt.mergekit_private import wants_remote_code
 from mergekit_metagpt.wording import BadInputError, reason
 
-# The names of files that hold a vocabulary, of all tokenizers of transformers.
-_VOCABULARIES = ("tokenizer.*", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
-_SETTINGS = "tokenizer_config.json"
+# The names of files of all tokenizers of transformers.
+_FILES = ("tokenizer*.*", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 
 # A model's tokens by token id.
 Vocabulary = dict[int, str]
@@ -38,17 +37,13 @@ def load_tokenizer(
             cache_dir=cache_dir,
         )
     except Exception as error:  # the many loaders of transformers raise many types
-        files = _tokenizer_files(model.model)
-        if not files:
+        if not _tokenizer_files(model.model):
             return None
-        why, way = reason(error), "download its files again, or update transformers"
-        if files == [_SETTINGS]:
-            why = f"{_SETTINGS} is there, but no vocabulary such as tokenizer.json"
-            way = "download the missing files"
-        elif wants_remote_code(error):
+        way = "download its files again, or update transformers"
+        if wants_remote_code(error):
             way = "pass --trust-remote-code if you trust the code that it needs"
         raise BadInputError(
-            f"The tokenizer of model {model} cannot be read ({why}); {way}."
+            f"The tokenizer of model {model} cannot be read ({reason(error)}); {way}."
         ) from None
 
 
@@ -62,8 +57,7 @@ def _tokenizer_files(model: ModelPath) -> list[str]:
             return []
         except Exception:  # of the hub's client, or of its connection: nobody knows
             return [""]
-    names = (_SETTINGS, *_VOCABULARIES)
-    return [file for file in files if any(fnmatch(file, name) for name in names)]
+    return [file for file in files if any(fnmatch(file, name) for name in _FILES)]
 
 
 def load_vocabulary(

@@ -32,7 +32,6 @@ from mergekit_metagpt.mergekit_private import (
     set_chat_template,
     update_config_vocab,
 )
-from mergekit_metagpt.merging.ranges import too_narrow
 from mergekit_metagpt.merging.shard import Shard, ShardMerge, entries_of
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.job import Job
@@ -106,13 +105,13 @@ def merge_by_shard(
         work=work,
         inputs={} if mapper else inputs,  # other machines may have copies
         options=options,
-        out_dtype=too_narrow(job.parsed),
+        out_dtype=job.parsed.out_dtype,
         surveys=surveys if mapper else {},  # this process has them
         tokenizer={outputs.tokenizer: info} if outputs.tokenizer and info else {},
     )
     shards = [Shard(name, [it.merge.save for it in file]) for name, file in to_do.items()]
     if mapper:
-        written = mapper(merge.write, shards, run=1, cpus=threads, stopping=work.stopped)
+        written = mapper(merge.write, shards, run=1, cpus=threads, stop=work.stopped)
     else:
         written = in_this_process(merge.write, shards)
     bar = tqdm.tqdm(

@@ -10,7 +10,8 @@ from typing import Any
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
-from mergekit_metagpt.measure.identity import Stat, identity_of, on_hub, sha256_of, stat_of
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.identity import Stat, on_hub, sha256_of, stat_of
 from mergekit_metagpt.measure.loaders import weight_files
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.job import Job
@@ -27,10 +28,7 @@ class Inputs:
     @property
     def identity(self) -> list[Any]:
         """What the models are now, as JSON types."""
-        return [
-            *([str(model), *identity_of(_directory(model))] for model in self.files),
-            self.stats,  # an index may name files in folders below
-        ]
+        return [[str(it), *Checkpoints(it, ()).identity(it)] for it in self.files]
 
     def as_json(self) -> list[dict[str, Any]]:
         """Return each model's name, commit and files with their SHA-256, as JSON types."""

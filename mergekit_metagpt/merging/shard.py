@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from socket import gethostname
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+from mergekit.common import ModelPath, ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, TaskUniverse
 from mergekit.io.tasks import FinalizeModel, SaveTensor, TensorWriterTask
@@ -21,10 +23,10 @@ from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.identity import Stat, require_unchanged
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
-from mergekit_metagpt.merging.ranges import require_in_range
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Entry
 from mergekit_metagpt.planning.work import Work
+from mergekit_metagpt.wording import BadInputError
 
 _ENTRIES = TypeAdapter(list[Entry])
 
@@ -43,7 +45,7 @@ class ShardMerge:
     work: Work
     inputs: dict[str, Stat]  # of this machine, as they were when the merge began
     options: MergeOptions  # with the seed and the number of threads that every task uses
-    out_dtype: str | None  # if numbers can be too large for it
+    out_dtype: str | None
     surveys: dict[Checkpoints, Survey]
     tokenizer: Mapping[BuildTokenizer, TokenizerInfo]  # the output's, and the task that builds it
 
@@ -54,7 +56,7 @@ class ShardMerge:
                 f"Machine {gethostname()} of the cluster does not see {self.work.path}; choose an "
                 "output directory on storage that all machines share."
             )
-        if self.work.is_stopped:
+        if self.work.stopped.exists():
             raise InterruptedError("The merge has been stopped.")
         register()
         torch.manual_seed(self.options.random_seed or 0)
@@ -112,3 +114,31 @@ def entries_of(records: Iterable[Mapping[str, Any]], config: MergeConfiguration)
         for record in records
         for entry in _ENTRIES.validate_python(record["entries"])
     ]
+
+
+def require_in_range(merged: Path, out_dtype: str | None) -> None:
+    """Read a merge back, and refuse it if it overflowed float16.
+
+    In another ``out_dtype`` only numbers above 3.39e38 can overflow, which no model has; to find
+    them, every such merge would be read back.
+    """
+    if dtype_from_name(out_dtype) != torch.float16:
+        return
+    overflowing = _overflowing(merged)  # by now its files are closed: Windows removes no open ones
+    if overflowing:
+        raise BadInputError(
+            f"Merging tensor {overflowing} overflows {torch.float16}; set a wider one (out_dtype: "
+            "bfloat16 or float32)."
+        )
+
+
+def _overflowing(merged: Path) -> str | None:
+    """Return the name of a tensor that is not finite, or None."""
+    # Not parsed from a string: the path may contain + and @, which references use.
+    reference = ModelReference(model=ModelPath(path=str(merged)))
+    loader = reference.lazy_loader(lazy_unpickle=False)
+    for name, _ in sorted(loader.index.tensor_paths.items(), key=itemgetter(1)):  # by shard
+        tensor = loader.get_tensor(name)
+        if tensor is not None and not tensor.isfinite().all():
+            return name
+    return None

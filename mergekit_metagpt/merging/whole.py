@@ -17,9 +17,8 @@ from mergekit_metagpt.merging.by_shard import Plan, merge_by_shard
 from mergekit_metagpt.merging.card import PICTURE, write_card
 from mergekit_metagpt.merging.finished import describe
 from mergekit_metagpt.merging.inputs import opened
-from mergekit_metagpt.merging.ranges import require_in_range, too_narrow
 from mergekit_metagpt.merging.record import deciding_options, merge_record, versions
-from mergekit_metagpt.merging.shard import as_json, entries_of
+from mergekit_metagpt.merging.shard import as_json, entries_of, require_in_range
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Summary
@@ -135,9 +134,9 @@ def _merge_at_once(job: Job, work: Work, inputs: dict[str, Stat]) -> None:
         # fail after hours of work.
         config = job.parsed.model_copy(deep=True)
         options = {"write_model_card": False, "quiet": not job.progress}
-        with noted(in_all_threads=True) as entries:
+        with noted() as entries:
             run_merge(config, str(work.merged), job.options.model_copy(update=options))
-        require_in_range(work.merged, too_narrow(job.parsed))
+        require_in_range(work.merged, job.parsed.out_dtype)
         _describe(work, job)
         require_unchanged(inputs)
         record = {"entries": as_json(entries)}

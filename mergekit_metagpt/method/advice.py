@@ -8,24 +8,32 @@ from mergekit_metagpt.method.summary import Entry, Summary
 # If one expert has more than this share, almost nothing of the others is left.
 DOMINANT = 0.9
 # A merge that moves so many times as far as a sum of experts at right angles adds up too much.
-STRETCHED = 1.5
+_STRETCHED = 1.5
 # Experts that moved farther than this, relative to the base's length, were not seen to add up: a
 # language model's moved by 0.1 to 1 % and did; small models' moved by 5 to 10 % and did not.
 _FAR = 0.05
 # An expert of whose task vector less than this is in the merge is hardly there.
-HARDLY = 0.1
+_HARDLY = 0.1
 
 
 def warnings(summary: Summary) -> list[str]:
     """Return a sentence for each warning; its figures follow from the norms, no model is read."""
-    if summary.by_direction:
-        found = [*_hardly_kept(summary), *_stretched(summary)]
-    else:
-        found = list(_dominant_experts(summary)) or list(_dominated_tensors(summary))
+    found = [sentence for _, sentence in concerns(summary)]
+    if not summary.by_direction:
+        found = found or list(_dominated_tensors(summary))
     for expert in summary.experts:
         if expert.squared_norm == 0:
             found.append(f"{expert.model} is equal to the base, and gets no share of the merge.")
     return found
+
+
+def concerns(summary: Summary) -> Iterator[tuple[Hashable, str]]:
+    """Yield an expert that has too much or too little, or None for all, and a sentence about it."""
+    if summary.by_direction:
+        yield from _hardly_kept(summary)
+        yield from _stretched(summary)
+    else:
+        yield from _dominant_experts(summary)
 
 
 def share(coefficient: float) -> str:
@@ -37,18 +45,19 @@ def share(coefficient: float) -> str:
     return f"{coefficient:.1e}" if 0 < coefficient < 1e-3 else f"{coefficient:.4f}"
 
 
-def _dominant_experts(summary: Summary) -> Iterator[str]:
-    if len(_taking_part(summary)) < 2:
+def _dominant_experts(summary: Summary) -> Iterator[tuple[Hashable, str]]:
+    if len(_taking_part(*summary.entries)) < 2:
         return
     for expert in summary.experts:
         if expert.mean > DOMINANT:
             way = ""
-            if its := milder(summary, largest_mean):
+            if its := _milder(summary, _largest_mean):
                 means = _shares([other.mean for other in its.experts])
-                way = f"set exponent: {exponent_of(its):g}, which gives {means}, or "
+                way = f"set exponent: {_exponent_of(its):g}, which gives {means}, or "
             yield (
+                expert.model,
                 f"{expert.model} has {expert.mean:.1%} of the merge, so the others hardly "
-                f"count; {way}give it a smaller weight (its prior)."
+                f"count; {way}give it a smaller weight (its prior).",
             )
 
 
@@ -61,8 +70,8 @@ def _dominated_tensors(summary: Summary) -> Iterator[str]:
     shared = _over_the_model(summary)
     if shared and max(shared) <= DOMINANT:
         ways.append(f"set granularity: model, which gives {_shares(shared)}")
-    if its := milder(summary, dominated_part):
-        ways.append(f"set exponent: {exponent_of(its):g}, which leaves {dominated_part(its):.0%}")
+    if its := _milder(summary, dominated_part):
+        ways.append(f"set exponent: {_exponent_of(its):g}, which leaves {dominated_part(its):.0%}")
     yield (
         f"In tensors with {part:.0%} of the parameters, one expert has "
         f"more than {DOMINANT:.0%}, so almost nothing of the others is left; "
@@ -70,28 +79,30 @@ def _dominated_tensors(summary: Summary) -> Iterator[str]:
     )
 
 
-def _hardly_kept(summary: Summary) -> Iterator[str]:
+def _hardly_kept(summary: Summary) -> Iterator[tuple[Hashable, str]]:
     """Warn if hardly anything of a task vector is in the merge, whatever its coefficients are."""
-    wanted, scale = _taking_part(summary), _scale(summary)
+    wanted, scale = _taking_part(*summary.entries), _scale(summary)
     for expert in summary.experts:
         if expert.kept is None or expert.model not in wanted or not scale:
             continue
-        if expert.kept / scale < HARDLY:
-            way = "set exponent: 0, or " if exponent_of(summary) else ""
+        if expert.kept / scale < _HARDLY:
+            way = "set exponent: 0, or " if _exponent_of(summary) else ""
             yield (
+                expert.model,
                 f"The merge keeps only {expert.kept:.1%} of the task vector of {expert.model}; "
-                f"{way}give it a larger weight (its prior)."
+                f"{way}give it a larger weight (its prior).",
             )
 
 
-def _stretched(summary: Summary) -> Iterator[str]:
+def _stretched(summary: Summary) -> Iterator[tuple[Hashable, str]]:
     """Warn if the merge moves farther than its experts do, and than lambda asks for."""
     most = max(1.0, abs(_scale(summary)))
-    if summary.stretch is not None and summary.stretch > STRETCHED * most:
+    if summary.stretch is not None and summary.stretch > _STRETCHED * most:
         yield (
+            None,
             f"The merge moves {summary.stretch:.1f} times as far as orthogonal experts would "
             f"together, and may be broken; set lambda: {_scale(summary) / summary.stretch:.2g}, or "
-            "granularity: model."
+            "granularity: model.",
         )
 
 
@@ -100,23 +111,20 @@ def _scale(summary: Summary) -> float:
     return next(entry.directions.scale for entry in summary.entries if entry.directions)
 
 
-def experts_in(entry: Entry) -> list[Hashable]:
-    """Return the experts of a tensor that move there and have a prior."""
-    figures = zip(entry.experts, entry.squared_norms, entry.priors, strict=True)
-    return [expert for expert, norm, prior in figures if norm and prior]
+def _taking_part(*entries: Entry) -> set[Hashable]:
+    """Return the experts that move in any of the tensors and have a prior there."""
+    return {
+        expert
+        for entry in entries
+        for expert, *figures in zip(entry.experts, entry.squared_norms, entry.priors, strict=True)
+        if all(figures)
+    }
 
 
-def _taking_part(summary: Summary) -> set[Hashable]:
-    return {expert for entry in summary.entries for expert in experts_in(entry)}
-
-
-def dominant(entry: Entry) -> Hashable | None:
-    """Return the expert that has nearly all of a tensor, although others move there too."""
-    taking_part = experts_in(entry)
-    if entry.directions or len(taking_part) < 2:
-        return None
-    shares = zip(entry.experts, entry.coefficients, strict=True)
-    return next((e for e, share in shares if share > DOMINANT and e in taking_part), None)
+def _is_dominated(entry: Entry) -> bool:
+    """Return whether an expert has nearly all of a tensor, although others move there too."""
+    is_shared = not entry.directions and len(_taking_part(entry)) > 1
+    return is_shared and max(entry.coefficients) > DOMINANT
 
 
 def moved_far(experts: Sequence[object], moved: Sequence[float] | None) -> list[str]:
@@ -133,25 +141,25 @@ def moved_far(experts: Sequence[object], moved: Sequence[float] | None) -> list[
 
 def dominated_part(summary: Summary) -> float:
     """Return the part of the parameters in tensors that one of several experts dominates."""
-    sizes = [entry.size for entry in summary.entries if dominant(entry) is not None]
+    sizes = [entry.size for entry in summary.entries if _is_dominated(entry)]
     return sum(sizes) / summary.parameters if sizes else 0.0
 
 
-def largest_mean(summary: Summary) -> float:
+def _largest_mean(summary: Summary) -> float:
     """Return the mean coefficient of the expert that has most of the merge."""
     return max(expert.mean for expert in summary.experts)
 
 
-def milder(summary: Summary, dominance: Callable[[Summary], float]) -> Summary | None:
+def _milder(summary: Summary, dominance: Callable[[Summary], float]) -> Summary | None:
     """Return the merge with the next smaller exponent, 1 or 0, that makes a dominance less."""
     for exponent in (1, 0):
         its = Summary(entry.changed(exponent, {}) for entry in summary.entries)
-        if exponent < exponent_of(summary) and round(dominance(its) - dominance(summary), 2) < 0:
+        if exponent < _exponent_of(summary) and round(dominance(its) - dominance(summary), 2) < 0:
             return its
     return None
 
 
-def exponent_of(summary: Summary) -> float:
+def _exponent_of(summary: Summary) -> float:
     """Return the largest exponent of any tensor."""
     return max(entry.exponent for entry in summary.entries)
 
@@ -163,7 +171,7 @@ def _over_the_model(summary: Summary) -> list[float] | None:
         return None
     ((_, priors),) = kinds
     norms = [expert.squared_norm for expert in summary.experts]
-    return scaling_coefficients(norms, priors, exponent_of(summary))
+    return scaling_coefficients(norms, priors, _exponent_of(summary))
 
 
 def _shares(coefficients: Sequence[float]) -> str:

@@ -4,21 +4,9 @@ import logging
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from threading import Lock
 
-from mergekit_metagpt.method.advice import (
-    DOMINANT,
-    HARDLY,
-    STRETCHED,
-    dominant,
-    experts_in,
-    exponent_of,
-    largest_mean,
-    milder,
-    share,
-    warnings,
-)
+from mergekit_metagpt.method.advice import concerns, share, warnings
 from mergekit_metagpt.method.provider import Models
 from mergekit_metagpt.method.summary import Entry, Summary
 
@@ -27,37 +15,24 @@ LOG = logging.getLogger(__name__)
 # What shows in tensors with this part of the parameters is worth a warning.
 _PART = 0.1
 
-_NOTED: ContextVar[list[Entry] | None] = ContextVar("noted", default=None)
-# Where threads note entries that have no list of their own.
-_EVERYWHERE: list[list[Entry]] = []
+# Where this package's jobs note entries, one job at a time. MergeKit merges in threads, too.
+_NOTED: list[list[Entry]] = []
 
 
 @contextmanager
-def noted(*, in_all_threads: bool = False) -> Iterator[list[Entry]]:
-    """Collect an entry for each tensor that is merged within this context.
-
-    Args:
-        in_all_threads: also those merged by threads that have been started since, which
-            inherit no context: those of MergeKit's multi-GPU executor.
-    """
-    entries: list[Entry] = []
-    token = _NOTED.set(entries)
-    if in_all_threads:
-        _EVERYWHERE.append(entries)
+def noted() -> Iterator[list[Entry]]:
+    """Collect an entry for each tensor that any thread merges within this context."""
+    _NOTED.append([])
     try:
-        yield entries
+        yield _NOTED[-1]
     finally:
-        _EVERYWHERE.clear()
-        _NOTED.reset(token)
+        _NOTED.pop()
 
 
 def note(entry: Entry, models: Models) -> None:
     """Note how a tensor was merged; if nobody collects the entries, look at it and warn."""
-    entries = _NOTED.get()
-    if entries is None and _EVERYWHERE:
-        entries = _EVERYWHERE[-1]
-    if entries is not None:
-        entries.append(entry)
+    if _NOTED:
+        _NOTED[-1].append(entry)
     elif size := models.parameters:
         WATCH.look_at(entry, _PART * size)
 
@@ -82,9 +57,13 @@ class Watch:
         if entry.granularity == "model":
             self._look_at_whole(entry)
             return
-        for sentence, of in _shown(entry):
-            if self._is_enough((sentence, of), entry.size, enough):
-                LOG.warning("In tensors with at least a tenth of the parameters, %s", sentence)
+        for about, sentence in concerns(Summary([entry])):
+            if self._is_enough(about, entry.size, enough):
+                LOG.warning(
+                    "In tensors with at least a tenth of the parameters, as in %s: %s",
+                    entry.tensor,
+                    sentence,
+                )
 
     def _look_at_whole(self, entry: Entry) -> None:
         if not self._is_enough((entry.experts, entry.squared_norms, entry.exponent), 1, 1):
@@ -107,32 +86,3 @@ class Watch:
 
 
 WATCH = Watch()
-
-
-def _shown(entry: Entry) -> Iterator[tuple[str, Hashable]]:
-    """Yield what a tensor shows as the end of a sentence, and the expert that it is about."""
-    expert = dominant(entry)
-    if expert is not None:
-        its = milder(Summary([entry]), largest_mean)
-        way = f"set exponent: {exponent_of(its):g}, or " if its else ""
-        yield (
-            f"{expert} has more than {DOMINANT:.0%} of the merge, so almost nothing of the "
-            f"others is left; {way}give it a smaller weight (its prior).",
-            expert,
-        )
-    if not entry.directions or not entry.directions.scale:
-        return
-    scale, taking_part = entry.directions.scale, experts_in(entry)
-    for expert, kept in zip(entry.experts, entry.directions.kept, strict=True):
-        if expert in taking_part and kept / scale < HARDLY:
-            yield (
-                f"the merge keeps less than {HARDLY:.0%} of the task vector of {expert}; give it "
-                "a larger weight (its prior).",
-                expert,
-            )
-    if entry.directions.squared_norm > (STRETCHED * scale) ** 2 * sum(entry.squared_norms):
-        yield (
-            f"the merge moves more than {STRETCHED} times as far as orthogonal experts would "
-            "together, and may be broken; set a smaller lambda, or granularity: model.",
-            None,
-        )

@@ -4,10 +4,10 @@ import logging
 from collections import Counter
 from typing import NamedTuple
 
-import transformers
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
+from mergekit_metagpt.measure.vocabularies import load_tokenizer
 from mergekit_metagpt.planning.config import parts
 from mergekit_metagpt.wording import BadInputError
 
@@ -26,9 +26,6 @@ def most_frequent(config: MergeConfiguration) -> Tie | None:
 
     MergeKit asks the models in the order of a set. The order here is that of the config, the base
     first.
-
-    Raises:
-        BadInputError: if MergeKit would not accept that template as text.
     """
     if config.chat_template != "auto":
         return None
@@ -37,15 +34,11 @@ def most_frequent(config: MergeConfiguration) -> Tie | None:
     found = {model: template for model in models if (template := _template(model))}
     counts = Counter(found.values())
     tied = [template for template in counts if counts[template] == max(counts.values())]
-    if len(tied) < 2:
+    # MergeKit would take any other for a name.
+    template = next((text for text in tied if len(text) >= 20 and "{" in text), None)
+    if len(tied) < 2 or template is None:
         return None
-    template = tied[0]
     model = next(model for model in found if found[model] == template)
-    if len(template) < 20 or "{" not in template:  # MergeKit takes this for a name
-        raise BadInputError(
-            f"chat_template: auto would take that of {model}, {template!r}, since {len(tied)} are "
-            "equally frequent, but that is no template; name one, such as chat_template: chatml."
-        )
     return Tie(
         template,
         f"chat_template: auto takes the most frequent template, but {len(tied)} are equally "
@@ -66,13 +59,11 @@ def with_chosen_template(config: MergeConfiguration) -> MergeConfiguration:
 def _template(model: ModelReference) -> str | None:
     """Return a model's chat template as MergeKit finds it."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            model.model.path, revision=model.model.revision
-        )
-    except Exception as error:  # tokenizers raise many kinds of errors; MergeKit goes on, too
-        LOG.info("No tokenizer could be loaded for %s: %s", model, error)
+        tokenizer = load_tokenizer(model, None, trust_remote_code=False)
+    except BadInputError as error:  # MergeKit goes on, too
+        LOG.info("%s", error)
         return None
-    template = tokenizer.chat_template
+    template = tokenizer and tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     return template.strip() if template else None

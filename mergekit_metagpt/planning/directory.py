@@ -7,7 +7,6 @@ is complete there is always part of this merge, and the same command, run again,
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -16,14 +15,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mergekit_metagpt.planning.work import REMOVED, Work
+from mergekit_metagpt.planning.work import Work
 from mergekit_metagpt.wording import BadInputError, reason
 
 LOG = logging.getLogger(__name__)
-
-_WORK = re.compile(r"(.*)\.metagpt-[0-9a-f]{16}(\.removed)?", re.DOTALL)
-# Of the 255 bytes that file systems allow, what is left beside ".metagpt-KEY.removed".
-_LONGEST_NAME = 222
 
 
 @dataclass(frozen=True)
@@ -45,36 +40,19 @@ class Output:
 
     @classmethod
     def of(cls, out: Path | str) -> "Output":
-        """Look at an output as it is now.
-
-        Raises:
-            BadInputError: if its name leaves no room for that of its work directory.
-        """
+        """Look at an output as it is now."""
         path = Path(out).resolve()
-        if len(os.fsencode(path.name)) > _LONGEST_NAME:
-            raise BadInputError(
-                f"The name of output directory {out} is too long; choose one of at most "
-                f"{_LONGEST_NAME} bytes."
-            )
         return cls(path, path if path.is_dir() else path.parent)
 
     def works(self) -> list[Work]:
-        """Return the work directories of unfinished merges into this output."""
-        return [Work(path) for path in self._own_directories() if path.suffix != REMOVED]
-
-    def _own_directories(self) -> list[Path]:
-        """Return work directories, also those that a killed process was removing.
+        """Return the work directories of unfinished merges into this output.
 
         They are beside the output, or inside it; it may have been made since, or removed.
         """
         found = (*self.path.parent.glob("*.metagpt-*"), *self.path.glob("*.metagpt-*"))
-        return [
-            path
-            for path in sorted(found)
-            if (name := _WORK.fullmatch(path.name))
-            and name[1] == self.path.name
-            and (path / "complete").is_dir()
-        ]
+        name = re.compile(re.escape(self.path.name) + r"\.metagpt-[0-9a-f]{16}")
+        works = [Work(path) for path in sorted(found) if name.fullmatch(path.name)]
+        return [work for work in works if (work.path / "complete").is_dir()]
 
     def _lock(self, place: Path) -> Path:
         return place / f"{self.path.name}.metagpt-lock"
@@ -83,9 +61,9 @@ class Output:
         """Return what the output holds, except for files of unfinished merges into it."""
         if not self.path.is_dir():
             return set()
-        own = {self._lock(self.path), *self._own_directories()}
+        own = {self._lock(self.path)}
         for work in self.works():
-            own |= {self.path / name for name in work.moved}
+            own |= {work.path, *(self.path / name for name in work.moved)}
         return set(self.path.iterdir()) - own
 
     @contextmanager
@@ -104,11 +82,8 @@ class Output:
                 locks.enter_context(self._holding_lock(self._lock(place)))
             if self.contents():
                 raise BadInputError(f"Output directory {self.path} is not empty.")
-            for path in self._own_directories():
-                if path.suffix == REMOVED:
-                    shutil.rmtree(path)
-                else:
-                    Work(path).take_back(self.path)
+            for work in self.works():
+                work.take_back(self.path)
             yield
 
     @contextmanager

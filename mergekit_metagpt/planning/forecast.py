@@ -14,21 +14,21 @@ from mergekit import merge_methods
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task
-from mergekit.merge_methods.base import TensorGroup
 from mergekit.options import MergeOptions
+from torch import Tensor
 
-from mergekit_metagpt.core.coefficients import Norms, kept_of_parts
+from mergekit_metagpt.core.coefficients import kept_of_parts
 from mergekit_metagpt.core.granularities import moved
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import working_dtype
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.provider import PROVIDER
-from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.measure.survey import Survey, Surveyed
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.method.merge_method import MetaGPTMerge, by_directions
 from mergekit_metagpt.method.summary import Entry, Summary
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.planning.config import parameter_sets
+from mergekit_metagpt.planning.config import base_and_experts, parameter_sets
 from mergekit_metagpt.planning.planner import Planner, TensorMerge
 from mergekit_metagpt.wording import BadInputError
 from mergekit_metagpt.workers import Mapper, in_this_process
@@ -133,7 +133,7 @@ def forecast(
         )
     if moving := next((merge.name for merge in merges if merge.moves_layers), None):
         raise moved(moving)
-    base = _only_base(merges)
+    base, _ = base_and_experts(config)
     experts = tuple(canonical({model for merge in merges for model in merge.models} - {base}))
     device = options.device or "cpu"
 
@@ -148,7 +148,7 @@ def forecast(
         name = merge.name
         if _is_as_surveyed(merge, survey, base):
             norms, dtype = survey.squared_norms[name], survey.dtypes[name]
-            surveyed = _Surveyed(name, experts, norms, dtype)
+            surveyed = Surveyed(name, experts, norms, dtype)
             entries[name] = _entry(merge, surveyed, survey.sizes[name], survey_of)
         else:
             others.setdefault(merge.task.gather_tensors, []).append(merge)
@@ -157,7 +157,9 @@ def forecast(
     for task, tensors in executor.run(quiet=quiet):
         if all(tensor.is_floating_point() for tensor in tensors.values()):  # others are copied
             for merge in others[task]:
-                entries[merge.name] = _measured(merge, tensors, base, survey_of)
+                size = tensors[base].numel()
+                loaded = _inputs(merge, tensors, base)
+                entries[merge.name] = _entry(merge, loaded, size, survey_of)
     in_order = {merge.name: entries[merge.name] for merge in merges if merge.name in entries}
     return Forecast(config, method, base, experts, survey, merges, in_order)
 
@@ -179,27 +181,6 @@ def own_method(config: MergeConfiguration) -> MetaGPTMerge:
     return method
 
 
-def _only_base(merges: list[TensorMerge]) -> ModelReference:
-    bases = {merge.base for merge in merges}
-    if len(bases) != 1:
-        raise BadInputError(
-            "The slices of this merge have different base models; plan them one by one."
-        )
-    (base,) = bases
-    assert base is not None  # MergeKit plans no merge of these methods without one
-    return base
-
-
-@dataclass(frozen=True)
-class _Surveyed:
-    """The task vectors of a tensor that need not be loaded, since the survey has measured them."""
-
-    name: str
-    ids: tuple[ModelReference, ...]
-    squared_norms: Norms
-    dtype: torch.dtype
-
-
 def _is_as_surveyed(merge: TensorMerge, survey: Survey, base: ModelReference) -> bool:
     """Whether a merge has the norms of the survey, bit for bit.
 
@@ -217,32 +198,22 @@ def _is_as_surveyed(merge: TensorMerge, survey: Survey, base: ModelReference) ->
     )
 
 
-def _measured(
-    merge: TensorMerge,
-    tensors: dict[ModelReference, Any],
-    base: ModelReference,
-    survey_of: SurveyOf,
-) -> Entry:
-    """Measure a tensor as MergeKit loads it."""
-    ids = [model for model in merge.models if model in tensors]
-    group = TensorGroup.from_tensors(
-        [tensors[model] for model in ids], ids=ids, base_index=ids.index(base), name=merge.name
-    )
-    inputs = TensorInputs.of(group)
-    experts: Any = inputs.ids
-    size = inputs.base.numel()
-    if not merge.by_direction:
-        return _entry(merge, inputs, size, survey_of)
-    parameters = merge.method_parameters(experts)
-    found = by_directions(inputs, PROVIDER.models_of([inputs]).shape_of, parameters)
-    return Entry.of(merge.name, experts, found.squared_norms, size, parameters, found)
+def _inputs(
+    merge: TensorMerge, tensors: dict[ModelReference, Tensor], base: ModelReference
+) -> TensorInputs:
+    experts = canonical(tensors.keys() - {base})
+    loaded = tuple(tensors[expert] for expert in experts)
+    return TensorInputs(merge.name, base, tensors[base], tuple(experts), loaded)
 
 
 def _entry(merge: TensorMerge, vectors: Any, size: int, survey_of: SurveyOf) -> Entry:
-    """Choose the coefficients of one tensor as the merge will."""
-    experts = vectors.ids
-    parameters = merge.method_parameters(experts)
-    norms = vectors.squared_norms
-    if merge.granularity and merge.granularity.needs_survey:
-        norms = survey_of(experts).norms_of(vectors, parameters["granularity"])
-    return Entry.of(merge.name, experts, norms, size, parameters)
+    """Choose the coefficients of one tensor, loaded or surveyed, as the merge will."""
+    parameters, found = merge.method_parameters(vectors.ids), None
+    if merge.by_direction:
+        found = by_directions(vectors, PROVIDER.models_of([vectors]).shape_of, parameters)
+        norms = found.squared_norms
+    elif merge.granularity and merge.granularity.needs_survey:
+        norms = survey_of(vectors.ids).norms_of(vectors, parameters["granularity"])
+    else:
+        norms = vectors.squared_norms
+    return Entry.of(merge.name, vectors.ids, norms, size, parameters, found)

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 from mergekit.architecture import ModelArchitecture, arch_info_for_config
 from mergekit.common import ModelPath, ModelReference
@@ -157,17 +156,13 @@ def _adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> s
     if isinstance(place, Repository):
         return None
     try:
-        settings = json.loads(Path(place.path, "adapter_config.json").read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("it holds no mapping of keys to values")
+        json.loads(place.text("adapter_config.json")).items()
     except FileNotFoundError:
-        said = (
-            "is a whole model; list it as a model of its own"
-            if place.holds("config.json")
-            else "has no adapter_config.json; correct the path, or save the adapter again"
-        )
-        raise BadInputError(f"Adapter {lora} of model {model} {said}.") from None
-    except (OSError, ValueError, RecursionError) as error:
+        raise BadInputError(
+            f"Adapter {lora} of model {model} has no adapter_config.json; correct the path, save "
+            "the adapter again, or list it as a model of its own if it is a whole one."
+        ) from None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise BadInputError(
             f"The adapter_config.json of adapter {lora} of model {model} is corrupt "
             f"({reason(error)}); save the adapter again."

@@ -8,14 +8,11 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-# What a work directory that is being removed is called after.
-REMOVED = ".removed"
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Work:
         """Make the directory, or clear it of everything that is not complete."""
         for directory in (self.merged, self.path / "complete"):
             directory.mkdir(parents=True, exist_ok=True)
-        (self.path / "stopped").unlink(missing_ok=True)
+        self.stopped.unlink(missing_ok=True)
         for leftover in self.path.glob("unfinished-*"):  # of a process that was killed
             shutil.rmtree(leftover)
         records = self.records
@@ -74,19 +71,9 @@ class Work:
         _write_whole(self.path / "merge.json", facts)
 
     @property
-    def is_stopped(self) -> bool:
-        """Whether tasks of a cluster that have not begun are to end at once."""
-        return (self.path / "stopped").exists()
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Let tasks of a cluster end before the context does."""
-        mark = self.path / "stopped"
-        mark.touch()
-        try:
-            yield
-        finally:
-            mark.unlink()
+    def stopped(self) -> Path:
+        """A file that is there when tasks of a cluster that have not begun are to end at once."""
+        return self.path / "stopped"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -124,11 +111,8 @@ class Work:
         (self.path / "moved.json").unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove the directory, which tasks of a cluster may still be writing to."""
-        removed = self.path.with_name(self.path.name + REMOVED)
-        with suppress(OSError):
-            os.rename(self.path, removed)  # so that they can make no more files there
-        shutil.rmtree(removed, ignore_errors=True)
+        """Remove the directory, as far as that is possible."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _rank(name: str) -> int:
