@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _SWITCH = "MERGEKIT_METAGPT_AUTOLOAD"
 _REGISTRY = "mergekit.merge_methods.registry"
+_STOCK_CLASS = "GeneralizedTaskArithmeticMerge"
 
 
 def install() -> None:
@@ -81,6 +82,7 @@ class _Finder:
 
     def __init__(self) -> None:
         self._searches: set[tuple[int, str]] = set()
+        self._leads = False
 
     def find_spec(
         self,
@@ -88,6 +90,8 @@ class _Finder:
         path: "Sequence[str] | None" = None,
         target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
+        if not self._leads:
+            self._lead(name)
         hook = _HOOKS.get(name)
         search = (_thread.get_ident(), name)
         if hook is None or search in self._searches:  # another finder calls this one
@@ -108,6 +112,15 @@ class _Finder:
             if spec is not None:
                 return spec
         return None
+
+    def _lead(self, name: str) -> None:
+        """Move to the front if another finder, such as a type checker's, has found MergeKit."""
+        if name == "mergekit":
+            self._leads = True
+        elif "mergekit" in sys.modules:
+            self._leads = True
+            sys.meta_path.remove(self)
+            sys.meta_path.insert(0, self)
 
 
 class _Loader:
@@ -137,6 +150,12 @@ def _run(hook: "Callable[[ModuleType], None]", module: "ModuleType") -> None:
 
 
 def _register(registry: "ModuleType") -> None:
+    method, stock = sys.modules.get("mergekit_metagpt.method.merge_method"), _STOCK_CLASS
+    if method is not None and getattr(method, stock) is not getattr(registry, stock):
+        # MergeKit was imported again: remove our modules, whose classes derive from the old one.
+        for name in [n for n in sys.modules if n.startswith("mergekit_metagpt.")]:
+            if name != __name__:
+                del sys.modules[name]
     register()
     if not any(method.spec.name == "metagpt" for method in registry.registered_methods()):
         raise RuntimeError("it has no task arithmetic")

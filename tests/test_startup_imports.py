@@ -78,11 +78,36 @@ class Asking:
 sys.meta_path.insert(0, Asking())
 """
 
+# As typeguard and jaxtyping do.
+ASKS_THE_PATHS = """
+import sys
+from importlib.machinery import PathFinder, SourceFileLoader
+class Checked(SourceFileLoader):
+    pass
+class TypeChecker:
+    def find_spec(self, name, *arguments):
+        if name.split(".")[0] == "mergekit":
+            spec = PathFinder.find_spec(name, *arguments)
+            if isinstance(spec.loader, SourceFileLoader):
+                spec.loader = Checked(spec.loader.name, spec.loader.path)
+            return spec
+sys.meta_path.insert(0, TypeChecker())
+import mergekit.merge_methods.registry as registry
+assert type(registry.__loader__).__name__ == type(registry.__spec__.loader).__name__ == "Checked"
+"""
+
 RELOADS = """
 import importlib, sys
 import mergekit.merge_methods.registry
 importlib.reload(sys.modules["mergekit.merge_methods.generalized_task_arithmetic"])
 importlib.reload(sys.modules["mergekit.merge_methods.registry"])
+"""
+
+IMPORTS_ANEW = """
+import sys
+import mergekit.merge_methods, mergekit_metagpt.planning.forecast
+for name in [name for name in sys.modules if name.split(".")[0] == "mergekit"]:
+    del sys.modules[name]
 """
 
 COPIES_THE_LOADER = """
@@ -107,7 +132,9 @@ for name in ("mergekit.merge_methods", "mergekit.merge_methods.registry"):
     inspect.getsource(module)
 """
 
-BEFORE = [ASKS_THE_OTHERS, RELOADS, COPIES_THE_LOADER, IMPORTS_GENOMES_FIRST]
+BEFORE = [
+    ASKS_THE_OTHERS, ASKS_THE_PATHS, RELOADS, IMPORTS_ANEW, COPIES_THE_LOADER, IMPORTS_GENOMES_FIRST
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("before", BEFORE)
