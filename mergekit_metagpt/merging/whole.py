@@ -134,7 +134,7 @@ def _merge_at_once(job: Job, work: Work, inputs: dict[str, Stat]) -> None:
         # fail after hours of work.
         config = job.parsed.model_copy(deep=True)
         options = {"write_model_card": False, "quiet": not job.progress}
-        with noted() as entries:
+        with noted(in_all_threads=True) as entries:
             run_merge(config, str(work.merged), job.options.model_copy(update=options))
         require_in_range(work.merged, job.parsed.out_dtype)
         _describe(work, job)

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import Lock
 
 from mergekit_metagpt.method.advice import concerns, share, warnings
@@ -15,24 +16,37 @@ LOG = logging.getLogger(__name__)
 # What shows in tensors with this part of the parameters is worth a warning.
 _PART = 0.1
 
-# Where this package's jobs note entries, one job at a time. MergeKit merges in threads, too.
-_NOTED: list[list[Entry]] = []
+_NOTED: ContextVar[list[Entry] | None] = ContextVar("noted", default=None)
+# Where threads note entries that have no list of their own.
+_EVERYWHERE: list[list[Entry]] = []
 
 
 @contextmanager
-def noted() -> Iterator[list[Entry]]:
-    """Collect an entry for each tensor that any thread merges within this context."""
-    _NOTED.append([])
+def noted(*, in_all_threads: bool = False) -> Iterator[list[Entry]]:
+    """Collect an entry for each tensor that is merged within this context.
+
+    Args:
+        in_all_threads: also those merged by threads that have been started since, which
+            inherit no context: those of MergeKit's multi-GPU executor.
+    """
+    entries: list[Entry] = []
+    token = _NOTED.set(entries)
+    if in_all_threads:
+        _EVERYWHERE.append(entries)
     try:
-        yield _NOTED[-1]
+        yield entries
     finally:
-        _NOTED.pop()
+        _EVERYWHERE.clear()
+        _NOTED.reset(token)
 
 
 def note(entry: Entry, models: Models) -> None:
     """Note how a tensor was merged; if nobody collects the entries, look at it and warn."""
-    if _NOTED:
-        _NOTED[-1].append(entry)
+    entries = _NOTED.get()
+    if entries is None and _EVERYWHERE:
+        entries = _EVERYWHERE[-1]
+    if entries is not None:
+        entries.append(entry)
     elif size := models.parameters:
         WATCH.look_at(entry, _PART * size)
 

@@ -111,8 +111,9 @@ class Work:
         (self.path / "moved.json").unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove the directory, as far as that is possible."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the directory; until the end it is one that a later merge recognizes."""
+        for path in (self.merged, self.path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _rank(name: str) -> int:
