@@ -9,12 +9,10 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from click.testing import CliRunner
-from conftest import llama_config, merge_config, read, save_family, write_yaml
+from conftest import llama_config, merge_config, read, save_family
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -227,34 +225,3 @@ class TestGenerationConfigs:
         (warning,) = (r.getMessage() for r in caplog.records if GENERATION in r.getMessage())
         assert f"{stops['base']}/{GENERATION} was not copied" in warning
         assert "token 3 is '<end>' there but 'other' in the merge" in warning
-
-
-class TestTheStockCommandWarns:
-    def warnings(self, config: dict[str, Any], tmp_path: Path, caplog: Any) -> list[str]:
-        forget_files()
-        yml = write_yaml(tmp_path / "merge.yml", config)
-        words = [str(yml), str(tmp_path / "stock"), "--quiet", "--no-copy-tokenizer"]
-        done = CliRunner().invoke(mergekit_yaml, words)
-        assert done.exit_code == 0, done.output
-        return [r.getMessage() for r in caplog.records if "The merge will" in r.getMessage()]
-
-    def test_of_a_head(self, tied, tmp_path, caplog):
-        add_head(tied["base"])  # is no head of its own
-        untie(tied["b"])
-        self.warnings(merge_config(tied), tmp_path, caplog)
-        (warning,) = (r.getMessage() for r in caplog.records if "its own" in r.getMessage())
-        assert f"Model {tied['b']} has a head of its own ({HEAD})" in warning
-
-    def test_of_dtypes_and_the_generation_config(self, tmp_path, caplog):
-        paths = save_family(tmp_path / "half", llama_config(), dtype=torch.bfloat16)
-        paths["b"] = save_family(tmp_path / "full", llama_config())["b"]
-        config = merge_config(paths, chat_template="chatml")
-        first, second = self.warnings(config, tmp_path, caplog)
-        assert (
-            "will be stored in torch.float32, but its config.json will say torch.bfloat16" in first
-        )
-        assert f"{paths['base']}/{GENERATION}" in second
-        assert "sets chat_template" in second
-
-    def test_of_nothing_else(self, family, tmp_path, caplog):
-        assert self.warnings(merge_config(family, dtype="float16"), tmp_path, caplog) == []

@@ -38,11 +38,8 @@ class Provider:
         self._known.clear()
         checkpoints = _checkpoints_of(ids, base)
         if checkpoints is not None:
-            from mergekit_metagpt.measure.stock import warn_of_untold
-
             self._note_options()
             SURVEYS.begin(checkpoints)
-            warn_of_untold(checkpoints)
 
     def require_unchanged(self, ids: Sequence[Hashable], base: Hashable) -> None:
         """Stop a merge if a weight file has changed since it began."""
