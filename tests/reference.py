@@ -95,12 +95,33 @@ def assert_merged(
         assert (abs(as_float64(tensor) - expected[name]) <= allowed).all(), name
 
 
-def by_directions(
-    taus: list[np.ndarray], priors: list[float] | None = None, exponent: float = 0.0
+def by_role(
+    taus: list[np.ndarray], role: str, priors: list[float], exponent: float = 0.0
 ) -> np.ndarray:
-    """M of granularity direction for a matrix; needs that Q holds all that the experts move."""
-    weights = np.array(priors or [1.0] * len(taus), float)
-    weights /= weights.max()
+    """M of granularity direction; needs that Q holds all that the experts move."""
+    if role == "TRANSPOSED":
+        turned = [tau.swapaxes(-1, -2) for tau in taus]
+        return by_role(turned, "LINEAR", priors, exponent).swapaxes(-1, -2)
+    if role == "LINEAR" and taus[0].ndim > 2:  # matrix by matrix
+        return np.stack([by_role(its, role, priors, exponent) for its in zip(*taus, strict=True)])
+    weights = np.array(priors) / max(priors)
+    moving = [t for t, tau in enumerate(taus) if weights[t] and tau.any()]
+    weights, moved = weights[moving], [taus[t] for t in moving]
+    if len(moved) < 2:  # an expert alone is added whole
+        return sum((w * tau for w, tau in zip(weights, moved, strict=True)), 0 * taus[0])
+    if role == "LINEAR":
+        return by_directions(moved, weights, exponent)
+    axes = () if role == "ELEMENTS" else tuple(range(1, taus[0].ndim))
+    energies = [
+        w * np.linalg.norm(tau) ** (exponent - 2) * (tau**2).sum(axes, keepdims=True)
+        for w, tau in zip(weights, moved, strict=True)
+    ]
+    total = np.maximum(sum(energies), 1e-300)
+    parts = zip(weights, energies, moved, strict=True)
+    return sum(w * energy / total * tau for w, energy, tau in parts)
+
+
+def by_directions(taus: list[np.ndarray], weights: np.ndarray, exponent: float) -> np.ndarray:
     norms = np.array([(tau**2).sum() for tau in taus])
     shares = weights * norms ** (exponent / 2)
     shares /= shares.sum()
