@@ -76,52 +76,36 @@ def test_every_method_may_evolve_and_density_where_there_is_one():
 
 
 @pytest.mark.parametrize(
-    ("method", "settings"),
+    ("method", "settings", "genes"),
     [
-        ("metagpt", {}),
-        ("metagpt", {"layer_granularity": 1}),
-        ("metagpt_ties", {"filters": ["mlp"]}),
+        # The first genome of mergekit-evolve gives equal weights, which are equal priors.
+        ("metagpt", {}, {}),
+        ("metagpt", {"layer_granularity": 1}, {}),
+        ("metagpt_ties", {"filters": ["mlp"]}, {}),
+        ("metagpt", {}, {"a_weight": 3.0, "b_weight": 0.5}),
+        (
+            "metagpt_ties",
+            {"normalize": True},
+            {"a_weight": 3.0, "a_density": 0.4, "b_weight": 0.5, "b_density": 0.8},
+        ),
     ],
 )
-def test_evolution_starts_at_the_closed_form(method, settings, family, evaluator, merge):
-    """The first genome of mergekit-evolve gives equal weights, which are equal priors."""
-    one = evaluator(method, normalize=False, **settings)
-    merged = one.merge(one.genome.initial_genotype())
-    closed = merge_config(family, method, dtype="bfloat16", parameters={"normalize": False})
-    for name, tensor in merge(closed).items():
-        assert tensor.dtype == torch.bfloat16
-        assert torch.equal(merged[name], tensor)
-
-
-@pytest.mark.parametrize(
-    ("method", "genes"),
-    [
-        ("metagpt", {"a_weight": 3.0, "b_weight": 0.5}),
-        ("metagpt_ties", {"a_weight": 3.0, "a_density": 0.4, "b_weight": 0.5, "b_density": 0.8}),
-    ],
-)
-def test_the_genes_are_priors_and_densities(method, genes, family, evaluator, merge):
-    one = evaluator(method, normalize=method == "metagpt_ties")
-    genotype = torch.tensor(list(genes.values()), dtype=torch.float64)
-    arrays = one.genome.genotype_to_param_arrays(genotype)
-    assert {name: arrays[name].item() for name in arrays} == pytest.approx(genes)
-    parameters = {"int8_mask": True} if method == "metagpt_ties" else {}
-    config = merge_config(family, method, dtype="bfloat16", parameters=parameters)
-    for model, name in zip(config["models"], "ab", strict=True):
-        own = {gene[2:]: value for gene, value in genes.items() if gene.startswith(name)}
-        model["parameters"] = own
+def test_the_genes_are_priors_and_densities(method, settings, genes, family, evaluator, merge):
+    one = evaluator(method, **{"normalize": False, **settings})
+    genotype = one.genome.initial_genotype()
+    config = merge_config(family, method, dtype="bfloat16", parameters={"normalize": False})
+    if genes:
+        genotype = torch.tensor(list(genes.values()), dtype=torch.float64)
+        arrays = one.genome.genotype_to_param_arrays(genotype)
+        assert {name: arrays[name].item() for name in arrays} == pytest.approx(genes)
+        config["parameters"] = {"int8_mask": True} if method == "metagpt_ties" else {}
+        for model, name in zip(config["models"], "ab", strict=True):
+            model["parameters"] = {
+                gene[2:]: value for gene, value in genes.items() if gene.startswith(name)
+            }
     merged, expected = one.merge(genotype), merge(config)
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
-
-
-def test_a_smooth_genome_lets_priors_run_from_layer_to_layer(family, evaluator):
-    one = evaluator(smooth=True, layer_granularity=1)
-    assert one.genome.initial_genotype().numel() == 2 * 3
-    even = one.merge(torch.ones(6))
-    tilted = one.merge(torch.tensor([1.0, 1.0, 1.0, 1.0, 9.0, 1.0]))
-    same = {name for name in even if torch.equal(even[name], tilted[name])}
-    assert any("layers.0." in name for name in same)
-    assert not any("layers.2." in name and "norm" not in name for name in same)
 
 
 @pytest.mark.xdist_group("ray")

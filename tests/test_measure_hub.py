@@ -11,13 +11,20 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import invoke, llama_config, merge_config, read, save_family, write_yaml
+from conftest import (
+    invoke,
+    llama_config,
+    merge_config,
+    read,
+    save_adapter,
+    save_family,
+    write_yaml,
+)
 from hub_server import serving
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
-from test_adapters import lora, renamed, save_adapter
 
 import mergekit_metagpt
 from mergekit_metagpt.measure.hub import find_on_hub
@@ -266,10 +273,11 @@ def test_what_cannot_be_read_in_parts_is_downloaded(hub, on_disk, copied, caplog
 
 
 def test_an_adapter_is_checked_by_its_header(hub, on_disk, tmp_path):
-    adapter = save_adapter(on_disk["base"], tmp_path / "lora", lora())
+    adapter = save_adapter(on_disk["base"], tmp_path / "lora")
     hub.put("org/whole", adapter)
     hub.put("org/part", shutil.copytree(adapter, tmp_path / "part"))
-    renamed("q_proj", "wq")(tmp_path / "part")
+    tensors = {n.replace("q_proj", "wq"): t for n, t in load_file(adapter / WEIGHTS).items()}
+    save_file(tensors, tmp_path / "part" / WEIGHTS)
     hub.put("org/empty", on_disk["base"])
     found = {}
     for name in ("whole", "part", "empty"):

@@ -165,12 +165,9 @@ class Expected:
     def __init__(self, models: Models, setup: Setup) -> None:
         base, experts = models.base, models.weights(setup)
         self.norms = reference.squared_norms(base, experts)
-        has_moved = sum(self.norms.values()) > 0  # else it has no share, whatever the exponent
-        with np.errstate(invalid="ignore"):  # no expert has moved
-            rows = reference.coefficients(
-                base, experts, setup.granularity, list(has_moved * 1.0), setup.exponent
-            )
-        self.rows = {name: np.nan_to_num(row) for name, row in rows.items()}
+        self.rows = reference.coefficients(
+            base, experts, setup.granularity, exponent=setup.exponent
+        )
         self.merged = reference.merged(base, experts, self.rows)
         if setup.granularity == "direction" or setup.method != "metagpt":
             states = dict(zip(map(models.path, setup.experts), experts, strict=True))
