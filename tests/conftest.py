@@ -129,7 +129,7 @@ def save_tokenizer(model: Path | str, *words: str, **special: str) -> None:
     """Write a tokenizer that splits a text at spaces."""
     vocabulary = {word: number for number, word in enumerate(words)}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=words[0]))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(model)
 
 

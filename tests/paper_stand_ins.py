@@ -1,4 +1,4 @@
-"""Tiny stand-ins for the models and the tasks of the paper's tables."""
+"""Tiny stand-ins for the models of the hub, and for the tasks of the paper's tables."""
 
 import json
 from collections.abc import Iterable
@@ -9,10 +9,7 @@ from zlib import crc32
 import torch
 import transformers
 import yaml
-from conftest import VOCABULARY, llama_config, perturb, write_yaml
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from conftest import VOCABULARY, llama_config, perturb, save_tokenizer, write_yaml
 
 QUESTIONS = 16  # of each task, more than there are solved examples
 
@@ -26,18 +23,15 @@ def save_models(folder: Path, names: Iterable[str]) -> None:
 
 
 def save_model(path: Path, tokens: int) -> None:
+    """Write a fine-tune of one tiny Llama, whatever its name, with a tokenizer."""
     torch.manual_seed(0)
     config = llama_config(max_position_embeddings=256)
     model = transformers.AutoModelForCausalLM.from_config(config)
     perturb(model, 0.05, seed=crc32(path.name.encode()))
     model.resize_token_embeddings(tokens, mean_resizing=False)
     model.save_pretrained(path)
-    vocabulary = {f"w{number}": number for number in range(tokens)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="w0", bos_token="w1", eos_token="w2"
-    ).save_pretrained(path)
+    words = [f"w{number}" for number in range(tokens)]
+    save_tokenizer(path, *words, unk_token="w0", bos_token="w1", eos_token="w2")
 
 
 def save_tasks(folder: Path) -> None:

@@ -6,19 +6,17 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import peft
 import pytest
 import torch
 import transformers
 import yaml
-from conftest import VOCABULARY, llama_config, perturb, read
+from conftest import VOCABULARY, read, save_adapter
 from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.scripts.multimerge import load_config
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from paper_stand_ins import save_model
 
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import survey_checkpoints
@@ -45,43 +43,14 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
 
     def make(name: str) -> str:
         base, _, adapter = name.partition("+")
+        path = directory / (adapter or base).replace("/", "--")
         if adapter:
-            return f"{make(base)}+{make_adapter(make(base), directory / adapter)}"
-        path = directory / base.replace("/", "--")
+            return f"{make(base)}+{save_adapter(make(base), path, seed=crc32(adapter.encode()))}"
         if not path.exists():
-            save_model(path, base)
+            save_model(path, VOCABULARY + ADDED_TOKENS.get(base, 0))
         return str(path)
 
     return make
-
-
-def make_adapter(base: str, path: Path) -> Path:
-    if not path.exists():
-        torch.manual_seed(crc32(path.name.encode()))
-        settings = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-        model = transformers.AutoModelForCausalLM.from_pretrained(base)
-        peft.get_peft_model(model, peft.LoraConfig(r=2, **settings)).save_pretrained(path)
-    return path
-
-
-def save_model(path: Path, name: str) -> None:
-    """Write a fine-tune of the one tiny Llama, or Mistral, with a tokenizer."""
-    config = llama_config()
-    if "mistral" in name.lower() or "mammoth2" in name.lower():
-        settings = {**config.to_dict(), "sliding_window": 32}
-        settings.pop("model_type")
-        config = transformers.MistralConfig(**settings)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    perturb(model, 0.01, seed=crc32(name.encode()))
-    tokens = VOCABULARY + ADDED_TOKENS.get(name, 0)
-    model.resize_token_embeddings(tokens, mean_resizing=False)
-    model.save_pretrained(path)
-    vocabulary = {f"token{id_}": id_ for id_ in range(tokens)}
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="token0")),
-        unk_token="token0",
-    ).save_pretrained(path)
 
 
 def merges(text: str, stages: Path) -> dict[str | None, MergeConfiguration]:
