@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from benchmarks import results_file
 from benchmarks.harness_tasks import Example
 from benchmarks.language_model import __main__ as command
-from benchmarks.language_model import ablation, measure, sources
+from benchmarks.language_model import ablation, measure
 from benchmarks.language_model.ablation import DEFAULT, VARIANTS, Ablation
 from benchmarks.language_model.base import make_base
 from benchmarks.language_model.bench import Bench, Items
@@ -92,19 +92,6 @@ def test_splits_are_disjoint_the_same_each_time_and_fair(tmp_path: Path) -> None
         assert Counter(example.answer for example in split) == {"yes": count, "no": count}
     with pytest.raises(click.ClickException, match=r"Task add needs more than 90 .* has 81\."):
         splits("add", TASKS["add"], tmp_path, 40, 50)
-
-
-def test_records_that_do_not_fit_are_left_out(tmp_path: Path, monkeypatch: Any) -> None:
-    def prompts(records: list[tuple[str, str | None]], **definition: Any) -> list[str]:
-        given = [{"kind": kind, **({"text": text} if text else {})} for kind, text in records]
-        monkeypatch.setitem(sources.SOURCES, "given", lambda folder: iter(given))
-        task = {"source": {"given": {}}, "prompt": "{text}", "answer": "kind", **definition}
-        return sorted(it.prompt for part in splits("task", task, tmp_path, 0, 0) for it in part)
-
-    assert prompts([("a", "1"), ("c", "2"), ("a", None)], answers={"a": "A"}) == ["1"]
-    assert prompts([("a", "x1"), ("a", "x1"), ("a", "x2")]) == ["x1", "x2"]
-    assert len(prompts([("a", "x1"), ("a", "x2"), ("b", "x3")], distinct="kind")) == 2
-    assert prompts([("a", "word " * 50)])[0].startswith(" ".join(["word"] * 20))
 
 
 # The models

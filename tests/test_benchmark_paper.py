@@ -4,12 +4,10 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import click
 import lm_eval.tasks
 import pytest
 import yaml
@@ -24,7 +22,7 @@ from mergekit.scripts import run_yaml
 from paper_stand_ins import save_models, save_tasks
 
 from benchmarks.paper.__main__ import main
-from benchmarks.paper.merges import merge, with_local_models
+from benchmarks.paper.merges import with_local_models
 from benchmarks.paper.tables import Row, read_table, table_numbers
 from mergekit_metagpt.evaluation import harness
 from mergekit_metagpt.evaluation.averages import absolute_average, normalized_average
@@ -240,22 +238,6 @@ def test_code_is_run_only_when_asked_for(
     done = paper("1", "--only=LM", "--confirm-run-unsafe-code", out=tmp_path / "out")
     assert printed(done.stdout, "LM")[0][4:6] == ["50.00", "25.00"]
     assert "Not run" not in done.stdout
-
-
-def test_a_whole_merge_is_not_made_again_and_one_that_fails_leaves_its_config(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("benchmarks.paper.merges.subprocess.run", in_this_process)
-    row = local_row(2, "MetaGPT", models)
-    whole = merged_here(row, tmp_path / "whole" / "merged")
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    merge(row, whole)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    broken = replace(row, source={**row.source, "merge_method": "no_such_method"})
-    (tmp_path / "broken").mkdir()
-    with pytest.raises(click.ClickException, match=r"could not merge .*merge\.yml \(exit status 1"):
-        merge(broken, tmp_path / "broken" / "merged")
-    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["merge.yml"]
 
 
 def test_a_few_questions_are_kept_apart_and_what_lm_eval_lacks_is_said(

@@ -21,7 +21,6 @@ from paper_stand_ins import save_model
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import survey_checkpoints
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
-from mergekit_metagpt.planning.planner import Planner
 
 EXAMPLES = Path(__file__).parents[1] / "example_configs"
 
@@ -136,21 +135,3 @@ def test_vocabularies_that_differ_do_not_count_towards_the_coefficients(
     survey = survey_checkpoints(config.base_model, experts, progress=False)
     differ = set() if "mistral" in name else {"model.embed_tokens.weight", "lm_head.weight"}
     assert set(survey.left_out) == differ
-
-
-def test_priors_follow_the_layers_and_the_kinds_of_tensors(
-    stand_in: StandIn, tmp_path: Path
-) -> None:
-    config = localized(EXAMPLES / "priors-by-layer.yml", stand_in, tmp_path)[None]
-    models = [model.model for model in config.models]
-    merges = {merge.name: merge for merge in Planner(config, MergeOptions()).tensor_merges()}
-
-    def priors(tensor: str) -> list[float]:
-        return [merges[tensor].model_parameters[model]["weight"] for model in models]
-
-    of_layers = [([1.0, 0.5], 2.0), ([1.0, 1.0], 1.5), ([1.0, 2.0], 1.0)]
-    for number, (first, last) in enumerate(of_layers):
-        assert priors(f"model.layers.{number}.self_attn.q_proj.weight") == [*first, last]
-        assert priors(f"model.layers.{number}.mlp.up_proj.weight") == [*first, 0.5]
-    assert priors("model.layers.2.input_layernorm.weight") == [1.0, 2.0, 1.0]
-    assert priors("lm_head.weight") == [1.0, 0.5, 1.0]

@@ -20,22 +20,19 @@ from click.testing import CliRunner
 from conftest import merge_config, read, write_yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mergekit.merge_methods import merge_state_dicts, registered_methods
+from mergekit.merge_methods import merge_state_dicts
 from mergekit.scripts import run_yaml
 
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.core import buffers, task_vectors
-from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
 
 StateDict = dict[str, torch.Tensor]
-SPARSIFIED = [m for m in registered_methods() if isinstance(m, MetaGPTMerge) and not m.is_plain]
 GRANULARITIES = ["tensor", "layer", "model"]
 NAMES = ["layers.0.w", "layers.0.b", "layers.1.w", "embed", "layers.1.moe.experts.1.w"]
-# What DELLA can rank, as test_broken_inputs.py has it.
-RANKABLE = [(0,), (3,), (7, 5), (2, 3, 5), (4097,), (67, 71), (8192,)]
 SHAPES = [
-    *RANKABLE, (), (0, 3), (1,), (1, 9), (3, 1, 1, 2), (4096,), (129, 65), (300, 211),
+    (), (0,), (0, 3), (1,), (3,), (1, 9), (7, 5), (2, 3, 5), (3, 1, 1, 2), (4096,), (4097,),
+    (67, 71), (129, 65), (8192,), (300, 211),
 ]  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -82,17 +79,15 @@ def as_laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 @st.composite
-def families(
-    draw: st.DrawFn, least: int = -30, most: int = 30, several: bool = True, shapes: Any = SHAPES
-) -> tuple[StateDict, list[StateDict]]:
+def families(draw: st.DrawFn) -> tuple[StateDict, list[StateDict]]:
     """Draw a base and one to eight experts."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    names = draw(st.permutations(NAMES))[: draw(st.integers(1, len(NAMES))) if several else 1]
+    names = draw(st.permutations(NAMES))[: draw(st.integers(1, len(NAMES)))]
     count = draw(st.integers(1, 8))
     dtypes = draw(st.lists(st.sampled_from(DTYPES), min_size=1 + count, max_size=1 + count))
     if draw(st.booleans()):
         dtypes = dtypes[:1] * (1 + count)
-    exponents = st.integers(10 * least, 10 * most).map(lambda tenths: tenths / 10)
+    exponents = st.integers(-300, 300).map(lambda tenths: tenths / 10)
     even = draw(st.booleans())  # where all elements are equal, sums round alike
     origin = draw(st.one_of(exponents, st.none()))
     moves = [draw(st.one_of(exponents, st.none())) for _ in range(count)]
@@ -114,7 +109,7 @@ def families(
     base: StateDict = {}
     experts: list[StateDict] = [{} for _ in range(count)]
     for name in names:
-        shape = draw(st.sampled_from(shapes))
+        shape = draw(st.sampled_from(SHAPES))
         start = noise(shape, origin)
         base[name] = store(start, dtypes[0])
         for expert, exponent, dtype in zip(experts, moves, dtypes[1:], strict=True):
@@ -178,52 +173,7 @@ def test_any_tensors_merge_as_the_float64_reference(fuzz):
             assert tensor.shape == base[name].shape
             assert tensor.isfinite().all()
 
-    fuzz(case, 0.75, 120)
-
-
-def test_sparsified_merges_are_finite_repeatable_and_blind_to_order(fuzz):
-    shares = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.01, 0.99))
-
-    def case(data: st.DataObject) -> None:
-        method = data.draw(st.sampled_from(SPARSIFIED))
-        shapes = RANKABLE if "della" in method.spec.name else SHAPES
-        base, experts = data.draw(families(-8, 4, shapes=shapes))
-        density = data.draw(shares)
-        drawn = {
-            "density": density,
-            "gamma": data.draw(shares),
-            # MergeKit wants density ± epsilon between 0 and 1
-            "epsilon": data.draw(st.floats(0, 0.9)) * min(density, 1 - density),
-            "normalize": data.draw(st.booleans()),
-            "rescale": data.draw(st.booleans()),
-            "int8_mask": data.draw(st.booleans()),
-            "lambda": data.draw(st.floats(-1, 2)),
-            "granularity": data.draw(st.sampled_from(GRANULARITIES)),
-        }
-        known = {parameter.name for parameter in method.spec.parameters}
-        parameters = {name: value for name, value in drawn.items() if name in known}
-        models = {"base": base, **{f"e{t}": expert for t, expert in enumerate(experts)}}
-        seed = data.draw(st.integers(0, 99))
-
-        def merge(models: dict[str, StateDict]) -> StateDict | None:
-            torch.manual_seed(seed)
-            try:
-                return merge_state_dicts(models, method, base="base", parameters=parameters)
-            except ValueError as error:
-                if "overflows torch.float16" not in str(error):
-                    raise
-                return None
-
-        merged, again, turned = map(merge, (models, models, dict(reversed(models.items()))))
-        if merged is None:
-            assert again is turned is None
-            return
-        for name, tensor in merged.items():
-            assert tensor.isfinite().all()
-            assert torch.equal(tensor, again[name])
-            assert torch.equal(tensor, turned[name])
-
-    fuzz(case, 0.24, 60)
+    fuzz(case, 0.98, 120)
 
 
 def test_no_damage_to_a_header_makes_a_merge_crash_or_go_wrong(own, tmp_path, fuzz):

@@ -74,12 +74,6 @@ def test_mergekits_options_are_collected_in_their_order():
     }
 
 
-def test_a_squared_difference_is_written_in_place():
-    first, second, out = torch.tensor([1.0, 4.0]), torch.tensor([3.0, 4.0]), torch.empty(2)
-    assert mergekit_private.squared_difference(first, second, out) is out
-    assert out.tolist() == [4.0, 0.0]
-
-
 def test_chat_templates_are_files_of_a_package():
     from importlib.resources import files
 

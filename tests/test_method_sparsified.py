@@ -180,6 +180,7 @@ def test_the_bytes_are_those_of_mergekit(way, rule):
         shape=st.sampled_from(SHAPES),
         dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
         layout=st.sampled_from(["as it is", "zeros", "strided", "turned"]),
+        magnitude=st.integers(-4, 3),
         densities=st.lists(st.sampled_from([0.0, 1e-4, 0.3, 0.999, 1.0]), min_size=1, max_size=9),
         settings_=st.fixed_dictionaries(
             {
@@ -191,8 +192,9 @@ def test_the_bytes_are_those_of_mergekit(way, rule):
         ),
     )
     @settings(max_examples=120)
-    def check(method, shape, dtype, layout, densities, settings_):
-        base, experts = family(shape, dtype, experts=len(densities))
+    def check(method, shape, dtype, layout, magnitude, densities, settings_):
+        base, experts = family(shape, torch.float64, experts=len(densities))
+        base, *experts = ((10.0**magnitude * it).to(dtype) for it in (base, *experts))
         if layout == "zeros":  # keep their signs
             base = base * -0.0
         elif layout == "strided":
