@@ -11,6 +11,8 @@ import transformers
 import yaml
 from conftest import VOCABULARY, llama_config, perturb, save_tokenizer, write_yaml
 
+from benchmarks.quality.families import Score
+
 QUESTIONS = 16  # of each task, more than there are solved examples
 
 
@@ -32,6 +34,22 @@ def save_model(path: Path, tokens: int) -> None:
     model.save_pretrained(path)
     words = [f"w{number}" for number in range(tokens)]
     save_tokenizer(path, *words, unk_token="w0", bos_token="w1", eos_token="w2")
+
+
+def score(model: Path, examples: Iterable[tuple[str, str]]) -> Score:
+    """Score a model on prompts and answers without lm-eval."""
+    network = transformers.AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    losses, right = [], []
+    for prompt, answer in examples:
+        ids = tokenizer(f"{prompt} {answer}", return_tensors="pt")["input_ids"]
+        start = len(tokenizer(prompt)["input_ids"])
+        with torch.inference_mode():
+            predicted = network(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+        wanted = ids[0, start:]
+        losses.append(-predicted.gather(1, wanted[:, None]).sum().item())
+        right.append(bool((predicted.argmax(1) == wanted).all()))
+    return Score(100 * sum(right) / len(right), sum(losses) / len(losses))
 
 
 def save_tasks(folder: Path) -> None:

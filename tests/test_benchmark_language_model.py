@@ -13,6 +13,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from conftest import llama_config
+from paper_stand_ins import score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks import results_file
@@ -111,22 +112,6 @@ def test_only_answers_are_trained_on(work: Path) -> None:
 # The scores
 
 
-def loss_and_accuracy(model: Path, examples: list[Example]) -> Score:
-    """Score a model without lm-eval."""
-    network = transformers.AutoModelForCausalLM.from_pretrained(model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    losses, right = [], []
-    for example in examples:
-        batch = encoded(tokenizer, [example], torch.device("cpu"))
-        answer = batch.pop("labels")[0, 1:]
-        with torch.inference_mode():
-            predicted = network(**batch).logits[0, :-1].log_softmax(-1)
-        predicted, answer = predicted[answer >= 0], answer[answer >= 0]
-        losses.append(-predicted.gather(1, answer[:, None]).sum().item())
-        right.append(bool((predicted.argmax(1) == answer).all()))
-    return Score(100 * sum(right) / len(right), sum(losses) / len(losses))
-
-
 def test_every_model_is_scored(bench: Bench, family: LanguageFamily) -> None:
     merges = [row.name for row in FEW_ROWS]
     assert list(family.scores) == ["base", *map(expert_name, TASKS), *merges]
@@ -144,7 +129,7 @@ def test_every_model_is_scored(bench: Bench, family: LanguageFamily) -> None:
 
 def test_lm_eval_scores_what_was_trained(bench: Bench, family: LanguageFamily) -> None:
     for task, examples in bench.splits.items():
-        expected = loss_and_accuracy(bench.base, examples.test)
+        expected = score(bench.base, examples.test)
         assert family.scores["base"][task].loss == pytest.approx(expected.loss, rel=1e-4)
         assert family.scores["base"][task].accuracy == expected.accuracy
         assert family.gain(task) > 0

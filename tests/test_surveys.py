@@ -96,25 +96,12 @@ def test_slices_of_fewer_experts_take_their_part(three, tmp_path, passes):
     assert len(passes) == 1
 
 
-CHANGES = {
-    "a norm alone": rewrite,
-    "another file of the same name": lambda path: os.replace(
-        shutil.copy(f"{path}/../a/model.safetensors", f"{path}/new"), f"{path}/model.safetensors"
-    ),
-    "its tokenizer": lambda path: save_tokenizer(path, *(f"w{n}" for n in range(60))),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_model_that_has_changed_is_measured_again(change, own, passes):
+def test_a_model_with_another_tokenizer_is_measured_again(own, passes):
     config = merge_config(own, parameters={"granularity": "model"})
     before = mergekit_metagpt.plan(config).coefficients
-    CHANGES[change](own["b"])
-    after = mergekit_metagpt.plan(config)
+    save_tokenizer(own["b"], *(f"w{n}" for n in range(60)))
+    assert mergekit_metagpt.plan(config).coefficients == before
     assert len(passes) == 2
-    norms = survey_checkpoints(own["base"], [own["a"], own["b"]], progress=False).model
-    assert list(after.coefficients.values()) == mergekit_metagpt.scaling_coefficients(norms)
-    assert (after.coefficients == before) == (change == "its tokenizer")
 
 
 def test_a_file_that_an_index_finds_in_a_folder_below_counts(own, passes):
