@@ -135,6 +135,8 @@ def test_the_figures_are_those_of_the_same_models_on_this_disk(
     parameters = {"granularity": granularity}
     there = measured(family, parameters=parameters)
     assert there == measured(on_disk, parameters=parameters)
+    assert not {str(model) for model in LoaderCache().loaders} & {"org/a", "org/b"}
+    assert there == measured({**family, "base": on_disk["base"]}, parameters=parameters)
     if granularity == "model":
         assert "weight:" in call(family, of="resolve").stdout
     assert any(file.endswith(".safetensors") for _, file, _ in hub.asked)
@@ -186,13 +188,6 @@ def test_a_worker_reads_a_model_in_one_file_that_the_main_process_has_found(hub,
     assert loader.get_tensor("lost", raise_on_missing=False) is None
     with pytest.raises(KeyError, match="lost"):
         loader.get_tensor("lost")
-
-
-def test_models_on_this_disk_and_on_the_hub_may_be_mixed_and_are_forgotten(
-    measured, hub, family, on_disk
-):
-    assert measured({**family, "base": on_disk["base"]}) == measured(on_disk)
-    assert not {str(model) for model in LoaderCache().loaders} & {"org/a", "org/b"}
 
 
 def test_a_check_reads_the_headers_there(call, hub, family, on_disk):
