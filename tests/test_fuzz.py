@@ -1,15 +1,13 @@
 """Random tensors against the float64 reference, and random damage to files.
 
 A few hundred cases, the same ones each time; ``pytest tests/test_fuzz.py --fuzz 10000`` runs
-that many, which differ from run to run, and says how many there were.
+that many, which differ from run to run.
 """
 
 import shutil
 import struct
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -38,19 +36,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.fixture
-def fuzz(request: pytest.FixtureRequest, capfd: Any) -> Iterator[Callable[..., None]]:
+def fuzz(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Run a test as often as its share of ``--fuzz`` asks for, or a few times."""
-    cases = 0
     wanted = request.config.getoption("--fuzz")
 
     def run(test: Callable[..., None], share: float, few: int) -> None:
-        nonlocal cases
-
-        def counted(**drawn: Any) -> None:
-            nonlocal cases
-            cases += 1
-            test(**drawn)
-
         number = max(1, round(wanted * share)) if wanted else few
         chosen = settings(
             max_examples=number,
@@ -58,12 +48,9 @@ def fuzz(request: pytest.FixtureRequest, capfd: Any) -> Iterator[Callable[..., N
             deadline=None,
             suppress_health_check=list(HealthCheck),
         )
-        chosen(given(data=st.data())(counted))()
+        chosen(given(data=st.data())(test))()
 
-    yield run
-    if wanted:
-        with capfd.disabled():
-            print(f"\n{request.node.name}: {cases} cases", file=sys.stderr, flush=True)
+    return run
 
 
 def as_laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
