@@ -47,7 +47,7 @@ MUTANTS = {
         "size - max(1, int(density * size))": "size - int(density * size)",
         "majority = votes.sum(dim=0).ge_(0)": "majority = votes.sum(dim=0).gt_(0)",
     },
-    ("measure/identity.py", "test_sequences.py"): {
+    ("measure/identity.py", "test_surveys.py"): {
         "return stat.st_ino, stat.st_size, stat.st_mtime_ns": "return stat.st_ino, stat.st_size, 0",
         "*([name, stat_of": "*([name] or [stat_of",
     },
