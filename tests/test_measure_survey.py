@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-import transformers
 from conftest import (
     VOCABULARY,
     edit,
@@ -99,32 +98,19 @@ class TestTies:
         alone = TensorInputs("layers.1.w", "base", torch.zeros(1), ("a",), (torch.ones(1),))
         assert found.norms_of(alone, "layer") == (4.0,)
 
-    def test_nothing_is_known_of_experts_that_may_be_tied_otherwise(self):
-        """A fresh survey ties no frozen tensors, and ties those that the others told apart."""
-        norms, sizes = {"w": (1.0, 2.0, 3.0), "table": (0.0, 0.0, 4.0)}, {"w": 2, "table": 2}
-        found = Survey(("a", "b", "c"), norms, sizes=sizes)
-        assert found.of_some(["b", "a"]).squared_norms == {"w": (2.0, 1.0), "table": (0.0, 0.0)}
-        assert found.of_some(["a", "d"]) is None
-        tied = Survey(("a", "b", "c"), norms, {"head": "table"}, sizes=sizes)
-        assert tied.of_some(["a", "b"]) is None
-        assert tied.of_some(["c", "a"]).tied == {"head": "table"}
-        alike = Survey(("a", "b"), {"w": (1.0, 2.0), "head": (1.0, 3.0)}, sizes={"w": 2, "head": 2})
-        assert alike.of_some(["a"]) is None
-
 
 class TestVocabularies:
     WORDS = tuple(f"t{n}" for n in range(VOCABULARY + 4))
 
     def test_one_of_another_size_is_left_out_and_logged(self, own, caplog, merge):
-        def is_vocabulary(name):
-            return name in (TABLE, HEAD)
+        def cut(path):
+            return {n: t[:VOCABULARY] if n in (TABLE, HEAD) else t for n, t in read(path).items()}
 
-        larger = transformers.LlamaForCausalLM(llama_config(vocab_size=VOCABULARY + 4))
-        rows = torch.ones(4, 32)
-        for name, tensor in read(own["a"]).items():
-            grown = torch.cat([tensor, rows]) if is_vocabulary(name) else tensor
-            larger.get_parameter(name).data = grown
-        larger.save_pretrained(own["a"])
+        def grow(tensors):
+            for name in (TABLE, HEAD):
+                tensors[name] = torch.cat([tensors[name], torch.ones(4, 32)])
+
+        edit(own["a"], grow)
         for name, path in own.items():
             save_tokenizer(path, *self.WORDS[: None if name == "a" else VOCABULARY])
         assert survey(own).left_out.keys() == {TABLE, HEAD}
@@ -132,12 +118,9 @@ class TestVocabularies:
         merged = merge(merge_config(own, **settings))
         assert "has shape [68, 32]" in caplog.text
         assert "does not count" in caplog.text
-        base, *experts = (
-            {n: t[:VOCABULARY] if is_vocabulary(n) else t for n, t in read(path).items()}
-            for path in own.values()
-        )
+        base, *experts = map(cut, own.values())
         inner = [
-            {n: t for n, t in model.items() if not is_vocabulary(n)} for model in (base, *experts)
+            {n: t for n, t in model.items() if n not in (TABLE, HEAD)} for model in (base, *experts)
         ]
         shared = reference.coefficients(inner[0], inner[1:], "model")["model.norm.weight"]
         reference.assert_merged(merged, base, experts, dict.fromkeys(base, shared))
