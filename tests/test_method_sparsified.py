@@ -181,7 +181,9 @@ def test_the_bytes_are_those_of_mergekit(way, rule):
         dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
         layout=st.sampled_from(["as it is", "zeros", "strided", "turned"]),
         magnitude=st.integers(-4, 3),
-        densities=st.lists(st.sampled_from([0.0, 1e-4, 0.3, 0.999, 1.0]), min_size=1, max_size=9),
+        densities=st.sampled_from([[0.3, 0.55, 0.8], [0.0, 1e-4, 0.3, 0.999, 1.0]]).flatmap(
+            lambda some: st.lists(st.sampled_from(some), min_size=1, max_size=9)
+        ),
         settings_=st.fixed_dictionaries(
             {
                 "gamma": st.sampled_from([0.01, 0.05, 0.5]),
