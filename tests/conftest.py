@@ -1,16 +1,19 @@
 """Helpers that make tiny checkpoints and merge them."""
 
 import filecmp
+import json
 import os
+import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import huggingface_hub
 import pytest
+import reference
 import tokenizers
 import torch
 import transformers
@@ -109,12 +112,53 @@ def perturb(model: torch.nn.Module, scale: float, seed: int) -> None:
             parameter += (scale * (1 + (number * 7 % 5)) * noise).to(parameter.dtype)
 
 
+def edit(model: Path | str, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the tensors of a checkpoint that has one weight file."""
+    file = Path(model, "model.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 def put_nan(model: str, name: str) -> None:
     """Write a NaN into one tensor of a checkpoint."""
-    file = f"{model}/model.safetensors"
-    tensors = load_file(file)
-    tensors[name].view(-1)[0] = torch.nan
-    save_file(tensors, file, metadata={"format": "pt"})
+    edit(model, lambda tensors: tensors[name].view(-1)[:1].fill_(torch.nan))
+
+
+def save_tokenizer(model: Path | str, *words: str, **special: str) -> None:
+    """Write a tokenizer that splits a text at spaces; the first word stands for unknown ones."""
+    vocabulary = {word: number for number, word in enumerate(words)}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=words[0]))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"unk_token": words[0], **special}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(model)
+
+
+def lora(**changes: Any) -> Any:
+    """Return settings of a LoRA adapter."""
+    import peft
+
+    return peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj", "down_proj"], **changes})
+
+
+def save_adapter(
+    base: str,
+    path: Path,
+    settings: Any = None,
+    seed: int = 0,
+    auto: Any = transformers.AutoModelForCausalLM,
+) -> Path:
+    """Write an adapter of a base that changes it."""
+    import peft
+
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(auto.from_pretrained(base), settings or lora())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    model.save_pretrained(path)
+    return path
 
 
 def save_family(
@@ -140,21 +184,16 @@ def save_family(
     return paths
 
 
-def save_tokenizer(model: str | Path, words: Sequence[str], **settings: Any) -> None:
-    """Write a tokenizer of whole words, of which the first stands for unknown ones."""
-    ids = {word: number for number, word in enumerate(words)}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=words[0]))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token=words[0], **settings
-    )
-    tokenizer.save_pretrained(model)
-
-
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A float32 Llama and two experts. Tests share them and must not change them."""
     return save_family(tmp_path_factory.mktemp("family"), llama_config())
+
+
+@pytest.fixture
+def own(family: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """A copy of the family that a test may change."""
+    return {name: str(shutil.copytree(path, tmp_path / name)) for name, path in family.items()}
 
 
 def merge_config(paths: dict[str, str], method: str = "metagpt", **changes: Any) -> dict[str, Any]:
@@ -209,6 +248,33 @@ def read(model: Path | str) -> dict[str, torch.Tensor]:
     """Return all tensors of a checkpoint directory."""
     loader = ModelReference(model=ModelPath(path=str(model))).lazy_loader()
     return {name: loader.get_tensor(name) for name in loader.index.tensor_paths}
+
+
+def assert_merge_of(out: Path | str, paths: dict[str, str], granularity: str = "tensor") -> None:
+    """Compare a merge of a family with the formula."""
+    base, *experts = map(read, paths.values())
+    expected = reference.coefficients(base, experts, granularity)
+    reference.assert_merged(read(out), base, experts, expected)
+
+
+WEIGHTS = {"model.safetensors", "config.json", "mergekit_config.yml", "metagpt.json"}
+WHOLE = WEIGHTS | {"README.md", "coefficients.png"}  # the files of a merge
+
+
+def invoke_merge(*words: object, status: int = 0) -> Result:
+    return invoke("merge", *words, "--quiet", "--no-copy-tokenizer", status=status)
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Return the contents of all files of a merge, but for the times in the record."""
+    found = {path.name: path.read_bytes() for path in out.iterdir()}
+    record = json.loads(found["metagpt.json"])
+    assert record.pop("times").keys() == {"started", "finished"}
+    return {**found, "metagpt.json": json.dumps(record).encode()}
 
 
 def command(name: str) -> str:

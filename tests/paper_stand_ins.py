@@ -11,6 +11,8 @@ import transformers
 import yaml
 from conftest import VOCABULARY, llama_config, perturb, save_tokenizer, write_yaml
 
+from benchmarks.quality.families import Score
+
 QUESTIONS = 16  # of each task, more than there are solved examples
 
 
@@ -30,7 +32,7 @@ def save_model(path: Path, tokens: int) -> None:
     model.resize_token_embeddings(tokens, mean_resizing=False)
     model.save_pretrained(path)
     words = [f"w{number}" for number in range(tokens)]
-    save_tokenizer(path, words, bos_token="w1", eos_token="w2")
+    save_tokenizer(path, *words, bos_token="w1", eos_token="w2")
 
 
 def save_tasks(folder: Path) -> None:
@@ -52,6 +54,22 @@ def save_tasks(folder: Path) -> None:
     write_yaml(folder / "gsm8k.yaml", {"task": "gsm8k", **written, "filter_list": [last]})
     write_yaml(folder / "minerva_math500.yaml", {"task": "minerva_math500", **written})
     save_code_tasks(folder, written)
+
+
+def score(model: Path, examples: Iterable[tuple[str, str]]) -> Score:
+    """Score a model on prompts and answers without lm-eval."""
+    network = transformers.AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    losses, right = [], []
+    for prompt, answer in examples:
+        ids = tokenizer(f"{prompt} {answer}", return_tensors="pt")["input_ids"]
+        start = len(tokenizer(prompt)["input_ids"])
+        with torch.inference_mode():
+            predicted = network(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+        wanted = ids[0, start:]
+        losses.append(-predicted.gather(1, wanted[:, None]).sum().item())
+        right.append(bool((predicted.argmax(1) == wanted).all()))
+    return Score(100 * sum(right) / len(right), sum(losses) / len(losses))
 
 
 def asked(file: Path, questions: list[dict[str, Any]]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_bad_input_is_one_error_with_a_sentence(family, tmp_path):
     with pytest.raises(ValueError, match="granularity"):
         mergekit_metagpt.plan(raw, options=QUIET)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(BadInputError, match="does not exist"):
+    with pytest.raises(BadInputError, match="cannot be read"):
         mergekit_metagpt.plan(tmp_path / "none.yml")
     with pytest.raises(BadInputError, match=str(tmp_path / "none")):
         mergekit_metagpt.survey(family["base"], [str(tmp_path / "none")])

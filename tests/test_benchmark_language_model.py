@@ -13,12 +13,13 @@ import torch
 import transformers
 from click.testing import CliRunner
 from conftest import llama_config
+from paper_stand_ins import score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks import results_file
 from benchmarks.harness_tasks import Example
 from benchmarks.language_model import __main__ as command
-from benchmarks.language_model import ablation, measure, sources
+from benchmarks.language_model import ablation, measure
 from benchmarks.language_model.ablation import DEFAULT, VARIANTS, Ablation
 from benchmarks.language_model.base import make_base
 from benchmarks.language_model.bench import Bench, Items
@@ -94,19 +95,6 @@ def test_splits_are_disjoint_the_same_each_time_and_fair(tmp_path: Path) -> None
         splits("add", TASKS["add"], tmp_path, 40, 50)
 
 
-def test_records_that_do_not_fit_are_left_out(tmp_path: Path, monkeypatch: Any) -> None:
-    def prompts(records: list[tuple[str, str | None]], **definition: Any) -> list[str]:
-        given = [{"kind": kind, **({"text": text} if text else {})} for kind, text in records]
-        monkeypatch.setitem(sources.SOURCES, "given", lambda folder: iter(given))
-        task = {"source": {"given": {}}, "prompt": "{text}", "answer": "kind", **definition}
-        return sorted(it.prompt for part in splits("task", task, tmp_path, 0, 0) for it in part)
-
-    assert prompts([("a", "1"), ("c", "2"), ("a", None)], answers={"a": "A"}) == ["1"]
-    assert prompts([("a", "x1"), ("a", "x1"), ("a", "x2")]) == ["x1", "x2"]
-    assert len(prompts([("a", "x1"), ("a", "x2"), ("b", "x3")], distinct="kind")) == 2
-    assert prompts([("a", "word " * 50)])[0].startswith(" ".join(["word"] * 20))
-
-
 # The models
 
 
@@ -122,22 +110,6 @@ def test_only_answers_are_trained_on(work: Path) -> None:
 
 
 # The scores
-
-
-def loss_and_accuracy(model: Path, examples: list[Example]) -> Score:
-    """Score a model without lm-eval."""
-    network = transformers.AutoModelForCausalLM.from_pretrained(model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    losses, right = [], []
-    for example in examples:
-        batch = encoded(tokenizer, [example], torch.device("cpu"))
-        answer = batch.pop("labels")[0, 1:]
-        with torch.inference_mode():
-            predicted = network(**batch).logits[0, :-1].log_softmax(-1)
-        predicted, answer = predicted[answer >= 0], answer[answer >= 0]
-        losses.append(-predicted.gather(1, answer[:, None]).sum().item())
-        right.append(bool((predicted.argmax(1) == answer).all()))
-    return Score(100 * sum(right) / len(right), sum(losses) / len(losses))
 
 
 def test_every_model_is_scored(bench: Bench, family: LanguageFamily) -> None:
@@ -157,7 +129,7 @@ def test_every_model_is_scored(bench: Bench, family: LanguageFamily) -> None:
 
 def test_lm_eval_scores_what_was_trained(bench: Bench, family: LanguageFamily) -> None:
     for task, examples in bench.splits.items():
-        expected = loss_and_accuracy(bench.base, examples.test)
+        expected = score(bench.base, examples.test)
         assert family.scores["base"][task].loss == pytest.approx(expected.loss, rel=1e-4)
         assert family.scores["base"][task].accuracy == expected.accuracy
         assert family.gain(task) > 0

@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
-import transformers
 from click.testing import CliRunner
+from paper_stand_ins import score
 
 from benchmarks import results_file
 from benchmarks.quality import __main__ as command
@@ -47,22 +47,6 @@ def family(folder: Path) -> Family:
         return measure.measure_family("tiny", trainer, trainer.base(), "even", folder)
 
 
-def loss_and_accuracy(model: Path, task: str) -> Score:
-    """Score a model on the test examples without lm-eval."""
-    network = transformers.AutoModelForCausalLM.from_pretrained(model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    losses, right = [], []
-    for example in held_out(task, 0, TINY.held_out)["test"]:
-        ids = tokenizer(" ".join(example), return_tensors="pt")["input_ids"]
-        length = len(example.answer.split())
-        with torch.inference_mode():
-            predicted = network(input_ids=ids).logits[0, -length - 1 : -1].log_softmax(-1)
-        answer = ids[0, -length:]
-        losses.append(-predicted.gather(1, answer[:, None]).sum().item())
-        right.append(bool((predicted.argmax(1) == answer).all()))
-    return Score(100 * sum(right) / len(right), sum(losses) / len(losses))
-
-
 def test_the_averages_are_relative_to_the_experts_at_home() -> None:
     at_home = {expert_name(task): dict.fromkeys(TASKS, Score(80.0, 0.5)) for task in TASKS}
     merged = {task: Score(40.0, 0.5 + number) for number, task in enumerate(TASKS)}
@@ -92,7 +76,7 @@ def test_every_model_is_scored_on_every_task(family: Family) -> None:
 
 def test_lm_eval_scores_the_answers_after_the_prompts(family: Family, folder: Path) -> None:
     for task, found in family.scores["base"].items():
-        expected = loss_and_accuracy(folder / "base", task)
+        expected = score(folder / "base", held_out(task, 0, TINY.held_out)["test"])
         assert found.loss == pytest.approx(expected.loss, rel=1e-4)
         assert found.accuracy == pytest.approx(expected.accuracy)
         average, exponent_0 = (

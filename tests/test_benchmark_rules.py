@@ -1,7 +1,5 @@
 """The merge rules that the benchmark of language models compares with."""
 
-from itertools import combinations
-
 import pytest
 import torch
 from torch import Tensor
@@ -119,18 +117,3 @@ def test_rows_are_merged_as_in_the_package(role: Role) -> None:
     (target,), *parts = (matrices(tensor, role) for tensor in (out, *taus))
     merged = Variant().merge_rows(torch.stack([part for (part,) in parts]))
     torch.testing.assert_close(merged, target)
-
-
-def test_each_setting_of_a_variant_counts_and_a_lower_limit_moves_less_far() -> None:
-    taus = reading_alike(3, 0.5)
-    changes = [
-        {}, {"farther": None}, {"power": 0.4, "farther": None}, {"symmetric": True},
-        {"elsewhere": "sum"}, {"elsewhere": "mean"}, {"exponent": 2.0}, {"rank": 2},
-        {"rank": 2, "passes": 2},
-    ]  # fmt: skip
-    variants = [Variant(**change) for change in changes]
-    merges = [variant.merge(variant.look(taus, "x")) for variant in variants]
-    for first, second in combinations(merges, 2):
-        assert not torch.allclose(first, second, rtol=1e-5)
-    strict = Variant(farther=0.0)
-    assert strict.merge(strict.look(taus, "x")).norm() < merges[1].norm()

@@ -17,18 +17,25 @@ import reference
 import torch
 import transformers
 from click.testing import CliRunner, Result
-from conftest import llama_config, merge_config, on_posix, read, save_family, write_yaml
+from conftest import (
+    llama_config,
+    merge_config,
+    on_posix,
+    read,
+    save_family,
+    save_tokenizer,
+    write_yaml,
+)
+from damages import NORM, cut, edit_index, move_norm, rewrite
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.scripts import merge_raw_pytorch, run_yaml
 from safetensors.torch import load_file
-from test_cli_check import cut, edit_index, move_norm, rewrite, save_tokenizer
 
 from mergekit_metagpt.cli import main
 
 Config = dict[str, Any]
 Models = dict[str, str]
 Damage = Callable[[Models, Config], Any]
-NORM = "model.norm.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 SAFETENSORS = "model.safetensors"
 TOO_LARGE = (NORM, "overflows torch.float16", "wider dtype")

@@ -9,7 +9,6 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import tokenizers
 import torch
 import transformers
 from click.testing import CliRunner, Result
@@ -19,19 +18,20 @@ from conftest import (
     merge_config,
     read,
     save_family,
+    save_tokenizer,
     slices_config,
     write_yaml,
 )
+from damages import NORM, cut, edit_index, overwrite, remove, reshard, rewrite
 from mergekit.common import parse_kmb
 from mergekit.options import MergeOptions
 from mergekit.scripts import merge_raw_pytorch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mergekit_metagpt.planning.config import read_config
 from mergekit_metagpt.preflight import Costs, inspect
 
 Config = dict[str, Any]
-NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 
 
@@ -104,25 +104,6 @@ def the_only(sentences: list[str], *parts: str) -> None:
 
 def data_bytes(*models: str | Path) -> int:
     return sum(tensor.nbytes for model in models for tensor in read(model).values())
-
-
-def rewrite(model: str, **tensors: torch.Tensor | None) -> None:
-    """Replace, add or (with None) remove tensors of an unsharded checkpoint."""
-    file = Path(model, "model.safetensors")
-    changed = {**load_file(file), **tensors}
-    save_file({k: v for k, v in changed.items() if v is not None}, file, {"format": "pt"})
-
-
-def reshard(model: str) -> None:
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
-    Path(model, "model.safetensors").unlink()
-    loaded.save_pretrained(model, max_shard_size="20KB")
-
-
-def save_tokenizer(model: str, *words: str) -> None:
-    vocabulary = {word: number for number, word in enumerate(words)}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=words[0]))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(model)
 
 
 WIDER = {"dtype": "float32", "out_dtype": "bfloat16"}
@@ -234,37 +215,9 @@ def test_a_config_that_is_not_there_is_named(tmp_path):
     the_only(done.stderr.splitlines(), f"{tmp_path}/merge.yml", "cannot be read (No such file")
 
 
-def cut(model: str) -> None:
-    file = Path(model, "model.safetensors")
-    file.write_bytes(file.read_bytes()[:-10])
-
-
-def overwrite(name: str, content: bytes) -> Callable[[str], Any]:
-    return lambda model: Path(model, name).write_bytes(content)
-
-
-def remove(name: str) -> Callable[[str], None]:
-    return lambda model: Path(model, name).unlink()
-
-
 def lose_shard(model: str) -> None:
     reshard(model)
     sorted(Path(model).glob("model-*"))[1].unlink()
-
-
-def edit_index(change: Callable[[dict[str, str]], Any]) -> Callable[[str], None]:
-    def edit(model: str) -> None:
-        reshard(model)
-        file = Path(model, "model.safetensors.index.json")
-        index = json.loads(file.read_text())
-        change(index["weight_map"])
-        file.write_text(json.dumps(index))
-
-    return edit
-
-
-def move_norm(weight_map: dict[str, str]) -> None:
-    weight_map[NORM] = next(file for file in weight_map.values() if file != weight_map[NORM])
 
 
 def lose_index(model: str) -> None:

@@ -42,7 +42,7 @@ def failure(config: Path, *words: object) -> str:
 def saved(folder: Path, config: Any = SMALL, **settings: Any) -> tuple[dict[str, str], Path]:
     """Write a family and a tokenizer of its base; return its paths, and a merge config."""
     paths = save_family(folder, config, **settings)
-    save_tokenizer(paths["base"], WORDS)
+    save_tokenizer(paths["base"], *WORDS)
     return paths, write_yaml(folder / "metagpt.yml", merge_config(paths))
 
 
@@ -109,8 +109,8 @@ def test_prompts_are_tokenised_with_the_bases_tokenizer(prompts, count, config, 
 
 def test_only_an_expert_whose_vocabulary_differs_is_named(tmp_path):
     paths, config = saved(tmp_path, scales=(0.01, 0.02, 0.03))
-    save_tokenizer(paths["a"], WORDS)
-    save_tokenizer(paths["b"], WORDS[::-1])  # other tokens
+    save_tokenizer(paths["a"], *WORDS)
+    save_tokenizer(paths["b"], *WORDS[::-1])  # other tokens
     model = transformers.AutoModelForCausalLM.from_pretrained(paths["c"])
     model.resize_token_embeddings(72)  # another size
     model.save_pretrained(paths["c"])
@@ -165,7 +165,7 @@ def test_prompts_and_tokenizers_that_cannot_be_used_are_refused(config, tmp_path
     paths = save_family(tmp_path, SMALL)
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
     assert f"No tokenizer could be loaded for {paths['base']}; add" in failure(config)
-    save_tokenizer(paths["base"], [*WORDS, "the"])  # that of another model
+    save_tokenizer(paths["base"], *WORDS, "the")  # that of another model
     assert "does not fit the model, which knows 64 tokens" in failure(config)
 
 
@@ -173,7 +173,7 @@ def test_configs_without_task_vectors_are_refused(family, tmp_path):
     for changes, sentence in (
         ({"base_model": None}, "names none; set base_model."),
         ({"models": [{"model": family["base"]}]}, "names no model beside the base; add the"),
-        ({"models": 3}, "has 3 at models; write a list, with - model: PATH for each model."),
+        ({"models": 3}, "is wrong at models: Input should be a valid list"),
     ):
         config = write_yaml(tmp_path / "metagpt.yml", merge_config(family, **changes))
         assert sentence in failure(config)

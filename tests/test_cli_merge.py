@@ -6,14 +6,15 @@ import pytest
 import torch
 from conftest import (
     command,
+    files,
     invoke,
+    invoke_merge,
     llama_config,
     merge_config,
     run,
     save_family,
     write_yaml,
 )
-from test_merging_whole import files, merge
 
 
 def test_it_prints_coefficients_warnings_and_the_path(tmp_path):
@@ -29,7 +30,7 @@ def test_it_prints_coefficients_warnings_and_the_path(tmp_path):
     assert f"Warning: {paths['b']} has 99.0% of the merge" in dominant
     assert "set exponent: 1, which gives 0.09" in dominant
     assert f"{paths['c']} is equal to the base" in equal
-    quiet = merge(yml, tmp_path / "quiet")
+    quiet = invoke_merge(yml, tmp_path / "quiet")
     assert quiet.stdout == ""
     assert "has 99.0% of the merge" in quiet.stderr
 
@@ -53,7 +54,7 @@ def test_what_check_finds_stops_it_before_any_work(family, tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "something").touch()
     before = set(tmp_path.iterdir())
-    done = merge(config, tmp_path / "merged", status=1)
+    done = invoke_merge(config, tmp_path / "merged", status=1)
     assert "granularty" in done.stderr
     assert "not empty" in done.stderr
     assert set(tmp_path.iterdir()) == before
@@ -62,4 +63,7 @@ def test_what_check_finds_stops_it_before_any_work(family, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_is_one_sentence(family, tmp_path):
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(family))
-    assert "no cuda device here" in merge(config, tmp_path / "merged", "--cuda", status=1).stderr
+    assert (
+        "no cuda device here"
+        in invoke_merge(config, tmp_path / "merged", "--cuda", status=1).stderr
+    )

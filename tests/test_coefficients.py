@@ -7,17 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.optimize import minimize
 
 from mergekit_metagpt import scaling_coefficients
 from mergekit_metagpt.core.coefficients import bound as bound_of_products
 
 norm = st.floats(1e-30, 1e30)
-norms = st.lists(norm, min_size=1, max_size=8)
-exponents = st.floats(0, 8)
+experts = st.lists(st.tuples(norm, st.floats(0.01, 100)), min_size=1, max_size=8)
 
 
-@given(st.lists(st.tuples(norm, st.floats(0.01, 100)), min_size=2, max_size=8), st.randoms())
+@given(experts, st.randoms())
 def test_permuting_the_experts_permutes_the_coefficients_exactly(experts, random):
     shuffled = experts.copy()
     random.shuffle(shuffled)
@@ -26,28 +24,13 @@ def test_permuting_the_experts_permutes_the_coefficients_exactly(experts, random
     assert plain == moved
 
 
-@given(norms, exponents, st.integers(-60, 60))
-def test_scaling_all_task_vectors_changes_nothing(squared_norms, exponent, power):
-    scaled = [n * 2.0**power for n in squared_norms]
-    assert scaling_coefficients(scaled, exponent=exponent) == pytest.approx(
-        scaling_coefficients(squared_norms, exponent=exponent), rel=1e-12
-    )
-
-
-@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8), st.floats(0, 4), st.data())
-def test_coefficients_are_the_formula(squared_norms, exponent, data):
-    size = len(squared_norms)
-    priors = data.draw(st.lists(st.floats(0.1, 10), min_size=size, max_size=size))
-    shares = np.array(priors) * np.sqrt(squared_norms) ** exponent
-    found = scaling_coefficients(squared_norms, priors, exponent)
+@given(experts, st.floats(0, 8), st.floats(1e-20, 1e20))
+def test_coefficients_are_the_formula_at_any_scale(experts, exponent, scale):
+    squared_norms, priors = np.transpose(experts)
+    shares = priors * np.sqrt(squared_norms / squared_norms.max()) ** exponent
+    found = scaling_coefficients(list(scale * squared_norms), list(priors), exponent)
     assert found == pytest.approx(shares / shares.sum(), rel=1e-12)
     assert math.fsum(found) == pytest.approx(1)
-
-
-def test_one_large_expert_takes_nearly_everything():
-    squared = [182.6**2, 31.9**2, 9.26**2, 0.53**2, 0.0]
-    expected = [0.968, 0.0295, 0.0025, 8e-6, 0]
-    assert scaling_coefficients(squared) == pytest.approx(expected, rel=0.06)
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1e-9, 2.0])
@@ -97,13 +80,3 @@ def test_no_perturbation_lowers_the_bound_even_for_correlated_task_vectors(vecto
         assert bound(moved, vectors) >= least * (1 - 1e-9)
         # It is read off the inner products.
         assert bound_of_products(products, moved) == pytest.approx(bound(moved, vectors), abs=1e-9)
-
-
-def test_a_numerical_optimiser_finds_the_closed_form():
-    generator = np.random.default_rng(0)
-    for scales in ([1, 1, 1], [0.5, 1, 2], [1, 3]):
-        vectors = generator.normal(size=(len(scales), 50)) * np.array(scales)[:, None]
-        vectors += generator.normal(size=50)  # far from orthogonal
-        found = minimize(bound, np.full(len(scales), 0.3), args=(vectors,), tol=1e-12)
-        closed = scaling_coefficients((vectors**2).sum(axis=1))
-        assert found.x == pytest.approx(closed, abs=1e-4)

@@ -6,9 +6,8 @@ import shutil
 import pytest
 import transformers
 import yaml
-from conftest import merge_config, slices_config, write_yaml
+from conftest import merge_config, save_tokenizer, slices_config, write_yaml
 from mergekit.config import MergeConfiguration
-from test_cli_check import save_tokenizer
 
 from mergekit_metagpt.planning.chat_template import most_frequent, with_chosen_template
 from mergekit_metagpt.planning.config import read_config

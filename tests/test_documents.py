@@ -1,14 +1,18 @@
-"""The documents: their links work, and the examples in docstrings give the stated results."""
+"""The documents: links work, examples in docstrings are right, and the notebook runs."""
 
 import doctest
 import importlib
 import pkgutil
 import re
+from itertools import groupby
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 import mergekit_metagpt
+from mergekit_metagpt.demo.models import Scale, train_family
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -55,3 +59,34 @@ def test_every_link_within_the_repository_leads_somewhere(document):
 def test_the_readme_links_by_absolute_addresses_which_pypi_can_follow():
     for link in LINK.findall((ROOT / "README.md").read_text("utf-8")):
         assert link.startswith("https://"), link
+
+
+# The notebook
+
+NOTEBOOK = ROOT / "example_configs" / "notebook.ipynb"
+SMALL = Scale(hidden_size=16, layers=2, batch=6, base_steps=3, expert_steps=3)
+
+
+def kinds(notebook: nbformat.NotebookNode) -> list[str]:
+    """Return what each output is: a stream's name, or the types of its data.
+
+    A stream may come in several pieces, so what repeats counts once.
+    """
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    every = [output.get("name") or " ".join(sorted(output.data)) for output in outputs]
+    return [kind for kind, _ in groupby(every)]
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress")  # tqdm's, without ipywidgets
+    train_family(tmp_path / "metagpt-demo", SMALL)
+    saved = nbformat.read(NOTEBOOK, 4)
+    run = nbformat.read(NOTEBOOK, 4)
+    there = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(run, kernel_name="python3", timeout=300, resources=there).execute()
+    assert kinds(run) == kinds(saved)
+    assert str(Path.home()) not in NOTEBOOK.read_text("utf-8")
+    assert NOTEBOOK.stat().st_size < 60_000
+    assert (tmp_path / "metagpt-demo" / "from-notebook" / "metagpt.json").is_file()

@@ -6,24 +6,20 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import peft
 import pytest
 import torch
 import transformers
 import yaml
-from conftest import VOCABULARY, llama_config, perturb, read
+from conftest import VOCABULARY, read, save_adapter
 from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.scripts.multimerge import load_config
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from paper_stand_ins import save_model
 
 from mergekit_metagpt.core.granularities import GRANULARITIES
-from mergekit_metagpt.measure.checkpoints import survey_checkpoints
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
-from mergekit_metagpt.planning.planner import Planner
 
 EXAMPLES = Path(__file__).parents[1] / "example_configs"
 
@@ -45,43 +41,14 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
 
     def make(name: str) -> str:
         base, _, adapter = name.partition("+")
+        path = directory / (adapter or base).replace("/", "--")
         if adapter:
-            return f"{make(base)}+{make_adapter(make(base), directory / adapter)}"
-        path = directory / base.replace("/", "--")
+            return f"{make(base)}+{save_adapter(make(base), path, seed=crc32(adapter.encode()))}"
         if not path.exists():
-            save_model(path, base)
+            save_model(path, VOCABULARY + ADDED_TOKENS.get(base, 0))
         return str(path)
 
     return make
-
-
-def make_adapter(base: str, path: Path) -> Path:
-    if not path.exists():
-        torch.manual_seed(crc32(path.name.encode()))
-        settings = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-        model = transformers.AutoModelForCausalLM.from_pretrained(base)
-        peft.get_peft_model(model, peft.LoraConfig(r=2, **settings)).save_pretrained(path)
-    return path
-
-
-def save_model(path: Path, name: str) -> None:
-    """Write a fine-tune of the one tiny Llama, or Mistral, with a tokenizer."""
-    config = llama_config()
-    if "mistral" in name.lower() or "mammoth2" in name.lower():
-        settings = {**config.to_dict(), "sliding_window": 32}
-        settings.pop("model_type")
-        config = transformers.MistralConfig(**settings)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    perturb(model, 0.01, seed=crc32(name.encode()))
-    tokens = VOCABULARY + ADDED_TOKENS.get(name, 0)
-    model.resize_token_embeddings(tokens, mean_resizing=False)
-    model.save_pretrained(path)
-    vocabulary = {f"token{id_}": id_ for id_ in range(tokens)}
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="token0")),
-        unk_token="token0",
-    ).save_pretrained(path)
 
 
 def merges(text: str, stages: Path) -> dict[str | None, MergeConfiguration]:
@@ -156,32 +123,3 @@ def test_the_annotated_example_spells_out_the_defaults(tmp_path: Path) -> None:
     for parameters in (config.parameters, *(model.parameters for model in config.models)):
         assert parameters.items() <= defaults.items()
     assert config.parameters.keys() == {"granularity", "exponent", "lambda"}
-
-
-@pytest.mark.parametrize("name", ["llama-2-7b", "llama-2-7b-six-experts", "mistral-7b"])
-def test_vocabularies_that_differ_do_not_count_towards_the_coefficients(
-    name: str, stand_in: StandIn, tmp_path: Path
-) -> None:
-    config = localized(EXAMPLES / f"{name}.yml", stand_in, tmp_path)[None]
-    experts = [model.model for model in config.models]
-    survey = survey_checkpoints(config.base_model, experts, progress=False)
-    differ = set() if "mistral" in name else {"model.embed_tokens.weight", "lm_head.weight"}
-    assert set(survey.left_out) == differ
-
-
-def test_priors_follow_the_layers_and_the_kinds_of_tensors(
-    stand_in: StandIn, tmp_path: Path
-) -> None:
-    config = localized(EXAMPLES / "priors-by-layer.yml", stand_in, tmp_path)[None]
-    models = [model.model for model in config.models]
-    merges = {merge.name: merge for merge in Planner(config, MergeOptions()).tensor_merges()}
-
-    def priors(tensor: str) -> list[float]:
-        return [merges[tensor].model_parameters[model]["weight"] for model in models]
-
-    of_layers = [([1.0, 0.5], 2.0), ([1.0, 1.0], 1.5), ([1.0, 2.0], 1.0)]
-    for number, (first, last) in enumerate(of_layers):
-        assert priors(f"model.layers.{number}.self_attn.q_proj.weight") == [*first, last]
-        assert priors(f"model.layers.{number}.mlp.up_proj.weight") == [*first, 0.5]
-    assert priors("model.layers.2.input_layernorm.weight") == [1.0, 2.0, 1.0]
-    assert priors("lm_head.weight") == [1.0, 0.5, 1.0]

@@ -4,12 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
-import tokenizers
 import torch
 import transformers
-from conftest import llama_config, merge_config, read, save_family
+from conftest import (
+    edit,
+    llama_config,
+    lora,
+    merge_config,
+    read,
+    save_adapter,
+    save_family,
+    save_tokenizer,
+)
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -42,19 +49,14 @@ def untie(path: str, dtype: torch.dtype = torch.float32) -> None:
 
 def add_head(path: str) -> None:
     """Store a copy of the embeddings as the head, as some trainers do."""
-    model = AutoModelForCausalLM.from_pretrained(path)
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    save_file(tensors, Path(path, "model.safetensors"), {"format": "pt"})
+    edit(path, lambda tensors: tensors.update({HEAD: tensors[TABLE].clone()}))
 
 
 def give_tokenizer(path: str, *words: str) -> None:
     """Save a tokenizer of 64 words; the third ends a text."""
     words = (*words, *(f"w{n}" for n in range(len(words), 64)))
-    core = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: n for n, word in enumerate(words)}, unk_token=words[0])
-    )
-    special = {"unk_token": words[0], "bos_token": words[1], "eos_token": words[2]}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(path)
+    names = ("unk_token", "bos_token", "eos_token")
+    save_tokenizer(path, *words, **dict(zip(names, words, strict=False)))
 
 
 def merge(config: dict[str, Any], tmp_path: Path, **options: Any) -> Path:
@@ -97,12 +99,7 @@ class TestTheHead:
         assert_loads_as_merged(out)
 
     def test_of_an_adapter_is_not_tied(self, tied, tmp_path):
-        model = AutoModelForCausalLM.from_pretrained(tied["base"])
-        settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
-        adapter = peft.get_peft_model(model, peft.LoraConfig(r=2, **settings))
-        with torch.no_grad():
-            adapter.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
-        adapter.save_pretrained(tmp_path / "lora")
+        save_adapter(tied["base"], tmp_path / "lora", lora(modules_to_save=["lm_head"]))
         config = merge_config({"base": tied["base"], "a": f"{tied['base']}+{tmp_path / 'lora'}"})
         out = merge(config, tmp_path, lora_merge_cache=str(tmp_path / "cache"))
         assert not torch.equal(read(out)[HEAD], read(out)[TABLE])

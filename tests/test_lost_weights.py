@@ -10,15 +10,17 @@ from zlib import crc32
 import pytest
 import torch
 import transformers
-from conftest import llama_config, merge_config, read, save_family, slices_config, write_yaml
+from conftest import edit, llama_config, merge_config, read, save_family, slices_config, write_yaml
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     PretrainedConfig,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -174,16 +176,34 @@ def llava(kind: type[PretrainedConfig]) -> PretrainedConfig:
     )
 
 
-@pytest.mark.parametrize("kind", [transformers.LlavaConfig, transformers.LlavaNextConfig])
-def test_models_that_see_are_merged_whole_or_refused(kind, tmp_path):
-    problems = merge_or_problems(llava(kind), tmp_path, AutoModelForImageTextToText)
+T5 = transformers.T5Config(
+    **{**tiny_settings(transformers.T5Config), "d_kv": 4, "tie_word_embeddings": False},
+    feed_forward_proj="gated-gelu",  # the one form of T5 that MergeKit describes
+)
+
+
+BERT = transformers.BertConfig(**tiny_settings(transformers.BertConfig))
+
+
+@pytest.mark.parametrize(
+    ("config", "auto"),
+    [
+        (T5, AutoModelForSeq2SeqLM),
+        (BERT, AutoModelForSequenceClassification),
+        (llava(transformers.LlavaConfig), AutoModelForImageTextToText),
+        (llava(transformers.LlavaNextConfig), AutoModelForImageTextToText),
+    ],
+)
+def test_other_models_are_merged_whole_or_those_that_see_refused(config, auto, tmp_path):
+    problems = merge_or_problems(config, tmp_path, auto)
+    assert not problems or auto is AutoModelForImageTextToText
     assert all(str(tmp_path) in problem for problem in problems)
 
 
 def problems_with(config: dict[str, Any], directory: Path, **tensors: torch.Tensor) -> list[str]:
     """Return the problems of a merge after tensors are added to the checkpoints beside it."""
     for file in directory.glob("*/model.safetensors"):
-        save_file({**load_file(file), **tensors}, file, {"format": "pt"})
+        edit(file.parent, lambda held: held.update(tensors))
     return problems_of(config, directory)
 
 
@@ -240,9 +260,7 @@ def test_ends_of_models_that_a_frankenmerge_takes_from_one(tmp_path):
 
 
 def test_modules_that_the_config_does_not_name(tmp_path):
-    settings = {**tiny_settings(transformers.T5Config), "d_kv": 4, "tie_word_embeddings": False}
-    t5 = transformers.T5Config(**settings, feed_forward_proj="gated-gelu")
-    config = merge_config(save_family(tmp_path, t5, auto=transformers.AutoModelForSeq2SeqLM))
+    config = merge_config(save_family(tmp_path, T5, auto=AutoModelForSeq2SeqLM))
     parsed = MergeConfiguration.model_validate(config)
     names = get_architecture_info(parsed, MergeOptions()).modules
     assert len(names) > 1

@@ -11,13 +11,20 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import invoke, llama_config, merge_config, read, save_family, write_yaml
+from conftest import (
+    invoke,
+    llama_config,
+    merge_config,
+    read,
+    save_adapter,
+    save_family,
+    write_yaml,
+)
 from hub_server import serving
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
-from test_adapters import lora, renamed, save_adapter
 
 import mergekit_metagpt
 from mergekit_metagpt.measure.hub import find_on_hub
@@ -128,6 +135,8 @@ def test_the_figures_are_those_of_the_same_models_on_this_disk(
     parameters = {"granularity": granularity}
     there = measured(family, parameters=parameters)
     assert there == measured(on_disk, parameters=parameters)
+    assert not {str(model) for model in LoaderCache().loaders} & {"org/a", "org/b"}
+    assert there == measured({**family, "base": on_disk["base"]}, parameters=parameters)
     if granularity == "model":
         assert "weight:" in call(family, of="resolve").stdout
     assert any(file.endswith(".safetensors") for _, file, _ in hub.asked)
@@ -175,13 +184,6 @@ def test_a_worker_reads_a_model_in_one_file_that_the_main_process_has_found(hub,
     assert loader.index.tensor_paths.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(loader.get_tensor(name), tensor)
-
-
-def test_models_on_this_disk_and_on_the_hub_may_be_mixed_and_are_forgotten(
-    measured, hub, family, on_disk
-):
-    assert measured({**family, "base": on_disk["base"]}) == measured(on_disk)
-    assert not {str(model) for model in LoaderCache().loaders} & {"org/a", "org/b"}
 
 
 def test_a_check_reads_the_headers_there(call, hub, family, on_disk):
@@ -262,10 +264,11 @@ def test_what_cannot_be_read_in_parts_is_downloaded(hub, on_disk, copied, caplog
 
 
 def test_an_adapter_is_checked_by_its_header(hub, on_disk, tmp_path):
-    adapter = save_adapter(on_disk["base"], tmp_path / "lora", lora())
+    adapter = save_adapter(on_disk["base"], tmp_path / "lora")
     hub.put("org/whole", adapter)
     hub.put("org/part", shutil.copytree(adapter, tmp_path / "part"))
-    renamed("q_proj", "wq")(tmp_path / "part")
+    tensors = {n.replace("q_proj", "wq"): t for n, t in load_file(adapter / WEIGHTS).items()}
+    save_file(tensors, tmp_path / "part" / WEIGHTS)
     hub.put("org/empty", on_disk["base"])
     found = {}
     for name in ("whole", "part", "empty"):

@@ -2,27 +2,24 @@
 
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import reference
 import torch
-import transformers
 from conftest import (
     VOCABULARY,
+    edit,
     llama_config,
     merge_config,
-    put_nan,
     read,
     run,
     save_family,
+    save_tokenizer,
     slices_config,
 )
-from mergekit.merge_methods import get, merge_state_dicts
+from mergekit.merge_methods import merge_state_dicts
 from mergekit.merge_methods.base import TensorGroup
-from safetensors.torch import load_file, save_file
-from test_cli_check import save_tokenizer
 
 from mergekit_metagpt import scaling_coefficients
 from mergekit_metagpt.core.granularities import GRANULARITIES
@@ -33,15 +30,9 @@ from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
-from mergekit_metagpt.names import canonical, layer_of
+from mergekit_metagpt.names import layer_of
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-@pytest.fixture
-def own(tmp_path):
-    """A family that a test may change."""
-    return save_family(tmp_path, llama_config())
 
 
 def survey(paths, **options):
@@ -49,32 +40,7 @@ def survey(paths, **options):
     return survey_checkpoints(paths["base"], experts, progress=False, **options)
 
 
-def edit(model: str | Path, change) -> None:
-    """Change the tensors of a checkpoint that has one weight file."""
-    file = Path(model) / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def test_every_tensor_is_measured_as_float64_does(family):
-    found = survey(family)
-    base, *experts = map(read, family.values())
-    expected = reference.squared_norms(base, experts)
-    assert found.squared_norms.keys() == expected.keys()
-    for name, row in expected.items():
-        assert found.squared_norms[name] == pytest.approx(row, rel=1e-6)
-    assert found.model == pytest.approx(sum(expected.values()), rel=1e-6)
-    coefficients = reference.coefficients(base, experts, "model")["model.norm.weight"]
-    assert scaling_coefficients(found.model) == pytest.approx(coefficients, rel=1e-6)
-    layers = {f"model.layers.{n}" for n in range(3)}
-    assert found.layers.keys() == layers
-    for layer in layers:
-        rows = [row for name, row in expected.items() if name.startswith(layer + ".")]
-        assert found.layers[layer] == pytest.approx(sum(rows), rel=1e-6)
-
-
-def test_cosines_are_those_of_the_whole_task_vectors(family):
+def test_norms_and_cosines_are_those_of_float64(family):
     found = survey(family, products=True)
     base, *experts = map(read, family.values())
     vectors = [
@@ -86,88 +52,16 @@ def test_cosines_are_those_of_the_whole_task_vectors(family):
         pytest.approx([1, expected], rel=1e-5),
         pytest.approx([expected, 1], rel=1e-5),
     ]
+    norms = reference.squared_norms(base, experts)
     plain = survey(family)
     assert found.squared_norms == plain.squared_norms
     assert found.parameters == sum(tensor.numel() for tensor in base.values())
     for name, gram in found.grams.items():  # of each tensor alone; their sum is the model's
         diagonal = [row[t] for t, row in enumerate(gram)]
-        assert diagonal == pytest.approx(found.squared_norms[name], rel=1e-6)
+        assert diagonal == pytest.approx(norms[name], rel=1e-6)
         assert found.sizes[name] == base[name].numel()
     with pytest.raises(ValueError, match="holds no inner products"):
         _ = plain.cosines
-
-
-def test_the_experts_of_a_survey_are_in_the_order_given(family):
-    names = [family["b"], family["a"]]
-    found, turned = (
-        survey_checkpoints(family["base"], order, progress=False, products=True)
-        for order in (names, names[::-1])
-    )
-    assert [str(expert) for expert in found.experts] == names
-    assert found.model == turned.model[::-1]
-    assert found.products == tuple(row[::-1] for row in turned.products[::-1])
-
-
-def test_layers_are_read_from_names_and_ids_are_sorted():
-    assert layer_of("model.layers.11.self_attn.q_proj.weight") == "model.layers.11"
-    assert layer_of("h.0.attn.bias") == "h.0"
-    assert layer_of("0.weight") == "0"
-    assert layer_of("encoder.block.1.layer.0.SelfAttention.q.weight") == "encoder.block.1"
-    assert layer_of(HEAD) is layer_of(None) is None
-    assert canonical([1, "1", "0"]) == canonical(["1", "0", 1]) == ["0", 1, "1"]
-
-
-@pytest.mark.parametrize(("granularity", "taken"), [("tensor", 0), ("layer", 1), ("model", 1)])
-def test_a_merge_takes_one_survey_and_a_second_merge_none(
-    granularity, taken, family, merge, passes
-):
-    config = merge_config(family, parameters={"granularity": granularity})
-    first = merge(config)
-    second = merge({**config, "models": config["models"][::-1]})
-    assert len(passes) == taken
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_changed_files_are_surveyed_again(own, merge, passes):
-    config = merge_config(own, parameters={"granularity": "model"})
-    merge(config)
-    file = Path(own["a"], "model.safetensors")
-    changed = {name: tensor * 1.1 for name, tensor in load_file(file).items()}
-    save_file(changed, file, metadata={"format": "pt"})
-    merged = merge(config)
-    assert len(passes) == 2
-    base, expert = read(own["base"]), read(own["b"])
-    expected = reference.coefficients(base, [changed, expert], "model")
-    reference.assert_merged(merged, base, [changed, expert], expected)
-
-
-@pytest.mark.parametrize("method", ["metagpt", "metagpt_dare_linear", "metagpt_della"])
-def test_threads_share_one_survey_and_neither_they_nor_the_order_change_anything(
-    method, family, passes
-):
-    method = get(method)
-    models = Checkpoints.of(family["base"], [family["a"], family["b"]]).models
-    tensors = [read(str(model)) for model in models]
-    groups = [
-        TensorGroup.from_tensors([t[name] for t in tensors], ids=models, base_index=0, name=name)
-        for name in tensors[0]
-    ]
-    parameters = {
-        "granularity": "model", "exponent": 2.0, "lambda": 1.0, "normalize": False,
-        "rescale": True, "int8_mask": False,
-    }  # fmt: skip
-    for name, value in {"weight": 1.0, "density": 0.5, "epsilon": 0.1}.items():
-        parameters[name] = dict.fromkeys(models, value)
-
-    def merge(group):
-        return method.merge_group(group, **parameters)
-
-    torch.manual_seed(11)
-    with ThreadPoolExecutor(8) as pool:
-        parallel = list(pool.map(merge, groups))
-    assert len(passes) == 1
-    backwards = [merge(group) for group in reversed(groups)]
-    assert all(map(torch.equal, parallel, reversed(backwards)))
 
 
 class TestTies:
@@ -204,32 +98,19 @@ class TestTies:
         alone = TensorInputs("layers.1.w", "base", torch.zeros(1), ("a",), (torch.ones(1),))
         assert found.norms_of(alone, "layer") == (4.0,)
 
-    def test_nothing_is_known_of_experts_that_may_be_tied_otherwise(self):
-        """A fresh survey ties no frozen tensors, and ties those that the others told apart."""
-        norms, sizes = {"w": (1.0, 2.0, 3.0), "table": (0.0, 0.0, 4.0)}, {"w": 2, "table": 2}
-        found = Survey(("a", "b", "c"), norms, sizes=sizes)
-        assert found.of_some(["b", "a"]).squared_norms == {"w": (2.0, 1.0), "table": (0.0, 0.0)}
-        assert found.of_some(["a", "d"]) is None
-        tied = Survey(("a", "b", "c"), norms, {"head": "table"}, sizes=sizes)
-        assert tied.of_some(["a", "b"]) is None
-        assert tied.of_some(["c", "a"]).tied == {"head": "table"}
-        alike = Survey(("a", "b"), {"w": (1.0, 2.0), "head": (1.0, 3.0)}, sizes={"w": 2, "head": 2})
-        assert alike.of_some(["a"]) is None
-
 
 class TestVocabularies:
     WORDS = tuple(f"t{n}" for n in range(VOCABULARY + 4))
 
     def test_one_of_another_size_is_left_out_and_logged(self, own, caplog, merge):
-        def is_vocabulary(name):
-            return name in (TABLE, HEAD)
+        def cut(path):
+            return {n: t[:VOCABULARY] if n in (TABLE, HEAD) else t for n, t in read(path).items()}
 
-        larger = transformers.LlamaForCausalLM(llama_config(vocab_size=VOCABULARY + 4))
-        rows = torch.ones(4, 32)
-        for name, tensor in read(own["a"]).items():
-            grown = torch.cat([tensor, rows]) if is_vocabulary(name) else tensor
-            larger.get_parameter(name).data = grown
-        larger.save_pretrained(own["a"])
+        def grow(tensors):
+            for name in (TABLE, HEAD):
+                tensors[name] = torch.cat([tensors[name], torch.ones(4, 32)])
+
+        edit(own["a"], grow)
         for name, path in own.items():
             save_tokenizer(path, *self.WORDS[: None if name == "a" else VOCABULARY])
         assert survey(own).left_out.keys() == {TABLE, HEAD}
@@ -237,12 +118,9 @@ class TestVocabularies:
         merged = merge(merge_config(own, **settings))
         assert "has shape [68, 32]" in caplog.text
         assert "does not count" in caplog.text
-        base, *experts = (
-            {n: t[:VOCABULARY] if is_vocabulary(n) else t for n, t in read(path).items()}
-            for path in own.values()
-        )
+        base, *experts = map(cut, own.values())
         inner = [
-            {n: t for n, t in model.items() if not is_vocabulary(n)} for model in (base, *experts)
+            {n: t for n, t in model.items() if n not in (TABLE, HEAD)} for model in (base, *experts)
         ]
         shared = reference.coefficients(inner[0], inner[1:], "model")["model.norm.weight"]
         reference.assert_merged(merged, base, experts, dict.fromkeys(base, shared))
@@ -272,15 +150,6 @@ def test_a_tensor_that_does_not_fit_is_named(change, said, own):
     edit(own["b"], change)
     with pytest.raises(ValueError, match=said):
         survey(own)
-
-
-@pytest.mark.parametrize(
-    ("granularity", "model"), [("tensor", "b"), ("layer", "base"), ("model", "b")]
-)
-def test_nan_stops_the_merge_and_is_named(granularity, model, own, merge):
-    put_nan(own[model], "model.norm.weight")
-    with pytest.raises(ValueError, match=rf"model\.norm\.weight of model {own[model]} holds NaN"):
-        merge(merge_config(own, parameters={"granularity": granularity}))
 
 
 @pytest.mark.parametrize("granularity", ["layer", "model"])
@@ -388,19 +257,6 @@ def test_a_merge_of_files_that_change_meanwhile_is_refused(granularity, own, mer
     assert len(merged) == 1
 
 
-def test_files_are_looked_at_once_a_second(family, merge, monkeypatch):
-    monkeypatch.setattr(surveys.time, "monotonic", lambda: 0.0)
-    looks = []
-    original = surveys.require_unchanged
-    monkeypatch.setattr(
-        surveys, "require_unchanged", lambda before: looks.append(before) or original(before)
-    )
-    merge(merge_config(family, parameters={"granularity": "layer"}))
-    assert len(looks) == 2  # before and after the survey
-    merge(merge_config(family, parameters={"granularity": "layer"}))
-    assert len(looks) == 3  # before it is found in the cache
-
-
 def test_state_dicts_are_surveyed_as_they_are():
     generator = torch.Generator().manual_seed(0)
     models = [
@@ -418,12 +274,6 @@ def test_groups_without_a_base_are_refused():
     group = TensorGroup.from_tensors([torch.ones(3)], name="w")
     with pytest.raises(ValueError, match="Tensor w has no base; set base_model"):
         TensorInputs.of(group)
-
-
-def test_the_progress_bar_can_be_switched_off(family, capfd):
-    for progress in (True, False):
-        survey_checkpoints(family["base"], [family["a"]], progress=progress)
-        assert ("Measuring task vectors" in capfd.readouterr().err) == progress
 
 
 # Prints the peaks of a process that merges twice, in bytes.

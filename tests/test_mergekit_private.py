@@ -10,7 +10,6 @@ import logging
 import click
 import mergekit.merge
 import pytest
-import torch
 import transformers
 from conftest import llama_config
 from mergekit import merge_methods
@@ -18,8 +17,6 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from mergekit.options import MergeOptions
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.mergekit_private import PRIVATE, Private
@@ -74,29 +71,6 @@ def test_mergekits_options_are_collected_in_their_order():
     }
 
 
-def test_a_squared_difference_is_written_in_place():
-    first, second, out = torch.tensor([1.0, 4.0]), torch.tensor([3.0, 4.0]), torch.empty(2)
-    assert mergekit_private.squared_difference(first, second, out) is out
-    assert out.tolist() == [4.0, 0.0]
-
-
-def test_chat_templates_are_files_of_a_package():
-    from importlib.resources import files
-
-    names = [file.name for file in files(mergekit_private.chat_templates).iterdir()]
-    assert "chatml.jinja" in names
-
-
-@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data[:3]])
-def test_a_file_that_is_cut_short_is_told(change, tmp_path):
-    file = tmp_path / "model.safetensors"
-    save_file({"a": torch.ones(3)}, file)
-    file.write_bytes(change(file.read_bytes()))
-    with pytest.raises(SafetensorError) as failure, safe_open(file, framework="pt"):
-        pass
-    assert mergekit_private.is_cut_short(failure.value) == (len(file.read_bytes()) > 8)
-
-
 def test_a_model_that_wants_its_own_code_is_told(tmp_path):
     llama_config().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -107,21 +81,6 @@ def test_a_model_that_wants_its_own_code_is_told(tmp_path):
         transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
     assert mergekit_private.wants_remote_code(failure.value)
     assert not mergekit_private.wants_remote_code(ValueError("something else"))
-
-
-@pytest.mark.parametrize(
-    ("name", "ignored"),
-    [("h.0.attn.bias", True), ("attn.bias", True), ("h.0.attn.c_attn.bias", False)],
-)
-def test_what_a_class_of_transformers_ignores_is_told(name, ignored):
-    assert mergekit_private.is_ignored("GPT2LMHeadModel", name) == ignored
-    assert not mergekit_private.is_ignored("NoSuchModel", name)
-
-
-def test_what_a_class_of_transformers_ties_is_told():
-    pair = ("lm_head.weight", "model.embed_tokens.weight")
-    assert mergekit_private.tied_names("LlamaForCausalLM") == [pair]
-    assert mergekit_private.tied_names("NoSuchModel") == []
 
 
 def test_complaints_of_torch_dtype_are_told_by_logger_and_words(caplog, monkeypatch):

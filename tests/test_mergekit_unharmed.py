@@ -3,11 +3,7 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-import transformers
-from click.testing import CliRunner
-from conftest import llama_config, merge_config, read, run, save_family
-from mergekit.scripts import extract_lora
+from conftest import run
 
 # Merges by every stock method into a directory each. The seed is set once: a method of this
 # package in between must take nothing from the stream that the stock methods draw from.
@@ -70,27 +66,3 @@ def test_every_stock_method_gives_the_same_bytes_with_and_without_the_package(fa
     for method in methods:
         one, other = (tmp_path / n / method / "model.safetensors" for n in environments)
         assert one.read_bytes() == other.read_bytes(), method
-
-
-def test_what_extract_lora_extracts_is_all_of_an_expert_of_low_rank_and_merges_alike(
-    tmp_path, merge
-):
-    paths = save_family(tmp_path, llama_config())
-    base = read(paths["base"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(paths["a"])
-    with torch.no_grad():  # leave only two leading directions of its task matrices
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                u, s, v = torch.linalg.svd(parameter - base[name], full_matrices=False)
-                parameter.copy_(base[name] + u[:, :2] * s[:2] @ v[:2])
-    model.save_pretrained(paths["a"])
-    adapter = str(tmp_path / "adapter")
-    words = ["--model", paths["a"], "--base-model", paths["base"], "--out-path", adapter]
-    done = CliRunner().invoke(extract_lora.main, [*words, "--max-rank", "2"])
-    assert done.exit_code == 0, done.output
-    extracted = merge_config({**paths, "a": f"{paths['base']}+{adapter}"})
-    full = merge(merge_config(paths))
-    lora = merge(extracted, lora_merge_cache=str(tmp_path / "cache"))
-    for name, tensor in full.items():
-        torch.testing.assert_close(lora[name], tensor, rtol=0, atol=1e-5)
-        assert not torch.equal(tensor, base[name])

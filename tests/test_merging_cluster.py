@@ -7,23 +7,22 @@ import socket
 import time
 from pathlib import Path
 
-import peft
 import pytest
-import transformers
 from conftest import (
+    edit,
+    files,
     invoke,
     llama_config,
     merge_config,
     put_nan,
+    save_adapter,
     save_family,
+    save_tokenizer,
     slices_config,
     write_yaml,
 )
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer
-from safetensors.torch import load_file, save_file
-from test_cli_check import save_tokenizer
-from test_merging_whole import files
 
 from mergekit_metagpt.api import calls
 from mergekit_metagpt.merging import shard as shard_module
@@ -118,11 +117,8 @@ def test_slices_in_one_file_are_those_of_a_local_merge(tied, same_bytes):
 
 
 def test_adapters_are_applied_once_for_all_workers(family, same_bytes, tmp_path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(family["base"])
-    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "lora")
-    config = merge_config(family)
-    config["models"].append({"model": f"{family['base']}+{tmp_path / 'lora'}"})
+    adapter = save_adapter(family["base"], tmp_path / "lora")
+    config = merge_config({**family, "lora": f"{family['base']}+{adapter}"})
     same_bytes(config, *SHARDS, "--lora-merge-cache", tmp_path / "cache")
 
 
@@ -149,10 +145,9 @@ def test_a_worker_that_is_killed_is_replaced_and_changes_nothing(
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "model"])
-def test_a_failure_is_the_sentence_of_here_and_leaves_nothing_behind(granularity, tmp_path):
-    paths = save_family(tmp_path, llama_config())
-    put_nan(paths["a"], "model.layers.1.mlp.up_proj.weight")
-    config = merge_config(paths, parameters={"granularity": granularity})
+def test_a_failure_is_the_sentence_of_here_and_leaves_nothing_behind(granularity, own, tmp_path):
+    put_nan(own["a"], "model.layers.1.mlp.up_proj.weight")
+    config = merge_config(own, parameters={"granularity": granularity})
     here = merge(config, tmp_path / "merged", *SHARDS, status=1).stderr
     before = set(tmp_path.iterdir())
     assert "up_proj.weight of model" in here
@@ -160,7 +155,7 @@ def test_a_failure_is_the_sentence_of_here_and_leaves_nothing_behind(granularity
     assert set(tmp_path.iterdir()) == before
 
 
-def test_the_work_that_all_tasks_share_is_done_once(tmp_path, monkeypatch, passes):
+def test_the_work_that_all_tasks_share_is_done_once(own, tmp_path, monkeypatch, passes):
     """Also where the config narrows the models, and one of two tied tensors is not surveyed."""
     planned, built = [], []
     plan, build = MergePlanner.plan_to_disk, BuildTokenizer.execute
@@ -175,14 +170,11 @@ def test_the_work_that_all_tasks_share_is_done_once(tmp_path, monkeypatch, passe
         return in_this_process(function, items)
 
     monkeypatch.setattr(calls, "RayMapper", lambda *_: here)
-    paths = save_family(tmp_path, llama_config())
-    for path in paths.values():
+    for path in own.values():
         save_tokenizer(path, *(f"w{number}" for number in range(64)))
-        tensors = load_file(f"{path}/model.safetensors")
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        save_file(tensors, f"{path}/model.safetensors", metadata={"format": "pt"})
+        edit(path, lambda it: it["lm_head.weight"].copy_(it["model.embed_tokens.weight"]))
     config = merge_config(
-        paths, parameters={"granularity": "model"}, dtype="bfloat16", tokenizer={"source": "base"}
+        own, parameters={"granularity": "model"}, dtype="bfloat16", tokenizer={"source": "base"}
     )
     merge(config, tmp_path / "merged", *SHARDS, "--ray")
     assert (len(planned), len(built), len(passes)) == (1, 1, 1)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import llama_config, merge_config, on_posix, run, save_family, write_yaml
+from conftest import WHOLE, files, merge_config, names, on_posix, run, save_tokenizer, write_yaml
+from conftest import invoke_merge as merge
 from filelock import FileLock
 from mergekit.options import MergeOptions
-from test_cli_check import save_tokenizer
-from test_merging_whole import WHOLE, files, merge, names
 
 import mergekit_metagpt
 from mergekit_metagpt.merging.shard import ShardMerge
@@ -166,15 +165,22 @@ class TestKilled:
 
 class TestStopped:
     @pytest.mark.parametrize(
-        "error", [FULL, KeyboardInterrupt("stopped by SIGTERM"), ValueError("NaN")]
+        ("error", "is_made_since"),
+        [
+            (FULL, False),
+            (KeyboardInterrupt("stopped by SIGTERM"), False),
+            (ValueError("NaN"), True),
+        ],
     )
     def test_no_exception_deletes_what_is_complete(
-        self, error, stopped, config, out, whole_merge, merged_now, caplog
+        self, error, is_made_since, stopped, config, out, whole_merge, merged_now, caplog
     ):
         assert str(error) in stopped(error)
         (work,) = Output.of(out).works()
         assert f"(2 of its weight files) is kept in {work.path}; run the same" in caplog.text
         assert set(work.records) == names(work.merged) == {SHARD(1), SHARD(2)}
+        if is_made_since:
+            out.mkdir()
         del merged_now[:]
         merge(config, out, *SHARDS)
         assert merged_now == REST
@@ -202,17 +208,6 @@ class TestStopped:
         (work.merged / "additional_chat_templates" / "tool.jinja").touch()
         merge(config, out, *SHARDS)
 
-    def test_it_goes_on_in_an_output_that_has_been_made_since(
-        self, stopped, config, out, whole_merge, merged_now
-    ):
-        stopped(FULL)
-        out.mkdir()
-        del merged_now[:]
-        merge(config, out, *SHARDS)
-        assert merged_now == REST
-        assert files(out) == whole_merge
-        assert names(out.parent) == {"merged"}
-
     def test_another_merge_into_an_output_that_exists_moves_it_out_and_it_goes_on(
         self, stopped, config, out, whole_merge, merged_now, caplog
     ):
@@ -230,11 +225,6 @@ class TestStopped:
         assert merged_now == REST
         assert files(out) == whole_merge
 
-    def test_another_way_of_merging_is_another_merge(self, stopped, config, out, caplog):
-        stopped(FULL)
-        merge(config, out, *SHARDS, "--async-write")
-        assert "holds another merge that has not been finished" in caplog.text
-
     def test_a_stock_method_is_not_merged_again_if_only_its_tokenizer_failed(
         self, family, out, tmp_path, monkeypatch
     ):
@@ -249,48 +239,38 @@ class TestStopped:
         assert names(out.parent) == {"merged"}
 
 
-def another_seed(paths, yml):
-    return ("--random-seed", 8)
-
-
-def other_threads(paths, yml):
-    return ("--num-threads", 2)
-
-
-def another_config(paths, yml):
-    yml.write_text(yml.read_text().replace("0.5", "0.6"))
-
-
-def a_model_trained_on(paths, yml):
-    shutil.copy(f"{paths['a']}/model.safetensors", f"{paths['b']}/model.safetensors")
-
-
-def another_tokenizer(paths, yml):
-    save_tokenizer(paths["base"], *reversed(WORDS))
-
-
 WORDS = [f"w{number}" for number in range(63)]
-CHANGES = [another_seed, other_threads, another_config, a_model_trained_on, another_tokenizer]
+# Other words of the command, or what else changes.
+OTHER_MERGES = {
+    "another seed": ("--random-seed", 8),
+    "other threads": ("--num-threads", 2),
+    "another way of writing": ("--async-write",),
+    "another config": lambda own, yml: yml.write_text(yml.read_text().replace("0.5", "0.6")),
+    "a model trained on": lambda own, yml: shutil.copy(
+        f"{own['a']}/model.safetensors", f"{own['b']}/model.safetensors"
+    ),
+    "another tokenizer": lambda own, yml: save_tokenizer(own["base"], *reversed(WORDS)),
+}
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("what", OTHER_MERGES)
 def test_another_merge_has_another_directory_and_deletes_nothing(
-    change, stopped, out, tmp_path, caplog, merged_now
+    what, stopped, own, out, tmp_path, caplog
 ):
-    paths = save_family(tmp_path, llama_config())
-    for path in paths.values():
+    for path in own.values():
         save_tokenizer(path, *WORDS)
-    raw = merge_config(paths, "metagpt_dare_linear", parameters=RANDOM)
+    raw = merge_config(own, "metagpt_dare_linear", parameters=RANDOM)
     yml = write_yaml(tmp_path / "metagpt.yml", {**raw, "tokenizer": {"source": "base"}})
     stopped(FULL, yml)
     (work,) = Output.of(out).works()
     before = {path: path.read_bytes() for path in work.path.rglob("*") if path.is_file()}
-    threads = torch.get_num_threads()
-    del merged_now[:]
-    words = change(paths, yml) or ()
+    threads, change, words = torch.get_num_threads(), OTHER_MERGES[what], ()
+    if callable(change):
+        change(own, yml)
+    else:
+        words = change
     merge(yml, out, *SHARDS, *words)
     torch.set_num_threads(threads)
-    assert len(merged_now) == 5
     assert f"{work.path} holds another merge that has not been finished" in caplog.text
     assert {path: path.read_bytes() for path in before} == before
 
@@ -376,24 +356,19 @@ class TestTheLock:
 
 @pytest.fixture
 def handled():
-    """Handlers of signals, for tests that may have been started with nohup."""
+    """A handler of SIGHUP, for tests that may have been started with nohup."""
 
     def unhandled(*_):
         raise AssertionError("nothing handles this signal")
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, unhandled) for number in numbers}
+    before = signal.signal(signal.SIGHUP, unhandled)
     yield unhandled
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGHUP, before)
 
 
 @on_posix
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_ends_it_in_one_sentence_and_a_second_one_leaves_nothing_either(
-    name, handled, config, out, monkeypatch
-):
-    number, rmtree = signal.Signals[name], shutil.rmtree
+def test_a_second_signal_does_not_stop_it_from_tidying_up(handled, config, out, monkeypatch):
+    number, rmtree = signal.SIGHUP, shutil.rmtree
 
     def stop(*_):
         os.kill(os.getpid(), number)
@@ -406,7 +381,7 @@ def test_a_signal_ends_it_in_one_sentence_and_a_second_one_leaves_nothing_either
     monkeypatch.setattr(merge_method, "note", stop)
     monkeypatch.setattr(shutil, "rmtree", again)
     done = merge(config, out, status=1)
-    assert done.stderr.strip() == f"Error: This command was stopped by {name}."
+    assert done.stderr.strip() == "Error: This command was stopped by SIGHUP."
     assert not names(out.parent)
     assert signal.getsignal(number) is handled
 

@@ -1,45 +1,32 @@
-"""Where a merge is written, and what is kept of one whose last steps fail."""
+"""Where a merge is written, what is kept of one whose last steps fail, and its record."""
 
 import errno
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-import reference
+import torch
 import transformers
-from conftest import invoke, llama_config, merge_config, put_nan, read, save_family, write_yaml
+from conftest import (
+    WEIGHTS,
+    WHOLE,
+    assert_merge_of,
+    files,
+    merge_config,
+    names,
+    put_nan,
+    save_tokenizer,
+    write_yaml,
+)
+from conftest import invoke_merge as merge
 from mergekit.tokenizer import BuildTokenizer
-from test_cli_check import save_tokenizer
 
+from mergekit_metagpt.measure.identity import sha256_of
 from mergekit_metagpt.merging import by_shard, whole
-
-WEIGHTS = {"model.safetensors", "config.json", "mergekit_config.yml", "metagpt.json"}
-WHOLE = WEIGHTS | {"README.md", "coefficients.png"}
-
-
-def merge(*words, status: int = 0):
-    return invoke("merge", *words, "--quiet", "--no-copy-tokenizer", status=status)
-
-
-def names(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
-
-
-def files(out: Path) -> dict[str, bytes]:
-    """Return the contents of all files, but for the times in the record."""
-    found = {path.name: path.read_bytes() for path in out.iterdir()}
-    record = json.loads(found["metagpt.json"])
-    assert record.pop("times").keys() == {"started", "finished"}
-    return {**found, "metagpt.json": json.dumps(record).encode()}
-
-
-def assert_merge_of(out: Path, family: dict[str, str]) -> None:
-    base, *experts = map(read, family.values())
-    expected = reference.coefficients(base, experts, "tensor")
-    reference.assert_merged(read(out), base, experts, expected)
 
 
 def failing(error: BaseException):
@@ -132,10 +119,9 @@ class TestADirectoryThatExists:
         assert "no longer empty" in merge(config, existing, status=1).stderr
         assert (existing / "README.md").read_text() == "mine"
 
-    def test_it_is_empty_again_after_a_failure(self, existing, tmp_path):
-        paths = save_family(tmp_path, llama_config())
-        put_nan(paths["a"], "model.norm.weight")
-        config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
+    def test_it_is_empty_again_after_a_failure(self, existing, own, tmp_path):
+        put_nan(own["a"], "model.norm.weight")
+        config = write_yaml(tmp_path / "metagpt.yml", merge_config(own))
         assert "holds NaN or Inf" in merge(config, existing, status=1).stderr
         assert not names(existing)
 
@@ -215,32 +201,30 @@ class TestTheCard:
 
 
 def test_a_weight_file_that_changes_while_it_is_merged_is_named_and_nothing_stays(
-    tmp_path, out, monkeypatch
+    own, tmp_path, out, monkeypatch
 ):
     """Also where the merge could not see it, after the last tensor was read."""
-    paths = save_family(tmp_path, llama_config())
-    config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
+    config = write_yaml(tmp_path / "metagpt.yml", merge_config(own))
     merge_by_shard = whole.merge_by_shard
 
     def then_replace(*args):
         merge_by_shard(*args)
-        file = Path(paths["b"], "model.safetensors")
+        file = Path(own["b"], "model.safetensors")
         shutil.copy(file, tmp_path / "copy")
         os.replace(tmp_path / "copy", file)
 
     monkeypatch.setattr(whole, "merge_by_shard", then_replace)
     done = merge(config, out, status=1)
-    assert f"Weight file {paths['b']}/model.safetensors has changed since this merge" in done.stderr
+    assert f"Weight file {own['b']}/model.safetensors has changed since this merge" in done.stderr
     assert not names(out.parent)
 
 
-def test_tokens_that_mergekit_orders_anew_are_another_merge(tmp_path, out, monkeypatch):
+def test_tokens_that_mergekit_orders_anew_are_another_merge(own, tmp_path, out, monkeypatch):
     """Its union of tokenizers may have another order in each process."""
-    paths = save_family(tmp_path, llama_config())
     words = [f"w{number}" for number in range(64)]
-    for path in paths.values():
+    for path in own.values():
         save_tokenizer(path, *words)
-    raw = merge_config(paths, tokenizer={"source": "union"})
+    raw = merge_config(own, tokenizer={"source": "union"})
     config = write_yaml(tmp_path / "metagpt.yml", raw)
     with monkeypatch.context() as patch:
         patch.setattr(whole, "merge_record", failing(OSError("No space left")))
@@ -259,3 +243,68 @@ def test_tokens_that_mergekit_orders_anew_are_another_merge(tmp_path, out, monke
     monkeypatch.setattr(BuildTokenizer, "execute", in_another_order)
     merge(config, out)
     assert names(out.parent) == {"merged", kept}
+
+
+# Merges that are read back, to see whether they fit into out_dtype
+
+
+def test_pickled_files(family, out, tmp_path):
+    config = merge_config(family, out_dtype="float16")
+    merge(write_yaml(tmp_path / "m.yml", config), out, "--no-safe-serialization")
+    tensors = torch.load(out / "pytorch_model.bin", weights_only=True)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+# The record, and the command that repeats a merge
+
+
+def record_of(out: Path):
+    return json.loads((out / "metagpt.json").read_text())
+
+
+def repeated(out: Path) -> list[str]:
+    """Return the options of the card's command that repeats the merge."""
+    text = (out / "README.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("mergekit-yaml ")]
+    return shlex.split(line)[3:]
+
+
+def test_the_record_says_what_was_merged_and_with_what(config, family, out):
+    merge(config, out, "--random-seed", 5)
+    assert_merge_of(out, family)
+    record = record_of(out)
+    assert record["config"] == config.read_text()
+    assert record["granularity"] == ["tensor"]
+    assert record["seed"] == 5
+    assert {model["model"] for model in record["inputs"]} == set(family.values())
+    (file,) = record["inputs"][0]["files"]
+    path = Path(record["inputs"][0]["model"], file["name"])
+    assert (file["bytes"], file["sha256"]) == (path.stat().st_size, sha256_of(path))
+    assert {"mergekit", "torch", "transformers", "mergekit-metagpt"} <= record["versions"].keys()
+    # A plain merge does not depend on threads.
+    assert repeated(out) == ["--random-seed", "5", "--no-copy-tokenizer"]
+
+
+def test_the_cards_command_repeats_the_merge_to_the_byte(family, tmp_path):
+    config = merge_config(family, "metagpt_dare_ties", parameters={"density": 0.5})
+    one, two, other = (tmp_path / name for name in ("one", "two", "other"))
+    merge(write_yaml(tmp_path / "metagpt.yml", config), one, "--out-shard-size", "20K")
+    words = repeated(one)
+    seed = record_of(one)["seed"]  # follows from the merge
+    assert words == [
+        "--random-seed", str(seed), "--out-shard-size", "20000", "--no-copy-tokenizer",
+        "--num-threads", str(torch.get_num_threads()),
+    ]  # fmt: skip
+    assert record_of(one)["options"] == words[2:]
+    merge(one / "mergekit_config.yml", two, *words[:4])
+    merge(one / "mergekit_config.yml", other, "--random-seed", seed - 1, *words[2:4])
+    weights = [
+        {name: data for name, data in files(out).items() if name.endswith(".safetensors")}
+        for out in (one, two, other)
+    ]
+    assert len(weights[0]) > 1
+    assert weights[0] == weights[1] != weights[2]
+    card = huggingface_hub.ModelCard.load(one / "README.md").text
+    assert "# one" in card
+    assert "created using [mergekit]" in card
+    assert f"| {family['a']} | " in card

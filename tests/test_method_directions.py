@@ -4,7 +4,6 @@ import json
 import logging
 from dataclasses import replace
 
-import peft
 import pytest
 import torch
 import transformers
@@ -62,29 +61,20 @@ def test_checkpoints_merge_tensor_by_tensor(merge, tmp_path):
     assert_merged(merge(config), base, experts, Rule((1.0, 0.5, 2.0), 1.0), 0.9, roles)
 
 
-def gpt2_config():
-    return transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
-
+OF_GPT = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
+GPT2 = transformers.GPT2Config(**OF_GPT)
 
 FAMILIES = {
     "Llama": llama_config(),
     "Llama with tied embeddings": llama_config(tie_word_embeddings=True),
-    "GPT-2": gpt2_config(),
-    "GPT-BigCode, which MergeKit guesses": transformers.GPTBigCodeConfig(
-        vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2
-    ),
+    "GPT-2": GPT2,
+    "GPT-BigCode, which MergeKit guesses": transformers.GPTBigCodeConfig(**OF_GPT),
     "gpt-oss, whose experts are stacks": transformers.GptOssConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_local_experts=3,
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_local_experts=3,
         num_experts_per_tok=2,
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -117,7 +107,7 @@ def test_the_same_models_give_the_same_merge_by_every_entrance(kind, granularity
 
 
 def test_gpt2_stores_its_inputs_as_rows_also_in_layers_that_its_base_has_not(merge, tmp_path):
-    paths = save_family(tmp_path, gpt2_config())
+    paths = save_family(tmp_path, GPT2)
     base, *experts = map(read, paths.values())
     merged = merge(
         slices_config(paths, [[0, 2]], [[1, 2]], parameters={"granularity": "direction"})
@@ -169,13 +159,6 @@ def test_bad_numbers_and_results_are_refused_by_name(merge, tmp_path):
         merge(config_of(paths))
 
 
-def test_the_sparsified_methods_refuse_it(family, merge):
-    config = merge_config(family, "metagpt_ties", parameters={"granularity": "direction"})
-    refused = r"layer or model, not 'direction'.* merge_method: metagpt\."
-    with pytest.raises(ValueError, match=refused):
-        merge(config)
-
-
 def test_the_command_shows_what_the_merge_records(family, tmp_path):
     yml = write_yaml(tmp_path / "metagpt.yml", config_of(family))
     shown = json.loads(invoke("coefficients", yml, "--json", "--quiet").stdout)
@@ -218,42 +201,6 @@ def test_the_commands_show_how_much_is_kept_and_how_long_it_takes(family, tmp_pa
     for expert in json.loads(invoke("coefficients", yml, "--json", "--quiet").stdout)["experts"]:
         assert expert["kept"] == pytest.approx(expert["coefficient"] / 2, abs=0.02)
     assert "Arithmetic" not in invoke("check", yml).stdout
-
-
-def save_adapters(base, folder):
-    """Save two adapters that read nearly the same inputs, as those from one seed do."""
-    targets = ["q_proj", "up_proj"]
-    for number, name in enumerate(("a", "b"), 1):
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_pretrained(base)
-        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
-        torch.manual_seed(number)
-        for key, weights in adapted.state_dict().items():
-            if "lora_A" in key:
-                weights += 0.01 * torch.randn(weights.shape)
-            if "lora_B" in key:
-                weights.normal_()
-        adapted.save_pretrained(folder / name)
-    return [f"{base}+{folder / name}" for name in ("a", "b")]
-
-
-def test_an_adapter_is_merged_as_the_same_weights_that_were_merged_before(family, merge, tmp_path):
-    spelled = save_adapters(family["base"], tmp_path)
-    merged_before = []
-    for name in ("a", "b"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(family["base"])
-        whole = peft.PeftModel.from_pretrained(model, tmp_path / name).merge_and_unload()
-        whole.save_pretrained(tmp_path / f"{name}-merged")
-        merged_before.append(str(tmp_path / f"{name}-merged"))
-    found = []
-    for models in (spelled, merged_before):
-        config = {**config_of(family), "models": [{"model": name} for name in models]}
-        with noted() as entries:
-            found.append(merge(config, lora_merge_cache=str(tmp_path / "cache")))
-        assert Summary(entries).stretch < 1.1
-        assert not [w for w in warnings(Summary(entries)) if "times as far" in w]
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(tensor, found[1][name], rtol=0, atol=1e-6)
 
 
 # What a summary says

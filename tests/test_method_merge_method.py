@@ -17,9 +17,7 @@ from mergekit_metagpt.method.notes import noted
 
 STOCK = [m for m in registered_methods() if isinstance(m, GeneralizedTaskArithmeticMerge)]
 OURS = [m for m in registered_methods() if isinstance(m, MetaGPTMerge)]
-SPARSIFIED = [m for m in OURS if not m.is_plain]
 RANDOM = [m for m in OURS if m.stock.spec.name.startswith(("dare", "della"))]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRANULARITIES = ["tensor", "layer", "model"]
 
 
@@ -81,16 +79,6 @@ def test_a_config_for_a_stock_method_runs_when_only_the_name_is_changed(method, 
     assert all(tensor.isfinite().all() for tensor in renamed.values())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_checkpoints_merge_as_the_float64_reference(dtype, granularity, merge, tmp_path):
-    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.03, 0.02), dtype=dtype)
-    merged = merge(merge_config(paths, parameters={"granularity": granularity}))
-    base, *experts = map(read, paths.values())
-    expected = reference.coefficients(base, experts, granularity)
-    reference.assert_merged(merged, base, experts, expected)
-
-
 def test_priors_take_mergekits_gradients_and_filters(family, merge):
     config = merge_config(family, parameters={"granularity": "model"})
     config["models"][0]["parameters"] = {"weight": [0.0, 2.0]}
@@ -125,6 +113,7 @@ def test_a_result_beyond_the_dtype_is_refused():
         ({"density": 1.5}, "density must be a number from 0 to 1"),
         ({"density": math.nan}, "density must be a number from 0 to 1"),
         ({"granularity": "layers"}, "granularity must be tensor, layer or model, not 'layers'"),
+        ({"granularity": "direction"}, r"not 'direction'.* merge_method: metagpt\."),
     ],
 )
 def test_parameters_out_of_range_stop_the_merge_before_it_writes(
@@ -142,18 +131,6 @@ def test_bfloat16_models_merge_to_the_same_bytes_in_float32(tmp_path, merge):
         narrow = merge({**config, "dtype": "bfloat16"})
         wide = merge({**config, "dtype": "float32", "out_dtype": "bfloat16"})
         assert all(torch.equal(narrow[name], wide[name]) for name in wide)
-
-
-@pytest.mark.parametrize("method", SPARSIFIED, ids=name_of)
-def test_the_coefficients_are_the_weights_of_a_sparsified_merge(method):
-    base, experts = state_dicts()
-    parameters = parameters_for(method)
-    expected = reference.coefficients(base, list(experts.values()))
-    with noted() as entries:
-        merge_state_dicts({"base": base, **experts}, method, base="base", parameters=parameters)
-    assert len(entries) == len(base)
-    for entry in entries:
-        assert entry.coefficients == pytest.approx(expected[entry.tensor], rel=1e-6)
 
 
 @pytest.mark.parametrize("method", OURS, ids=name_of)
@@ -177,6 +154,7 @@ def test_the_seed_decides_the_masks_and_the_order_of_the_models_nothing(method):
 @pytest.mark.parametrize("method", OURS, ids=name_of)
 def test_an_expert_equal_to_the_base_changes_nothing(method, granularity):
     base, experts = state_dicts()
+    base["layers.0.b"][:2] = torch.tensor([-0.0, 0.0])  # zeros keep their signs
     parameters = {**parameters_for(method), "granularity": granularity}
 
     def merged(**experts):
@@ -189,14 +167,9 @@ def test_an_expert_equal_to_the_base_changes_nothing(method, granularity):
     if method not in RANDOM:  # an additional expert draws additional random numbers
         assert all(torch.equal(plain[name], padded[name]) for name in base)
     alone = merged(x=base, y=base)
-    assert all(torch.equal(alone[name], base[name]) for name in base)
-
-
-def test_all_experts_equal_to_the_base_give_the_base_bit_for_bit():
-    base = torch.tensor([-0.0, 0.0, 1.0, -3.5])
-    merged = merge_tensors([base, base.clone(), base.clone()], "metagpt", base_index=0)
-    assert torch.equal(merged.view(torch.int32), base.view(torch.int32))
-    assert merged.data_ptr() != base.data_ptr()
+    for name, tensor in base.items():
+        assert torch.equal(alone[name].view(torch.int32), tensor.view(torch.int32))
+        assert alone[name].data_ptr() != tensor.data_ptr()
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -220,13 +193,6 @@ def test_tied_tensors_in_memory_count_once():
     once = reference.coefficients(base, experts, "model")
     reference.assert_merged({k: merged[k] for k in base}, base, experts, once)
     assert torch.equal(merged["head"], merged["embed"])
-
-
-def test_modules_keep_their_gradients():
-    torch.manual_seed(0)
-    base, *experts = (torch.nn.Linear(4, 3) for _ in range(3))
-    merge_state_dicts([base, *experts], "metagpt", base=0)["weight"].sum().backward()
-    assert all(module.weight.grad is not None for module in (base, experts[0]))
 
 
 def test_one_group_may_be_merged_directly():

@@ -15,7 +15,6 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.scripts import run_yaml
-from safetensors.torch import load_file
 
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 
@@ -103,22 +102,6 @@ def test_workers_write_the_bytes_of_one_executor(
         assert (parallel == serial) == (seed == 3)
     assert len(passes) == (granularity in ("layer", "model"))
     assert all(len(executor.threads) == WORKERS for executor in executors)
-
-
-def test_the_work_is_divided_as_for_the_stock_method(family, executors, tmp_path):
-    stock = merge_config(family, "task_arithmetic", parameters={"weight": 0.5})
-    configs = [stock, *(config_of(family, "metagpt", g) for g in GRANULARITIES)]
-    for number, config in enumerate(configs):
-        written(config, tmp_path / str(number), multi_gpu=True)
-    shares = [sorted(map(len, executor.gpu_assignments.values())) for executor in executors]
-    assert shares == [shares[0]] * len(configs)
-    for executor, share in zip(executors, shares, strict=True):
-        assert len(share) == WORKERS
-        assert share[-1] <= 1.25 * share[0]
-        # No tensor waits for another: the shared survey adds no edge to the task graph.
-        merged = [t for tasks in executor.gpu_assignments.values() for t in tasks]
-        merges = [t for t in merged if type(t.task()).__name__ == "ExecuteMergeMethodTask"]
-        assert len(merges) == len(load_file(Path(family["base"], "model.safetensors")))
 
 
 def test_nan_that_one_worker_meets_stops_the_merge_with_its_sentence(executors, tmp_path):

@@ -47,7 +47,7 @@ def assert_same(out: Path, expected: dict[str, torch.Tensor]) -> None:
 def test_every_command_takes_a_model_from_any_path(odd, expected):
     where = Path(odd["b"]).parent
     yml = write_yaml(where / "merge it.yml", merge_config(references(odd)))
-    for command in ("check", "compare", "diagnose"):
+    for command in ("check", "compare"):
         invoke(command, yml)
     known = json.loads(invoke("coefficients", yml, "--json").stdout)["experts"]
     assert [expert["model"] for expert in known] == [odd["a"], odd["b"]]

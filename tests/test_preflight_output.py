@@ -6,9 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import merge_config, write_yaml
+from conftest import lora, merge_config, save_adapter, write_yaml
 from mergekit.options import MergeOptions
-from test_adapters import lora, save_adapter
 
 from mergekit_metagpt.planning.work import Work
 from mergekit_metagpt.preflight import inspect

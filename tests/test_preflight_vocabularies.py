@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import llama_config, merge_config, save_family, write_yaml
+from conftest import llama_config, merge_config, save_family, save_tokenizer, write_yaml
+from damages import overwrite, remove
 from mergekit.common import ModelReference
-from test_cli_check import overwrite, remove, save_tokenizer
 
 from mergekit_metagpt.measure.vocabularies import tokenizers_agree
 from mergekit_metagpt.preflight import inspect

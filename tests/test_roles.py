@@ -321,22 +321,3 @@ def test_an_unknown_name(name: str | None) -> None:
 )
 def test_names_of_other_models(name: str, shape: tuple[int, ...], role: Role) -> None:
     assert role_of(name, shape, {}.get) == role
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "asked"),
-    [
-        ("model.layers.0.self_attn.q_proj.weight", (64, 64), []),
-        ("embed_tokens.weight", (1000, 64), []),
-        ("h.0.mlp.c_fc.weight", (64, 256), ["h.0.mlp.c_fc.bias"]),
-        ("h.0.attn.c_proj.weight", (64, 64), ["h.0.attn.c_attn.weight", "h.0.attn.c_attn.bias"]),
-        ("experts.gate_up_proj", (4, 64, 256), ["experts.down_proj"]),
-        ("experts.down_proj", (4, 128, 64), ["experts.gate_up_proj"]),
-    ],
-)
-def test_siblings_are_asked_for_only_where_they_decide(
-    name: str, shape: tuple[int, ...], asked: list[str]
-) -> None:
-    known, calls = block("h.0.", attn__c_attn=(64, 192)), []
-    role_of(name, shape, lambda other: calls.append(other) or known.get(other))
-    assert calls == asked

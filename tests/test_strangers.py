@@ -50,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     found = dict(zip(("base", "math", "code", "chat"), paths.values(), strict=True))
     for name, path in found.items():
         template = {"chat_template": "{{ messages }}"} if name == "chat" else {}
-        save_tokenizer(path, WORDS, **ENDS, **template)
+        save_tokenizer(path, *WORDS, **ENDS, **template)
     others = {
         "bigger": llama_config(**SIZES, vocab_size=66),
         "deeper": llama_config(**{**SIZES, "num_hidden_layers": 5}),
@@ -59,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, config in others.items():
         found[name] = save_family(place / name, config, scales=())["base"]
         more = ["<|im_start|>", "<|im_end|>"] if name == "bigger" else []
-        save_tokenizer(found[name], WORDS + more, **ENDS)
+        save_tokenizer(found[name], *WORDS, *more, **ENDS)
     found |= {name: str(place / name) for name in ("lora", "cache")}
     base = transformers.AutoModelForCausalLM.from_pretrained(found["base"])
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)

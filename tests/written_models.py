@@ -1,9 +1,7 @@
 """Tiny models of Llama's architecture, written in place; and what a merge of them has to be."""
 
 import json
-import math
 import os
-import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 import reference
 import torch
 from mergekit.merge_methods import merge_state_dicts
+from safetensors.torch import save
 
 SHAPES = {
     "model.embed_tokens.weight": (16, 8),
@@ -37,10 +36,6 @@ CONFIG = {
 }  # fmt: skip
 ADAPTER = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1, "lora_alpha": 1,
            "target_modules": ["q_proj"], "bias": "none"}  # fmt: skip
-# Tensors that no merge reads, before and after the others: who looks at samples of a file sees
-# these. They are holes, and take no room on the disk.
-FILLERS = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
-FILLER = 640_000
 
 FULL = ("a", "b", "c d")  # a name with a space, too
 EXPERTS = (*FULL, "lora")
@@ -98,7 +93,9 @@ class Models:
             file.parent.mkdir(parents=True)
             (file.parent / f"{kind}config.json").write_text(json.dumps(config))
         written = file.with_suffix(".new") if replace else file
-        write_weights(written, weights, FILLERS if name in FULL else None)
+        with written.open("r+b" if written.exists() else "wb") as stream:
+            stream.write(save(weights, metadata={"format": "pt"}))
+            stream.truncate()
         self.clock += 1
         os.utime(written, ns=(self.clock, self.clock))
         os.replace(written, file)
@@ -135,24 +132,6 @@ class Models:
         }
 
 
-def write_weights(file: Path, weights: Weights, fillers: tuple[str, str] | None) -> None:
-    """Write a file of safetensors, in place if it exists; between fillers, if there are any."""
-    before, after = ([fillers[0]], [fillers[1]]) if fillers else ([], [])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name in (*before, *weights, *after):
-        shape = list(weights[name].shape) if name in weights else [FILLER]
-        end = start + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header).encode()
-    with file.open("r+b" if file.exists() else "wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        stream.seek(4 * FILLER * len(before), os.SEEK_CUR)
-        stream.write(b"".join(tensor.numpy().tobytes() for tensor in weights.values()))
-        stream.truncate(8 + len(text) + start)
-
-
 class Expected:
     """What a merge has to be, by the formula and what the files hold now.
 
@@ -165,12 +144,9 @@ class Expected:
     def __init__(self, models: Models, setup: Setup) -> None:
         base, experts = models.base, models.weights(setup)
         self.norms = reference.squared_norms(base, experts)
-        has_moved = sum(self.norms.values()) > 0  # else it has no share, whatever the exponent
-        with np.errstate(invalid="ignore"):  # no expert has moved
-            rows = reference.coefficients(
-                base, experts, setup.granularity, list(has_moved * 1.0), setup.exponent
-            )
-        self.rows = {name: np.nan_to_num(row) for name, row in rows.items()}
+        self.rows = reference.coefficients(
+            base, experts, setup.granularity, exponent=setup.exponent
+        )
         self.merged = reference.merged(base, experts, self.rows)
         if setup.granularity == "direction" or setup.method != "metagpt":
             states = dict(zip(map(models.path, setup.experts), experts, strict=True))

@@ -1,0 +1,53 @@
+"""Ways to damage a checkpoint."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+NORM = "model.norm.weight"
+
+
+def rewrite(model: str, **tensors: torch.Tensor | None) -> None:
+    """Replace, add or (with None) remove tensors of an unsharded checkpoint."""
+    file = Path(model, "model.safetensors")
+    changed = {**load_file(file), **tensors}
+    save_file({k: v for k, v in changed.items() if v is not None}, file, {"format": "pt"})
+
+
+def reshard(model: str) -> None:
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    Path(model, "model.safetensors").unlink()
+    loaded.save_pretrained(model, max_shard_size="20KB")
+
+
+def cut(model: str) -> None:
+    file = Path(model, "model.safetensors")
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def overwrite(name: str, content: bytes) -> Callable[[str], Any]:
+    return lambda model: Path(model, name).write_bytes(content)
+
+
+def remove(name: str) -> Callable[[str], None]:
+    return lambda model: Path(model, name).unlink()
+
+
+def edit_index(change: Callable[[dict[str, str]], Any]) -> Callable[[str], None]:
+    def edit(model: str) -> None:
+        reshard(model)
+        file = Path(model, "model.safetensors.index.json")
+        index = json.loads(file.read_text())
+        change(index["weight_map"])
+        file.write_text(json.dumps(index))
+
+    return edit
+
+
+def move_norm(weight_map: dict[str, str]) -> None:
+    weight_map[NORM] = next(file for file in weight_map.values() if file != weight_map[NORM])
