@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 import transformers
@@ -201,6 +202,42 @@ def test_the_commands_show_how_much_is_kept_and_how_long_it_takes(family, tmp_pa
     for expert in json.loads(invoke("coefficients", yml, "--json", "--quiet").stdout)["experts"]:
         assert expert["kept"] == pytest.approx(expert["coefficient"] / 2, abs=0.02)
     assert "Arithmetic" not in invoke("check", yml).stdout
+
+
+def save_adapters(base, folder):
+    """Save two adapters that read nearly the same inputs, as those from one seed do."""
+    targets = ["q_proj", "up_proj"]
+    for number, name in enumerate(("a", "b"), 1):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
+        torch.manual_seed(number)
+        for key, weights in adapted.state_dict().items():
+            if "lora_A" in key:
+                weights += 0.01 * torch.randn(weights.shape)
+            if "lora_B" in key:
+                weights.normal_()
+        adapted.save_pretrained(folder / name)
+    return [f"{base}+{folder / name}" for name in ("a", "b")]
+
+
+def test_an_adapter_is_merged_as_the_same_weights_that_were_merged_before(family, merge, tmp_path):
+    spelled = save_adapters(family["base"], tmp_path)
+    merged_before = []
+    for name in ("a", "b"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(family["base"])
+        whole = peft.PeftModel.from_pretrained(model, tmp_path / name).merge_and_unload()
+        whole.save_pretrained(tmp_path / f"{name}-merged")
+        merged_before.append(str(tmp_path / f"{name}-merged"))
+    found = []
+    for models in (spelled, merged_before):
+        config = {**config_of(family), "models": [{"model": name} for name in models]}
+        with noted() as entries:
+            found.append(merge(config, lora_merge_cache=str(tmp_path / "cache")))
+        assert Summary(entries).stretch < 1.1
+        assert not [w for w in warnings(Summary(entries)) if "times as far" in w]
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=0, atol=1e-6)
 
 
 # What a summary says
