@@ -82,7 +82,7 @@ class Sequences(RuleBasedStateMachine):
         self.place = self.root / "place"
         self.saved: list[bytes] = []  # the files of the output that a merge has written
         self.before_save: Callable[[], Any] = list
-        # the files of merges that were stopped, by OUT, setup and what the experts held
+        # the files of merges that were stopped, by OUT, setup and files of the experts
         self.complete: dict[tuple[Any, ...], set[bytes]] = {}
         self.recorded: dict[str, tuple[bytes, ...]] = {}  # what the experts held, by `inputs`
         self.merged: dict[tuple[Any, ...], dict[str, bytes]] = {}  # files of complete merges
@@ -104,7 +104,7 @@ class Sequences(RuleBasedStateMachine):
         )  # fmt: skip
 
     def key(self, setup: Setup, out: str) -> tuple[Any, ...]:
-        return out, setup, self.models.contents(setup)
+        return out, setup, self.models.files(setup)
 
     def planned(self, setup: Setup) -> dict[str, Any]:
         return mergekit_metagpt.plan(

@@ -106,6 +106,12 @@ class Models:
         lora = {**self.base, adapted: self.base[adapted] + b @ a}
         return [lora if name == "lora" else self.stored[name] for name in setup.experts]
 
+    def files(self, setup: Setup) -> tuple[tuple[int, int], ...]:
+        """Return what tells the files of both experts from others, of the same content too."""
+        names = [f"{name}/{'adapter_' * (name == 'lora')}model" for name in setup.experts]
+        stats = [os.stat(self.root / f"{name}.safetensors") for name in names]
+        return tuple((stat.st_ino, stat.st_mtime_ns) for stat in stats)
+
     def contents(self, setup: Setup) -> tuple[bytes, ...]:
         return tuple(b"".join(w.numpy().tobytes() for w in e.values()) for e in self.weights(setup))
 
