@@ -1,6 +1,7 @@
 """``mergekit-metagpt evaluate``: score a merge beside its base and its experts."""
 
 import json
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_metagpt.cli import _common
 from mergekit_metagpt.cli._command import MergeCommand
-from mergekit_metagpt.evaluation.scores import averages
+from mergekit_metagpt.evaluation.scores import Score, averages
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.models import require_models
 from mergekit_metagpt.report.tables import table
@@ -94,8 +95,28 @@ def evaluate(
                     click.echo(f"Scoring {name}", err=True)
                 bench.score(model)
             scored[name] = bench.scores(model)
-    best = {task: max(names, key=lambda it: scored[it][task].rank) for task in chosen}
-    rows: list[dict[str, Any]] = [
+    report = _report(scored, {t: max(names, key=lambda it: scored[it][t].rank) for t in chosen})
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    _common.console().print(table(_cells(report)))
+    click.echo("* the best expert on this task: Nor. Avg and ALD compare with it")
+    for file in report["results"]:
+        click.echo(f"The scores of the merge are in {file}.")
+
+
+def _report(scored: Mapping[str, Mapping[str, Score]], best: Mapping[str, str]) -> dict[str, Any]:
+    """Return scores by model and task, and the best expert of each task, as JSON types."""
+    tasks = [
+        {
+            "task": task,
+            "metric": scored[expert][task].metric,
+            "higher_is_better": scored[expert][task].higher_is_better,
+            "expert": expert,
+        }
+        for task, expert in best.items()
+    ]
+    models = [
         {
             "model": name,
             "scores": [scores[task].value for task in best],
@@ -104,23 +125,20 @@ def evaluate(
         }
         for name, scores in scored.items()
     ]
-    columns, cells = [], {"model": list(scored)}
-    for task, expert in best.items():
-        own = {name: scores[task] for name, scores in scored.items()}
-        metric, higher = own[expert].metric, own[expert].higher_is_better
-        columns.append(
-            {"task": task, "metric": metric, "higher_is_better": higher, "expert": expert}
-        )
-        cells[f"{task}\n{metric.removesuffix(',none')}{'' if higher else ' ↓'}"] = [
-            f"{score.value:.4f}{'*' if name == expert else ' '}" for name, score in own.items()
+    files = sorted({str(score.file) for score in scored["merge"].values()})
+    return {"tasks": tasks, "models": models, "results": files}
+
+
+def _cells(report: dict[str, Any]) -> dict[str, list[str]]:
+    """Return a report as columns, a row for each model."""
+    models = report["models"]
+    cells = {"model": [model["model"] for model in models]}
+    for number, task in enumerate(report["tasks"]):
+        arrow = "" if task["higher_is_better"] else " ↓"
+        cells[f"{task['task']}\n{task['metric'].removesuffix(',none')}{arrow}"] = [
+            f"{model['scores'][number]:.4f}{'*' if model['model'] == task['expert'] else ' '}"
+            for model in models
         ]
     for key, (title, digits) in _AVERAGES.items():
-        cells[title] = ["n/a" if row[key] is None else f"{row[key]:.{digits}f}" for row in rows]
-    files = sorted({str(score.file) for score in scored["merge"].values()})
-    if as_json:
-        click.echo(json.dumps({"tasks": columns, "models": rows, "results": files}))
-        return
-    _common.console().print(table(cells))
-    click.echo("* the best expert on this task: Nor. Avg and ALD compare with it")
-    for file in files:
-        click.echo(f"The scores of the merge are in {file}.")
+        cells[title] = ["n/a" if m[key] is None else f"{m[key]:.{digits}f}" for m in models]
+    return cells
