@@ -35,13 +35,7 @@ _AVERAGES = {  # their titles and digits, by their keys in JSON
     type=click.IntRange(min=0),
     help="Solved examples before each question; the task's own number by default.",
 )
-@click.option(
-    "--batch-size",
-    default="1",
-    show_default=True,
-    metavar="N",
-    help="Sequences at a time; auto finds the most that fit.",
-)
+@click.option("--batch-size", default="1", metavar="N", help="Sequences at a time, or auto.")
 @click.option(
     "--include-path",
     type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path),
@@ -72,8 +66,6 @@ def evaluate(
         raise click.ClickException(
             "Scoring needs lm-eval; run: pip install 'mergekit-metagpt[evaluate]'"
         )
-    if batch_size != "auto" and not batch_size.isdecimal():
-        raise click.BadParameter(f"{batch_size!r} is no number.", param_hint="--batch-size")
     from mergekit_metagpt.evaluation.bench import Bench  # which needs lm-eval
 
     with _common.job_of(config, merge_options) as job:
@@ -88,13 +80,8 @@ def evaluate(
         run = (job.options, job.progress, Path(f"{out.absolute()}.scores"))
         bench = Bench(*run, chosen, include_path, deciding, batch_size)
         names = [f"expert {name}" for name in short_names(experts)]
-        scored = {}
-        for name, model in zip(("base", *names, "merge"), (base, *experts, merge), strict=True):
-            if bench.missing(model):
-                if not merge_options.quiet:
-                    click.echo(f"Scoring {name}", err=True)
-                bench.score(model)
-            scored[name] = bench.scores(model)
+        models = dict(zip(("base", *names, "merge"), (base, *experts, merge), strict=True))
+        scored = {name: bench.score(name, model) for name, model in models.items()}
     report = _report(scored, {t: max(names, key=lambda it: scored[it][t].rank) for t in chosen})
     if as_json:
         click.echo(json.dumps(report))
@@ -107,15 +94,11 @@ def evaluate(
 
 def _report(scored: Mapping[str, Mapping[str, Score]], best: Mapping[str, str]) -> dict[str, Any]:
     """Return scores by model and task, and the best expert of each task, as JSON types."""
-    tasks = [
-        {
-            "task": task,
-            "metric": scored[expert][task].metric,
-            "higher_is_better": scored[expert][task].higher_is_better,
-            "expert": expert,
-        }
-        for task, expert in best.items()
-    ]
+    tasks = []
+    for task, expert in best.items():
+        its = scored[expert][task]
+        judged = {"metric": its.metric, "higher_is_better": its.higher_is_better}
+        tasks.append({"task": task, **judged, "expert": expert})
     models = [
         {
             "model": name,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import lm_eval
 from lm_eval.loggers import EvaluationTracker
 from mergekit.common import ModelReference
@@ -34,25 +35,14 @@ class Bench:
     deciding: dict[str, Any]  # what the scores depend on: shots and limit
     batch_size: str
 
-    def scores(self, model: ModelReference) -> dict[str, Score]:
-        """Return a model's scores by task, so far; its weights are recognized by their content."""
-        settings, scores = self._settings(model), dict[str, Score]()
-        for file in sorted(self.folder.glob("*/results_*.json"), key=lambda path: path.name):
-            with suppress(json.JSONDecodeError, UnicodeDecodeError):  # killed while it was written
-                report = json.loads(file.read_bytes())
-                if report["config"].get("metagpt") == settings:
-                    done = [task for task in self.tasks if task in report["results"]]
-                    scores |= {task: Score.of(task, report, file) for task in done}
-        return scores
-
-    def missing(self, model: ModelReference) -> list[str]:
-        """Return the tasks that a model has not been scored on with these settings."""
-        scored = self.scores(model)
-        return [task for task in self.tasks if task not in scored]
-
-    def score(self, model: ModelReference) -> None:
-        """Score a model on the tasks that are missing, and write the results."""
-        missing = self.missing(model)
+    def score(self, name: str, model: ModelReference) -> dict[str, Score]:
+        """Return a model's scores by task; measure those that are missing, and write them."""
+        known = self._scores(model)
+        missing = [task for task in self.tasks if task not in known]
+        if not missing:
+            return known
+        if not self.options.quiet:
+            click.echo(f"Scoring {name}", err=True)
         named = {
             "pretrained": model.model.path,
             "revision": model.model.revision,
@@ -78,8 +68,21 @@ class Bench:
         used = {"model": "hf", "model_args": model_args, **self.deciding, **hardware}
         report["config"] = {**used, "metagpt": self._settings(model)}
         tracker.save_results_aggregated(report)  # logs its failures
-        if self.missing(model):
+        scores = self._scores(model)
+        if not scores.keys() >= set(missing):
             raise OSError(f"The results of {model} could not be written to {self.folder}.")
+        return scores
+
+    def _scores(self, model: ModelReference) -> dict[str, Score]:
+        """Return a model's scores by task, so far; its weights are recognized by their content."""
+        settings, scores = self._settings(model), dict[str, Score]()
+        for file in sorted(self.folder.glob("*/results_*.json"), key=lambda path: path.name):
+            with suppress(json.JSONDecodeError, UnicodeDecodeError):  # killed while it was written
+                report = json.loads(file.read_bytes())
+                if report["config"].get("metagpt") == settings:
+                    done = [task for task in self.tasks if task in report["results"]]
+                    scores |= {task: Score.of(task, report, file) for task in done}
+        return scores
 
     def _settings(self, model: ModelReference) -> dict[str, Any]:
         """Return what the scores of a model depend on, as JSON types."""

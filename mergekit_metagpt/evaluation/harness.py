@@ -36,8 +36,7 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> TaskDict:
     and absolute ``data_files``, the hub is not used.
 
     Raises:
-        BadInputError: if a task does not exist.
-        Exception: any error of a task's own code, such as missing data.
+        BadInputError: if a task does not exist; else whatever a task's own code raises.
     """
     manager = _task_manager(folder, folder is None)
     if not set(names) <= set(manager.all_tasks):
