@@ -231,7 +231,7 @@ def test_the_report_says_what_wins_by_how_much_and_how_often() -> None:
 @pytest.mark.parametrize(
     ("words", "said", "written"),
     [
-        ([], "is best on average", ["language_model.json", "language_model.md"]),
+        ([], "is best on average", ["ablation.md", "language_model.json", "language_model.md"]),
         (["--quick"], "is best on average", []),
         (["--recipe", "even", "--seed", "0"], "is best on average", []),
         (["--ablation", "--recipe", "even"], f"\n| {DEFAULT} | ", []),

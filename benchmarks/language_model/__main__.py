@@ -32,7 +32,7 @@ QUICK_RECIPE = "even, 3 experts"
 
 @click.command()
 @click.option("--quick", is_flag=True, help="Three tasks, one family; prints, and writes nothing.")
-@click.option("--ablation", is_flag=True, help="Only the table of variants; writes nothing.")
+@click.option("--ablation", is_flag=True, help="Only the table of variants.")
 @click.option(
     "--recipe",
     "recipes",
@@ -68,7 +68,7 @@ def main(
 
     All is fetched, trained and scored in DIR. After an interruption, the same command continues
     where it stopped. A GPU is used if there is one. Writes benchmarks/results/language_model.md
-    and .json, and updates both after each family.
+    and .json, and updates both after each family; then ablation.md, the table of variants.
     """
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     _require_same_base(work, base)
@@ -79,16 +79,16 @@ def main(
         seeds or range(1 if quick else SEEDS), recipes or ([QUICK_RECIPE] if quick else RECIPES)
     )
     families = [(recipe, seed) for seed, recipe in planned]
-    if ablation:
-        click.echo(_ablation(bench, families))
-        return
     writes = not (quick or recipes or seeds)
-    text = _compared(bench, families, Path(base).name, writes)
-    if not quick:
-        text += f"\n\n{_ablation(bench, families)}"
-    if writes:
-        write_measured("language_model.md", text)
-    click.echo(text)
+    texts = {}
+    if not ablation:
+        texts["language_model.md"] = _compared(bench, families, Path(base).name, writes)
+    if ablation or not quick:
+        texts["ablation.md"] = _ablation(bench, families)
+    for name, text in texts.items():
+        if writes:
+            write_measured(name, text)
+        click.echo(text)
 
 
 def _compared(bench: Bench, planned: list[tuple[str, int]], name: str, writes: bool) -> str:
@@ -120,11 +120,11 @@ def _ablation(bench: Bench, families: Iterable[tuple[str, int]]) -> str:
         losses[recipe, seed] = Ablation(FamilyBench(bench, recipe, seed)).losses()
         click.echo(f"ablation of {recipe}, seed {seed}: done", err=True)
     return (
-        f"### Variants of `granularity: direction`\n\n"
+        f"# Variants of `granularity: direction`\n\n"
         f"Each is one change away from {DEFAULT}. Regret: how far its loss on the validation "
         f"examples is above the least of the family's rows here, in nats; seeds are divided by "
         f"a dot. The first seed chooses the rule with the least worst regret, the next one "
-        f"confirms it.\n\n{ablation_table(losses)}"
+        f"confirms it.\n\n{ablation_table(losses)}\n\n{_circumstances(bench.device)}"
     )
 
 

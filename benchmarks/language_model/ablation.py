@@ -19,6 +19,7 @@ from benchmarks.language_model.rows import ARITHMETIC, AVERAGE
 from benchmarks.language_model.rules import is_matrix, matrices
 from benchmarks.language_model.variants import Look, Variant
 from benchmarks.tables import table
+from mergekit_metagpt.core.roles import Role
 
 _BATCH = 16
 DEFAULT = "direction"
@@ -34,6 +35,7 @@ VARIANTS = {
     "elsewhere the sum/√T": Variant(elsewhere="sum/√T"),
     "elsewhere the mean": Variant(elsewhere="mean"),
     "exponent 2": Variant(exponent=2.0),
+    "tables merged like matrices": Variant(rows="matrix"),
     "tables and vectors added up, but shared": Variant(rows="shared"),
     "tables and vectors, the sum": Variant(rows="sum"),
     "rank 16": Variant(rank=16),
@@ -48,14 +50,14 @@ class _Part(NamedTuple):
 
     Attributes:
         name: the name of its tensor.
-        is_matrix: whether it multiplies its inputs.
+        role: what it does in its model.
         target: a view of the model's weights, m x n.
         base: the base's, m x n.
         taus: τ_t of the experts that move it, at most T x m x n.
     """
 
     name: str
-    is_matrix: bool
+    role: Role
     target: Tensor
     base: Tensor
     taus: Tensor
@@ -101,11 +103,16 @@ class Ablation:
 
     def _look(self, variant: Variant) -> None:
         """Look at all matrices, unless the last variant looked in the same way."""
-        way = (variant.rank, variant.of_rows, variant.passes)
+        has_tables = variant.rows == "matrix"
+        way = (variant.rank, variant.of_rows, variant.passes, has_tables)
         if self._looked != way:
-            self._looked, self._looks = way, []
-            for part in self._parts:
-                self._looks.append(variant.look(part.taus, part.name) if part.is_matrix else None)
+            self._looked = way
+            self._looks = [
+                variant.look(part.taus, part.name)
+                if is_matrix(part.role) or (has_tables and part.role is Role.ROWS)
+                else None
+                for part in self._parts
+            ]
 
     @cached_property
     def _model(self) -> transformers.PreTrainedModel:
@@ -124,7 +131,7 @@ class Ablation:
                 movers = [tau for tau in moved if tau.any()]
                 if movers:
                     there = (start.to(target), torch.stack(movers).to(target))
-                    yield _Part(name, is_matrix(role), target, *there)
+                    yield _Part(name, role, target, *there)
 
     def _loss(self) -> float:
         splits = self._bench.splits
