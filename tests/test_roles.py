@@ -115,6 +115,9 @@ RAW: dict[str, Role] = {
     "ZambaMambaMixer.dt_proj_weight": LINEAR,
 }
 
+# Tied embeddings of models that are encoders, too. Those may have no head.
+MAY_BE_BARE = re.compile(r"embeddings\.word_emb|transformer\.(w|word_embedding)\.")
+
 # What no role describes, and why; with the role that it has for lack of a better one.
 EXCEPTIONS = {
     # einsum("ibh,hnd->ibnd", h, q): a matrix only as [h, n × d], inputs first
@@ -231,9 +234,12 @@ def test_an_architecture_has_the_roles_that_its_code_gives_them(label: str) -> N
     model = build(label)
     shapes, kinds, stains = {}, {}, {}
     layers = set()
+    heads = {module.weight for module in model.modules() if type(module) is nn.Linear}
     for name, module, parameter in parameters(model):
         shapes[name] = tuple(parameter.shape)
         kinds[name] = truth(module, name.rpartition(".")[2], parameter.shape)
+        if parameter in heads and isinstance(module, nn.Embedding) and not MAY_BE_BARE.search(name):
+            kinds[name] = "tied embeddings", LINEAR
         # Of all layers with the same shapes, one is enough.
         layer = (re.sub(r"\.\d+\.", ".0.", name), parameter.shape)
         if layer not in layers:

@@ -19,7 +19,7 @@ from benchmarks.language_model.rows import ARITHMETIC, AVERAGE
 from benchmarks.language_model.rules import is_matrix, matrices
 from benchmarks.language_model.variants import Look, Variant
 from benchmarks.tables import table
-from mergekit_metagpt.core.roles import Role
+from mergekit_metagpt.core.roles import Role, is_table
 
 _BATCH = 16
 DEFAULT = "direction"
@@ -35,7 +35,7 @@ VARIANTS = {
     "elsewhere the sum/√T": Variant(elsewhere="sum/√T"),
     "elsewhere the mean": Variant(elsewhere="mean"),
     "exponent 2": Variant(exponent=2.0),
-    "tables merged like matrices": Variant(rows="matrix"),
+    "tied embeddings by row": Variant(rows="tables"),
     "tables and vectors added up, but shared": Variant(rows="shared"),
     "tables and vectors, the sum": Variant(rows="sum"),
     "rank 16": Variant(rank=16),
@@ -103,16 +103,16 @@ class Ablation:
 
     def _look(self, variant: Variant) -> None:
         """Look at all matrices, unless the last variant looked in the same way."""
-        has_tables = variant.rows == "matrix"
-        way = (variant.rank, variant.of_rows, variant.passes, has_tables)
+        way = (variant.rank, variant.of_rows, variant.passes, variant.rows == "bound")
         if self._looked != way:
             self._looked = way
             self._looks = [
-                variant.look(part.taus, part.name)
-                if is_matrix(part.role) or (has_tables and part.role is Role.ROWS)
-                else None
+                variant.look(part.taus, part.name) if self._has_inputs(part, variant) else None
                 for part in self._parts
             ]
+
+    def _has_inputs(self, part: _Part, variant: Variant) -> bool:
+        return is_matrix(part.role) and (variant.rows == "bound" or not is_table(part.name))
 
     @cached_property
     def _model(self) -> transformers.PreTrainedModel:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.language_model.rules import Rule, matrices
-from mergekit_metagpt.core.roles import Role, role_of
+from mergekit_metagpt.core.roles import Role, is_table, role_of
 
 
 class Moved(NamedTuple):
@@ -55,6 +55,7 @@ def merge_by_rule(rule: Rule, tensors: Iterable[Moved], base: Path, out: Path, d
     with TensorWriter(str(out)) as writer:
         for name, role, start, taus in tensors:
             merged = start.clone()
+            role = Role.ROWS if is_table(name) else role
             views = (matrices(tensor, role) for tensor in (merged, *taus))
             for target, *parts in zip(*views, strict=True):
                 if not any(part.any() for part in parts):

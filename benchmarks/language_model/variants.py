@@ -46,8 +46,8 @@ class Variant:
         elsewhere: c_t: what experts that move alike share, or 1, or 1/√T, or 1/T.
         exponent: k in λ_t ∝ ‖τ_t‖^k.
         rows: what is done with the rows of what is no matrix: a coefficient for each row by the
-            bound; the same, but tables are merged like matrices, since tied embeddings are the
-            head too; added up, but experts that move a row alike share it; or the sum.
+            bound; the same of tables that are matrices too, the head; added up, but experts that
+            move a row alike share it; or the sum.
     """
 
     rank: int = 8
@@ -58,7 +58,7 @@ class Variant:
     symmetric: bool = False
     elsewhere: Literal["shared", "sum", "sum/√T", "mean"] = "shared"
     exponent: float = 0.0
-    rows: Literal["bound", "matrix", "shared", "sum"] = "bound"
+    rows: Literal["bound", "tables", "shared", "sum"] = "bound"
 
     def look(self, taus: Tensor, name: str) -> Look:
         """Look at the experts of a matrix; depends on ``rank``, ``of_rows``, ``passes``.
@@ -99,7 +99,7 @@ class Variant:
 
     def merge_rows(self, taus: Tensor) -> Tensor:
         """Return the merged task vector, m x n, of what is no matrix."""
-        if self.rows in ("bound", "matrix"):
+        if self.rows in ("bound", "tables"):
             return by_rows(taus, self.exponent)
         if self.rows == "sum":
             return taus.sum(0)

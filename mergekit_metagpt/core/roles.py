@@ -30,8 +30,10 @@ def role_of(name: str | None, shape: Sequence[int], shape_of: ShapeOf) -> Role:
         shape_of: returns the shape of another tensor. It is called only for names that leave a
             choice, since it may have to read a file.
 
-    >>> role_of("model.embed_tokens.weight", (1000, 64), {}.get).name
+    >>> role_of("model.embed_tokens.weight", (1000, 64), {"lm_head.weight": (1000, 64)}.get).name
     'ROWS'
+    >>> role_of("model.embed_tokens.weight", (1000, 64), {}.get).name  # tied to the head
+    'LINEAR'
     >>> role_of("model.layers.0.self_attn.q_proj.weight", (32, 64), {}.get).name
     'LINEAR'
     >>> role_of("backbone.layers.0.mixer.conv1d.weight", (128, 1, 4), {}.get).name
@@ -53,12 +55,32 @@ def role_of(name: str | None, shape: Sequence[int], shape_of: ShapeOf) -> Role:
         return shape if other == name else shape_of(other)
 
     for parts, matrix, stack in _RULES:
-        found = re.fullmatch(rf"((?:.*\.)?)({parts})", name or "")
-        if found:
+        if found := _fits(name, parts):
             rule = matrix if len(shape) == 2 else stack
             return rule if isinstance(rule, Role) else rule(found[1], found[2], known)
     # [1, 1, d] is a vector with axes to broadcast it, such as RWKV's time mix.
     return Role.ELEMENTS if len(shape) > 2 and 1 in shape[-2:] else Role.LINEAR
+
+
+def is_table(name: str | None) -> bool:
+    """Return whether a tensor of this name is a table, which may be tied to the head."""
+    first = next((rule for parts, rule, _ in _RULES if _fits(name, parts)), None)
+    return first in (Role.ROWS, _of_tokens)
+
+
+def _fits(name: str | None, parts: str) -> "re.Match[str] | None":
+    return re.fullmatch(rf"((?:.*\.)?)({parts})", name or "")
+
+
+def _of_tokens(model: str, table: str, shape_of: ShapeOf) -> Role:
+    """Tell a table of tokens from one that is the head too, a matrix: then no head is stored.
+
+    The head is beside the table, or beside one of the modules that it is in.
+    """
+    parts = model.split(".")
+    outer = (".".join([*parts[:depth], ""]) for depth in range(len(parts)))
+    heads = (f"{module}{head}.weight" for module in outer for head in _HEADS)
+    return Role.ROWS if any(map(shape_of, heads)) else Role.LINEAR
 
 
 def _in_block(block: str, layer: str, shape_of: ShapeOf) -> Role:
@@ -87,6 +109,7 @@ def _of_experts(experts: str, part: str, shape_of: ShapeOf) -> Role:
 
 
 _Rule = Role | Callable[[str, str, ShapeOf], Role]
+_HEADS = ("lm_head", "output", "output_layer", "embed_out", "head", "score", "classifier")
 _TABLE = r"(\w+_)?emb(ed(ding)?s?)?|embed_(in|positions|(\w+_)?tokens(_per_layer)?)"
 
 # The last parts of a name; its role with two axes; its role with more. The first row that fits
@@ -97,6 +120,13 @@ _RULES: tuple[tuple[str, _Rule, _Rule], ...] = (
     (r"\w*patch_embed\w*(\.proj\w*)?\.weight", Role.LINEAR, Role.ELEMENTS),
     # ProphetNet projects onto them.
     (r"relative_pos_embeddings\.weight", Role.LINEAR, Role.LINEAR),
+    # An encoder may have no head at all, so what looks like BERT's is a table.
+    (
+        r"(embed_tokens|embed_in|wte|tok_embeddings|tokens_embed|embeddings|"
+        r"(?<!embeddings\.)word_embeddings)\.weight",
+        _of_tokens,
+        Role.ELEMENTS,
+    ),
     # A table of more than two axes is added as a whole, such as [1, positions, d].
     (rf"({_TABLE})(\.(weights?|(shard_)?\d+))*", Role.ROWS, Role.ELEMENTS),
     (r"(wte|wpe|w|shared|bias_values)\.weight", Role.ROWS, Role.ELEMENTS),

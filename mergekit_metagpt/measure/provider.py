@@ -16,7 +16,7 @@ import torch
 from mergekit_metagpt.core.coefficients import Norms
 from mergekit_metagpt.core.granularities import GRANULARITIES, moved
 from mergekit_metagpt.core.inputs import TensorInputs, place_of
-from mergekit_metagpt.core.roles import Role, role_of
+from mergekit_metagpt.core.roles import is_table
 from mergekit_metagpt.measure.survey import Survey, survey_tensors
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.names import layer_of
@@ -155,24 +155,29 @@ class ModelsInMemory:
         Tensors that are tied in memory stay tied: they are merged once, as the embedding if one
         of them is.
         """
-        alike: dict[tuple[Any, ...], list[int]] = {}
-        for number, tensor in enumerate(self.tensors):
-            alike.setdefault(tensor.memory, []).append(number)
 
         def its(number: int) -> int:
-            tied = alike[self.tensors[number].memory]
-            tied = [other for other in tied if parameters[other] == parameters[number]]
-            return next(filter(self._is_table, tied), tied[0])
+            tied = self._alike[self.tensors[number].memory]
+            return next(other for other in tied if parameters[other] == parameters[number])
 
         return list(map(its, range(len(parameters))))
 
-    def _is_table(self, number: int) -> bool:
-        tensor = self.tensors[number]
-        return role_of(tensor.name, tensor.base.shape, self.shape_of) is Role.ROWS
+    @cached_property
+    def _alike(self) -> dict[tuple[Any, ...], list[int]]:
+        """The numbers of the tensors that lie in one place, a table first."""
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for number, tensor in enumerate(self.tensors):
+            alike.setdefault(tensor.memory, []).append(number)
+        return {
+            place: sorted(numbers, key=lambda number: not is_table(self.tensors[number].name))
+            for place, numbers in alike.items()
+        }
 
     @cached_property
     def _shapes(self) -> dict[str | None, Sequence[int]]:
-        return {tensor.name: tensor.base.shape for tensor in self.tensors}
+        """The shapes of tensors that would be in a file, where tied ones are stored once."""
+        stored = [self.tensors[first] for first, *_ in self._alike.values()]
+        return {tensor.name: tensor.base.shape for tensor in stored}
 
     @cached_property
     def _survey(self) -> Survey:
