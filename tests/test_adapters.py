@@ -116,6 +116,10 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         settings(peft_type="IA3", feedforward_modules=[]),
         ("and 11 more, which PEFT would not apply",),
     ),
+    "it lacks what its config says it has": (
+        settings(use_dora=True),
+        ("lacks tensor", "magnitude"),
+    ),
     "its kind is missing": (settings(peft_type=None), ("PEFT cannot apply", CONFIG)),
     "its config is missing": (lambda adapter: (adapter / CONFIG).unlink(), (f"has no {CONFIG}",)),
     "its config is no mapping": (

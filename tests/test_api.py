@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import command, invoke, merge_config, put_nan, run, write_yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
+from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 import mergekit_metagpt
@@ -68,6 +70,30 @@ def test_a_merge_is_that_of_the_command(family, tmp_path):
     assert merged.record == json.loads((tmp_path / "function" / "metagpt.json").read_text())
     assert yaml.safe_load(merged.record["config"]) == raw
     assert merged.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("metagpt", {"async_write": True}), ("task_arithmetic", {})]
+)
+def test_a_stock_merge_in_another_thread_is_in_no_record(method, options, family, tmp_path):
+    """MergeKit's own `run_merge` merges in threads of its own, whose tensors are noted."""
+    other = merge_config({"base": family["b"], "a": family["base"]})
+    config = merge_config({"base": family["base"], "a": family["a"]}, method)
+    config["parameters"] = {"weight": 1.0}
+
+    def after_another(*words, **settings):
+        beside = (MergeConfiguration.model_validate(other), str(tmp_path / "beside"), QUIET)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(run_merge, *beside).result()
+        run_merge(*words, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mergekit_metagpt.merging.whole.run_merge", after_another)
+        merged = mergekit_metagpt.merge(
+            config, tmp_path / "out", options=QUIET.model_copy(update=options)
+        )
+    known = [expert["model"] for expert in merged.record["experts"]]
+    assert known == [family["a"]] * (method == "metagpt")
 
 
 def test_the_caller_keeps_its_loader_options_and_threads(family):

@@ -1,6 +1,7 @@
 """``mergekit-metagpt check``: what it costs to merge, or everything that stands against it."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -197,9 +198,12 @@ CONFIGS: list[tuple[Callable[[Config], Any], tuple[str, ...]]] = [
     (changed(dtype="float8"), ("dtype float8", "write float")),
     (changed(parameters={"densitty": 1}), ("densitty", "write density instead")),
     (changed(parameters={"granularity": "modle"}), ("granularity must", "'modle'")),
-    (with_parameters(density=[0.5, float("nan")]), ("density must be", "not nan")),
+    (with_parameters(density=[0.5, float("nan")]), ("models[0] (/", "density must be", "not nan")),
     (with_parameters(weight=[{"value": "x", "filter": "mlp"}]), ("weight must", "'x'")),
     (stock("task_arithmetic"), ("weight",)),
+    (stock("dare_ties", density=-1, weight=1), ("density must be a number from 0 to 1",)),
+    (stock("task_arithmetic", weight=float("nan")), ("weight must be finite",)),
+    (changed(merge_method=["metagpt"]), ("merge_method", "valid string")),
 ]
 
 
@@ -466,3 +470,12 @@ def test_a_top_level_anchor_that_is_used_by_every_model_is_no_bomb(family, tmp_p
     assert "&id001" in file.read_text()
     assert read_config(str(file)).parse().models[1].parameters == shared
     assert not inspect(str(file)).problems
+
+
+@on_posix
+def test_a_pipe_in_place_of_a_weight_file_is_refused(own, tmp_path):
+    file = Path(own["a"], "model.safetensors")
+    file.unlink()
+    os.mkfifo(file)
+    (problem,) = inspect(str(write_yaml(tmp_path / "merge.yml", merge_config(own)))).problems
+    assert f"{file} of model {own['a']} cannot be read (it is a pipe" in problem

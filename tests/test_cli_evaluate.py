@@ -123,6 +123,8 @@ class TestTheResults:
         put_nan(str(folder / "a"), "model.norm.weight")
         (file,) = files(folder, "merged")
         file.write_text(file.read_text()[:99])  # as if the run had been killed
+        for number, content in enumerate(("{}", "[]", '{"config": null}')):
+            file.with_name(f"results_{number}.json").write_text(content)
         assert scored(evaluate(folder)) == ("expert a", "merge")
 
     def test_every_model_is_if_the_settings_or_the_tasks_change(self, folder):

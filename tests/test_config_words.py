@@ -123,6 +123,11 @@ IDLE = {
         parameters(density=[MLP, {**MLP, "filter": "mlp.down_proj"}, ALL]),
         ("density[1] that is never used", "write the narrower"),
     ),
+    "an empty list": (parameters(density=[]), ("empty list at parameters.density, which sets",)),
+    "an empty value": (
+        parameters(density=[{**MLP, "value": []}, ALL]),
+        ("empty list at parameters.density,",),
+    ),
     "a misspelt key of a value": (
         parameters(density=[{"fliter": "mlp", "value": 0.5}]),
         ("unknown key fliter at parameters.density[0]", "write filter instead"),

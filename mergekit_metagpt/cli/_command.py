@@ -9,6 +9,7 @@ from typing import Any
 import click
 import torch
 from mergekit.common import parse_kmb
+from mergekit.options import MergeOptions
 
 from mergekit_metagpt.mergekit_private import (
     DTYPE_LOGGER,
@@ -56,7 +57,7 @@ class MergeCommand(click.Command):
             logging.getLogger(MERGE_LOGGER).addFilter(_without_traceback)
         try:
             ctx.params = self._collect(**ctx.params)
-            _require_device(ctx.params["merge_options"].device)
+            _require_device(ctx.params["merge_options"])
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -100,8 +101,10 @@ def _without_dtype(record: logging.LogRecord) -> bool:
     return not is_about_dtype(record)
 
 
-def _require_device(name: str) -> None:
-    kind = torch.device(name).type
+def _require_device(options: MergeOptions) -> None:
+    if options.multi_gpu and not torch.accelerator.device_count():
+        raise click.ClickException("There is no GPU here; leave --multi-gpu out.")
+    kind = torch.device(options.device or "cpu").type
     module = getattr(torch, kind, None)
     if kind != "cpu" and not (module is not None and module.is_available()):
         raise click.ClickException(f"There is no {kind} device here; use --device cpu.")

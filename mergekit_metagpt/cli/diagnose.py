@@ -54,9 +54,7 @@ def diagnose(
             LoaderCache().get(model)  # to run the models, they have to be downloaded anyway
             linearity.architecture_of(model, options.trust_remote_code)
         ids = linearity.token_ids(prompts, base, options)
-        click.echo(
-            f"Prompts: {len(ids)} {f'prompts from {prompts}' if prompts else 'built-in prompts'}.\n"
-        )
+        click.echo(f"Prompts: {len(ids)}{f' from {prompts}' if prompts else ''}.\n")
         survey = measured(job)
         lines = linearity.measure_linearity(base, survey, ids, options)
     names, fits = short_names(survey.experts), [line.r_squared for line in lines]

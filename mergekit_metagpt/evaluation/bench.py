@@ -4,7 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,15 @@ class Bench:
         """Return a model's scores by task, so far; its weights are recognized by their content."""
         settings, scores = self._settings(model), dict[str, Score]()
         for file in sorted(self.folder.glob("*/results_*.json"), key=lambda path: path.name):
-            with suppress(json.JSONDecodeError, UnicodeDecodeError):  # killed while it was written
+            try:
                 report = json.loads(file.read_bytes())
                 if report["config"].get("metagpt") == settings:
                     done = [task for task in self.tasks if task in report["results"]]
                     scores |= {task: Score.of(task, report, file) for task in done}
+            except BadInputError:
+                raise
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                continue  # a run was killed while it wrote, or it is another's file
         return scores
 
     def _settings(self, model: ModelReference) -> dict[str, Any]:

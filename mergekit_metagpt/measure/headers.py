@@ -1,6 +1,7 @@
 """The headers of weight files: names, shapes and dtypes of tensors, but not their data."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,6 +64,7 @@ class Header:
 def read_header(path: str, model: Any) -> Mapping[str, Header]:
     """Return the headers of one weight file by tensor, or raise a BadInputError about the file."""
     try:
+        require_file(path)
         return _read(path, stat_of(path))
     except FileNotFoundError:
         fault = "is missing; download it again"
@@ -71,6 +73,12 @@ def read_header(path: str, model: Any) -> Mapping[str, Header]:
     except BadInputError as error:
         fault = str(error)
     raise BadInputError(f"Weight file {path} of model {model} {fault}.")
+
+
+def require_file(path: str) -> None:
+    """Raise an OSError for a pipe or a device, which may never end."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise OSError("it is a pipe or a device, not a file")
 
 
 @lru_cache(maxsize=4096)

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, SafetensorsParsingError
 from mergekit.common import ModelPath
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.measure.headers import Header, read_header
+from mergekit_metagpt.measure.headers import Header, read_header, require_file
 from mergekit_metagpt.wording import BadInputError, reason
 
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -39,6 +39,7 @@ class Directory:
 
     def text(self, name: str) -> str:
         """Return the content of a file."""
+        require_file(self.file(name))
         return Path(self.file(name)).read_text(encoding="utf-8")
 
     def headers(self, name: str) -> Mapping[str, Header]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_metagpt.measure.headers import FLOAT_NAMES, FLOATS
 from mergekit_metagpt.measure.locations import Directory, locate
-from mergekit_metagpt.measure.vocabularies import first_difference, load_vocabulary
+from mergekit_metagpt.measure.vocabularies import load_vocabulary
 from mergekit_metagpt.measure.weights import Weights, read_weights
 from mergekit_metagpt.mergekit_private import tied_names
 from mergekit_metagpt.planning.models import ModelFiles
@@ -129,15 +130,25 @@ def _correct_dtypes(said: dict[str, Any], weights: Weights) -> None:
 
 
 def _keep_generation(directory: Path, base: ModelReference, options: MergeOptions) -> Iterator[str]:
-    """Copy the base's generation config if MergeKit has not, and token ids mean the same."""
+    """Copy the base's generation config if MergeKit has not, and its ids mean the same."""
     source = Path(locate(base.model, options).path, _GENERATION)
     if not source.is_file() or (directory / _GENERATION).exists():
         return
     merged = ModelReference(model=ModelPath(path=str(directory)))
     cache, trust = options.transformers_cache, options.trust_remote_code
     there, here = (load_vocabulary(model, cache, trust) or {} for model in (base, merged))
-    if (id_ := first_difference(there, here)) is not None:
-        why = f"since token {id_} is {there[id_]!r} there but {here[id_]!r} in the merge"
-        yield f"{source} was not copied, {why}; write one with new ids, or texts may not end."
-        return
+    for id_ in _token_ids(source.read_text("utf-8")) if there and here else ():
+        if (old := there.get(id_)) != (new := here.get(id_)):
+            why = f"since token {id_} is {old!r} there but {new!r} in the merge"
+            yield f"{source} was not copied, {why}; write one with new ids, or texts may not end."
+            return
     shutil.copy(source, directory)
+
+
+def _token_ids(generation: str) -> list[int]:
+    """Return the ids of all tokens that a generation config names; none if it is corrupt."""
+    with suppress(ValueError, AttributeError):
+        said = json.loads(generation).items()
+        found = [v for key, v in said if key.endswith(("_token_id", "suppress_tokens"))]
+        return sorted({i for v in found for i in (v if isinstance(v, list) else [v])} - {None})
+    return []

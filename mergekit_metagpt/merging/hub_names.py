@@ -11,6 +11,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 # The keys of configs and records whose text is a model: path, path@revision or path+lora.
 _MODEL_KEYS = {"model", "base_model", "base", "lora", "path", "source", "tokenizer_source"}
+_NO_MODELS = {"union", "base"}  # as the source of a tokenizer
 
 
 def hub_names(config: Any, given: Sequence[str]) -> dict[str, str]:
@@ -34,6 +35,7 @@ def renamed(value: Any, name_of: Callable[[str], str], key: str = "") -> Any:
         return {key: renamed(child, name_of, key) for key, child in value.items()}
     if isinstance(value, list):
         return [renamed(child, name_of, key) for child in value]
-    if key not in _MODEL_KEYS or not isinstance(value, str):
+    is_word = str(key).endswith("source") and value in _NO_MODELS
+    if key not in _MODEL_KEYS or not isinstance(value, str) or is_word:
         return value
     return re.sub(r"(^|\+)([^@+]+)", lambda found: found[1] + name_of(found[2]), value)

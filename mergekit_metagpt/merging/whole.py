@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit import merge_methods
+from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 
 from mergekit_metagpt import register
@@ -102,7 +103,7 @@ def _plan(job: Job, outputs: Outputs | None, mapper: RayMapper | None) -> Plan |
     """
     register()
     method, options = job.parsed.merge_method, job.options
-    own = isinstance(merge_methods.get(method), MetaGPTMerge)
+    own = _is_own(job.parsed)
     if mapper and not own:
         raise BadInputError(
             "The random numbers of MergeKit's own methods depend on the order of the tensors, "
@@ -111,6 +112,10 @@ def _plan(job: Job, outputs: Outputs | None, mapper: RayMapper | None) -> Plan |
         )
     by_file = mapper or (own and not (options.multi_gpu or options.async_write))
     return Plan.of(job, outputs) if by_file else None
+
+
+def _is_own(config: MergeConfiguration) -> bool:
+    return isinstance(merge_methods.get(config.merge_method), MetaGPTMerge)
 
 
 def _facts(job: Job, inputs: list[Any], plan: Plan | None) -> dict[str, Any]:
@@ -134,12 +139,14 @@ def _merge_at_once(job: Job, work: Work, inputs: dict[str, Stat]) -> None:
         # fail after hours of work.
         config = job.parsed.model_copy(deep=True)
         options = {"write_model_card": False, "quiet": not job.progress}
-        with noted(in_all_threads=True) as entries:
+        experts = set(config.referenced_models()) - {config.base_model}
+        with noted(in_all_threads=_is_own(config)) as entries:
             run_merge(config, str(work.merged), job.options.model_copy(update=options))
         require_in_range(work.merged, job.parsed.out_dtype)
         _describe(work, job)
         require_unchanged(inputs)
-        record = {"entries": as_json(entries)}
+        own = [entry for entry in entries if experts.issuperset(entry.experts)]  # of no other merge
+        record = {"entries": as_json(own)}
         work.keep("all", record, [path for path in work.merged.rglob("*") if path.is_file()])
     job.entries.extend(entries_of([record], job.parsed))
 

@@ -36,7 +36,7 @@ def noted(*, in_all_threads: bool = False) -> Iterator[list[Entry]]:
     try:
         yield entries
     finally:
-        _EVERYWHERE.clear()
+        _EVERYWHERE[:] = [others for others in _EVERYWHERE if others is not entries]
         _NOTED.reset(token)
 
 

@@ -35,7 +35,6 @@ _OF_THE_CONFIG: list[Check] = [
     configs.bad_dtypes,
     configs.bad_template,
     structure.no_experts,
-    structure.no_layers,
 ]
 _OF_THE_MODELS: list[Check] = [
     models.unusable,
@@ -115,13 +114,16 @@ def _look(case: Case, problems: list[str]) -> Preflight:
     MergeKit's own parser and planner are asked in between, and what they say is passed on: the
     checks look for what MergeKit ignores, loses or would fail on later.
     """
-    problems += _found(case, _OF_WHAT_IS_IGNORED)
+    problems += _found(case, [*_OF_WHAT_IS_IGNORED, configs.bad_parameters])
     case.config = case.written.parse()
     problems += _found(case, _OF_THE_CONFIG)
     case.options = with_own_adapters(case.options, case.config)
     named = sorted(case.config.referenced_models(), key=lambda it: (it != case.base, str(it)))
     case.models = {model: find_model_files(model, case.options) for model in named}
     problems += _found(case, _OF_THE_MODELS)
+    if bad_layers := list(structure.no_layers(case)):
+        problems += bad_layers
+        return Preflight(problems)
     try:
         case.outputs = plan_outputs(case.config, case.options, case.models, case.file)
     except PlannerError:

@@ -52,7 +52,7 @@ def bad_adapters(files: ModelFiles, options: MergeOptions) -> list[str]:
         except BadInputError as error:
             return list(error.args)
         except Exception as error:  # PEFT and transformers raise many types
-            if " meta tensor" in str(error):
+            if any(of_meta in str(error) for of_meta in (" meta tensor", "register_meta")):
                 return []  # PEFT needs data to go on, and there is no verdict
             return [
                 f"PEFT cannot apply adapter {lora} to base {files.model.model} ({reason(error)}); "
@@ -87,7 +87,9 @@ def _differences(
     foreign = sorted(result.unexpected_keys)
     saved = peft.get_peft_model_state_dict(prepared, save_embedding_layers=False)
     missing = {name.replace(".default", "", 1) for name in result.missing_keys}
-    lacking = sorted(missing & saved.keys())
+    lacking = sorted(
+        n for n in missing if not saved.keys().isdisjoint({n, n.removesuffix(".weight")})
+    )
     what, base = f"Adapter {files.model.lora}", f"base {files.model.model}"
     if foreign:
         yield f"{what} holds {counted(foreign)}, which PEFT would not apply to {base}; {_WAY}."

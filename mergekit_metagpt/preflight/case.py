@@ -54,7 +54,7 @@ class Case:
     def method(self) -> MergeMethod | None:
         """The method that the config names; None if MergeKit does not know it."""
         methods = {method.spec.name: method for method in merge_methods.registered_methods()}
-        return methods.get(self.raw.get("merge_method", ""))
+        return methods.get(str(self.raw.get("merge_method")))
 
     @cached_property
     def rows(self) -> int | None:

@@ -1,14 +1,19 @@
 """Keys and values of a merge config; needs no model."""
 
 import importlib.resources
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mergekit.merge_methods.base import ParameterScope
+from mergekit.common import ModelReference
+from mergekit.merge_methods.base import ParameterScope, ParameterSpec
+from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+from pydantic import ValidationError
 
 from mergekit_metagpt.measure.headers import FLOAT_NAMES
 from mergekit_metagpt.mergekit_private import chat_templates, compile_template
+from mergekit_metagpt.method.parameters import with_priors
 from mergekit_metagpt.planning.levels import Level, levels, settings
 from mergekit_metagpt.preflight.case import Case
 from mergekit_metagpt.wording import instead, nearest, reason
@@ -26,6 +31,8 @@ def unknown_keys(case: Case) -> Iterator[str]:
         for key in level.values:
             if key in known | ignored:
                 continue
+            if level.schema is ModelReference and key == "path":
+                continue  # the config's parser says what is lacking
             close = nearest(key, known - set(level.values))
             if not (close or level.path) and key in case.written.anchored:
                 continue
@@ -41,7 +48,7 @@ def ignored_parameters(case: Case) -> Iterator[str]:
     """Find parameters that the method does not have, or does not read where they are."""
     if case.method is None:
         return
-    method, specs = case.method.spec.name, {p.name: p for p in case.method.spec.parameters}
+    method, specs = case.method.spec.name, _specs(case)
     for level, name, _ in settings(case.raw):
         spec = specs.get(name)
         said = f"{case.file} sets the parameter {name}{level.at}"
@@ -63,6 +70,55 @@ def _is_base(level: Level, raw: dict[str, Any]) -> bool:
     """Whether a level is about the base of the whole merge, and no slice has another."""
     bases = [its.values["base_model"] for its in levels(raw) if "base_model" in its.values]
     return level.is_input and [level.values.get("model")] == bases
+
+
+def bad_parameters(case: Case) -> Iterator[str]:
+    """Find values of parameters that the method cannot use."""
+    specs = _specs(case)
+    for level, name, setting in settings(case.raw):
+        spec = specs.get(name)
+        if spec is None or (level.is_input and spec.scope == ParameterScope.SHARED):
+            continue
+        for value in _scalars(setting):
+            if complaint := _complaint(spec, value):
+                yield f"{case.file}{level.at}: {complaint}"
+
+
+def _specs(case: Case) -> dict[str, ParameterSpec]:
+    """Return the method's parameters by name; stock methods get the bounds of this package."""
+    if case.method is None:
+        return {}
+    specs = {p.name: p for p in case.method.spec.parameters}
+    if isinstance(case.method, GeneralizedTaskArithmeticMerge):
+        for spec in with_priors(case.method.spec.parameters, is_plain=True):
+            # Stock methods allow a negative weight.
+            if spec.name in specs and spec.name != "weight":
+                specs[spec.name] = spec
+    return specs
+
+
+def _scalars(setting: Any) -> Iterator[Any]:
+    """Yield every value of a setting, through MergeKit's gradients and filters."""
+    if isinstance(setting, dict):
+        yield from _scalars(setting.get("value"))
+    elif isinstance(setting, list):
+        for member in setting:
+            yield from _scalars(member)
+    elif isinstance(setting, (bool, int, float, str)):
+        yield setting
+
+
+def _complaint(spec: ParameterSpec, value: Any) -> str | None:
+    try:
+        parsed = spec.validate(value)
+    except ValidationError:
+        wanted = getattr(spec.value_type, "__name__", str(spec.value_type))
+        return f"Parameter {spec.name} must be a {wanted}, not {value!r}; correct it."
+    except ValueError as error:
+        return str(error)
+    if isinstance(parsed, float) and not math.isfinite(parsed):
+        return f"Parameter {spec.name} must be finite, not {value!r}; correct it."
+    return None
 
 
 def bad_dtypes(case: Case) -> Iterator[str]:

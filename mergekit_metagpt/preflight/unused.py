@@ -15,10 +15,12 @@ def hidden_values(case: Case) -> Iterator[str]:
     """Find values that MergeKit never reaches: it takes the first whose filter fits."""
     for level, name, setting in settings(case.raw):
         entries = _entries(setting)
+        path = f"{level.path}.parameters.{name}".lstrip(".")
+        if setting == [] or any(entry.get("value") == [] for entry in entries):
+            yield f"{case.file} has an empty list at {path}, which sets nothing; remove it."
         for number, entry in enumerate(entries):
             before = (n for n in range(number) if _fits(entries[n], entry.get("filter")))
             if (first := next(before, None)) is not None:
-                path = f"{level.path}.parameters.{name}".lstrip(".")
                 yield (
                     f"{case.file} has a value at {path}[{number}] that is never used, since "
                     f"{path}[{first}] before it takes the same tensors; write the narrower one "

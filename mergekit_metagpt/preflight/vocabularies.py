@@ -69,7 +69,8 @@ def _bad_tokens(case: Case) -> Iterator[str]:
         return
     except KeyError as error:
         (id_,) = error.args
-        why = f"{info.tokenizer.convert_ids_to_tokens(id_)!r} has none in one of the models"
+        lacking = next(model for model, rows in info.permutations.items() if id_ not in rows)
+        why = f"{info.tokenizer.convert_ids_to_tokens(id_)!r} has none in {lacking}"
     except Exception as error:  # MergeKit raises many types
         why = reason(error)
     yield (
