@@ -17,6 +17,7 @@ from conftest import (
     invoke,
     llama_config,
     merge_config,
+    on_posix,
     read,
     save_family,
     save_tokenizer,
