@@ -53,7 +53,7 @@ def test_a_stopped_command_ends_in_one_line_and_leaves_nothing(
         (linearity, "token_ids"),
         (models, "train_family"),
         (Checkpoints, "__init__"),
-        (Bench, "missing"),
+        (Bench, "_scores"),
     ):
         monkeypatch.setattr(owner, name, stop)
     for name in SIGNALS:
