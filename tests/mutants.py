@@ -60,7 +60,7 @@ MUTANTS = {
         "if stored is None or not (": "if stored is None and not (",
     },
     ("measure/provider.py", "test_method_directions.py"): {
-        "return next(filter(self._is_table, tied), tied[0])": "return tied[0]",
+        "key=lambda number: not is_table(": "key=lambda number: is_table(",
     },
     ("measure/survey.py", "test_surveys.py"): {
         "        if self.left_out:\n            return None": "",

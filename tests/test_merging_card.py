@@ -136,9 +136,9 @@ class TestNames:
         [
             (["{a}x=jane/math"], "names no path of the config; write {a} instead."),
             (["metagpt=jane/math"], "names no path of the config"),
-            (["{a}=math"], "gives no hub name of its own; write {a}=USER/NAME."),
-            (["{a}=https://huggingface.co/jane/math"], "gives no hub name of its own"),
-            (["{a}=jane/x", "{b}=jane/x"], "{b}=jane/x gives no hub name of its own"),
+            (["{a}=math"], "gives no name of the hub; write {a}=USER/NAME."),
+            (["{a}=https://huggingface.co/jane/math"], "gives no name of the hub"),
+            (["{a}=jane/x", "{b}=jane/x"], "{b}=jane/x gives two models one name"),
         ],
     )
     def test_a_wrong_one_is_refused_before_anything_is_merged(

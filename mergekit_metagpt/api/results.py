@@ -87,7 +87,7 @@ class Survey(Shown):
     def shown(self) -> tuple[str, Summary, RenderableType]:
         """Return what the command ``survey`` prints."""
         title = f"Survey of {len(self.experts)} experts of {self.base}"
-        return title, self.summary, tables.survey_tables(self.figures)
+        return title, self.summary, tables.survey_tables(self.figures.in_order_of(self.summary.ids))
 
 
 @dataclass(frozen=True, repr=False)

@@ -45,6 +45,7 @@ def demo(directory: Path) -> None:
     the stock mergekit-yaml command. Writes the models, the merge configs and the merges to DIR,
     which must be new or empty. The default is metagpt-demo.
     """
+    is_new = not directory.exists()
     _require_usable(directory)
     # All models are on this disk, so transformers and MergeKit need not ask the hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,6 +61,8 @@ def demo(directory: Path) -> None:
         run_demo(directory, Scale(), console())
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
+        if not is_new:
+            directory.mkdir(exist_ok=True)
         if isinstance(error, OSError | RuntimeError):
             raise click.ClickException(str(error)) from error
         raise

@@ -13,9 +13,9 @@ which they move most, V; elsewhere they hardly meet, and what they do is added u
 
 V are leading eigenvectors of C, within the span Q of the leading directions of every expert. A
 randomized range finder (Halko, Martinsson and Tropp, 2011) finds Q in a sample of the rows. K is
-the participation number of the eigenvalues. c_t is 1, but experts that move alike share it. For the
-rows of a table that is only looked up, and the elements of a vector, every S_t is diagonal, and M is
-their mean, weighted by S_t.
+the participation number of the eigenvalues. c_t is 1, but experts that move alike share it. For
+the rows of a table that is only looked up, and the elements of a vector, every S_t is diagonal, and
+M is their mean, weighted by S_t.
 """
 
 import math

@@ -120,7 +120,7 @@ _RULES: tuple[tuple[str, _Rule, _Rule], ...] = (
     (r"\w*patch_embed\w*(\.proj\w*)?\.weight", Role.LINEAR, Role.ELEMENTS),
     # ProphetNet projects onto them.
     (r"relative_pos_embeddings\.weight", Role.LINEAR, Role.LINEAR),
-    # An encoder may have no head at all, so what looks like BERT's is a table.
+    # An encoder may have no head at all, so what looks like BERT's or T5's is a table.
     (
         r"(embed_tokens|embed_in|wte|tok_embeddings|tokens_embed|embeddings|"
         r"(?<!embeddings\.)word_embeddings)\.weight",
@@ -129,7 +129,7 @@ _RULES: tuple[tuple[str, _Rule, _Rule], ...] = (
     ),
     # A table of more than two axes is added as a whole, such as [1, positions, d].
     (rf"({_TABLE})(\.(weights?|(shard_)?\d+))*", Role.ROWS, Role.ELEMENTS),
-    (r"(wte|wpe|w|shared|bias_values)\.weight", Role.ROWS, Role.ELEMENTS),
+    (r"(wpe|w|shared|bias_values)\.weight", Role.ROWS, Role.ELEMENTS),
     (r"relative_attention_bias(\.weight)?", Role.ROWS, Role.ELEMENTS),
     (r"(\w+_)?(bias|ape)|A_log|D|scale|static_w(eight)?", Role.ELEMENTS, Role.ELEMENTS),
     (r"(attn|crossattention|mlp)\.(c_attn|q_attn|c_fc2?|c_proj)\.weight", _in_block, Role.LINEAR),

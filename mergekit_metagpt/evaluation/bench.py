@@ -62,7 +62,8 @@ class Bench:
             raise
         except Exception as error:  # of the model, or of a task's own code or data
             raise RuntimeError(
-                f"lm-eval could not score {model} on {', '.join(missing)} ({reason(error)})."
+                f"lm-eval could not score {model} on {', '.join(missing)} ({reason(error)}); run "
+                "it again with --verbose for the traceback."
             ) from error
         report["lm_eval_version"] = lm_eval.__version__
         used = {"model": "hf", "model_args": model_args, **self.deciding, **hardware}
@@ -70,7 +71,10 @@ class Bench:
         tracker.save_results_aggregated(report)  # logs its failures
         scores = self._scores(model)
         if not scores.keys() >= set(missing):
-            raise OSError(f"The results of {model} could not be written to {self.folder}.")
+            raise OSError(
+                f"The results of {model} could not be written to {self.folder}; make it writable, "
+                "and run it again."
+            )
         return scores
 
     def _scores(self, model: ModelReference) -> dict[str, Score]:

@@ -17,9 +17,9 @@ from mergekit_metagpt.wording import BadInputError, instead
 def evaluate(model: dict[str, Any], tasks: TaskDict, shots: int | None, **settings: Any) -> Any:
     """Return lm-eval's report on a model, given by the arguments of lm-eval's class ``HFLM``.
 
-    This is `lm_eval.simple_evaluate` without its record of the environment, which takes seconds;
-    ``settings`` are other ones of `lm_eval.evaluate`, such as limit. With None for ``shots``, each
-    task has its own number of solved examples.
+    Like `lm_eval.simple_evaluate`, but the environment is not recorded, which takes seconds, and
+    ``shots`` takes the place of a task's own 0, too. With None, each task has its own number of
+    solved examples. ``settings`` are other ones of `lm_eval.evaluate`, such as limit.
     """
     for task in tasks["tasks"].values():
         own = task.get_config("num_fewshot") or 0

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from mergekit_metagpt.measure.identity import Stat, stat_of
 from mergekit_metagpt.mergekit_private import is_cut_short
+from mergekit_metagpt.names import COMPUTED, MASKS
 from mergekit_metagpt.wording import BadInputError, reason
 
 # safetensors' names of the dtypes that torch can calculate with.
@@ -59,6 +60,12 @@ class Header:
         """The size of the tensor's data, if it is not quantized."""
         dtype = self.torch_dtype
         return math.prod(self.shape) * (dtype.itemsize if dtype else 1)
+
+
+def is_computed(name: str, header: Header) -> bool:
+    """Return whether a tensor is no parameter, but a counter or a buffer that models compute."""
+    is_mask = name.endswith(MASKS) and len(header.shape) == 4
+    return header.dtype not in FLOATS or is_mask or name.endswith(COMPUTED)
 
 
 def read_header(path: str, model: Any) -> Mapping[str, Header]:

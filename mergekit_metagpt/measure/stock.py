@@ -7,8 +7,8 @@ shows its plan to no merge method, but a survey sees all tensors.
 import logging
 from typing import TYPE_CHECKING
 
+from mergekit_metagpt.measure.headers import is_computed
 from mergekit_metagpt.mergekit_private import is_ignored, tied_names
-from mergekit_metagpt.names import COMPUTED, MASKS
 from mergekit_metagpt.wording import counted
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def _unread(checkpoints: "Checkpoints") -> list[str]:
             return []  # MergeKit makes it from others, and a survey cannot tell which
         read |= names
     unread = [name for name in sorted(held) if name not in read]
-    unread = [name for name in unread if not name.endswith((*COMPUTED, *MASKS))]
+    headers = {name: checkpoints.header(checkpoints.base, name) for name in unread}
+    unread = [name for name, header in headers.items() if header and not is_computed(name, header)]
     if not unread:
         return []
     config = checkpoints.config_of(checkpoints.base)

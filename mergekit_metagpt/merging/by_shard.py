@@ -179,5 +179,5 @@ def _write_model_files(job: Job, outputs: Outputs, directory: Path) -> None:
         try:
             copy_tokenizer(config, str(directory), options)
         except Exception as error:  # tokenizers raise many kinds of errors
-            LOG.error("Failed to copy tokenizer: %s. Copy it from somewhere else.", error)
+            LOG.error("Failed to copy tokenizer (%s); copy its files into the merge.", error)
     copy_tagalong_files(config, str(directory), architecture.tagalong_files or [], options)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,24 +48,17 @@ def describe(directory: Path, config: MergeConfiguration, options: MergeOptions)
 def _untie(said: dict[str, Any], model: ModelFiles, weights: Weights) -> None:
     """Say that the head is not the embeddings, if both are stored and differ."""
     loader = LazyTensorLoader(weights.index, lazy_unpickle=False)
-    if model.is_tied and _own_head(loader, _ties(model, weights)):
+    if model.is_tied and any(_differ(loader, *pair) for pair in _ties(model, weights)):
         said["tie_word_embeddings"] = False
         for section in _sections(said, model)[1:]:
             section.update(dict.fromkeys(section.keys() & {"tie_word_embeddings"}, False))
 
 
-def _own_head(loader: "LazyTensorLoader", ties: Sequence[tuple[str, str]]) -> str | None:
-    """Return the name of a head that is stored beside other embeddings, or None.
-
-    Each name of a head comes with that of the embeddings that it may be tied to.
-    """
-    for head, table in ties:
-        one, other = (loader.get_tensor(name, raise_on_missing=False) for name in (head, table))
-        if one is None or other is None:
-            continue
-        if one.shape != other.shape or (one != other).any():
-            return head
-    return None
+def _differ(loader: LazyTensorLoader, head: str, table: str) -> bool:
+    one, other = (loader.get_tensor(name, raise_on_missing=False) for name in (head, table))
+    if one is None or other is None:
+        return False
+    return one.shape != other.shape or bool((one != other).any())
 
 
 def _ties(model: ModelFiles, weights: Weights) -> list[tuple[str, str]]:

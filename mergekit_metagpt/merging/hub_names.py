@@ -23,8 +23,10 @@ def hub_names(config: Any, given: Sequence[str]) -> dict[str, str]:
         path, _, name = pair.rpartition("=")
         if path not in paths:
             raise BadInputError(f"{pair} names no path of the config; {instead(path, paths)}.")
-        if not HUB_NAME.fullmatch(name) or name in names.values():
-            raise BadInputError(f"{pair} gives no hub name of its own; write {path}=USER/NAME.")
+        if not HUB_NAME.fullmatch(name):
+            raise BadInputError(f"{pair} gives no name of the hub; write {path}=USER/NAME.")
+        if name in names.values():
+            raise BadInputError(f"{pair} gives two models one name; write each model's own.")
         names[path] = name
     return names
 

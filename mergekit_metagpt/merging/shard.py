@@ -127,8 +127,8 @@ def require_in_range(merged: Path, out_dtype: str | None) -> None:
     overflowing = _overflowing(merged)  # by now its files are closed: Windows removes no open ones
     if overflowing:
         raise BadInputError(
-            f"Merging tensor {overflowing} overflows {torch.float16}; set a wider one (out_dtype: "
-            "bfloat16 or float32)."
+            f"Merging tensor {overflowing} overflows {torch.float16}; set a wider dtype, such as "
+            "out_dtype: bfloat16 or float32."
         )
 
 

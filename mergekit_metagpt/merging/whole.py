@@ -152,7 +152,10 @@ def _merge_at_once(job: Job, work: Work, inputs: dict[str, Stat]) -> None:
 
 
 def _describe(work: Work, job: Job) -> None:
-    with _at_worst("config.json could not be compared with the weights (%s)."):
+    with _at_worst(
+        "What MergeKit wrote beside the weights could not be checked (%s); compare the config.json "
+        "of the merge with that of the base before you use it."
+    ):
         for sentence in describe(work.merged, job.parsed, job.options):
             LOG.warning("%s", sentence)
 

@@ -82,7 +82,7 @@ def read_config(file: str) -> ConfigFile:
     Pass on the result, since a pipe can be read only once.
 
     Raises:
-        BadInputError: if it cannot be read, is not a mapping, or is too large.
+        BadInputError: if it cannot be read, or is not a mapping in which every key is set once.
     """
     text, raw = read_yaml(file)
     if not isinstance(raw, dict):

@@ -81,7 +81,9 @@ class Output:
             for place in sorted(places):
                 locks.enter_context(self._holding_lock(self._lock(place)))
             if self.contents():
-                raise BadInputError(f"Output directory {self.path} is not empty.")
+                raise BadInputError(
+                    f"Output directory {self.path} is not empty; remove it, or choose another."
+                )
             for work in self.works():
                 work.take_back(self.path)
             yield

@@ -65,14 +65,6 @@ class ModelFiles:
         said = {getattr(config, "tie_word_embeddings", None) for config in configs} - {None}
         return any(said) if said else None
 
-    def layers(self, module: str) -> int | None:
-        """Return how many layers a module has, or None if unknown; "" is a model's only module."""
-        if not self.config or not self.description:
-            return None
-        modules = self.description.modules
-        found = modules.get(module or next(iter(modules)))
-        return found.architecture.num_layers(self.config) if found else None
-
 
 def find_model_files(model: ModelReference, options: MergeOptions) -> ModelFiles:
     """Look at a model; the result lists what is wrong with it as problems."""

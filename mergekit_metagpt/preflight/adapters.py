@@ -85,6 +85,7 @@ def _differences(
     empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     result: Any = peft.set_peft_model_state_dict(prepared, empty, low_cpu_mem_usage=True)
     foreign = sorted(result.unexpected_keys)
+    # Only what PEFT would have saved: the rest of the model is no part of an adapter.
     saved = peft.get_peft_model_state_dict(prepared, save_embedding_layers=False)
     missing = {name.replace(".default", "", 1) for name in result.missing_keys}
     lacking = sorted(

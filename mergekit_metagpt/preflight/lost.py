@@ -9,9 +9,9 @@ from typing import Any
 
 from mergekit.common import ModelReference
 
-from mergekit_metagpt.measure.headers import FLOATS, Header
+from mergekit_metagpt.measure.headers import is_computed
 from mergekit_metagpt.mergekit_private import is_ignored, tied_names
-from mergekit_metagpt.names import COMPUTED, MASKS, layer_of
+from mergekit_metagpt.names import layer_of
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import Outputs
 from mergekit_metagpt.preflight.case import Case
@@ -57,17 +57,11 @@ def _unread(files: ModelFiles, outputs: Outputs, read: set[str]) -> list[str]:
         name
         for name, header in files.weights.tensors.items()
         if not (name in read or name in names or layer_of(name) in layers)
-        and not _is_computed(name, header)
+        and not is_computed(name, header)
         and not is_ignored(files.architecture, name)
     ]
     others = _second_names(files, outputs, read) if unread else set()
     return [name for name in unread if name not in others]
-
-
-def _is_computed(name: str, header: Header) -> bool:
-    """Whether a tensor is not a parameter, but a counter or a buffer that models compute."""
-    is_mask = name.endswith(MASKS) and len(header.shape) == 4
-    return header.dtype not in FLOATS or is_mask or name.endswith(COMPUTED)
 
 
 def _left_out_on_purpose(outputs: Outputs, files: ModelFiles) -> tuple[set[str], set[str]]:

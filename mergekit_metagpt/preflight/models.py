@@ -90,12 +90,13 @@ def _text(files: ModelFiles) -> dict[str, Any]:
 
 def _heads(files: ModelFiles) -> dict[str, int]:
     said = _text(files)
-    heads = said.get("num_attention_heads")
-    if not isinstance(heads, int):
+    names: dict[str, str] = getattr(type(files.config), "attribute_map", {})  # such as n_head
+    keys = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+    heads, shared, width, size = (said.get(key, said.get(names.get(key, key))) for key in keys)
+    if not (isinstance(heads, int) and heads > 0):
         return {}
-    width = said.get("head_dim") or said.get("hidden_size", 0) // heads
-    shared = said.get("num_key_value_heads") or heads
-    return {"num_attention_heads": heads, "num_key_value_heads": shared, "head_dim": width}
+    width = width or (size or 0) // heads
+    return {"num_attention_heads": heads, "num_key_value_heads": shared or heads, "head_dim": width}
 
 
 def _settings(said: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,7 +22,7 @@ def no_experts(case: Case) -> Iterator[str]:
 
 
 def no_layers(case: Case) -> Iterator[str]:
-    """Find ranges of layers that are empty, of which MergeKit would make a model without them."""
+    """Find ranges of layers that are empty: MergeKit would write a model without these layers."""
     for part in parts(case.config):
         for source in part.holder.sources if isinstance(part.holder, OutputSliceDefinition) else ():
             first, end = source.layer_range
