@@ -42,6 +42,7 @@ MUTANTS = {
     },
     ("core/roles.py", "test_roles.py"): {
         "if bias and bias[0] == sizes[1] else": "if bias and bias[0] == sizes[0] else",
+        "Role.ROWS if any(map(shape_of, heads))": "Role.ROWS if all(map(shape_of, heads))",
     },
     ("method/sparsified.py", "test_method_sparsified.py"): {
         "size - max(1, int(density * size))": "size - int(density * size)",
