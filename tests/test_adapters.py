@@ -178,18 +178,15 @@ def test_an_adapter_is_planned_without_being_applied_and_needs_a_cache(family, a
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    "kind",
     [
-        (
-            peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-            "holds tensor prompt_embeddings, which PEFT would not apply",
-        ),
-        (peft.PolyConfig(r=2, target_modules=["q_proj"]), "PEFT cannot apply adapter"),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        peft.PolyConfig(r=2, target_modules=["q_proj"]),
     ],
 )
-def test_what_peft_cannot_merge_is_refused(kind, said, family, problems, tmp_path):
+def test_what_peft_cannot_merge_is_refused(kind, family, problems, tmp_path):
     (sentence,) = problems(save_adapter(family["base"], tmp_path / "adapter", kind))
-    assert said in sentence
+    assert sentence.startswith("PEFT cannot apply adapter")
 
 
 def test_a_whole_model_is_no_adapter(family, problems):

@@ -122,7 +122,7 @@ _RULES: tuple[tuple[str, _Rule, _Rule], ...] = (
     (r"relative_pos_embeddings\.weight", Role.LINEAR, Role.LINEAR),
     # An encoder may have no head at all, so what looks like BERT's or T5's is a table.
     (
-        r"(embed_tokens|embed_in|wte|tok_embeddings|tokens_embed|embeddings|"
+        r"(embed_tokens|embed_in|input_embedding|wte|tok_embeddings|tokens_embed|embeddings|"
         r"(?<!embeddings\.)word_embeddings)\.weight",
         _of_tokens,
         Role.ELEMENTS,

@@ -84,13 +84,13 @@ def _differences(
     prepared: Any = peft.get_peft_model(model, settings, low_cpu_mem_usage=True)
     empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     result: Any = peft.set_peft_model_state_dict(prepared, empty, low_cpu_mem_usage=True)
-    foreign = sorted(result.unexpected_keys)
-    # Only what PEFT would have saved: the rest of the model is no part of an adapter.
+    # Only what PEFT would have saved: the rest of the model is no part of an adapter, and what
+    # layers share (VeRA) is loaded in another way.
     saved = peft.get_peft_model_state_dict(prepared, save_embedding_layers=False)
+    foreign = sorted(set(result.unexpected_keys) - saved.keys())
     missing = {name.replace(".default", "", 1) for name in result.missing_keys}
-    lacking = sorted(
-        n for n in missing if not saved.keys().isdisjoint({n, n.removesuffix(".weight")})
-    )
+    missing |= {name.removesuffix(".weight") for name in missing}  # as DoRA's magnitudes are saved
+    lacking = sorted((missing & saved.keys()) - shapes.keys())
     what, base = f"Adapter {files.model.lora}", f"base {files.model.model}"
     if foreign:
         yield f"{what} holds {counted(foreign)}, which PEFT would not apply to {base}; {_WAY}."
