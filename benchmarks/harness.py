@@ -1,8 +1,9 @@
 """Scores of checkpoints on tasks of lm-eval."""
 
-import contextlib
 import io
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,8 @@ def score(
         progress: show lm-eval's progress bars and warnings.
         model_args: other arguments of lm-eval's class ``HFLM``, such as device and batch_size.
     """
-    with contextlib.ExitStack() as stack:
-        if not progress:
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    shown = sys.stderr if progress else io.StringIO()
+    with redirect_stderr(shown), redirect_stdout(shown):
         loaded = load_tasks(tasks, task_folder)
         for task in loaded["tasks"].values() if shot_answer else ():
             task.fewshot_cfg.doc_to_target = shot_answer

@@ -7,16 +7,20 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from conftest import edit
 
 NORM = "model.norm.weight"
 
 
 def rewrite(model: str, **tensors: torch.Tensor | None) -> None:
     """Replace, add or (with None) remove tensors of an unsharded checkpoint."""
-    file = Path(model, "model.safetensors")
-    changed = {**load_file(file), **tensors}
-    save_file({k: v for k, v in changed.items() if v is not None}, file, {"format": "pt"})
+
+    def change(held: dict[str, Any]) -> None:
+        held.update(tensors)
+        for name in [name for name, tensor in tensors.items() if tensor is None]:
+            del held[name]
+
+    edit(model, change)
 
 
 def reshard(model: str) -> None:

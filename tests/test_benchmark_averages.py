@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from benchmarks.averages import absolute_average, normalized_average
 from benchmarks.paper.tables import Row, Table, read_table, table_numbers
+from mergekit_metagpt.evaluation.scores import absolute_average, normalized_average
 
 TABLES = [read_table(number) for number in table_numbers()]
 ROWS = [

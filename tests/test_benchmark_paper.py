@@ -24,12 +24,12 @@ from mergekit.options import MergeOptions
 from mergekit.scripts import run_yaml
 from paper_stand_ins import save_models, save_tasks
 
-from benchmarks.averages import absolute_average, normalized_average
 from benchmarks.harness import score
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.merges import merge, with_local_models
 from benchmarks.paper.tables import Row, read_table, table_numbers
 from mergekit_metagpt.evaluation import harness
+from mergekit_metagpt.evaluation.scores import absolute_average, normalized_average
 from mergekit_metagpt.preflight import inspect
 
 ROWS = [

@@ -38,15 +38,6 @@ HEAD = "lm_head.weight"
 
 
 @pytest.fixture
-def own(family, tmp_path) -> dict[str, str]:
-    """A copy of the family that may be damaged."""
-    paths = {name: str(tmp_path / "models" / name) for name in family}
-    for name, path in family.items():
-        shutil.copytree(path, paths[name])
-    return paths
-
-
-@pytest.fixture
 def check(tmp_path) -> Callable[..., Result]:
     """Run the command on a config."""
 

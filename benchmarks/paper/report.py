@@ -7,9 +7,9 @@ from itertools import compress
 from rich import box
 from rich.table import Table as Grid
 
-from benchmarks.averages import absolute_average, normalized_average
 from benchmarks.paper.scores import Scores
 from benchmarks.paper.tables import Row, Table
+from mergekit_metagpt.evaluation.scores import absolute_average, normalized_average
 
 
 def comparison(table: Table, rows: Iterable[Row], scores: Scores) -> Grid:

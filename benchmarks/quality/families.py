@@ -4,8 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from benchmarks.averages import absolute_average, average_loss_difference, normalized_average
 from mergekit_metagpt import scaling_coefficients
+from mergekit_metagpt.evaluation.scores import (
+    absolute_average,
+    average_loss_difference,
+    normalized_average,
+)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ shapes are there each time. Where they leave a choice, the shapes of tensors bes
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 
 # Returns the shape of another tensor of the model by its full name, or None if there is none.
@@ -54,22 +54,24 @@ def role_of(name: str | None, shape: Sequence[int], shape_of: ShapeOf) -> Role:
     def known(other: str) -> Sequence[int] | None:
         return shape if other == name else shape_of(other)
 
-    for parts, matrix, stack in _RULES:
-        if found := _fits(name, parts):
-            rule = matrix if len(shape) == 2 else stack
-            return rule if isinstance(rule, Role) else rule(found[1], found[2], known)
+    for found, matrix, stack in _rules_of(name):
+        rule = matrix if len(shape) == 2 else stack
+        return rule if isinstance(rule, Role) else rule(found[1], found[2], known)
     # [1, 1, d] is a vector with axes to broadcast it, such as RWKV's time mix.
     return Role.ELEMENTS if len(shape) > 2 and 1 in shape[-2:] else Role.LINEAR
 
 
 def is_table(name: str | None) -> bool:
     """Return whether a tensor of this name is a table, which may be tied to the head."""
-    first = next((rule for parts, rule, _ in _RULES if _fits(name, parts)), None)
+    first = next((matrix for _, matrix, _ in _rules_of(name)), None)
     return first in (Role.ROWS, _of_tokens)
 
 
-def _fits(name: str | None, parts: str) -> "re.Match[str] | None":
-    return re.fullmatch(rf"((?:.*\.)?)({parts})", name or "")
+def _rules_of(name: str | None) -> "Iterator[tuple[re.Match[str], _Rule, _Rule]]":
+    """Yield the rules that fit a name; the first one decides."""
+    for parts, matrix, stack in _RULES:
+        if found := re.fullmatch(rf"((?:.*\.)?)({parts})", name or ""):
+            yield found, matrix, stack
 
 
 def _of_tokens(model: str, table: str, shape_of: ShapeOf) -> Role:

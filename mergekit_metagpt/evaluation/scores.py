@@ -1,7 +1,7 @@
 """What lm-eval says of models, and the averages over tasks that the paper judges merges by."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -50,6 +50,28 @@ def figures_of(result: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def absolute_average(scores: Sequence[float]) -> float:
+    """Return the mean of a model's scores, the paper's "Abs. Avg", in the unit of the scores."""
+    return fmean(scores)
+
+
+def normalized_average(scores: Sequence[float], references: Sequence[float]) -> float:
+    """Return the mean of score / reference, the paper's "Nor. Avg"; nan if a reference is 0.
+
+    References are the scores of each task's expert.
+    """
+    pairs = list(zip(scores, references, strict=True))
+    return fmean(score / reference if reference else math.nan for score, reference in pairs)
+
+
+def average_loss_difference(losses: Sequence[float], references: Sequence[float]) -> float:
+    """Return the mean of loss − reference, the paper's ALD (equation 4), in nats.
+
+    References are the losses of each task's expert.
+    """
+    return fmean(loss - reference for loss, reference in zip(losses, references, strict=True))
+
+
 def averages(pairs: Sequence[tuple[Score, Score]]) -> dict[str, float | None]:
     """Return a model's averages over the tasks that have them; None if there are none.
 
@@ -57,17 +79,14 @@ def averages(pairs: Sequence[tuple[Score, Score]]) -> dict[str, float | None]:
     tasks in which a higher figure is better, ALD (equation 4) over those with a loss, in nats.
     """
     higher = [(own.value, best.value) for own, best in pairs if own.higher_is_better]
-    losses = [(own.loss, best.loss) for own, best in pairs]
-    return {
-        "absolute_average": _mean(value for value, _ in higher),
-        "normalized_average": _mean(value / best if best else math.nan for value, best in higher),
-        "average_loss_difference": _mean(
-            loss - best for loss, best in losses if loss is not None and best is not None
+    both = [(own.loss, best.loss) for own, best in pairs]
+    losses = [(loss, least) for loss, least in both if loss is not None and least is not None]
+    scores, references = zip(*higher, strict=True) if higher else ((math.nan,), (math.nan,))
+    figures = {
+        "absolute_average": absolute_average(scores),
+        "normalized_average": normalized_average(scores, references),
+        "average_loss_difference": (
+            average_loss_difference(*zip(*losses, strict=True)) if losses else math.nan
         ),
     }
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    """Return the mean; None if there are no values, or one is not finite."""
-    mean = fmean([*values] or [math.nan])
-    return mean if math.isfinite(mean) else None
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}

@@ -71,7 +71,6 @@ def is_computed(name: str, header: Header) -> bool:
 def read_header(path: str, model: Any) -> Mapping[str, Header]:
     """Return the headers of one weight file by tensor, or raise a BadInputError about the file."""
     try:
-        require_file(path)
         return _read(path, stat_of(path))
     except FileNotFoundError:
         fault = "is missing; download it again"
@@ -90,6 +89,7 @@ def require_file(path: str) -> None:
 
 @lru_cache(maxsize=4096)
 def _read(path: str, _stat: Stat) -> dict[str, Header]:
+    require_file(path)
     with open(path, "rb") as file:
         start = file.read(len(_LFS_POINTER))
     if start == _LFS_POINTER:
