@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.families import make_family, sized
 from benchmarks.machine import described
 from benchmarks.results_file import RESULTS, write_measured, write_raw
-from benchmarks.speed import PLAIN, TASK_ARITHMETIC
+from benchmarks.speed import DIRECTION, PLAIN, TASK_ARITHMETIC
 from benchmarks.timing import Case, Run, interleaved, median, weight_bytes
 
 WIDTH = 512
@@ -27,7 +27,11 @@ EXPERTS = (2, 4, 6, 8)
 SHARD_SIZES = ("500MB", "25MB")
 # Input and output files are small: the memory for large files grows with the model up to a limit.
 SHARD_SIZE, OUT_SHARD_SIZE = "50MB", 25_000_000  # the second in elements of two bytes
-CASES = [TASK_ARITHMETIC, *(case for case in PLAIN if case.name != "metagpt, layer")]
+CASES = [
+    TASK_ARITHMETIC,
+    *(case for case in PLAIN if case.name != "metagpt, layer"),
+    DIRECTION,
+]
 
 
 @dataclass(frozen=True)

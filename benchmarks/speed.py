@@ -85,8 +85,8 @@ SLOW = [
     *in_float32(*DARE),
 ]
 OF_A_BLOCK = [TASK_ARITHMETIC, PLAIN[0], DIRECTION]
-# On a disk, noise hides most differences between methods. Four cases are enough to show this.
-ON_DISK = [TASK_ARITHMETIC, *PLAIN]
+# On a disk, noise hides most differences between methods. A few cases are enough to show this.
+ON_DISK = [TASK_ARITHMETIC, *PLAIN, DIRECTION]
 WAYS_TO_USE_A_GPU: dict[str, dict[str, bool]] = {
     "--cuda": {},
     "--cuda --read-to-gpu --low-cpu-memory": {"read_to_gpu": True, "low_cpu_memory": True},
