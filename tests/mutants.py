@@ -53,7 +53,9 @@ MUTANTS = {
         "*([name, stat_of": "*([name] or [stat_of",
     },
     ("measure/surveys.py", "test_surveys.py"): {
-        " or (products and survey.grams is None):\n                    #": ":\n #",
+        " or (products and survey.grams is None):\n                    survey": (
+            ":\n                    survey"
+        ),
         "replace(survey, experts=self.experts)": "replace(survey, experts=self.experts[::-1])",
     },
     ("measure/provider.py", "test_measure_survey.py"): {

@@ -27,8 +27,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 import mergekit_metagpt
-from mergekit_metagpt.measure.hub import find_on_hub
-from mergekit_metagpt.measure.loaders import forget_files, set_up_worker
+from mergekit_metagpt.measure.loaders import find_on_hub, forget_files, set_up_worker
 from mergekit_metagpt.planning.models import find_model_files
 from mergekit_metagpt.preflight.adapters import bad_adapters
 from mergekit_metagpt.wording import BadInputError

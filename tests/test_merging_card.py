@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from paper_stand_ins import save_model
 
 from mergekit_metagpt.merging.card import write_card
-from mergekit_metagpt.merging.hub_names import renamed
+from mergekit_metagpt.merging.record import renamed
 
 README = Path(__file__).parents[1] / "README.md"
 NAMES = {"base": "jane/llama", "a": "jane/llama-math", "b": "jane/llama-code"}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 import torch
 
+from mergekit_metagpt.measure.headers import is_computed
 from mergekit_metagpt.measure.identity import (
     Stat,
     changed_files,
@@ -25,8 +26,9 @@ from mergekit_metagpt.measure.identity import (
     require_unchanged,
     stat_of,
 )
-from mergekit_metagpt.measure.stock import warn_of_unread
 from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.mergekit_private import is_ignored, tied_names
+from mergekit_metagpt.wording import counted
 from mergekit_metagpt.workers import Mapper, in_this_process
 
 if TYPE_CHECKING:
@@ -56,8 +58,11 @@ class Surveys:
         self._begun: dict[Checkpoints, _Begun] = {}
         self._lock = threading.RLock()
 
-    def begin(self, checkpoints: "Checkpoints") -> None:
-        """Prepare for a merge: record its weight files, and close what has changed before."""
+    def begin(self, checkpoints: "Checkpoints", survey: Survey | None = None) -> None:
+        """Prepare for a merge: record its weight files, and close what has changed before.
+
+        The survey is one that another process has taken of these files.
+        """
         with self._lock:
             for known, begun in list(self._begun.items()):
                 changed = changed_files(begun.files)
@@ -65,7 +70,7 @@ class Surveys:
                     known.forget_files()
                 if changed or known == checkpoints:
                     del self._begun[known]
-            self._begin(checkpoints)
+            self._begin(checkpoints).survey = survey
 
     def require_unchanged(self, checkpoints: "Checkpoints", at_once: bool = False) -> None:
         """Stop a merge with a BadInputError if a weight file has changed since it began.
@@ -99,25 +104,20 @@ class Surveys:
                 kept = _Kept.of(checkpoints, torch.device(device).type)
                 survey = kept.read(checkpoints)
                 if survey is None or (products and survey.grams is None):
-                    # Open files are mapped into memory. While the merge holds a tensor of a file,
-                    # all pages that are read through the same mapping stay in memory. So the
-                    # survey opens the files again: its own mappings are freed one by one.
-                    checkpoints.close_files()
                     survey = checkpoints.survey(device, progress, products, mapper)
                     self.require_unchanged(checkpoints, at_once=True)
                     kept.write(survey)
-                warn_of_unread(checkpoints)
+                if not checkpoints.are_files and (unread := _unread(checkpoints)):
+                    LOG.warning(
+                        "Model %s holds %s, which MergeKit does not know of and the merge will "
+                        "drop; stop it, and merge the weight files with mergekit-pytorch.",
+                        checkpoints.base,
+                        counted(unread),
+                    )
                 for why in survey.left_out.values():
                     LOG.warning("%s; the tensor does not count towards the coefficients.", why)
                 begun.survey = survey
             return survey
-
-    def adopt(self, shared: "dict[Checkpoints, Survey]") -> None:
-        """Use surveys that another process took, for merges of the files as they are now."""
-        with self._lock:
-            for checkpoints, survey in shared.items():
-                self.begin(checkpoints)
-                self._begun[checkpoints].survey = survey
 
     def _begin(self, checkpoints: "Checkpoints") -> _Begun:
         begun = self._begun.get(checkpoints)
@@ -156,12 +156,11 @@ class _Kept:
 
     def read(self, checkpoints: "Checkpoints") -> Survey | None:
         """Return the survey of these experts, or what one of more experts says of them."""
-        others = (file for file in sorted(self.folder.glob("*.json")) if file != self.file)
-        for file in (self.file, *others):
+        for file in sorted(self.folder.glob("*.json"), key=lambda file: (file != self.file, file)):
             try:
                 survey = _from_json(json.loads(file.read_text("utf-8"))).of_some(self.experts)
             except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                continue  # there is none, or it was damaged
+                continue  # it was damaged
             if survey:
                 return replace(survey, experts=checkpoints.experts)
         return None
@@ -184,3 +183,28 @@ def _from_json(content: dict[str, Any]) -> Survey:
     norms = {name: tuple(row) for name, row in content.pop("squared_norms").items()}
     experts = tuple(content.pop("experts"))
     return Survey(experts, squared_norms=norms, dtypes=dtypes, **content)
+
+
+def _unread(checkpoints: "Checkpoints") -> list[str]:
+    """Return the weights of the base that MergeKit's own command loses without a word.
+
+    ``mergekit-metagpt merge`` knows its plan, and refuses to lose weights. ``mergekit-yaml`` shows
+    its plan to no merge method, but a survey sees all tensors.
+    """
+    held = checkpoints.loader(checkpoints.base).index.tensor_paths
+    read: set[str] = set()
+    for weight in checkpoints.weights.values():
+        names = {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
+        if names.isdisjoint(held) and not weight.optional:
+            return []  # MergeKit makes it from others, and a survey cannot tell which
+        read |= names
+    unread = [name for name in sorted(held) if name not in read]
+    headers = {name: checkpoints.header(checkpoints.base, name) for name in unread}
+    unread = [name for name, header in headers.items() if header and not is_computed(name, header)]
+    if not unread:
+        return []
+    config = checkpoints.config_of(checkpoints.base)
+    architecture = next(iter(config.architectures or []), "")
+    ties = tied_names(architecture) if getattr(config, "tie_word_embeddings", False) else []
+    tied = {name for pair in ties for name in pair}
+    return [name for name in unread if name not in tied and not is_ignored(architecture, name)]

@@ -61,7 +61,8 @@ class ShardMerge:
         register()
         torch.manual_seed(self.options.random_seed or 0)
         torch.set_num_threads(self.options.num_threads or 1)
-        SURVEYS.adopt(self.surveys)
+        for checkpoints, survey in self.surveys.items():
+            SURVEYS.begin(checkpoints, survey)
         with (
             TemporaryDirectory(prefix="unfinished-", dir=self.work.path) as unfinished,
             noted() as entries,

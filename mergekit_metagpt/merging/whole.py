@@ -17,8 +17,7 @@ from mergekit_metagpt.measure.identity import Stat, changed_files, digest, requi
 from mergekit_metagpt.merging.by_shard import Plan, merge_by_shard
 from mergekit_metagpt.merging.card import PICTURE, write_card
 from mergekit_metagpt.merging.finished import describe
-from mergekit_metagpt.merging.inputs import opened
-from mergekit_metagpt.merging.record import deciding_options, merge_record, versions
+from mergekit_metagpt.merging.record import deciding_options, merge_record, opened, versions
 from mergekit_metagpt.merging.shard import as_json, entries_of, require_in_range
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
