@@ -14,11 +14,10 @@ from mergekit.merge import run_merge
 
 from mergekit_metagpt import register
 from mergekit_metagpt.measure.identity import Stat, changed_files, digest, require_unchanged
-from mergekit_metagpt.merging.by_shard import Plan, merge_by_shard
+from mergekit_metagpt.merging.by_shard import Plan, as_json, entries_of, merge_by_shard
 from mergekit_metagpt.merging.card import PICTURE, write_card
-from mergekit_metagpt.merging.finished import describe
+from mergekit_metagpt.merging.finished import describe, require_in_range
 from mergekit_metagpt.merging.record import deciding_options, merge_record, opened, versions
-from mergekit_metagpt.merging.shard import as_json, entries_of, require_in_range
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Summary
