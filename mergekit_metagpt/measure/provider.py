@@ -144,12 +144,11 @@ class ModelsInMemory:
         Tensors that are tied in memory stay tied: they are merged once, as the embedding if one
         of them is.
         """
-
-        def its(number: int) -> int:
-            tied = self._alike[self.tensors[number].memory]
-            return next(other for other in tied if parameters[other] == parameters[number])
-
-        return list(map(its, range(len(parameters))))
+        tied = (self._alike[tensor.memory] for tensor in self.tensors)
+        return [
+            next(number for number in numbers if parameters[number] == own)
+            for numbers, own in zip(tied, parameters, strict=True)
+        ]
 
     @cached_property
     def _alike(self) -> dict[tuple[Any, ...], list[int]]:

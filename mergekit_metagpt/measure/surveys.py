@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -191,20 +192,19 @@ def _unread(checkpoints: "Checkpoints") -> list[str]:
     ``mergekit-metagpt merge`` knows its plan, and refuses to lose weights. ``mergekit-yaml`` shows
     its plan to no merge method, but a survey sees all tensors.
     """
-    held = checkpoints.loader(checkpoints.base).index.tensor_paths
+    base = checkpoints.base
+    held = checkpoints.loader(base).index.tensor_paths
     read: set[str] = set()
     for weight in checkpoints.weights.values():
         names = {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
         if names.isdisjoint(held) and not weight.optional:
             return []  # MergeKit makes it from others, and a survey cannot tell which
         read |= names
-    unread = [name for name in sorted(held) if name not in read]
-    headers = {name: checkpoints.header(checkpoints.base, name) for name in unread}
+    headers = {name: checkpoints.header(base, name) for name in sorted(held.keys() - read)}
     unread = [name for name, header in headers.items() if header and not is_computed(name, header)]
     if not unread:
         return []
-    config = checkpoints.config_of(checkpoints.base)
+    config = checkpoints.config_of(base)
     architecture = next(iter(config.architectures or []), "")
     ties = tied_names(architecture) if getattr(config, "tie_word_embeddings", False) else []
-    tied = {name for pair in ties for name in pair}
-    return [name for name in unread if name not in tied and not is_ignored(architecture, name)]
+    return [n for n in unread if n not in chain(*ties) and not is_ignored(architecture, n)]

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import yaml
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
@@ -25,6 +24,7 @@ from mergekit_metagpt.measure.identity import Stat, on_hub, sha256_of, stat_of
 from mergekit_metagpt.measure.loaders import weight_files
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.names import canonical
+from mergekit_metagpt.planning.config import parameter_sets
 from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.wording import BadInputError, instead
 
@@ -101,16 +101,16 @@ def merge_record(
     job: Job, inputs: list[dict[str, Any]], names: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the record of a job that has just merged; ``names`` stand for paths. JSON types."""
-    config, options, summary = job.parsed, job.options, Summary(job.entries)
+    config = job.parsed
     record: dict[str, Any] = {
         "schema_version": _SCHEMA,
         "config": job.config.text,
         "method": config.merge_method,
         "base": None if config.base_model is None else str(config.base_model),
-        **summary.as_json(),
+        **Summary(job.entries).as_json(),
         "inputs": inputs,
-        "seed": options.random_seed,
-        "options": deciding_options(config, options, by_direction=summary.by_direction),
+        "seed": job.options.random_seed,
+        "options": deciding_options(job),
         "versions": versions(),
     }
     if not names:
@@ -127,14 +127,11 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def deciding_options(
-    config: MergeConfiguration, options: MergeOptions, *, by_direction: bool
-) -> list[str]:
+def deciding_options(job: Job) -> list[str]:
     """Return the command's options, besides the seed, that the bytes of the output depend on."""
-    defaults = MergeOptions()
-    words: list[str] = []
+    config, defaults, words = job.parsed, MergeOptions(), list[str]()
     for name in _DECIDING:
-        value, option = getattr(options, name), name.replace("_", "-")
+        value, option = getattr(job.options, name), name.replace("_", "-")
         if value == getattr(defaults, name):
             continue
         if isinstance(value, bool):
@@ -144,7 +141,8 @@ def deciding_options(
     if any(model.lora for model in config.referenced_models()):
         words += ["--lora-merge-cache", "lora-cache"]
     # The last bits of MergeKit's sums, and of matrix products, depend on it.
-    if config.merge_method != "metagpt" or by_direction:
+    granularities = [str(parameters.get("granularity")) for parameters in parameter_sets(config)]
+    if config.merge_method != "metagpt" or any("direction" in it for it in granularities):
         words += ["--num-threads", str(torch.get_num_threads())]
     return words
 

@@ -118,10 +118,9 @@ def _is_own(config: MergeConfiguration) -> bool:
 
 def _facts(job: Job, inputs: list[Any], plan: Plan | None) -> dict[str, Any]:
     """Return what the bytes of a merge depend on, besides its seed; JSON types."""
-    by_direction = plan is not None and any(it.merge.by_direction for it in plan.outputs.tensors)
     return {
         "config": plain(job.config.raw),
-        "options": deciding_options(job.parsed, job.options, by_direction=by_direction),
+        "options": deciding_options(job),
         "versions": versions(),
         "inputs": inputs,
         "file by file": plan is not None,
