@@ -99,15 +99,14 @@ class Surveys:
         """
         with self._lock:
             begun = self._begin(checkpoints)
-            survey = begun.survey
-            if survey is None or (products and survey.grams is None):
+            if begun.survey is None or (products and begun.survey.grams is None):
                 self.require_unchanged(checkpoints, at_once=True)
-                kept = _Kept.of(checkpoints, torch.device(device).type)
-                survey = kept.read(checkpoints)
-                if survey is None or (products and survey.grams is None):
+                place, names = _place(checkpoints, torch.device(device).type)
+                survey = _read(place, names, products)
+                if survey is None:
                     survey = checkpoints.survey(device, progress, products, mapper)
                     self.require_unchanged(checkpoints, at_once=True)
-                    kept.write(survey)
+                    _write(place, replace(survey, experts=names))
                 if not checkpoints.are_files and (unread := _unread(checkpoints)):
                     LOG.warning(
                         "Model %s holds %s, which MergeKit does not know of and the merge will "
@@ -117,8 +116,8 @@ class Surveys:
                     )
                 for why in survey.left_out.values():
                     LOG.warning("%s; the tensor does not count towards the coefficients.", why)
-                begun.survey = survey
-            return survey
+                begun.survey = replace(survey, experts=checkpoints.experts)
+            return begun.survey
 
     def _begin(self, checkpoints: "Checkpoints") -> _Begun:
         begun = self._begun.get(checkpoints)
@@ -131,52 +130,41 @@ class Surveys:
 SURVEYS = Surveys()
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """The files of the cache that may hold a survey. In them, experts are named by identity.
+def _place(checkpoints: "Checkpoints", device: str) -> tuple[Path, tuple[str, ...]]:
+    """Return where a survey is kept, and the names that T experts have there: what they are.
 
-    Attributes:
-        folder: named after all that a survey depends on besides its experts.
-        experts: T identities, in the order of ``Checkpoints.experts``.
+    The folder is named after all that a survey depends on besides its experts.
     """
+    packages = ("mergekit-metagpt", "mergekit", "torch", "transformers")
+    base, *experts = map(checkpoints.identity, checkpoints.models)
+    around = digest(_LAYOUT, *map(version, packages), device, base)
+    names = tuple(map(digest, experts))
+    cache = platformdirs.user_cache_path("mergekit-metagpt")
+    return cache / "surveys" / around / f"{digest(sorted(names))}.json", names
 
-    folder: Path
-    experts: tuple[str, ...]
 
-    @classmethod
-    def of(cls, checkpoints: "Checkpoints", device: str) -> "_Kept":
-        names = ("mergekit-metagpt", "mergekit", "torch", "transformers")
-        base, *experts = map(checkpoints.identity, checkpoints.models)
-        around = digest(_LAYOUT, *map(version, names), device, base)
-        cache = platformdirs.user_cache_path("mergekit-metagpt")
-        return cls(cache / "surveys" / around, tuple(map(digest, experts)))
-
-    @property
-    def file(self) -> Path:
-        return self.folder / f"{digest(sorted(self.experts))}.json"
-
-    def read(self, checkpoints: "Checkpoints") -> Survey | None:
-        """Return the survey of these experts, or what one of more experts says of them."""
-        for file in sorted(self.folder.glob("*.json"), key=lambda file: (file != self.file, file)):
-            try:
-                survey = _from_json(json.loads(file.read_text("utf-8"))).of_some(self.experts)
-            except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                continue  # it was damaged
-            if survey:
-                return replace(survey, experts=checkpoints.experts)
-        return None
-
-    def write(self, survey: Survey) -> None:
-        """Keep a survey. Where there is no room for it, it is taken again."""
+def _read(place: Path, experts: tuple[str, ...], products: bool) -> Survey | None:
+    """Return the survey of these experts, or what one of more experts says of them."""
+    for file in sorted(place.parent.glob("*.json"), key=lambda file: (file != place, file)):
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=self.folder) as unfinished:  # goes, whatever happens
-                part = Path(unfinished, self.file.name)
-                content = asdict(replace(survey, experts=self.experts))
-                part.write_text(json.dumps(content, default=str), encoding="utf-8")
-                os.replace(part, self.file)
-        except OSError as error:
-            LOG.info("The survey could not be kept in %s: %s", self.file, error)
+            survey = _from_json(json.loads(file.read_text("utf-8"))).of_some(experts)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # it was damaged
+        if survey and not (products and survey.grams is None):
+            return survey
+    return None
+
+
+def _write(place: Path, survey: Survey) -> None:
+    """Keep a survey. Where there is no room for it, it is taken again."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=place.parent) as unfinished:  # goes, whatever happens
+            part = Path(unfinished, place.name)
+            part.write_text(json.dumps(asdict(survey), default=str), encoding="utf-8")
+            os.replace(part, place)
+    except OSError as error:
+        LOG.info("The survey could not be kept in %s: %s", place, error)
 
 
 def _from_json(content: dict[str, Any]) -> Survey:
