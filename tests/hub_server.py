@@ -24,15 +24,14 @@ class Hub:
         models: for each model the directory of each revision; commits are revisions, too.
         gated: the models that nobody may read.
         asked: the method, the file and the part of each request for a file.
-        before: called with the name of a file before it is sent; may return how many bytes of the
-            answer to send before the connection ends.
+        before: called with the name of a file before it is sent.
     """
 
     address: str = ""
     models: dict[str, dict[str, Path]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
-    before: Callable[[str], int | None] = lambda file: None
+    before: Callable[[str], object] = lambda file: None
 
     def put(self, name: str, directory: str | Path, revision: str = "main") -> str:
         """Let a revision of a model be what a directory holds; return its commit."""
@@ -82,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, model: str, directory: Path, name: str) -> None:
         part = self.headers.get("Range")
         self.hub.asked.append((self.command, name, part))
-        cut = self.hub.before(name)
+        self.hub.before(name)
         path = directory / name
         if not path.is_file():
             return self._fail("EntryNotFound")
@@ -96,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
             first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", part).groups()
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             data, status = data[int(first) : int(last) + 1 if last else None], 206
-        return self._send(status, headers, data, cut)
+        return self._send(status, headers, data)
 
     def _json(self, value: object) -> None:
         self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
@@ -104,16 +103,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _fail(self, code: str, status: int = 404) -> None:
         self._send(status, {"X-Error-Code": code}, b"")
 
-    def _send(
-        self, status: int, headers: dict[str, str], data: bytes, cut: int | None = None
-    ) -> None:
+    def _send(self, status: int, headers: dict[str, str], data: bytes) -> None:
         self.send_response(status)
         for key, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data[:cut])
-        self.close_connection = cut is not None
+            self.wfile.write(data)
 
 
 @contextmanager

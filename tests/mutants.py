@@ -53,8 +53,8 @@ MUTANTS = {
         "*([name, stat_of": "*([name] or [stat_of",
     },
     ("measure/surveys.py", "test_surveys.py"): {
-        " or (products and survey.grams is None):\n                    #": ":\n #",
-        "replace(survey, experts=self.experts)": "replace(survey, experts=self.experts[::-1])",
+        " and not (products and survey.grams is None)": "",
+        "replace(survey, experts=names)": "replace(survey, experts=names[::-1])",
     },
     ("measure/provider.py", "test_measure_survey.py"): {
         "                self._require_own_layer(tensor)\n": "                pass\n",

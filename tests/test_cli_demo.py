@@ -27,7 +27,7 @@ from mergekit_metagpt.demo.models import (
     make_tokenizer,
     train_family,
 )
-from mergekit_metagpt.measure.checkpoints import survey_checkpoints
+from mergekit_metagpt.measure.checkpoints import Checkpoints
 
 SMALL = Scale(hidden_size=16, layers=1, batch=6, base_steps=3, expert_steps=3, held_out=20)
 MODELS = ["base", *TASKS]
@@ -63,9 +63,8 @@ def test_a_demo_scores_every_model_and_leaves_merges_that_load(tmp_path, monkeyp
         assert all(0 <= score <= 100 for score in scores)
         assert average == pytest.approx(sum(scores) / len(TASKS), abs=0.1)
 
-    survey = survey_checkpoints(
-        str(tmp_path / "base"), [str(tmp_path / task) for task in TASKS], progress=False
-    )
+    experts = [str(tmp_path / task) for task in TASKS]
+    survey = Checkpoints.of(str(tmp_path / "base"), experts).survey(progress=False)
     coefficients = scaling_coefficients(survey.model)
     for expert, norm, coefficient in zip(survey.experts, survey.model, coefficients, strict=True):
         assert rows[Path(str(expert)).name] == pytest.approx([norm**0.5, coefficient], rel=1e-3)

@@ -27,14 +27,14 @@ from mergekit_metagpt.diagnosis.linearity import (
     logits,
     measure_linearity,
 )
-from mergekit_metagpt.measure.checkpoints import survey_checkpoints
+from mergekit_metagpt.measure.checkpoints import Checkpoints
 
 PROMPTS = list(torch.randint(VOCABULARY, (4, 10), generator=torch.Generator().manual_seed(0)))
 
 
 def measured(paths: dict[str, str], **options: Any) -> list[Linearity]:
     base, *experts = paths.values()
-    survey = survey_checkpoints(base, experts, progress=False)
+    survey = Checkpoints.of(base, experts).survey(progress=False)
     reference, settings = ModelReference.parse(base), MergeOptions(**options)
     return measure_linearity(reference, survey, PROMPTS, settings)
 

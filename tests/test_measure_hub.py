@@ -27,8 +27,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 import mergekit_metagpt
-from mergekit_metagpt.measure.hub import find_on_hub
-from mergekit_metagpt.measure.loaders import forget_files, set_up_worker
+from mergekit_metagpt.measure.loaders import find_on_hub, forget_files, set_up_worker
 from mergekit_metagpt.planning.models import find_model_files
 from mergekit_metagpt.preflight.adapters import bad_adapters
 from mergekit_metagpt.wording import BadInputError
@@ -144,17 +143,6 @@ def test_the_figures_are_those_of_the_same_models_on_this_disk(
     assert not weights_in(tmp_path)
 
 
-def test_a_connection_that_ends_early_is_opened_again(measured, hub, family, on_disk):
-    ends = iter([100])
-
-    def cut(file):
-        return next(ends, None) if file == SHARD and is_of_a_tensor(hub) else None
-
-    hub.before = cut
-    assert measured(family) == measured(on_disk)
-    assert next(ends, None) is None
-
-
 def test_all_tensors_are_of_the_commit_that_the_revision_had_at_first(
     measured, hub, family, on_disk
 ):
@@ -196,28 +184,18 @@ def test_a_check_reads_the_headers_there(call, hub, family, on_disk):
     assert not [part for _, file, part in hub.asked if "safetensors" in file and part is None]
 
 
-def test_a_file_that_is_gone_is_one_sentence(call, hub, family):
-    def vanish(file):
-        if file == "tokenizer_config.json":  # when the first tensor is measured
-            hub.models.pop("org/a", None)
-
-    hub.before = vanish
-    said = call(family, status=1).stderr
-    assert "Error: File org/a@" in said
-    assert "of model org/a cannot be read from the hub (404" in said
-    assert "run the command again, or hf download org/a first." in said
-
-
 def test_a_server_that_sends_another_part_is_one_sentence(hub, tmp_path):
     (found,) = find("org/a")
     name, header = next(iter(found.headers.items()))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / Path(header.file).name).write_bytes(bytes(header.start + 3))
     hub.models["org/a"][found.repository.commit] = tmp_path / "empty"
-    with pytest.raises(
-        BadInputError, match=rf"3 bytes came instead of {header.end - header.start}"
-    ):
+    with pytest.raises(BadInputError) as failure:
         found.get_tensor(name)
+    assert str(failure.value).endswith(
+        f"of model org/a cannot be read from the hub (3 bytes came instead of "
+        f"{header.end - header.start}); run the command again, or hf download org/a first."
+    )
 
 
 def test_offline_the_hub_is_not_asked(call, hub, family, monkeypatch):

@@ -25,7 +25,7 @@ from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer
 
 from mergekit_metagpt.api import calls
-from mergekit_metagpt.merging import shard as shard_module
+from mergekit_metagpt.merging import by_shard
 from mergekit_metagpt.planning.directory import Output
 from mergekit_metagpt.planning.work import Work
 from mergekit_metagpt.workers import RayMapper, in_this_process
@@ -130,7 +130,7 @@ def test_a_worker_that_is_killed_is_replaced_and_changes_nothing(
     def dying(write):
         def written(shard):
             if "-00002" in shard.file and not died.exists():
-                shard_module.require_in_range = die  # what follows the writing of the file
+                by_shard.require_in_range = die  # what follows the writing of the file
             return write(shard)
 
         def die(unfinished, out_dtype):

@@ -15,7 +15,7 @@ from filelock import FileLock
 from mergekit.options import MergeOptions
 
 import mergekit_metagpt
-from mergekit_metagpt.merging.shard import ShardMerge
+from mergekit_metagpt.merging.by_shard import ShardMerge
 from mergekit_metagpt.method import merge_method
 from mergekit_metagpt.planning.directory import Output
 
@@ -29,7 +29,7 @@ import os, signal, sys
 from pathlib import Path
 from click.testing import CliRunner
 from mergekit_metagpt.cli import main
-from mergekit_metagpt.merging import shard
+from mergekit_metagpt.merging import by_shard
 from mergekit_metagpt.planning import directory, work
 
 config, place = sys.argv[1], Path(sys.argv[2])
@@ -49,7 +49,7 @@ def before(module, name, number=1):
     setattr(module, name, function)
 
 moments = {
-    "while the third file is written": lambda: before(shard, "require_in_range", 3),
+    "while the third file is written": lambda: before(by_shard, "require_in_range", 3),
     "before the third file has its record": lambda: before(work, "_write_whole", 4),
     "before it is published": lambda: before(directory.Output, "publish"),
     "in the middle of its move": lambda: before(work.os, "rename", 12),
@@ -188,7 +188,7 @@ class TestStopped:
         assert names(out.parent) == {"merged"}
 
     def test_with_nothing_complete_nothing_is_left(self, config, out, monkeypatch):
-        monkeypatch.setattr("mergekit_metagpt.merging.shard.require_in_range", 1 / 1)
+        monkeypatch.setattr("mergekit_metagpt.merging.by_shard.require_in_range", 1 / 1)
         merge(config, out, *SHARDS, status=1)
         assert not names(out.parent)
 

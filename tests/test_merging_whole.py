@@ -141,7 +141,7 @@ class TestACompleteMerge:
         assert names(kept / "merged") == WHOLE
         assert_merge_of(kept / "merged", family)
         monkeypatch.undo()
-        monkeypatch.setattr("mergekit_metagpt.merging.shard.ShardMerge.write", None)
+        monkeypatch.setattr("mergekit_metagpt.merging.by_shard.ShardMerge.write", None)
         merge(config, out)
         assert names(out.parent) == {"merged"}
         assert_merge_of(out, family)

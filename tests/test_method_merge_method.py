@@ -4,7 +4,6 @@ import logging
 import math
 
 import pytest
-import reference
 import torch
 from conftest import llama_config, merge_config, read, save_family
 from mergekit.merge_methods import get, merge_state_dicts, merge_tensors, registered_methods
@@ -77,30 +76,6 @@ def test_a_config_for_a_stock_method_runs_when_only_the_name_is_changed(method, 
     renamed = merge(config)
     assert renamed.keys() == read(family["base"]).keys()
     assert all(tensor.isfinite().all() for tensor in renamed.values())
-
-
-def test_priors_take_mergekits_gradients_and_filters(family, merge):
-    config = merge_config(family, parameters={"granularity": "model"})
-    config["models"][0]["parameters"] = {"weight": [0.0, 2.0]}
-    config["models"][1]["parameters"] = {
-        "weight": [{"filter": "mlp", "value": 0.5}, {"value": 1.0}]
-    }
-    merged = merge(config)
-    base, *experts = map(read, family.values())
-    norms = sum(reference.squared_norms(base, experts).values())
-    by_tensor = {}
-    for name in base:
-        layer = int(name.split(".")[2]) if ".layers." in name else None
-        # Tensors outside the layers take the gradient's first value.
-        priors = [layer if layer is not None else 0.0, 0.5 if "mlp" in name else 1.0]
-        by_tensor[name] = priors * norms / (priors * norms).sum()
-    reference.assert_merged(merged, base, experts, by_tensor)
-
-
-def test_a_result_beyond_the_dtype_is_refused():
-    base, expert = torch.zeros(3).half(), torch.full((3,), 40000.0).half()
-    with pytest.raises(ValueError, match=r"overflows torch\.float16"):
-        merge_tensors([base, expert], "metagpt", base_index=0, parameters={"lambda": 2}, name="w")
 
 
 @pytest.mark.parametrize(
@@ -180,19 +155,6 @@ def test_a_number_that_is_not_finite_is_reported_with_model_and_tensor(where, gr
     models[where]["layers.1.w"][2, 3] = math.nan
     with pytest.raises(ValueError, match=rf"layers\.1\.w of model {where} holds NaN or Inf"):
         merge_state_dicts(models, "metagpt", base="base", parameters={"granularity": granularity})
-
-
-def test_tied_tensors_in_memory_count_once():
-    tables, rest = ([torch.full((4, n), s) for s in (0.0, 1.0, 2.0)] for n in (4, 1))
-    models = [
-        {"embed": table, "head": table, "w": 3 * w**2}
-        for table, w in zip(tables, rest, strict=True)
-    ]
-    merged = merge_state_dicts(models, "metagpt", base=0, parameters={"granularity": "model"})
-    base, *experts = ({"embed": m["embed"], "w": m["w"]} for m in models)
-    once = reference.coefficients(base, experts, "model")
-    reference.assert_merged({k: merged[k] for k in base}, base, experts, once)
-    assert torch.equal(merged["head"], merged["embed"])
 
 
 def test_one_group_may_be_merged_directly():

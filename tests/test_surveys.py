@@ -23,7 +23,7 @@ from conftest import (
 from safetensors.torch import load_file, save
 
 import mergekit_metagpt
-from mergekit_metagpt.measure.checkpoints import Checkpoints, survey_checkpoints
+from mergekit_metagpt.measure.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def cached() -> list[Path]:
 def test_the_command_shows_what_was_measured(three):
     base, *experts = three.values()
     shown = json.loads(invoke("survey", *three.values(), "--json").stdout)
-    exact = survey_checkpoints(base, experts, products=True, progress=False)
+    exact = Checkpoints.of(base, experts).survey(progress=False, products=True)
     assert (shown["base"], shown["experts"]) == (base, experts)
     assert tuple(shown["squared_norms"]) == exact.model
     assert shown["cosines"] == exact.cosines
@@ -148,7 +148,7 @@ def test_tensors_that_only_some_experts_tie_are_measured_for_those(is_frozen, ow
             edit(path, lambda it: it["lm_head.weight"].copy_(it["model.embed_tokens.weight"]))
     mergekit_metagpt.survey(own["base"], [own["a"], own["b"], third])
     two = (own["base"], [own["a"], own["b"]])
-    found, exact = mergekit_metagpt.survey(*two), survey_checkpoints(*two, products=True)
+    found, exact = mergekit_metagpt.survey(*two), Checkpoints.of(*two).survey(products=True)
     assert found.squared_norms == exact.model
     assert found.figures.moved == exact.moved
     assert found.figures.tied == exact.tied

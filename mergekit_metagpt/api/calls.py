@@ -15,11 +15,16 @@ import yaml
 from mergekit.common import ModelReference
 
 from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.measure.hub import HubLoader, find_on_hub, is_looked_up, open_on_hub
-from mergekit_metagpt.measure.loaders import set_up_worker
+from mergekit_metagpt.measure.loaders import (
+    HubLoader,
+    find_on_hub,
+    is_looked_up,
+    open_on_hub,
+    set_up_worker,
+)
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
-from mergekit_metagpt.merging.hub_names import hub_names
+from mergekit_metagpt.merging.record import hub_names
 from mergekit_metagpt.merging.whole import merge_whole
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.planning.config import ConfigFile, reference

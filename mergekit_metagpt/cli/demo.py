@@ -79,7 +79,7 @@ def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
 
     from mergekit_metagpt.demo.merges import merge_with_mergekit, stock_command, write_configs
     from mergekit_metagpt.demo.models import TASKS, scores, train_family
-    from mergekit_metagpt.measure.checkpoints import survey_checkpoints
+    from mergekit_metagpt.measure.checkpoints import Checkpoints
     from mergekit_metagpt.report.tables import survey_tables, table
 
     command = stock_command()
@@ -99,7 +99,7 @@ def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
     show(f"Right answers to {scale.held_out} held-out prompts per task, in %", style="bold")
     show(table(columns), _LEGEND)
     experts = [str(directory / task) for task in sorted(TASKS)]
-    survey = survey_checkpoints(str(rows["base"]), experts, progress=False, products=True)
+    survey = Checkpoints.of(str(rows["base"]), experts).survey(progress=False, products=True)
     show("Scaling coefficients at granularity model", style="bold")
     show(survey_tables(survey))
     shown = "metagpt-direction"

@@ -22,9 +22,8 @@ from transformers import PretrainedConfig
 from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.core.coefficients import Norms
 from mergekit_metagpt.measure.headers import Header, read_header
-from mergekit_metagpt.measure.hub import HubLoader
 from mergekit_metagpt.measure.identity import identity_of, on_hub, stat_of
-from mergekit_metagpt.measure.loaders import forget_models, weight_files
+from mergekit_metagpt.measure.loaders import HubLoader, forget_models, weight_files
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.tensors import Device, Measured, measure
 from mergekit_metagpt.measure.vocabularies import tokenizers_agree
@@ -74,11 +73,6 @@ class Checkpoints:
             loader: LazyTensorLoader = mergekit_private.SimpleLoaderCache().get(model.model.path)
             return loader
         return LoaderCache().get(model)
-
-    def close_files(self) -> None:
-        """Close the weight files. The loaders open them again when a tensor is read."""
-        for model in self.models:
-            self.loader(model).flush()  # type: ignore[no-untyped-call]
 
     def forget_files(self) -> None:
         """Close the weight files, and forget which files the models have."""
@@ -176,9 +170,7 @@ class Checkpoints:
     def load(self, model: ModelReference, weight: WeightInfo, device: Device) -> Tensor | None:
         """Return a weight as it is stored, or None if the model lacks it."""
         if self.are_files:
-            return self.loader(model).get_tensor(
-                weight.name, device=str(device), raise_on_missing=False
-            )
+            return self.loader(model).get_tensor(weight.name, device=str(device))
         task = LoadTensor(
             model=model,
             tensor=weight.name,
@@ -189,11 +181,6 @@ class Checkpoints:
             tied_names=weight.tied_names,
         )
         return task.execute()
-
-    def stored(self, model: ModelReference, name: str | None) -> Tensor | None:
-        """Return a weight as it is stored, or None if there is none of this name."""
-        weight = self.weights.get(name or "")
-        return self.load(model, weight, "cpu") if weight else None
 
     def survey(
         self,
@@ -212,13 +199,17 @@ class Checkpoints:
                 if a tensor holds NaN or Inf. The message names the model and the tensor.
         """
         tokenizers_agree.cache_clear()  # the files may have changed since the last survey
+        # Open files are mapped into memory. While the merge holds a tensor of a file, all pages
+        # that are read through the same mapping stay in memory. So the survey opens the files
+        # again: its own mappings are freed one by one.
+        for model in self.models:
+            self.loader(model).flush()  # type: ignore[no-untyped-call]
         weights, tied = self._named_once()
         measured: dict[str, Measured] = {}
         left_out: dict[str, str] = {}
         tieable: dict[Norms, list[WeightInfo]] = {}
-        one = partial(measure, self.models, self.load, device, products)
         bar = tqdm.tqdm(
-            mapper(one, weights),
+            mapper(partial(measure, self.models, self.load, device, products), weights),
             "Measuring task vectors",
             len(weights),
             unit="tensor",
@@ -271,15 +262,3 @@ class Checkpoints:
             if (first := self.load(model, weight, "cpu")) is not None
             and (second := self.load(model, other, "cpu")) is not None
         )
-
-
-def survey_checkpoints(
-    base: ModelReference | str,
-    experts: Sequence[ModelReference | str],
-    *,
-    progress: bool = True,
-    products: bool = False,
-) -> Survey:
-    """Survey checkpoints anew, named as MergeKit does; the experts stay in the given order."""
-    survey = Checkpoints.of(base, experts).survey(progress=progress, products=products)
-    return survey.in_order_of([ModelReference.model_validate(expert) for expert in experts])

@@ -17,7 +17,7 @@ from mergekit_metagpt.core.coefficients import Norms
 from mergekit_metagpt.core.granularities import GRANULARITIES, moved
 from mergekit_metagpt.core.inputs import TensorInputs, place_of
 from mergekit_metagpt.core.roles import is_table
-from mergekit_metagpt.measure.survey import Survey, survey_tensors
+from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.names import layer_of
 
@@ -37,9 +37,14 @@ class Provider:
         """Prepare for a merge that MergeKit plans: record its options and its files."""
         self._known.clear()
         checkpoints = _checkpoints_of(ids, base)
-        if checkpoints is not None:
-            self._note_options()
-            SURVEYS.begin(checkpoints)
+        if checkpoints is None:
+            return
+        command, loading = click.get_current_context(silent=True), dict(_loading())
+        if command or loading:
+            given = command.params if command else {}
+            self.quiet = bool(given.get("quiet", getattr(given.get("merge_options"), "quiet", 0)))
+            self._loading = loading
+        SURVEYS.begin(checkpoints)
 
     def require_unchanged(self, ids: Sequence[Hashable], base: Hashable) -> None:
         """Stop a merge if a weight file has changed since it began."""
@@ -53,26 +58,9 @@ class Provider:
         checkpoints = _checkpoints_of(*ids)
         if checkpoints is None:
             return ModelsInMemory(tensors)
-        self._set_up_loaders()
+        if not _loading():  # only the planning thread has the options of the command
+            _loading().update(self._loading)
         return self._known.setdefault(checkpoints, StoredModels(checkpoints, self))
-
-    def _note_options(self) -> None:
-        """Keep the options of the planning thread; other threads do not have them."""
-        from mergekit.io.tasks import LoaderCache
-
-        command, loading = click.get_current_context(silent=True), dict(vars(LoaderCache()))
-        if command or loading:
-            given = command.params if command else {}
-            self.quiet = bool(given.get("quiet", getattr(given.get("merge_options"), "quiet", 0)))
-            self._loading = loading
-
-    def _set_up_loaders(self) -> None:
-        """Give the loaders of this thread the options of the planning thread."""
-        from mergekit.io.tasks import LoaderCache
-
-        loading = vars(LoaderCache())
-        if not loading:
-            loading.update(self._loading)
 
 
 @dataclass(frozen=True)
@@ -119,8 +107,9 @@ class StoredModels:
     def _require_own_layer(self, inputs: TensorInputs) -> None:
         """Refuse tensors that slices have moved; MergeKit passes only the name in the output."""
         models: Any = inputs
+        weight = self.checkpoints.weights.get(inputs.name or "")
         for model, tensor in models:
-            stored = self.checkpoints.stored(model, inputs.name)
+            stored = self.checkpoints.load(model, weight, "cpu") if weight else None
             # What was not converted is the same place of a mapped file, and need not be read.
             if stored is None or not (
                 place_of(stored) == place_of(tensor) or torch.equal(stored.to(tensor), tensor)
@@ -155,12 +144,11 @@ class ModelsInMemory:
         Tensors that are tied in memory stay tied: they are merged once, as the embedding if one
         of them is.
         """
-
-        def its(number: int) -> int:
-            tied = self._alike[self.tensors[number].memory]
-            return next(other for other in tied if parameters[other] == parameters[number])
-
-        return list(map(its, range(len(parameters))))
+        tied = (self._alike[tensor.memory] for tensor in self.tensors)
+        return [
+            next(number for number in numbers if parameters[number] == own)
+            for numbers, own in zip(tied, parameters, strict=True)
+        ]
 
     @cached_property
     def _alike(self) -> dict[tuple[Any, ...], list[int]]:
@@ -181,10 +169,25 @@ class ModelsInMemory:
 
     @cached_property
     def _survey(self) -> Survey:
-        return survey_tensors(self.tensors)
+        """The survey, in which tensors that are tied in memory count once."""
+        names = [tensor.name or f"#{number}" for number, tensor in enumerate(self.tensors)]
+        firsts = {names[first]: self.tensors[first] for first, *_ in self._alike.values()}
+        return Survey(
+            self.tensors[0].ids,
+            {name: tensor.squared_norms for name, tensor in firsts.items()},
+            {names[it]: names[first] for first, *tied in self._alike.values() for it in tied},
+            {name: tensor.dtype for name, tensor in firsts.items()},
+        )
 
 
 PROVIDER = Provider()
+
+
+def _loading() -> dict[str, Any]:
+    """Return the options of MergeKit's loaders, which each thread has for itself."""
+    from mergekit.io.tasks import LoaderCache
+
+    return vars(LoaderCache())
 
 
 def _checkpoints_of(ids: Sequence[Hashable], base: Hashable) -> "Checkpoints | None":

@@ -4,7 +4,6 @@ import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -55,14 +54,10 @@ class Survey:
         return sum(self.sizes.values())
 
     @cached_property
-    def products(self) -> tuple[Norms, ...] | None:
-        """The T x T inner products ⟨τ_i, τ_j⟩ over the whole model; None if not measured."""
-        if self.grams is None:
-            return None
-        return tuple(
-            tuple(map(math.fsum, zip(*rows, strict=True)))
-            for rows in zip(*self.grams.values(), strict=True)
-        )
+    def products(self) -> tuple[Norms, ...]:
+        """The T x T inner products ⟨τ_i, τ_j⟩ over the whole model; empty if not measured."""
+        rows = zip(*(self.grams or {}).values(), strict=True)
+        return tuple(tuple(map(math.fsum, zip(*row, strict=True))) for row in rows)
 
     def norms_of(self, tensor: TensorInputs | Surveyed, granularity: str) -> Norms:
         """Return ‖τ_t‖² over the scope that a tensor belongs to, T floats.
@@ -134,13 +129,8 @@ class Survey:
     def cosines(self) -> list[list[float]]:
         """The T x T cosines between the task vectors; 0 for a zero vector.
 
-        Property 6 assumes that they are 0 for i ≠ j.
-
-        Raises:
-            ValueError: if the survey was taken without inner products.
+        Property 6 assumes that they are 0 for i ≠ j. Empty without inner products.
         """
-        if self.products is None:
-            raise ValueError("This survey holds no inner products; take it with products=True.")
         lengths = [math.sqrt(row[t]) for t, row in enumerate(self.products)]
         return [
             [value / (a * b) if a * b else 0.0 for value, b in zip(row, lengths, strict=True)]
@@ -151,20 +141,3 @@ class Survey:
         rows = [self.squared_norms[name] for name in names]
         # fsum rounds only once, so the order of the tensors does not matter.
         return tuple(math.fsum(row[t] for row in rows) for t in range(len(self.experts)))
-
-
-def survey_tensors(tensors: Sequence[TensorInputs]) -> Survey:
-    """Survey tensors in memory, all of the same experts. Those that share memory count once."""
-    experts: tuple[Hashable, ...] = ()
-    norms: dict[str, Norms] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    tied: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    for number, inputs in enumerate(tensors):
-        experts, name = inputs.ids, inputs.name or f"#{number}"
-        if inputs.base.numel() and inputs.memory in seen:
-            tied[name] = seen[inputs.memory]
-            continue
-        seen[inputs.memory] = name
-        norms[name], dtypes[name] = inputs.squared_norms, inputs.dtype
-    return Survey(experts, norms, tied, dtypes)

@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 import torch
 
+from mergekit_metagpt.measure.headers import is_computed
 from mergekit_metagpt.measure.identity import (
     Stat,
     changed_files,
@@ -25,8 +27,9 @@ from mergekit_metagpt.measure.identity import (
     require_unchanged,
     stat_of,
 )
-from mergekit_metagpt.measure.stock import warn_of_unread
 from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.mergekit_private import is_ignored, tied_names
+from mergekit_metagpt.wording import counted
 from mergekit_metagpt.workers import Mapper, in_this_process
 
 if TYPE_CHECKING:
@@ -56,8 +59,11 @@ class Surveys:
         self._begun: dict[Checkpoints, _Begun] = {}
         self._lock = threading.RLock()
 
-    def begin(self, checkpoints: "Checkpoints") -> None:
-        """Prepare for a merge: record its weight files, and close what has changed before."""
+    def begin(self, checkpoints: "Checkpoints", survey: Survey | None = None) -> None:
+        """Prepare for a merge: record its weight files, and close what has changed before.
+
+        The survey is one that another process has taken of these files.
+        """
         with self._lock:
             for known, begun in list(self._begun.items()):
                 changed = changed_files(begun.files)
@@ -65,7 +71,7 @@ class Surveys:
                     known.forget_files()
                 if changed or known == checkpoints:
                     del self._begun[known]
-            self._begin(checkpoints)
+            self._begin(checkpoints).survey = survey
 
     def require_unchanged(self, checkpoints: "Checkpoints", at_once: bool = False) -> None:
         """Stop a merge with a BadInputError if a weight file has changed since it began.
@@ -93,31 +99,25 @@ class Surveys:
         """
         with self._lock:
             begun = self._begin(checkpoints)
-            survey = begun.survey
-            if survey is None or (products and survey.grams is None):
+            if begun.survey is None or (products and begun.survey.grams is None):
                 self.require_unchanged(checkpoints, at_once=True)
-                kept = _Kept.of(checkpoints, torch.device(device).type)
-                survey = kept.read(checkpoints)
-                if survey is None or (products and survey.grams is None):
-                    # Open files are mapped into memory. While the merge holds a tensor of a file,
-                    # all pages that are read through the same mapping stay in memory. So the
-                    # survey opens the files again: its own mappings are freed one by one.
-                    checkpoints.close_files()
+                place, names = _place(checkpoints, torch.device(device).type)
+                survey = _read(place, names, products)
+                if survey is None:
                     survey = checkpoints.survey(device, progress, products, mapper)
                     self.require_unchanged(checkpoints, at_once=True)
-                    kept.write(survey)
-                warn_of_unread(checkpoints)
+                    _write(place, replace(survey, experts=names))
+                if not checkpoints.are_files and (unread := _unread(checkpoints)):
+                    LOG.warning(
+                        "Model %s holds %s, which MergeKit does not know of and the merge will "
+                        "drop; stop it, and merge the weight files with mergekit-pytorch.",
+                        checkpoints.base,
+                        counted(unread),
+                    )
                 for why in survey.left_out.values():
                     LOG.warning("%s; the tensor does not count towards the coefficients.", why)
-                begun.survey = survey
-            return survey
-
-    def adopt(self, shared: "dict[Checkpoints, Survey]") -> None:
-        """Use surveys that another process took, for merges of the files as they are now."""
-        with self._lock:
-            for checkpoints, survey in shared.items():
-                self.begin(checkpoints)
-                self._begun[checkpoints].survey = survey
+                begun.survey = replace(survey, experts=checkpoints.experts)
+            return begun.survey
 
     def _begin(self, checkpoints: "Checkpoints") -> _Begun:
         begun = self._begun.get(checkpoints)
@@ -130,53 +130,41 @@ class Surveys:
 SURVEYS = Surveys()
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """The files of the cache that may hold a survey. In them, experts are named by identity.
+def _place(checkpoints: "Checkpoints", device: str) -> tuple[Path, tuple[str, ...]]:
+    """Return where a survey is kept, and the names that T experts have there: what they are.
 
-    Attributes:
-        folder: named after all that a survey depends on besides its experts.
-        experts: T identities, in the order of ``Checkpoints.experts``.
+    The folder is named after all that a survey depends on besides its experts.
     """
+    packages = ("mergekit-metagpt", "mergekit", "torch", "transformers")
+    base, *experts = map(checkpoints.identity, checkpoints.models)
+    around = digest(_LAYOUT, *map(version, packages), device, base)
+    names = tuple(map(digest, experts))
+    cache = platformdirs.user_cache_path("mergekit-metagpt")
+    return cache / "surveys" / around / f"{digest(sorted(names))}.json", names
 
-    folder: Path
-    experts: tuple[str, ...]
 
-    @classmethod
-    def of(cls, checkpoints: "Checkpoints", device: str) -> "_Kept":
-        names = ("mergekit-metagpt", "mergekit", "torch", "transformers")
-        base, *experts = map(checkpoints.identity, checkpoints.models)
-        around = digest(_LAYOUT, *map(version, names), device, base)
-        cache = platformdirs.user_cache_path("mergekit-metagpt")
-        return cls(cache / "surveys" / around, tuple(map(digest, experts)))
-
-    @property
-    def file(self) -> Path:
-        return self.folder / f"{digest(sorted(self.experts))}.json"
-
-    def read(self, checkpoints: "Checkpoints") -> Survey | None:
-        """Return the survey of these experts, or what one of more experts says of them."""
-        others = (file for file in sorted(self.folder.glob("*.json")) if file != self.file)
-        for file in (self.file, *others):
-            try:
-                survey = _from_json(json.loads(file.read_text("utf-8"))).of_some(self.experts)
-            except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                continue  # there is none, or it was damaged
-            if survey:
-                return replace(survey, experts=checkpoints.experts)
-        return None
-
-    def write(self, survey: Survey) -> None:
-        """Keep a survey. Where there is no room for it, it is taken again."""
+def _read(place: Path, experts: tuple[str, ...], products: bool) -> Survey | None:
+    """Return the survey of these experts, or what one of more experts says of them."""
+    for file in sorted(place.parent.glob("*.json"), key=lambda file: (file != place, file)):
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=self.folder) as unfinished:  # goes, whatever happens
-                part = Path(unfinished, self.file.name)
-                content = asdict(replace(survey, experts=self.experts))
-                part.write_text(json.dumps(content, default=str), encoding="utf-8")
-                os.replace(part, self.file)
-        except OSError as error:
-            LOG.info("The survey could not be kept in %s: %s", self.file, error)
+            survey = _from_json(json.loads(file.read_text("utf-8"))).of_some(experts)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # it was damaged
+        if survey and not (products and survey.grams is None):
+            return survey
+    return None
+
+
+def _write(place: Path, survey: Survey) -> None:
+    """Keep a survey. Where there is no room for it, it is taken again."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=place.parent) as unfinished:  # goes, whatever happens
+            part = Path(unfinished, place.name)
+            part.write_text(json.dumps(asdict(survey), default=str), encoding="utf-8")
+            os.replace(part, place)
+    except OSError as error:
+        LOG.info("The survey could not be kept in %s: %s", place, error)
 
 
 def _from_json(content: dict[str, Any]) -> Survey:
@@ -184,3 +172,27 @@ def _from_json(content: dict[str, Any]) -> Survey:
     norms = {name: tuple(row) for name, row in content.pop("squared_norms").items()}
     experts = tuple(content.pop("experts"))
     return Survey(experts, squared_norms=norms, dtypes=dtypes, **content)
+
+
+def _unread(checkpoints: "Checkpoints") -> list[str]:
+    """Return the weights of the base that MergeKit's own command loses without a word.
+
+    ``mergekit-metagpt merge`` knows its plan, and refuses to lose weights. ``mergekit-yaml`` shows
+    its plan to no merge method, but a survey sees all tensors.
+    """
+    base = checkpoints.base
+    held = checkpoints.loader(base).index.tensor_paths
+    read: set[str] = set()
+    for weight in checkpoints.weights.values():
+        names = {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
+        if names.isdisjoint(held) and not weight.optional:
+            return []  # MergeKit makes it from others, and a survey cannot tell which
+        read |= names
+    headers = {name: checkpoints.header(base, name) for name in sorted(held.keys() - read)}
+    unread = [name for name, header in headers.items() if header and not is_computed(name, header)]
+    if not unread:
+        return []
+    config = checkpoints.config_of(base)
+    architecture = next(iter(config.architectures or []), "")
+    ties = tied_names(architecture) if getattr(config, "tie_word_embeddings", False) else []
+    return [n for n in unread if n not in chain(*ties) and not is_ignored(architecture, n)]

@@ -99,10 +99,5 @@ def tokenizers_agree(
 
     If one of them has no tokenizer, assume that they agree, as MergeKit does.
     """
-    vocabularies = []
-    for model in (first, second):
-        vocabulary = load_vocabulary(model, cache_dir, trust_remote_code)
-        if vocabulary is None:
-            return True
-        vocabularies.append(vocabulary)
-    return first_difference(*vocabularies) is None
+    one, other = (load_vocabulary(model, cache_dir, trust_remote_code) for model in (first, second))
+    return one is None or other is None or first_difference(one, other) is None

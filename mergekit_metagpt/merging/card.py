@@ -14,7 +14,7 @@ from mergekit.card import CARD_TEMPLATE, method_md
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
-from mergekit_metagpt.merging.hub_names import HUB_NAME
+from mergekit_metagpt.merging.record import HUB_NAME
 from mergekit_metagpt.names import canonical
 
 PICTURE = "coefficients.png"

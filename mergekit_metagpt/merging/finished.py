@@ -1,14 +1,16 @@
-"""What lies beside the weights of a finished merge, made true: MergeKit copies it from the base."""
+"""A merge, read back: numbers that overflowed, and what MergeKit copies from the base made true."""
 
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.architecture import WeightInfo
-from mergekit.common import ModelPath, ModelReference
+from mergekit.common import ModelPath, ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
 from mergekit.options import MergeOptions
@@ -19,6 +21,7 @@ from mergekit_metagpt.measure.vocabularies import load_vocabulary
 from mergekit_metagpt.measure.weights import Weights, read_weights
 from mergekit_metagpt.mergekit_private import tied_names
 from mergekit_metagpt.planning.models import ModelFiles
+from mergekit_metagpt.wording import BadInputError
 
 _GENERATION = "generation_config.json"
 
@@ -145,3 +148,31 @@ def _token_ids(generation: str) -> list[int]:
         found = [v for key, v in said if key.endswith(("_token_id", "suppress_tokens"))]
         return sorted({i for v in found for i in (v if isinstance(v, list) else [v])} - {None})
     return []
+
+
+def require_in_range(merged: Path, out_dtype: str | None) -> None:
+    """Read a merge back, and refuse it if it overflowed float16.
+
+    In another ``out_dtype`` only numbers above 3.39e38 can overflow, which no model has; to find
+    them, every such merge would be read back.
+    """
+    if dtype_from_name(out_dtype) != torch.float16:
+        return
+    overflowing = _overflowing(merged)  # by now its files are closed: Windows removes no open ones
+    if overflowing:
+        raise BadInputError(
+            f"Merging tensor {overflowing} overflows {torch.float16}; set a wider dtype, such as "
+            "out_dtype: bfloat16 or float32."
+        )
+
+
+def _overflowing(merged: Path) -> str | None:
+    """Return the name of a tensor that is not finite, or None."""
+    # Not parsed from a string: the path may contain + and @, which references use.
+    reference = ModelReference(model=ModelPath(path=str(merged)))
+    loader = reference.lazy_loader(lazy_unpickle=False)
+    for name, _ in sorted(loader.index.tensor_paths.items(), key=itemgetter(1)):  # by shard
+        tensor = loader.get_tensor(name)
+        if tensor is not None and not tensor.isfinite().all():
+            return name
+    return None

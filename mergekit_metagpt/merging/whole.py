@@ -14,12 +14,10 @@ from mergekit.merge import run_merge
 
 from mergekit_metagpt import register
 from mergekit_metagpt.measure.identity import Stat, changed_files, digest, require_unchanged
-from mergekit_metagpt.merging.by_shard import Plan, merge_by_shard
+from mergekit_metagpt.merging.by_shard import Plan, as_json, entries_of, merge_by_shard
 from mergekit_metagpt.merging.card import PICTURE, write_card
-from mergekit_metagpt.merging.finished import describe
-from mergekit_metagpt.merging.inputs import opened
-from mergekit_metagpt.merging.record import deciding_options, merge_record, versions
-from mergekit_metagpt.merging.shard import as_json, entries_of, require_in_range
+from mergekit_metagpt.merging.finished import describe, require_in_range
+from mergekit_metagpt.merging.record import deciding_options, merge_record, opened, versions
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Summary
@@ -120,10 +118,9 @@ def _is_own(config: MergeConfiguration) -> bool:
 
 def _facts(job: Job, inputs: list[Any], plan: Plan | None) -> dict[str, Any]:
     """Return what the bytes of a merge depend on, besides its seed; JSON types."""
-    by_direction = plan is not None and any(it.merge.by_direction for it in plan.outputs.tensors)
     return {
         "config": plain(job.config.raw),
-        "options": deciding_options(job.parsed, job.options, by_direction=by_direction),
+        "options": deciding_options(job),
         "versions": versions(),
         "inputs": inputs,
         "file by file": plan is not None,

@@ -19,12 +19,10 @@ _HARDLY = 0.1
 def warnings(summary: Summary) -> list[str]:
     """Return a sentence for each warning; its figures follow from the norms, no model is read."""
     found = [sentence for _, sentence in concerns(summary)]
-    if not summary.by_direction:
-        found = found or list(_dominated_tensors(summary))
-    for expert in summary.experts:
-        if expert.squared_norm == 0:
-            found.append(f"{expert.model} is equal to the base, and gets no share of the merge.")
-    return found
+    if not (found or summary.by_direction):
+        found = list(_dominated_tensors(summary))
+    unmoved = [expert.model for expert in summary.experts if expert.squared_norm == 0]
+    return found + [f"{it} is equal to the base, and gets no share of the merge." for it in unmoved]
 
 
 def concerns(summary: Summary) -> Iterator[tuple[Hashable, str]]:
@@ -51,7 +49,7 @@ def _dominant_experts(summary: Summary) -> Iterator[tuple[Hashable, str]]:
     for expert in summary.experts:
         if expert.mean > DOMINANT:
             way = ""
-            if its := _milder(summary, _largest_mean):
+            if its := _milder(summary, lambda its: max(other.mean for other in its.experts)):
                 means = _shares([other.mean for other in its.experts])
                 way = f"set exponent: {_exponent_of(its):g}, which gives {means}, or "
             yield (
@@ -82,11 +80,9 @@ def _dominated_tensors(summary: Summary) -> Iterator[str]:
 def _hardly_kept(summary: Summary) -> Iterator[tuple[Hashable, str]]:
     """Warn if hardly anything of a task vector is in the merge, whatever its coefficients are."""
     wanted, scale = _taking_part(*summary.entries), _scale(summary)
-    for expert in summary.experts:
-        if expert.kept is None or expert.model not in wanted or not scale:
-            continue
-        if expert.kept / scale < _HARDLY:
-            way = "set exponent: 0, or " if _exponent_of(summary) else ""
+    way = "set exponent: 0, or " if _exponent_of(summary) else ""
+    for expert in summary.experts if scale else ():
+        if expert.kept is not None and expert.model in wanted and expert.kept / scale < _HARDLY:
             yield (
                 expert.model,
                 f"The merge keeps only {expert.kept:.1%} of the task vector of {expert.model}; "
@@ -121,12 +117,6 @@ def _taking_part(*entries: Entry) -> set[Hashable]:
     }
 
 
-def _is_dominated(entry: Entry) -> bool:
-    """Return whether an expert has nearly all of a tensor, although others move there too."""
-    is_shared = not entry.directions and len(_taking_part(entry)) > 1
-    return is_shared and max(entry.coefficients) > DOMINANT
-
-
 def moved_far(experts: Sequence[object], moved: Sequence[float] | None) -> list[str]:
     """Warn if an expert moved too far for adding up; ``moved`` are ‖τ_t‖ / ‖θ_0‖, if known."""
     part, expert = max(zip(moved or [0.0], experts, strict=False), key=lambda pair: pair[0])
@@ -141,13 +131,9 @@ def moved_far(experts: Sequence[object], moved: Sequence[float] | None) -> list[
 
 def dominated_part(summary: Summary) -> float:
     """Return the part of the parameters in tensors that one of several experts dominates."""
-    sizes = [entry.size for entry in summary.entries if _is_dominated(entry)]
+    shared = [it for it in summary.entries if not it.directions and len(_taking_part(it)) > 1]
+    sizes = [entry.size for entry in shared if max(entry.coefficients) > DOMINANT]
     return sum(sizes) / summary.parameters if sizes else 0.0
-
-
-def _largest_mean(summary: Summary) -> float:
-    """Return the mean coefficient of the expert that has most of the merge."""
-    return max(expert.mean for expert in summary.experts)
 
 
 def _milder(summary: Summary, dominance: Callable[[Summary], float]) -> Summary | None:

@@ -10,7 +10,6 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import ValidationError
 
 from mergekit_metagpt.core.granularities import GRANULARITIES
-from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.wording import one_of
 
 
@@ -100,14 +99,3 @@ def _checked(parameter: ParameterSpec) -> ParameterSpec:
         wanted=wanted,
         accepts=accepts,
     )
-
-
-def require_ranks(inputs: TensorInputs, densities: Iterable[float]) -> None:
-    """Refuse rows of one number, which DELLA cannot rank: MergeKit would divide by 0."""
-    shape = inputs.base.shape
-    row = shape[1] if len(shape) > 1 else shape.numel()
-    if row == 1 and any(0 < density < 1 for density in densities):
-        raise ValueError(
-            f"DELLA cannot rank the numbers of tensor {inputs.name} of shape {list(shape)}: "
-            "each row has only one; set its density to 1 with a filter, or choose a DARE method."
-        )

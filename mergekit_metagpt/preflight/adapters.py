@@ -18,7 +18,7 @@ from mergekit.options import MergeOptions
 from peft.utils import CONFIG_NAME
 
 from mergekit_metagpt.measure.headers import read_header
-from mergekit_metagpt.measure.hub import is_looked_up
+from mergekit_metagpt.measure.loaders import is_looked_up
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.wording import BadInputError, counted, reason
 
