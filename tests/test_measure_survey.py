@@ -195,6 +195,14 @@ def test_a_tensor_that_does_not_fit_is_named(change, said, own):
         survey(own)
 
 
+@pytest.mark.parametrize("granularity", ["layer", "model"])
+def test_values_beyond_the_range_of_dtype_are_named(granularity, own, merge):
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit(own["a"], lambda tensors: tensors[name].view(-1)[:1].fill_(1e6))
+    with pytest.raises(ValueError, match=rf"{name} of model {own['a']} holds NaN or Inf in"):
+        merge(merge_config(own, parameters={"granularity": granularity}, dtype="float16"))
+
+
 class TestSlices:
     @pytest.mark.parametrize("granularity", ["layer", "model"])
     def test_that_keep_their_place_merge_like_the_whole(self, granularity, family, merge):

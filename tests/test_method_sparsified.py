@@ -28,7 +28,8 @@ from mergekit_metagpt.core.task_vectors import working_dtype
 from mergekit_metagpt.method import sparsified
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
-from mergekit_metagpt.method.sparsified import merge_sparsified, own_stream
+from mergekit_metagpt.method.random_streams import own_stream
+from mergekit_metagpt.method.sparsified import merge_sparsified
 
 OURS = [m for m in registered_methods() if isinstance(m, MetaGPTMerge) and not m.is_plain]
 BY_RANK = [m for m in OURS if m.stock.sparsification_method == SparsificationMethod.della_magprune]

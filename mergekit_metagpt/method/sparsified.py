@@ -6,12 +6,8 @@ first, which differ from platform to platform.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from threading import RLock
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -27,13 +23,12 @@ from mergekit_metagpt.core.arrays import as_array, at_places, count_of, in_order
 from mergekit_metagpt.core.buffers import chunk_size
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import Sum, deltas_of, working_dtype
+from mergekit_metagpt.method.random_streams import own_stream
 
 # How far a rank may be from that in a random sample. If it is farther, counting shows it.
 _DEVIATIONS = 3
 _LEAST = 2.0**-149  # the least positive float32
 _NO_LIMITS = (_LEAST, math.inf), (math.inf, math.inf)
-# Threads share a device's default generator, so only one may use it at a time.
-_GENERATOR_LOCKS: defaultdict[str, RLock] = defaultdict(RLock)
 
 
 def merge_sparsified(
@@ -47,28 +42,6 @@ def merge_sparsified(
         _require_ranks(inputs, parameters["density"].values())
     with own_stream(inputs.base.device, f"{stock.spec.name}/{inputs.name}"):
         return _merge(stock, inputs, parameters)
-
-
-@contextmanager
-def own_stream(device: torch.device, name: str) -> Iterator[None]:
-    """Give a tensor a random stream that depends on ``--random-seed`` and its name alone.
-
-    DARE and DELLA draw from the default generator of the tensor's device. Afterwards the caller's
-    state is restored.
-    """
-    accelerator = device.type != "cpu"
-    with _GENERATOR_LOCKS[str(device)]:
-        seed = crc32(f"{torch.initial_seed()}/{name}".encode())
-        with torch.random.fork_rng(
-            devices=[device] if accelerator else [],
-            device_type=device.type if accelerator else "cuda",
-        ):
-            if accelerator:
-                with torch.get_device_module(device).device(device):
-                    torch.get_device_module(device).manual_seed(seed)
-            else:
-                torch.default_generator.manual_seed(seed)
-            yield
 
 
 def _require_ranks(inputs: TensorInputs, densities: Iterable[float]) -> None:
