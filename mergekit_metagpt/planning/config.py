@@ -4,12 +4,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import (
-    InputModelDefinition,
-    InputSliceDefinition,
     MergeConfiguration,
     OutputModuleDefinition,
     OutputSliceDefinition,
@@ -17,9 +15,8 @@ from mergekit.config import (
 from pydantic import ValidationError
 
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.planning.levels import is_within
 from mergekit_metagpt.planning.yaml_file import read_yaml
-from mergekit_metagpt.wording import BadInputError, reason
+from mergekit_metagpt.wording import BadInputError, nearest, reason
 
 # The module of a config, and the number of the slice in it.
 Place = tuple[str, int]
@@ -72,8 +69,19 @@ def _place(error: Mapping[str, Any], value: Any) -> str:
         if isinstance(known, dict | range) and key in known:
             place += f"[{key}]" if isinstance(key, int) else f".{key}"
             value = value[key]
-    lacks = f".{keys[-1]}" if error["type"] == "missing" else ""
-    return f"{place}{lacks}".lstrip(".")
+    if error["type"] == "missing":
+        close = nearest(keys[-1], value)
+        place += f".{keys[-1]}{f' (it has {close})' if close else ''}"
+    return place.lstrip(".")
+
+
+def is_within(inner: str, outer: str) -> bool:
+    """Return whether a place in a config is another one, or is inside it.
+
+    >>> is_within("slices[1].sources[0]", "slices[1]"), is_within("slices[11]", "slices[1]")
+    (True, False)
+    """
+    return inner == outer or not outer or inner.startswith((f"{outer}.", f"{outer}["))
 
 
 def read_config(file: str) -> ConfigFile:
@@ -126,16 +134,9 @@ class Part:
     base: ModelReference | None
 
     @property
-    def is_slice(self) -> bool:
-        """Whether the list belongs to a slice."""
-        return isinstance(self.holder, OutputSliceDefinition)
-
-    @property
-    def inputs(self) -> list[InputModelDefinition] | list[InputSliceDefinition]:
-        """The entries of the list."""
-        if isinstance(self.holder, OutputSliceDefinition):
-            return self.holder.sources
-        return self.holder.models or []
+    def inputs(self) -> list[Any]:
+        """The entries of the list itself."""
+        return getattr(self.holder, "sources" if self._is_slice else "models")  # type: ignore[no-any-return]
 
     @property
     def models(self) -> tuple[ModelReference, ...]:
@@ -149,13 +150,12 @@ class Part:
         module therefore matches every module.
         """
         module, number = self.place
-        if not module and not self.is_slice:
-            return True
-        return place[1] == number and module in ("", place[0])
+        everywhere = not (module or self._is_slice)
+        return everywhere or (place[1] == number and module in ("", place[0]))
 
-    def replace_inputs(self, inputs: list[Any]) -> None:
-        """Replace the entries of the list in the config."""
-        setattr(self.holder, "sources" if self.is_slice else "models", inputs)
+    @property
+    def _is_slice(self) -> bool:
+        return isinstance(self.holder, OutputSliceDefinition)
 
 
 def parts(config: MergeConfiguration) -> Iterator[Part]:
@@ -166,8 +166,7 @@ def parts(config: MergeConfiguration) -> Iterator[Part]:
         prefix = f"modules.{module}." if module else ""
         if holder.models:
             yield Part(f"{prefix}models", (module, 0), holder, config.base_model)
-        slices = cast("list[OutputSliceDefinition]", holder.slices or [])
-        for number, piece in enumerate(slices):
+        for number, piece in enumerate(holder.slices or []):
             base = piece.base_model or config.base_model
             yield Part(f"{prefix}slices[{number}]", (module, number), piece, base)
 

@@ -11,7 +11,7 @@ from io import StringIO
 import torch
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import MergeConfiguration, OutputModuleDefinition
+from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
@@ -52,11 +52,6 @@ class OutputTensor:
         return self.merge.name
 
     @property
-    def absent(self) -> tuple[ModelReference, ...]:
-        """The models that have no such tensor."""
-        return tuple(model for model in self.merge.loads if model not in self.stored)
-
-    @property
     def merged_dtype(self) -> torch.dtype:
         """The dtype that the inputs are converted to."""
         loads = self.merge.loads
@@ -93,13 +88,11 @@ class Outputs:
         tensors: in the order in which they will be written.
         architecture: MergeKit's description of the models' tensors.
         tokenizer: the task that builds the output's tokenizer, if the config asks for one.
-        modules: the modules with their slices; MergeKit brings every config into this form.
     """
 
     tensors: tuple[OutputTensor, ...]
     architecture: ModelArchitecture
     tokenizer: BuildTokenizer | None
-    modules: Mapping[str, OutputModuleDefinition]
 
     @cached_property
     def tokenizer_info(self) -> TokenizerInfo | None:
@@ -136,34 +129,34 @@ def plan_outputs(
             planner = Planner(config, options)
             known = list(planner.arch_info.modules)
             if unknown := next((name for name in config.modules or {} if name not in known), None):
-                raise BadInputError(
+                raise PlannerError(
                     f"{file} names the module {unknown}, which these models do not have; "
                     f"{instead(unknown, known)}."
                 )
             merges = planner.in_order_of_writing()
-        except BadInputError:
+        except PlannerError:
             raise
         except Exception as error:  # MergeKit raises whatever its many parts raise
             LOG.info("MergeKit's planner failed", exc_info=True)
             raise PlannerError(_refusal(error, models, file)) from error
-        tensors = tuple(_output_tensor(merge, models) for merge in merges)
-    return Outputs(tensors, planner.arch_info, planner.tokenizer, planner.config.modules or {})
+    tensors = []
+    for merge in merges:
+        found = {model: _found(models[model], load) for model, load in merge.loads.items()}
+        stored = {model: it[0] for model, it in found.items() if it}
+        read = {model: it[1] for model, it in found.items() if it}
+        tensors.append(OutputTensor(merge, stored, read))
+    return Outputs(tuple(tensors), planner.arch_info, planner.tokenizer)
 
 
 def _refusal(error: Exception, models: Mapping[ModelReference, ModelFiles], file: str) -> str:
-    guessed = sorted(files.architecture for files in models.values() if not files.description)
-    if guessed:
-        return (
-            f"MergeKit does not describe {guessed[0]}, and fails to guess how these models are "
-            f"built ({reason(error)}); merge their weight files with mergekit-pytorch."
-        )
-    if not isinstance(error, (ValueError, RuntimeError)):  # which MergeKit raises on purpose
-        kinds = one_of(sorted({files.architecture for files in models.values()}))
-        return (
-            f"MergeKit fails to plan a merge of {kinds} ({reason(error)}); merge the weight files "
-            "with mergekit-pytorch, which needs no plan."
-        )
-    return f"MergeKit cannot plan the merge of {file} ({reason(error)}); correct that."
+    is_described = all(files.description for files in models.values())
+    if is_described and isinstance(error, (ValueError, RuntimeError)):  # raised on purpose
+        return f"MergeKit cannot plan the merge of {file} ({reason(error)}); correct that."
+    kinds = one_of(sorted({files.architecture for files in models.values()}))
+    return (
+        f"MergeKit fails to plan a merge of {kinds} ({reason(error)}); merge the weight files "
+        "with mergekit-pytorch, which needs no plan."
+    )
 
 
 @contextmanager
@@ -181,14 +174,6 @@ def _loaders_of(models: Mapping[ModelReference, ModelFiles]) -> Iterator[None]:
         open_loaders.update(before)
 
 
-def _output_tensor(merge: TensorMerge, models: Mapping[ModelReference, ModelFiles]) -> OutputTensor:
-    stored, read = {}, {}
-    for model, load in merge.loads.items():
-        if found := _found(models[model], load):
-            stored[model], read[model] = found
-    return OutputTensor(merge, stored, read)
-
-
 def _found(files: ModelFiles, load: LoadTensor) -> tuple[Header, tuple[str, ...]] | None:
     """Return the header of what MergeKit will load, and the names that it is stored under.
 
@@ -199,23 +184,21 @@ def _found(files: ModelFiles, load: LoadTensor) -> tuple[Header, tuple[str, ...]
     for name in (*own_names, *(load.tied_names or ())):
         if name in held:
             return held[name], (name,)
-    model_type = getattr(files.config, "model_type", None)
     for name in own_names:
         used: list[str] = []
+
+        def without_data(source: str, header: Header, used: list[str] = used) -> torch.Tensor:
+            used.append(source)
+            return torch.empty(header.shape, dtype=header.torch_dtype, device="meta")
+
         # Only those of the same layer, since MergeKit tries each rule on each tensor.
-        sources = {
-            source: partial(_without_data, source, header, used)
-            for source, header in files.weights.by_layer.get(number_of_layer(name), {}).items()
-        }
+        layer = files.weights.by_layer.get(number_of_layer(name), {}).items()
+        sources = {source: partial(without_data, source, header) for source, header in layer}
+        model_type = getattr(files.config, "model_type", None)
         tensor = convert_checkpoint_tensors(model_type, sources, name)
         if tensor is not None:
             return Header.of(tensor), tuple(used)
     return None
-
-
-def _without_data(name: str, header: Header, used: list[str]) -> torch.Tensor:
-    used.append(name)
-    return torch.empty(header.shape, dtype=header.torch_dtype, device="meta")
 
 
 def output_shards(

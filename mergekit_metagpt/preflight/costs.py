@@ -15,7 +15,6 @@ from mergekit_metagpt.planning.chat_template import most_frequent
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import Outputs, output_shards
 from mergekit_metagpt.preflight.case import Case
-from mergekit_metagpt.preflight.unused import idle_coefficients
 
 _TRIAL = 4096, 1024  # rows and columns
 
@@ -125,6 +124,5 @@ def _notes(case: Case) -> Iterator[str]:
     for model, files in case.models.items():
         if files.to_apply:
             yield f"MergeKit first writes {model} with its adapter applied to {files.to_apply}."
-    yield from idle_coefficients(case)
     if tie := most_frequent(case.config):
         yield tie.note

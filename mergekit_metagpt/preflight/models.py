@@ -4,9 +4,11 @@ The output gets the config.json of the base, so it computes as the base does. Eq
 show that an expert was trained to compute otherwise.
 """
 
+import os
 import re
 import textwrap
 from collections.abc import Iterator
+from os.path import isfile
 from typing import Any
 
 from mergekit.common import ModelReference
@@ -30,10 +32,14 @@ def unusable(case: Case) -> Iterator[str]:
 
 
 def same_models(case: Case) -> Iterator[str]:
-    """Find models that are listed under two names."""
+    """Find models that are listed under two names, which their weight files show."""
     seen: dict[frozenset[tuple[int, int]], ModelReference] = {}
     for model, files in case.models.items():
-        first = seen.setdefault(files.identity, model) if files.identity else model
+        if model.lora and not files.adapter:
+            continue  # the adapter is on the hub
+        paths = [path for path in (*files.weights.files, files.adapter or "") if isfile(path)]
+        stats = frozenset((it.st_dev, it.st_ino) for it in map(os.stat, paths))
+        first = seen.setdefault(stats, model) if stats else model
         if first is not model:
             role = "the base" if first == case.base else "model"
             yield (

@@ -24,9 +24,10 @@ def missing(case: Case) -> Iterator[str]:
     """Find tensors that some models lack, although nothing is wrong with their weight files."""
     lacking: dict[ModelReference, list[str]] = {}
     for tensor in case.outputs.tensors:
-        for model in tensor.absent:
-            if not case.models[model].weights.problems and _fails_without(tensor, model):
-                lacking.setdefault(model, []).append(tensor.merge.loads[model].tensor)
+        for model, load in tensor.merge.loads.items():
+            is_known = model in tensor.stored or case.models[model].weights.problems
+            if not is_known and _fails_without(tensor, model):
+                lacking.setdefault(model, []).append(load.tensor)
     for model, names in lacking.items():
         if case.outputs.architecture_is_guessed:
             way = (

@@ -63,7 +63,7 @@ def _set_weights(part: Part, forecast: Forecast) -> None:
     if forecast.base in entries:
         entries[forecast.base].parameters = None
     order = [*forecast.experts, forecast.base]  # stock methods add in the order of the list
-    part.replace_inputs(sorted(entries.values(), key=lambda entry: order.index(entry.model)))
+    part.inputs[:] = sorted(entries.values(), key=lambda entry: order.index(entry.model))
 
 
 def _setting(weights: dict[str, float], buffers: list[str]) -> Weight:
