@@ -29,19 +29,19 @@ def most_frequent(config: MergeConfiguration) -> Tie | None:
     """
     if config.chat_template != "auto":
         return None
-    listed = [config.base_model, *(model for part in parts(config) for model in part.models)]
-    models = [model for model in dict.fromkeys(listed) if model is not None]
+    base = [config.base_model] if config.base_model else []
+    models = dict.fromkeys([*base, *(model for part in parts(config) for model in part.models)])
     found = {model: template for model in models if (template := _template(model))}
     counts = Counter(found.values())
-    tied = [template for template in counts if counts[template] == max(counts.values())]
+    tied = [model for model in found if counts[found[model]] == max(counts.values())]
+    different = len({found[model] for model in tied})
     # MergeKit would take any other for a name.
-    template = next((text for text in tied if len(text) >= 20 and "{" in text), None)
-    if len(tied) < 2 or template is None:
+    model = next((it for it in tied if len(found[it]) >= 20 and "{" in found[it]), None)
+    if different < 2 or model is None:
         return None
-    model = next(model for model in found if found[model] == template)
     return Tie(
-        template,
-        f"chat_template: auto takes the most frequent template, but {len(tied)} are equally "
+        found[model],
+        f"chat_template: auto takes the most frequent template, but {different} are equally "
         f"frequent; this package takes that of {model}, and mergekit-yaml any of them by "
         "chance. To choose, set chat_template to one of MergeKit's names, or to a template.",
     )
@@ -49,11 +49,10 @@ def most_frequent(config: MergeConfiguration) -> Tie | None:
 
 def with_chosen_template(config: MergeConfiguration) -> MergeConfiguration:
     """Return a config of which MergeKit chooses no chat template by chance; warn of a choice."""
-    tie = most_frequent(config)
-    if tie is None:
-        return config
-    LOG.warning("%s", tie.note)
-    return config.model_copy(update={"chat_template": tie.template})
+    if tie := most_frequent(config):
+        LOG.warning("%s", tie.note)
+        return config.model_copy(update={"chat_template": tie.template})
+    return config
 
 
 def _template(model: ModelReference) -> str | None:

@@ -25,7 +25,7 @@ from mergekit_metagpt.measure.loaders import forget_models
 from mergekit_metagpt.measure.locations import Directory, locate
 from mergekit_metagpt.method.summary import Entry
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.planning.config import ConfigFile, base_and_experts, parts
+from mergekit_metagpt.planning.config import ConfigFile, base_and_experts
 from mergekit_metagpt.wording import BadInputError
 
 _ONE_AT_A_TIME = RLock()
@@ -70,12 +70,12 @@ def running(config: ConfigFile, options: MergeOptions, progress: bool = False) -
         job.options = with_own_adapters(options, job.parsed)
         if options.num_threads:
             torch.set_num_threads(options.num_threads)
-        forget_models(_models(job.parsed))
+        forget_models(job.parsed.referenced_models())
         LoaderCache().setup(job.options)
         try:
             yield job
         finally:
-            forget_models(_models(job.parsed))
+            forget_models(job.parsed.referenced_models())
 
 
 @contextmanager
@@ -94,11 +94,6 @@ def alone() -> Iterator[None]:
             vars(loading).update(settings)
 
 
-def _models(config: MergeConfiguration) -> list[ModelReference]:
-    named = {*config.referenced_models(), *(part.base for part in parts(config))}
-    return canonical(model for model in named if model is not None)
-
-
 def with_own_adapters(options: MergeOptions, config: MergeConfiguration) -> MergeOptions:
     """Return options whose LoRA cache belongs to the adapters and bases as they are now.
 
@@ -107,7 +102,7 @@ def with_own_adapters(options: MergeOptions, config: MergeConfiguration) -> Merg
     The returned options therefore use a subdirectory of the cache, named after what the models
     are. Options that use it already stay as they are.
     """
-    adapted = [model for model in _models(config) if model.lora]
+    adapted = [model for model in canonical(config.referenced_models()) if model.lora]
     if not (options.lora_merge_cache and adapted):
         return options
     paths = [path for model in adapted for path in (model.model, model.lora) if path]

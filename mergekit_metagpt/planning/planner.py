@@ -1,6 +1,5 @@
 """MergeKit's own plan of a merge: which tensors it writes, and from which it makes them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -58,11 +57,6 @@ class TensorMerge:
     def model_parameters(self) -> dict[ModelReference, dict[str, Any]]:
         """The parameters of each model, by name."""
         return {model: dict(values.items()) for model, values in self.task.input_parameters.items()}
-
-    def method_parameters(self, experts: Iterable[ModelReference]) -> dict[str, Any]:
-        """The parameters as a merge method gets them, with the priors of some experts."""
-        priors = {expert: self.model_parameters[expert]["weight"] for expert in experts}
-        return {**self.parameters, "weight": priors}
 
     @property
     def granularity(self) -> Granularity | None:

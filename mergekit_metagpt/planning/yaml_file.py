@@ -30,25 +30,17 @@ def read_yaml(file: str) -> tuple[str, Any]:
             text = re.sub("\r\n?", "\n", stream.read().decode("utf-8-sig"))
         return text, yaml.load(text, _StrictLoader)
     except OSError as error:
-        raise BadInputError(
-            f"Merge config {file} cannot be read ({error.strerror}); name a YAML file."
-        ) from None
+        said = f"cannot be read ({error.strerror}); name a YAML file"
     except UnicodeDecodeError as error:
-        raise BadInputError(
-            f"Merge config {file} is not in UTF-8 ({error.reason}, at byte {error.start + 1}); "
-            "save it as UTF-8."
-        ) from None
+        said = f"is not in UTF-8 ({error.reason}, at byte {error.start + 1}); save it as UTF-8"
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "its text"
-        said = " ".join(filter(None, (error.context, error.problem)))
-        raise BadInputError(
-            f"Merge config {file} is not YAML in {where} ({said}); correct it."
-        ) from None
+        why = " ".join(filter(None, (error.context, error.problem)))
+        said = f"is not YAML in {where} ({why}); correct it"
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # of characters, dates, nesting
-        raise BadInputError(
-            f"Merge config {file} is not YAML ({reason(error)}); correct it."
-        ) from None
+        said = f"is not YAML ({reason(error)}); correct it"
+    raise BadInputError(f"Merge config {file} {said}.")
 
 
 class _StrictLoader(yaml.SafeLoader):

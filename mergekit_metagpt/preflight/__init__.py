@@ -17,7 +17,6 @@ from mergekit_metagpt.planning.outputs import Outputs, PlannerError
 from mergekit_metagpt.preflight import configs, models, output, tensors
 from mergekit_metagpt.preflight.case import Case
 from mergekit_metagpt.preflight.costs import Costs, costs
-from mergekit_metagpt.preflight.lost import lost
 from mergekit_metagpt.preflight.vocabularies import bad_vocabularies
 from mergekit_metagpt.wording import BadInputError
 
@@ -47,7 +46,7 @@ _CHECKS: list[Check] = [
     tensors.left_out,
     tensors.different_shapes,
     tensors.quantized,
-    lost,
+    tensors.lost,
     tensors.bad_values,
     configs.idle_filters,
     bad_vocabularies,

@@ -12,8 +12,7 @@ from mergekit.common import dtype_from_name
 from mergekit_metagpt.core.decision import Rule
 from mergekit_metagpt.core.directions import merge_directions
 from mergekit_metagpt.planning.chat_template import most_frequent
-from mergekit_metagpt.planning.models import ModelFiles
-from mergekit_metagpt.planning.outputs import Outputs, output_shards
+from mergekit_metagpt.planning.outputs import output_shards
 from mergekit_metagpt.preflight.case import Case
 
 _TRIAL = 4096, 1024  # rows and columns
@@ -52,8 +51,15 @@ def costs(case: Case) -> Costs:
     chosen = [tensor.merge.granularity for tensor in outputs]
     passes = 2 if any(granularity and granularity.needs_survey for granularity in chosen) else 1
     # A survey measures whole models, even if slices take only a few of their layers.
-    held = sum(h.bytes for files in models for h in files.weights.tensors.values())
-    used = sum(_bytes_used(case.outputs, files) for files in models)
+    held = {it.model: it.weights.tensors for it in models}
+    used = {(model, name) for it in outputs for model, names in it.read.items() for name in names}
+    whole = sum(header.bytes for headers in held.values() for header in headers.values())
+    dtype = dtype_from_name(case.options.lora_merge_dtype)
+    applied = sum(
+        math.prod(header.shape) * dtype.itemsize if dtype else header.bytes
+        for it in models
+        for header in (held[it.model].values() if it.to_apply else ())
+    )
     return Costs(
         method=case.config.merge_method,
         base=str(case.base) if case.base else None,
@@ -61,27 +67,12 @@ def costs(case: Case) -> Costs:
         tensors=len(outputs),
         parameters=sum(tensor.written_parameters(case.rows) for tensor in outputs),
         passes=passes,
-        bytes_read=used + (passes - 1) * held,
+        bytes_read=sum(held[model][name].bytes for model, name in used) + (passes - 1) * whole,
         bytes_written=sum(tensor.written_bytes(case.rows) for tensor in outputs),
-        bytes_applied=sum(_bytes_applied(files, case.options.lora_merge_dtype) for files in models),
+        bytes_applied=applied,
         shards=len(output_shards(outputs, case.rows, case.options.out_shard_size)),
         arithmetic=_arithmetic(case),
         notes=tuple(_notes(case)),
-    )
-
-
-def _bytes_used(outputs: Outputs, files: ModelFiles) -> int:
-    names = {name for tensor in outputs.tensors for name in tensor.read.get(files.model, ())}
-    return sum(files.weights.tensors[name].bytes for name in names)
-
-
-def _bytes_applied(files: ModelFiles, lora_merge_dtype: str | None) -> int:
-    """Return what MergeKit writes when it applies an adapter."""
-    dtype = dtype_from_name(lora_merge_dtype)
-    return sum(
-        math.prod(header.shape) * dtype.itemsize if dtype else header.bytes
-        for header in files.weights.tensors.values()
-        if files.to_apply
     )
 
 

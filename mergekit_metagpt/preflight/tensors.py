@@ -1,18 +1,24 @@
-"""The tensors that are merged with each other, and the parameters that each gets."""
+"""The tensors that are merged with each other, the parameters that each gets, and those left out.
+
+MergeKit merges the tensors that its description of an architecture names. If it has no
+description, it guesses them. All other tensors of a model never reach the output.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.merge_methods.base import OptionalTensorPolicy
 
-from mergekit_metagpt.measure.headers import FLOATS
+from mergekit_metagpt.measure.headers import FLOATS, is_computed
+from mergekit_metagpt.mergekit_private import is_ignored, tied_names
+from mergekit_metagpt.names import layer_of
+from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import OutputTensor
 from mergekit_metagpt.preflight.case import Case
 from mergekit_metagpt.wording import counted
-
-Shape = tuple[int, ...]
 
 TOKENIZER_WAY = (
     "add `tokenizer: {{source: base}}` to {file} to keep the base's tokens, or "
@@ -101,29 +107,32 @@ def different_shapes(case: Case) -> Iterator[str]:
     """Find tensors whose shape differs from that in the base, or else in the first model."""
     found: dict[tuple[ModelReference, bool], list[str]] = {}
     for tensor in case.outputs.tensors:
-        shapes = {model: header.shape for model, header in tensor.stored.items()}
+        shapes = {model: list(header.shape) for model, header in tensor.stored.items()}
         first = next((model for model in (case.base, *shapes) if model in shapes), None)
+        axis = tensor.merge.vocabulary_axis
         for model, shape in shapes.items():
-            if first is None or shape == shapes[first]:
+            if first is None or shape == (expected := shapes[first]):
                 continue
-            vocabulary = _differ_in_one_axis(shape, shapes[first], tensor.merge.vocabulary_axis)
-            if vocabulary and tensor.merge.vocabulary_is_aligned:
+            is_vocabulary = axis is not None and _beside(axis, shape) == _beside(axis, expected)
+            if is_vocabulary and tensor.merge.vocabulary_is_aligned:
                 continue
-            found.setdefault((model, vocabulary), []).append(
-                f"{'Vocabulary tensor' if vocabulary else 'Tensor'} "
-                f"{tensor.merge.loads[model].tensor} has shape {list(shape)} in model {model} but "
-                f"{list(shapes[first])} in {first}"
+            found.setdefault((model, is_vocabulary), []).append(
+                f"{'Vocabulary tensor' if is_vocabulary else 'Tensor'} "
+                f"{tensor.merge.loads[model].tensor} has shape {shape} in model {model} but "
+                f"{expected} in {first}"
             )
-    for (_, vocabulary), said in found.items():
+    for (_, is_vocabulary), said in found.items():
         more = f" (and {len(said) - 1} more differ)" if len(said) > 1 else ""
-        way = TOKENIZER_WAY.format(file=case.file) if vocabulary else "merge fine-tunes of one base"
+        way = (
+            TOKENIZER_WAY.format(file=case.file)
+            if is_vocabulary
+            else "merge fine-tunes of one base"
+        )
         yield f"{said[0]}{more}; {way}."
 
 
-def _differ_in_one_axis(shape: Shape, other: Shape, axis: int | None) -> bool:
-    if axis is None or len(shape) != len(other) or axis >= len(shape):
-        return False
-    return (*shape[:axis], *shape[axis + 1 :]) == (*other[:axis], *other[axis + 1 :])
+def _beside(axis: int, shape: list[int]) -> list[int]:
+    return shape[:axis] + shape[axis + 1 :]
 
 
 def quantized(case: Case) -> Iterator[str]:
@@ -145,7 +154,6 @@ def quantized(case: Case) -> Iterator[str]:
 
 def bad_values(case: Case) -> Iterator[str]:
     """Find parameters that are valid alone, but not together or with the slices."""
-    yield from _bad_epsilons(case)
     tensors = case.outputs.tensors
     each = [values for tensor in tensors for values in tensor.merge.model_parameters.values()]
     weights = [values["weight"] for values in each if "weight" in values]
@@ -160,14 +168,9 @@ def bad_values(case: Case) -> Iterator[str]:
             f"{case.file} sets granularity: layer, but its slices put tensors of another layer "
             f"at {moved}; use granularity: tensor or granularity: model."
         )
-
-
-def _bad_epsilons(case: Case) -> Iterator[str]:
-    """DELLA keeps entries with probabilities from density − epsilon to density + epsilon."""
     told = set()
-    for tensor in case.outputs.tensors:
-        if "della" not in tensor.merge.task.method_name:
-            return
+    # DELLA keeps entries with probabilities from density − epsilon to density + epsilon.
+    for tensor in tensors if "della" in case.config.merge_method else ():
         for model, values in tensor.merge.model_parameters.items():
             density, epsilon = values.get("density"), values.get("epsilon")
             if density is None or epsilon is None or not 0 < density < 1:
@@ -180,3 +183,58 @@ def _bad_epsilons(case: Case) -> Iterator[str]:
                     f"tensor {tensor.name}, but density ± epsilon has to stay between 0 and 1; "
                     f"set an epsilon below {min(density, 1 - density):g}."
                 )
+
+
+def lost(case: Case) -> Iterator[str]:
+    """Find weights that the merge would silently drop.
+
+    A weight is not lost if it is read for some tensor of the output, if it is tied to one that
+    is read, or if the config leaves out its model, module or layer on purpose.
+    """
+    base = case.base
+    read = {name for t in case.outputs.tensors for names in t.read.values() for name in names}
+    told: set[str] = set()
+    for model, files in case.models.items():
+        names = sorted(set(_unread(case, files, read)) - told)
+        told |= set(names)
+        own = [name for name in names if base and name not in case.models[base].weights.tensors]
+        if own:
+            yield (
+                f"Model {model} holds {counted(own)}, which the base {base} lacks and the "
+                "merge would drop; merge a checkpoint without it, or choose the base that "
+                "this model was fine-tuned from."
+            )
+        elif names:
+            kind = files.architecture
+            why = f"MergeKit's description of {kind} does not name them"
+            if case.outputs.architecture_is_guessed:
+                why = f"MergeKit does not describe {kind} and guesses its tensors without them"
+            yield (
+                f"Model {model} holds {counted(names)}, which the merge would drop, since {why}; "
+                "merge the weight files with mergekit-pytorch, which takes every tensor."
+            )
+
+
+def _unread(case: Case, files: ModelFiles, read: set[str]) -> list[str]:
+    """Return the weights of a model that the merge should read, but does not."""
+    config: Any = files.config
+    loads = [it for tensor in case.outputs.tensors for it in tensor.merge.loads.values()]
+    taken = {load.tensor for load in loads if load.model == files.model}
+    if not (config and taken):
+        return []
+    # What MergeKit describes and does not read, the config leaves out on purpose; and with a
+    # layer that it does not take all that is in it.
+    described = {weight.name for weight in case.outputs.architecture.all_weights(config)}
+    left_out = {layer_of(name) for name in described} - {layer_of(name) for name in taken}
+    unread = [
+        name
+        for name, header in files.weights.tensors.items()
+        if not (name in read or name in described or layer_of(name) in left_out)
+        and not is_computed(name, header)
+        and not is_ignored(files.architecture, name)
+    ]
+    # Names under which a model may hold a tensor that is read under another name.
+    others = {name for load in loads for name in load.tied_names or ()}
+    for pair in tied_names(files.architecture) if files.is_tied else ():
+        others |= set(pair) if read & set(pair) else set()
+    return [name for name in unread if name not in others]
