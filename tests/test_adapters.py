@@ -122,9 +122,9 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "its kind is missing": (settings(peft_type=None), ("PEFT cannot apply", CONFIG)),
     "its config is missing": (lambda adapter: (adapter / CONFIG).unlink(), (f"has no {CONFIG}",)),
-    "its config is no mapping": (
-        lambda adapter: (adapter / CONFIG).write_text("[1]"),
-        (CONFIG, "corrupt ("),
+    "its config is cut": (
+        lambda adapter: (adapter / CONFIG).write_text('{"peft_type": '),
+        ("PEFT cannot apply adapter", "(Expecting value: line 1", f"correct its {CONFIG}"),
     ),
     "its weights are missing": (
         lambda adapter: (adapter / "adapter_model.safetensors").unlink(),

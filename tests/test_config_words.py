@@ -9,8 +9,7 @@ import yaml
 from conftest import merge_config, save_tokenizer, slices_config, write_yaml
 from mergekit.config import MergeConfiguration
 
-from mergekit_metagpt.planning.chat_template import most_frequent, with_chosen_template
-from mergekit_metagpt.planning.config import read_config
+from mergekit_metagpt.planning.config import most_frequent, read_config, with_chosen_template
 from mergekit_metagpt.preflight import inspect
 from mergekit_metagpt.report.stock_config import stock_config
 

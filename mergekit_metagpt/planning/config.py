@@ -1,10 +1,12 @@
-"""Reads merge configs, and walks through their parts."""
+"""Reads merge configs, walks through their parts, and makes MergeKit's choice of a template."""
 
+import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import (
@@ -14,9 +16,12 @@ from mergekit.config import (
 )
 from pydantic import ValidationError
 
+from mergekit_metagpt.measure.vocabularies import load_tokenizer
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.yaml_file import read_yaml
 from mergekit_metagpt.wording import BadInputError, nearest, reason
+
+LOG = logging.getLogger(__name__)
 
 # The module of a config, and the number of the slice in it.
 Place = tuple[str, int]
@@ -35,6 +40,9 @@ class ConfigFile:
     name: str
     text: str
     raw: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def anchored(self) -> set[str]:
@@ -197,3 +205,57 @@ def parameter_sets(config: MergeConfiguration) -> list[dict[str, Any]]:
     for part in parts(config):
         holders += [part.holder, *part.inputs]
     return [holder.parameters for holder in holders if holder.parameters is not None]
+
+
+class Tie(NamedTuple):
+    """The first of several templates that models have equally often, and what to say of it."""
+
+    template: str
+    note: str
+
+
+def most_frequent(config: MergeConfiguration) -> Tie | None:
+    """Return the first of the most frequent templates, if MergeKit would choose one by chance.
+
+    MergeKit asks the models in the order of a set. The order here is that of the config, the base
+    first.
+    """
+    if config.chat_template != "auto":
+        return None
+    base = [config.base_model] if config.base_model else []
+    models = dict.fromkeys([*base, *(model for part in parts(config) for model in part.models)])
+    found = {model: template for model in models if (template := _template(model))}
+    counts = Counter(found.values())
+    tied = [model for model in found if counts[found[model]] == max(counts.values())]
+    different = len({found[model] for model in tied})
+    # MergeKit would take any other for a name.
+    model = next((it for it in tied if len(found[it]) >= 20 and "{" in found[it]), None)
+    if different < 2 or model is None:
+        return None
+    return Tie(
+        found[model],
+        f"chat_template: auto takes the most frequent template, but {different} are equally "
+        f"frequent; this package takes that of {model}, and mergekit-yaml any of them by "
+        "chance. To choose, set chat_template to one of MergeKit's names, or to a template.",
+    )
+
+
+def with_chosen_template(config: MergeConfiguration) -> MergeConfiguration:
+    """Return a config of which MergeKit chooses no chat template by chance; warn of a choice."""
+    if tie := most_frequent(config):
+        LOG.warning("%s", tie.note)
+        return config.model_copy(update={"chat_template": tie.template})
+    return config
+
+
+def _template(model: ModelReference) -> str | None:
+    """Return a model's chat template as MergeKit finds it."""
+    try:
+        tokenizer = load_tokenizer(model, None, trust_remote_code=False)
+    except BadInputError as error:  # MergeKit goes on, too
+        LOG.info("%s", error)
+        return None
+    template = tokenizer and tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template.strip() if template else None

@@ -122,7 +122,9 @@ def forecast(
     if moving := next((merge.name for merge in merges if merge.moves_layers), None):
         raise moved(moving)
     base, _ = base_and_experts(config)
-    experts = tuple(canonical({model for merge in merges for model in merge.models} - {base}))
+    experts = tuple(
+        canonical({model for merge in merges for model in merge.task.model_order} - {base})
+    )
     device = options.device or "cpu"
 
     def survey_of(some: tuple[ModelReference, ...]) -> Survey:
@@ -131,20 +133,20 @@ def forecast(
 
     survey = survey_of(experts)
     entries: dict[str, Entry] = {}
-    others: dict[Task[Any], list[TensorMerge]] = {}
+    to_load: dict[Task[Any], list[TensorMerge]] = {}
     for merge in merges:
         if _is_as_surveyed(merge, survey, base):
             norms, dtype = survey.squared_norms[merge.name], survey.dtypes[merge.name]
             surveyed = Surveyed(merge.name, experts, norms, dtype)
             entries[merge.name] = _entry(merge, surveyed, survey.sizes[merge.name], survey_of)
         else:
-            others.setdefault(merge.task.gather_tensors, []).append(merge)
-    executor = Executor(list(others), math_device=torch.device(device))
+            to_load.setdefault(merge.task.gather_tensors, []).append(merge)
+    executor = Executor(list(to_load), math_device=torch.device(device))
     quiet = not (progress and any(merge.by_direction for merge in merges))
     for task, tensors in executor.run(quiet=quiet):
         ids = tuple(canonical(tensors.keys() - {base}))
         if all(tensor.is_floating_point() for tensor in tensors.values()):  # others are copied
-            for merge in others[task]:
+            for merge in to_load[task]:
                 its = tuple(tensors[expert] for expert in ids)
                 loaded = TensorInputs(merge.name, base, tensors[base], ids, its)
                 entries[merge.name] = _entry(merge, loaded, tensors[base].numel(), survey_of)
@@ -175,7 +177,7 @@ def _is_as_surveyed(merge: TensorMerge, survey: Survey, base: ModelReference) ->
     Coefficients of directions follow from the tensors, so those are always loaded.
     """
     stored = survey.dtypes.get(merge.name)
-    is_whole = set(merge.models) - {base} == set(survey.experts)
+    is_whole = set(merge.task.model_order) - {base} == set(survey.experts)
     if stored is None or not merge.stays or merge.vocabulary_is_aligned or not is_whole:
         return False
     dtypes = {dtype_from_name(load.dtype) or stored for load in merge.loads.values()}

@@ -26,6 +26,8 @@ from mergekit_metagpt.measure.locations import Directory, locate
 from mergekit_metagpt.method.summary import Entry
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.config import ConfigFile, base_and_experts
+from mergekit_metagpt.planning.models import ModelFiles, find_model_files
+from mergekit_metagpt.planning.outputs import Outputs, output_rows, plan_outputs
 from mergekit_metagpt.wording import BadInputError
 
 _ONE_AT_A_TIME = RLock()
@@ -56,6 +58,23 @@ class Job:
     def base_and_experts(self) -> tuple[ModelReference, list[ModelReference]]:
         """The base, and the experts in canonical order, or a BadInputError."""
         return base_and_experts(self.parsed)
+
+    @cached_property
+    def models(self) -> dict[ModelReference, ModelFiles]:
+        """The models that the config names, the base first."""
+        base, options = self.parsed.base_model, with_own_adapters(self.options, self.parsed)
+        named = sorted(self.parsed.referenced_models(), key=lambda it: (it != base, str(it)))
+        return {model: find_model_files(model, options) for model in named}
+
+    @cached_property
+    def outputs(self) -> Outputs:
+        """What will be written, or a BadInputError."""
+        return plan_outputs(self.parsed, self.options, self.models, self.config.name)
+
+    @cached_property
+    def rows(self) -> int | None:
+        """How many tokens the output will have; None if they stay as they are."""
+        return output_rows(self.outputs, self.parsed.tokenizer, self.config.name)
 
 
 @contextmanager

@@ -61,11 +61,6 @@ class OutputTensor:
         ]
         return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
-    @property
-    def written_dtype(self) -> torch.dtype:
-        """The dtype in the output."""
-        return dtype_from_name(self.merge.save.dtype) or self.merged_dtype
-
     def written_parameters(self, rows: int | None) -> int:
         """Return how many numbers it holds; ``rows`` is the vocabulary, if that changes."""
         shapes = [header.shape for header in self.stored.values()] or [()]
@@ -77,7 +72,8 @@ class OutputTensor:
 
     def written_bytes(self, rows: int | None) -> int:
         """Return its size; ``rows`` is the vocabulary, if that changes."""
-        return self.written_parameters(rows) * self.written_dtype.itemsize
+        dtype = dtype_from_name(self.merge.save.dtype) or self.merged_dtype
+        return self.written_parameters(rows) * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -98,11 +94,6 @@ class Outputs:
     def tokenizer_info(self) -> TokenizerInfo | None:
         """The output's tokenizer, built once; None if the config asks for none."""
         return self.tokenizer.execute() if self.tokenizer else None
-
-    @property
-    def architecture_is_guessed(self) -> bool:
-        """Whether MergeKit does not know the architecture and has guessed its tensors."""
-        return not self.architecture.architectures
 
 
 def plan_outputs(
@@ -145,7 +136,8 @@ def plan_outputs(
         stored = {model: it[0] for model, it in found.items() if it}
         read = {model: it[1] for model, it in found.items() if it}
         tensors.append(OutputTensor(merge, stored, read))
-    return Outputs(tuple(tensors), planner.arch_info, planner.tokenizer)
+    tokenizer = next((task for task in planner.tasks if isinstance(task, BuildTokenizer)), None)
+    return Outputs(tuple(tensors), planner.arch_info, tokenizer)
 
 
 def _refusal(error: Exception, models: Mapping[ModelReference, ModelFiles], file: str) -> str:

@@ -12,7 +12,6 @@ from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from mergekit.tokenizer import BuildTokenizer
 
 from mergekit_metagpt.core.granularities import GRANULARITIES, Granularity
 from mergekit_metagpt.mergekit_private import model_out_config
@@ -42,11 +41,6 @@ class TensorMerge:
     def base(self) -> ModelReference | None:
         """θ_0."""
         return self.task.base_model
-
-    @property
-    def models(self) -> tuple[ModelReference, ...]:
-        """The models that are merged, in the order of the config."""
-        return self.task.model_order
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
@@ -140,11 +134,6 @@ class Planner(MergePlanner):
         """The tasks of a merge to disk."""
         # With pydantic 2.14 MergeKit's plan_in_memory raises.
         return list(self.plan_to_disk(""))
-
-    @cached_property
-    def tokenizer(self) -> BuildTokenizer | None:
-        """The task that builds the output's tokenizer, if the config asks for one."""
-        return next((task for task in self.tasks if isinstance(task, BuildTokenizer)), None)
 
     def tensor_merges(self) -> list[TensorMerge]:
         """Return what makes each tensor of the output, in the order of the architecture."""

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from enum import Enum
 from os import PathLike, fspath
 from typing import Any
 
@@ -81,27 +80,17 @@ def plain(value: Any) -> Any:
         }
         return plain(changed)
     if isinstance(value, Mapping):
-        return {
-            plain(key): fspath(member)
-            if key == "path" and isinstance(member, PathLike)
-            else plain(member)
-            for key, member in value.items()
-        }
+        return {plain(key): plain(member) for key, member in value.items()}
     if isinstance(value, list | tuple):
         return [plain(member) for member in value]
     if isinstance(value, np.ndarray | np.generic | torch.Tensor):
         return plain(value.tolist())  # of numpy and torch, the only way to Python's own numbers
-    if isinstance(value, Enum):
-        return plain(value.value)
     if isinstance(value, PathLike):
         return plain(ModelReference(model=ModelPath(path=fspath(value))))
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, str | int | float):
         return value
-    for kind in (str, int, float):  # subclasses of these, too
-        if isinstance(value, kind):
-            return kind(value)
     raise BadInputError(
         f"The config holds {value!r} of type {type(value).__name__}, which no merge config can; "
         "write it as text, a number, a list or a mapping."

@@ -4,7 +4,7 @@ Reads configs, the headers of weight files and tokenizers; never a tensor. To ad
 write a generator of sentences into the file of its subject, and name it here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -12,25 +12,23 @@ from mergekit.options import MergeOptions
 
 from mergekit_metagpt import register
 from mergekit_metagpt.planning.config import ConfigFile, read_config
-from mergekit_metagpt.planning.job import alone
+from mergekit_metagpt.planning.job import Job, alone
 from mergekit_metagpt.planning.outputs import Outputs, PlannerError
 from mergekit_metagpt.preflight import configs, models, output, tensors
-from mergekit_metagpt.preflight.case import Case
 from mergekit_metagpt.preflight.costs import Costs, costs
-from mergekit_metagpt.preflight.vocabularies import bad_vocabularies
 from mergekit_metagpt.wording import BadInputError
 
 __all__ = ["Costs", "Preflight", "ignored", "inspect"]
 
-Check = Callable[[Case], Iterable[str]]
-_OF_WHAT_IS_IGNORED: list[Check] = [
+# The checks, in the order in which their sentences are printed. The first that cannot look any
+# further, because of a problem, raises it.
+Checks = list[Callable[[Job], Iterable[str]]]
+_OF_WHAT_IS_IGNORED: Checks = [
     configs.unknown_keys,
     configs.ignored_parameters,
     configs.hidden_values,
 ]
-# All checks, in the order in which their sentences are printed: of the config, of the models, of
-# their tensors side by side. The first that cannot look ends the search.
-_CHECKS: list[Check] = [
+_OF_CONFIG_AND_MODELS: Checks = [
     *_OF_WHAT_IS_IGNORED,
     configs.bad_parameters,
     configs.bad_dtypes,
@@ -39,7 +37,8 @@ _CHECKS: list[Check] = [
     models.unusable,
     models.same_models,
     models.different_heads,
-    output.bad_output,
+]
+_OF_TENSORS: Checks = [
     configs.no_layers,
     tensors.missing,
     tensors.missing_heads,
@@ -49,7 +48,7 @@ _CHECKS: list[Check] = [
     tensors.lost,
     tensors.bad_values,
     configs.idle_filters,
-    bad_vocabularies,
+    models.bad_vocabularies,
 ]
 
 
@@ -92,16 +91,17 @@ def inspect(
     try:
         written = read_config(config) if isinstance(config, str) else config
         with alone():
-            case = Case(written, options or MergeOptions(), out)
-            for check in _CHECKS:
-                problems += check(case)
+            job = Job(written, options or MergeOptions())
+            problems += _found(job, _OF_CONFIG_AND_MODELS)
+            problems += output.bad_output(job, out) if out else ()
+            problems += _found(job, _OF_TENSORS)
             if not problems:
-                total = costs(case)
-                problems += output.no_room(case, total)
+                total = costs(job)
+                problems += output.no_room(job, out, total)
             if not problems:
-                final = all(it.weights.directory and not it.to_apply for it in case.models.values())
-                warnings = list(models.different_settings(case))
-                return Preflight([], total, case.outputs if final else None, warnings)
+                final = all(it.weights.directory and not it.to_apply for it in job.models.values())
+                warnings = list(models.different_settings(job))
+                return Preflight([], total, job.outputs if final else None, warnings)
     except PlannerError as error:
         problems = problems or [*error.args]  # which may be why
     except BadInputError as error:
@@ -112,5 +112,8 @@ def inspect(
 def ignored(config: ConfigFile) -> list[str]:
     """Return a sentence for each setting of a config that MergeKit ignores."""
     register()
-    case = Case(config, MergeOptions())
-    return list(chain.from_iterable(check(case) for check in _OF_WHAT_IS_IGNORED))
+    return list(_found(Job(config, MergeOptions()), _OF_WHAT_IS_IGNORED))
+
+
+def _found(job: Job, checks: Checks) -> Iterator[str]:
+    return chain.from_iterable(check(job) for check in checks)

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit import merge_methods
 from mergekit.config import InputModelDefinition, InputSliceDefinition, MergeConfiguration
-from mergekit.merge_methods.base import BasePolicy, ParameterScope, ParameterSpec
+from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope, ParameterSpec
 from pydantic import BaseModel, ValidationError
 
 from mergekit_metagpt.measure.headers import FLOAT_NAMES
 from mergekit_metagpt.mergekit_private import chat_templates, compile_template
 from mergekit_metagpt.planning.config import is_within, parts
-from mergekit_metagpt.preflight.case import Case
+from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.wording import BadInputError, instead, nearest, reason
 
 
@@ -38,9 +39,9 @@ class Level:
         return self.schema in (InputModelDefinition, InputSliceDefinition)
 
 
-def _levels(case: Case) -> Iterator[Level]:
-    yield Level("", case.raw, MergeConfiguration)  # the first, also if the rest cannot be read
-    yield from _within(case.raw, case.config, "")
+def _levels(job: Job) -> Iterator[Level]:
+    yield Level("", job.config.raw, MergeConfiguration)  # also if the rest cannot be read
+    yield from _within(job.config.raw, job.parsed, "")
 
 
 def _within(raw: Any, read: Any, path: str) -> Iterator[Level]:
@@ -57,45 +58,50 @@ def _within(raw: Any, read: Any, path: str) -> Iterator[Level]:
         yield from _within(value, member, place)
 
 
-def _settings(case: Case) -> Iterator[tuple[Level, str, Any]]:
+def _settings(job: Job) -> Iterator[tuple[Level, str, Any]]:
     """Yield every parameter that a config sets, and where."""
-    for level in _levels(case):
+    for level in _levels(job):
         for name, setting in (level.values.get("parameters") or {}).items():
             yield level, name, setting
 
 
-def unknown_keys(case: Case) -> Iterator[str]:
+def unknown_keys(job: Job) -> Iterator[str]:
     """Find keys that MergeKit does not know."""
-    for level in _levels(case):
+    for level in _levels(job):
         known = level.schema.model_fields.keys()
         for key in level.values:
             close = nearest(key, known - level.values.keys())
             # At the top, mergekit-multi reads names, and anchors may have a place of their own.
-            is_meant = key == "name" or (not close and key in case.written.anchored)
+            is_meant = key == "name" or (not close and key in job.config.anchored)
             if key in known or (is_meant and not level.path):
                 continue
             way = f"write {close} instead" if close else "remove it"
-            if key in _specs(case) and "parameters" in known:
+            if key in _specs(job) and "parameters" in known:
                 way = "move it under parameters there"
             yield (
-                f"{case.file} has the unknown key {key}{level.at}, which MergeKit ignores; {way}."
+                f"{job.config} has the unknown key {key}{level.at}, which MergeKit ignores; {way}."
             )
 
 
-def _specs(case: Case) -> dict[str, ParameterSpec]:
+def _method(job: Job) -> MergeMethod | None:
+    """Return the method that a config names; None if MergeKit does not know it."""
+    methods = {method.spec.name: method for method in merge_methods.registered_methods()}
+    return methods.get(str(job.config.raw.get("merge_method")))
+
+
+def _specs(job: Job) -> dict[str, ParameterSpec]:
     """Return the method's parameters by name."""
-    return {spec.name: spec for spec in case.method.spec.parameters} if case.method else {}
+    method = _method(job)
+    return {spec.name: spec for spec in method.spec.parameters} if method else {}
 
 
-def ignored_parameters(case: Case) -> Iterator[str]:
+def ignored_parameters(job: Job) -> Iterator[str]:
     """Find parameters that the method does not have, or does not read where they are."""
-    if case.method is None:
-        return
-    method, specs = case.method.spec.name, _specs(case)
-    bases = {part.base for part in parts(case.config)}
-    for level, name, _ in _settings(case):
+    method, specs = job.parsed.merge_method, _specs(job)
+    bases = {part.base for part in parts(job.parsed)}
+    for level, name, _ in _settings(job) if _method(job) else ():
         spec = specs.get(name)
-        said = f"{case.file} sets the parameter {name}{level.at}"
+        said = f"{job.config} sets the parameter {name}{level.at}"
         if spec is None:
             yield (
                 f"{said}, which {method} does not have and MergeKit ignores; "
@@ -110,21 +116,21 @@ def ignored_parameters(case: Case) -> Iterator[str]:
             yield f"{said}, where {method} ignores it since that model is the base; remove it."
 
 
-def bad_parameters(case: Case) -> Iterator[str]:
+def bad_parameters(job: Job) -> Iterator[str]:
     """Find values of parameters that the method cannot use."""
-    specs = _specs(case)
-    for level, name, setting in _settings(case):
+    specs = _specs(job)
+    for level, name, setting in _settings(job):
         for value in _scalars(setting) if name in specs else ():
             try:
                 specs[name].validate(value)
             except ValidationError:
                 kind = specs[name].value_type
                 yield (
-                    f"{case.file}{level.at}: Parameter {name} must be a "
+                    f"{job.config}{level.at}: Parameter {name} must be a "
                     f"{getattr(kind, '__name__', kind)}, not {value!r}; correct it."
                 )
             except ValueError as error:  # of this package's methods
-                yield f"{case.file}{level.at}: {error}"
+                yield f"{job.config}{level.at}: {error}"
 
 
 def _scalars(setting: Any) -> Iterator[Any]:
@@ -136,33 +142,33 @@ def _scalars(setting: Any) -> Iterator[Any]:
         yield from _scalars(setting["value"]) if isinstance(setting, dict) else [setting]
 
 
-def hidden_values(case: Case) -> Iterator[str]:
+def hidden_values(job: Job) -> Iterator[str]:
     """Find values that MergeKit never reaches: it takes the first whose filter fits."""
-    for level, name, setting in _settings(case):
+    for level, name, setting in _settings(job):
         entries = _entries(setting)
         path = f"{level.path}.parameters.{name}".lstrip(".")
         for number, entry in enumerate(entries):
             before = (n for n in range(number) if _fits(entries[n], entry.get("filter")))
             if (first := next(before, None)) is not None:
                 yield (
-                    f"{case.file} has a value at {path}[{number}] that is never used, since "
+                    f"{job.config} has a value at {path}[{number}] that is never used, since "
                     f"{path}[{first}] before it takes the same tensors; write the narrower one "
                     "first, or remove one of them."
                 )
 
 
-def idle_filters(case: Case) -> Iterator[str]:
+def idle_filters(job: Job) -> Iterator[str]:
     """Find filters that fit no tensor of the merge."""
-    merges = [tensor.merge for tensor in case.outputs.tensors]
-    for level, name, setting in _settings(case):
+    merges = [tensor.merge for tensor in job.outputs.tensors]
+    for level, name, setting in _settings(job):
         at = level.path
-        here = [p for p in parts(case.config) if is_within(p.path, at) or is_within(at, p.path)]
+        here = [p for p in parts(job.parsed) if is_within(p.path, at) or is_within(at, p.path)]
         near = [merge for merge in merges if any(part.holds(merge.place) for part in here)]
         names = sorted({name for merge in near for name in (merge.name, *merge.inputs.values())})
         for entry in _entries(setting):
             if names and not any(_fits(entry, name) for name in names):
                 yield (
-                    f"{case.file} has the filter {entry['filter']} in the parameter "
+                    f"{job.config} has the filter {entry['filter']} in the parameter "
                     f"{name}{level.at}, which no tensor there has in its name; write a part of a "
                     f"name as plain text, such as {names[len(names) // 2]}."
                 )
@@ -180,27 +186,27 @@ def _fits(entry: dict[str, Any], tensor: str | None) -> bool:
     return wanted in (None, "", "*") or (tensor is not None and wanted in tensor)
 
 
-def bad_dtypes(case: Case) -> Iterator[str]:
+def bad_dtypes(job: Job) -> Iterator[str]:
     """Find dtypes that MergeKit would fail on when it has read or merged the first tensor."""
     for what, name in (
-        (f"{case.file} has the dtype", case.config.dtype),
-        (f"{case.file} has the out_dtype", case.config.out_dtype),
-        ("The command has the --lora-merge-dtype", case.options.lora_merge_dtype),
+        (f"{job.config} has the dtype", job.parsed.dtype),
+        (f"{job.config} has the out_dtype", job.parsed.out_dtype),
+        ("The command has the --lora-merge-dtype", job.options.lora_merge_dtype),
     ):
         if name and name.removeprefix("torch.") not in FLOAT_NAMES:
             yield f"{what} {name}, in which MergeKit cannot merge; {instead(name, FLOAT_NAMES)}."
 
 
-def bad_template(case: Case) -> Iterator[str]:
+def bad_template(job: Job) -> Iterator[str]:
     """Find a chat template that MergeKit would fail on after it has merged."""
-    template = case.config.chat_template
+    template = job.parsed.chat_template
     files = importlib.resources.files(chat_templates).iterdir()
     built_in = {Path(f.name).stem for f in files if f.name.endswith(".jinja")} | {"auto"}
     if not template or template in built_in:
         return
     if len(template) < 20 or "{" not in template:
         yield (
-            f"{case.file} has the chat_template {template!r}, which is neither a template nor the "
+            f"{job.config} has the chat_template {template!r}, which is neither a template nor the "
             f"name of one of MergeKit's; {instead(template, built_in)}."
         )
         return
@@ -209,28 +215,28 @@ def bad_template(case: Case) -> Iterator[str]:
     except Exception as error:  # of jinja2, which transformers imports when it needs it
         line = getattr(error, "lineno", 1)
         yield (
-            f"{case.file} has a chat_template that is no Jinja template ({reason(error)}, in its "
+            f"{job.config} has a chat_template that is no Jinja template ({reason(error)}, in its "
             f"line {line}); correct it."
         )
 
 
-def no_experts(case: Case) -> Iterator[str]:
+def no_experts(job: Job) -> Iterator[str]:
     """Find lists of nothing but the base, which MergeKit would write as it is."""
-    if case.method is None or case.method.spec.contract.base != BasePolicy.REQUIRED:
-        return
-    for part in parts(case.config):
+    method = _method(job)
+    needs_base = method is not None and method.spec.contract.base == BasePolicy.REQUIRED
+    for part in parts(job.parsed) if needs_base else ():
         if part.base and not set(part.models) - {part.base}:
             yield (
-                f"{case.file} merges no expert at {part.path}, which lists nothing but the base "
+                f"{job.config} merges no expert at {part.path}, which lists nothing but the base "
                 f"{part.base}; add the models that were fine-tuned from it."
             )
 
 
-def no_layers(case: Case) -> list[str]:
+def no_layers(job: Job) -> list[str]:
     """Refuse ranges of layers that are empty: MergeKit would plan a model without these layers."""
-    found = [(part.path, entry) for part in parts(case.config) for entry in part.inputs]
+    found = [(part.path, entry) for part in parts(job.parsed) for entry in part.inputs]
     problems = [
-        f"{case.file} takes the layer_range {list(its)} of model {entry.model} at {path}, which "
+        f"{job.config} takes the layer_range {list(its)} of model {entry.model} at {path}, which "
         "holds no layer; write the first layer, from 0, and the one after the last, such as [0, 3]."
         for path, entry in found
         if not 0 <= (its := getattr(entry, "layer_range", (0, 1)))[0] < its[1]

@@ -8,31 +8,29 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from mergekit_metagpt.planning.directory import Output
-from mergekit_metagpt.preflight.case import Case
+from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.preflight.costs import Costs
 
 
-def bad_output(case: Case) -> Iterator[str]:
+def bad_output(job: Job, out: str) -> Iterator[str]:
     """Find reasons not to write to a directory."""
-    if case.out is None:
-        return
-    path = Output.of(case.out).path
+    path = Output.of(out).path
     try:
-        why_not = _which_input(case, path) or _what_is_there(Path(case.out), path)
+        why_not = _which_input(job, path) or _what_is_there(Path(out), path)
     except OSError as error:
         why_not = f"cannot be used ({error.strerror}); choose another directory"
-    applied = [Path(files.to_apply).resolve() for files in case.models.values() if files.to_apply]
+    applied = [Path(files.to_apply).resolve() for files in job.models.values() if files.to_apply]
     if any(place.is_relative_to(path) for place in applied):
         why_not = (
             "is the --lora-merge-cache, or holds it, and MergeKit writes there first; choose "
             "another directory for one of them"
         )
     if why_not:
-        yield f"Output {case.out} {why_not}."
+        yield f"Output {out} {why_not}."
 
 
-def _which_input(case: Case, path: Path) -> str | None:
-    for model, files in case.models.items():
+def _which_input(job: Job, path: Path) -> str | None:
+    for model, files in job.models.items():
         directories = (files.weights.directory, os.path.dirname(files.adapter or ""))
         places = [Path(place) for place in directories if place]
         if any(_is_in(path, place) for place in places):
@@ -63,18 +61,18 @@ def _what_is_there(out: Path, path: Path) -> str | None:
     return None
 
 
-def no_room(case: Case, cost: Costs) -> Iterator[str]:
+def no_room(job: Job, out: str | None, cost: Costs) -> Iterator[str]:
     """Find disks that are too full for what will be written there.
 
     A merge is written inside its output if that exists, otherwise beside it. What is complete of
     the same merge need not be written again.
     """
-    writes = [(case.options.lora_merge_cache or "", cost.bytes_applied)]
-    if case.out:
-        works = [it for it in Output.of(case.out).works() if it.facts.get("config") == case.raw]
+    writes = [(job.options.lora_merge_cache or "", cost.bytes_applied)]
+    if out:
+        works = [it for it in Output.of(out).works() if it.facts.get("config") == job.config.raw]
         records = [record for work in works for record in work.records.values()]
         complete = sum(sum(record["bytes"].values()) for record in records)
-        writes.insert(0, (case.out, cost.bytes_written - complete))
+        writes.insert(0, (out, cost.bytes_written - complete))
     disks: dict[int, tuple[Path, int]] = {}
     for place, size in writes:
         if size > 0:

@@ -15,35 +15,35 @@ from mergekit.merge_methods.base import OptionalTensorPolicy
 from mergekit_metagpt.measure.headers import FLOATS, is_computed
 from mergekit_metagpt.mergekit_private import is_ignored, tied_names
 from mergekit_metagpt.names import layer_of
+from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import OutputTensor
-from mergekit_metagpt.preflight.case import Case
 from mergekit_metagpt.wording import counted
 
-TOKENIZER_WAY = (
-    "add `tokenizer: {{source: base}}` to {file} to keep the base's tokens, or "
-    "`tokenizer: {{source: union}}` to keep all"
-)
+
+def tokenizer_way(job: Job) -> str:
+    """Say what to do about vocabularies that differ."""
+    return (
+        f"add `tokenizer: {{source: base}}` to {job.config} to keep the base's tokens, or "
+        "`tokenizer: {source: union}` to keep all"
+    )
 
 
-def missing(case: Case) -> Iterator[str]:
+def missing(job: Job) -> Iterator[str]:
     """Find tensors that some models lack, although nothing is wrong with their weight files."""
     lacking: dict[ModelReference, list[str]] = {}
-    for tensor in case.outputs.tensors:
+    for tensor in job.outputs.tensors:
         for model, load in tensor.merge.loads.items():
-            is_known = model in tensor.stored or case.models[model].weights.problems
+            is_known = model in tensor.stored or job.models[model].weights.problems
             if not is_known and _fails_without(tensor, model):
                 lacking.setdefault(model, []).append(load.tensor)
     for model, names in lacking.items():
-        if case.outputs.architecture_is_guessed:
+        way = "complete it, correct its layer_range, or merge only fine-tunes of one base"
+        if not job.models[model].description:
             way = (
                 "MergeKit does not describe this architecture and has guessed its tensors; if they "
                 "are there under other names, merge the weight files with mergekit-pytorch"
             )
-        elif model == case.base:
-            way = "complete it, correct its layer_range, or merge only fine-tunes of it"
-        else:
-            way = "complete it, correct its layer_range, or leave the model out"
         yield f"Model {model} lacks {counted(names)}, which this merge needs of it; {way}."
 
 
@@ -64,13 +64,13 @@ def _fails_without(tensor: OutputTensor, model: ModelReference) -> bool:
     return False
 
 
-def missing_heads(case: Case) -> Iterator[str]:
+def missing_heads(job: Job) -> Iterator[str]:
     """Find models without a head, where MergeKit would silently take the embeddings for it.
 
     The embeddings are the head if the model's config ties the two. If it says that the two
     differ, they are not.
     """
-    tensors = case.outputs.tensors
+    tensors = job.outputs.tensors
     read = Counter(
         (model, name) for t in tensors for model, names in t.read.items() for name in names
     )
@@ -79,7 +79,7 @@ def missing_heads(case: Case) -> Iterator[str]:
             load = tensor.merge.loads[model]
             is_shared = name in (load.tied_names or ()) and read[model, name] > 1
             # An encoder and its decoder share embeddings, whatever the config says.
-            if is_shared and "embed" not in load.tensor and case.models[model].is_tied is False:
+            if is_shared and "embed" not in load.tensor and job.models[model].is_tied is False:
                 yield (
                     f"Model {model} lacks tensor {load.tensor}, and MergeKit would take {name} for "
                     "it, but its config.json says that they differ (tie_word_embeddings: false); "
@@ -87,28 +87,28 @@ def missing_heads(case: Case) -> Iterator[str]:
                 )
 
 
-def left_out(case: Case) -> Iterator[str]:
+def left_out(job: Job) -> Iterator[str]:
     """Find models that MergeKit would silently leave out of the tensors after the last layer.
 
     For those tensors it takes the models of the last slice, but only as many as the first has.
     """
-    for tensor in case.outputs.tensors:
-        forgotten = [model for model in tensor.merge.models if model not in tensor.merge.loads]
+    for merge in (tensor.merge for tensor in job.outputs.tensors):
+        forgotten = [model for model in merge.task.model_order if model not in merge.loads]
         if forgotten:
             yield (
-                f"{case.file} lists more models in the last slice than in the first, and MergeKit "
-                f"would leave model {forgotten[0]} out of tensor {tensor.name}; list as many "
-                "models in the first slice."
+                f"{job.config} lists more models in the last slice than in the first, and MergeKit "
+                f"would leave model {forgotten[0]} out of tensor {merge.name}; list as many models "
+                "in the first slice."
             )
             return
 
 
-def different_shapes(case: Case) -> Iterator[str]:
+def different_shapes(job: Job) -> Iterator[str]:
     """Find tensors whose shape differs from that in the base, or else in the first model."""
     found: dict[tuple[ModelReference, bool], list[str]] = {}
-    for tensor in case.outputs.tensors:
+    for tensor in job.outputs.tensors:
         shapes = {model: list(header.shape) for model, header in tensor.stored.items()}
-        first = next((model for model in (case.base, *shapes) if model in shapes), None)
+        first = next((model for model in (job.parsed.base_model, *shapes) if model in shapes), None)
         axis = tensor.merge.vocabulary_axis
         for model, shape in shapes.items():
             if first is None or shape == (expected := shapes[first]):
@@ -123,11 +123,7 @@ def different_shapes(case: Case) -> Iterator[str]:
             )
     for (_, is_vocabulary), said in found.items():
         more = f" (and {len(said) - 1} more differ)" if len(said) > 1 else ""
-        way = (
-            TOKENIZER_WAY.format(file=case.file)
-            if is_vocabulary
-            else "merge fine-tunes of one base"
-        )
+        way = tokenizer_way(job) if is_vocabulary else "merge fine-tunes of one base"
         yield f"{said[0]}{more}; {way}."
 
 
@@ -135,10 +131,10 @@ def _beside(axis: int, shape: list[int]) -> list[int]:
     return shape[:axis] + shape[axis + 1 :]
 
 
-def quantized(case: Case) -> Iterator[str]:
+def quantized(job: Job) -> Iterator[str]:
     """Find weights that cannot be merged, because they are not floating-point numbers."""
     found: dict[tuple[ModelReference, str], list[str]] = {}
-    for tensor in case.outputs.tensors:
+    for tensor in job.outputs.tensors:
         dtypes = {header.dtype for header in tensor.stored.values()}
         for model, header in tensor.stored.items():
             # Buffers of integers are copied, if they are the same everywhere.
@@ -152,25 +148,25 @@ def quantized(case: Case) -> Iterator[str]:
         )
 
 
-def bad_values(case: Case) -> Iterator[str]:
+def bad_values(job: Job) -> Iterator[str]:
     """Find parameters that are valid alone, but not together or with the slices."""
-    tensors = case.outputs.tensors
+    tensors = job.outputs.tensors
     each = [values for tensor in tensors for values in tensor.merge.model_parameters.values()]
     weights = [values["weight"] for values in each if "weight" in values]
     if weights and not any(weights):
         yield (
-            f"{case.file} gives every model the weight 0 for every tensor, so that nothing is "
+            f"{job.config} gives every model the weight 0 for every tensor, so that nothing is "
             "merged; give at least one a weight above 0."
         )
     moved = next((tensor.name for tensor in tensors if tensor.merge.moves_layers), None)
     if moved:
         yield (
-            f"{case.file} sets granularity: layer, but its slices put tensors of another layer "
+            f"{job.config} sets granularity: layer, but its slices put tensors of another layer "
             f"at {moved}; use granularity: tensor or granularity: model."
         )
     told = set()
     # DELLA keeps entries with probabilities from density − epsilon to density + epsilon.
-    for tensor in tensors if "della" in case.config.merge_method else ():
+    for tensor in tensors if "della" in job.parsed.merge_method else ():
         for model, values in tensor.merge.model_parameters.items():
             density, epsilon = values.get("density"), values.get("epsilon")
             if density is None or epsilon is None or not 0 < density < 1:
@@ -179,25 +175,25 @@ def bad_values(case: Case) -> Iterator[str]:
             if not within and (model, density, epsilon) not in told:
                 told.add((model, density, epsilon))
                 yield (
-                    f"{case.file} gives model {model} density {density} and epsilon {epsilon} for "
+                    f"{job.config} gives model {model} density {density} and epsilon {epsilon} for "
                     f"tensor {tensor.name}, but density ± epsilon has to stay between 0 and 1; "
                     f"set an epsilon below {min(density, 1 - density):g}."
                 )
 
 
-def lost(case: Case) -> Iterator[str]:
+def lost(job: Job) -> Iterator[str]:
     """Find weights that the merge would silently drop.
 
     A weight is not lost if it is read for some tensor of the output, if it is tied to one that
     is read, or if the config leaves out its model, module or layer on purpose.
     """
-    base = case.base
-    read = {name for t in case.outputs.tensors for names in t.read.values() for name in names}
+    base = job.parsed.base_model
+    read = {name for t in job.outputs.tensors for names in t.read.values() for name in names}
     told: set[str] = set()
-    for model, files in case.models.items():
-        names = sorted(set(_unread(case, files, read)) - told)
+    for model, files in job.models.items():
+        names = sorted(set(_unread(job, files, read)) - told)
         told |= set(names)
-        own = [name for name in names if base and name not in case.models[base].weights.tensors]
+        own = [name for name in names if base and name not in job.models[base].weights.tensors]
         if own:
             yield (
                 f"Model {model} holds {counted(own)}, which the base {base} lacks and the "
@@ -207,7 +203,7 @@ def lost(case: Case) -> Iterator[str]:
         elif names:
             kind = files.architecture
             why = f"MergeKit's description of {kind} does not name them"
-            if case.outputs.architecture_is_guessed:
+            if not files.description:
                 why = f"MergeKit does not describe {kind} and guesses its tensors without them"
             yield (
                 f"Model {model} holds {counted(names)}, which the merge would drop, since {why}; "
@@ -215,16 +211,16 @@ def lost(case: Case) -> Iterator[str]:
             )
 
 
-def _unread(case: Case, files: ModelFiles, read: set[str]) -> list[str]:
+def _unread(job: Job, files: ModelFiles, read: set[str]) -> list[str]:
     """Return the weights of a model that the merge should read, but does not."""
     config: Any = files.config
-    loads = [it for tensor in case.outputs.tensors for it in tensor.merge.loads.values()]
+    loads = [it for tensor in job.outputs.tensors for it in tensor.merge.loads.values()]
     taken = {load.tensor for load in loads if load.model == files.model}
     if not (config and taken):
         return []
     # What MergeKit describes and does not read, the config leaves out on purpose; and with a
     # layer that it does not take all that is in it.
-    described = {weight.name for weight in case.outputs.architecture.all_weights(config)}
+    described = {weight.name for weight in job.outputs.architecture.all_weights(config)}
     left_out = {layer_of(name) for name in described} - {layer_of(name) for name in taken}
     unread = [
         name
