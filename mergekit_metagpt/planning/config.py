@@ -146,11 +146,6 @@ class Part:
         """The entries of the list itself."""
         return getattr(self.holder, "sources" if self._is_slice else "models")  # type: ignore[no-any-return]
 
-    @property
-    def models(self) -> tuple[ModelReference, ...]:
-        """The models as they are listed."""
-        return tuple(entry.model for entry in self.inputs)
-
     def holds(self, place: Place) -> bool:
         """Return whether the models are merged at a place.
 
@@ -223,7 +218,7 @@ def most_frequent(config: MergeConfiguration) -> Tie | None:
     if config.chat_template != "auto":
         return None
     base = [config.base_model] if config.base_model else []
-    models = dict.fromkeys([*base, *(model for part in parts(config) for model in part.models)])
+    models = dict.fromkeys([*base, *(it.model for part in parts(config) for it in part.inputs)])
     found = {model: template for model in models if (template := _template(model))}
     counts = Counter(found.values())
     tied = [model for model in found if counts[found[model]] == max(counts.values())]

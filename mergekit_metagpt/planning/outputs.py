@@ -16,7 +16,6 @@ from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
-from mergekit.tokenizer.config import TokenizerConfig
 
 from mergekit_metagpt.measure.headers import Header
 from mergekit_metagpt.mergekit_private import convert_checkpoint_tensors, open_loaders
@@ -84,16 +83,35 @@ class Outputs:
         tensors: in the order in which they will be written.
         architecture: MergeKit's description of the models' tensors.
         tokenizer: the task that builds the output's tokenizer, if the config asks for one.
+        config: the config, and the path of its file, for messages.
     """
 
     tensors: tuple[OutputTensor, ...]
     architecture: ModelArchitecture
     tokenizer: BuildTokenizer | None
+    config: MergeConfiguration
+    file: str
 
     @cached_property
     def tokenizer_info(self) -> TokenizerInfo | None:
         """The output's tokenizer, built once; None if the config asks for none."""
-        return self.tokenizer.execute() if self.tokenizer else None
+        try:
+            with redirect_stderr(StringIO()):  # a progress bar that no option turns off
+                return self.tokenizer.execute() if self.tokenizer else None
+        except Exception as error:  # tokenizers raise many kinds of errors
+            raise BadInputError(
+                f"MergeKit cannot build the tokenizer that {self.file} asks for ({reason(error)}); "
+                "add the files of that tokenizer to the model, or leave the setting out."
+            ) from error
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows the vocabulary tensors will have; None if they stay as they are."""
+        if self.tokenizer_info is None:
+            return None
+        rows, asked = len(self.tokenizer_info.tokenizer.get_vocab()), self.config.tokenizer
+        multiple = (asked.pad_to_multiple_of if asked else None) or 1
+        return -(-rows // multiple) * multiple
 
 
 def plan_outputs(
@@ -137,7 +155,7 @@ def plan_outputs(
         read = {model: it[1] for model, it in found.items() if it}
         tensors.append(OutputTensor(merge, stored, read))
     tokenizer = next((task for task in planner.tasks if isinstance(task, BuildTokenizer)), None)
-    return Outputs(tuple(tensors), planner.arch_info, tokenizer)
+    return Outputs(tuple(tensors), planner.arch_info, tokenizer, config, file)
 
 
 def _refusal(error: Exception, models: Mapping[ModelReference, ModelFiles], file: str) -> str:
@@ -210,24 +228,3 @@ def output_shards(
         shards[-1].append(tensor)
         filled += size
     return shards
-
-
-def output_rows(outputs: Outputs, config: TokenizerConfig | None, file: str) -> int | None:
-    """Return the rows of the output's vocabulary tensors; None if they stay as they are.
-
-    Raises:
-        BadInputError: if MergeKit cannot build the tokenizer that the config asks for.
-    """
-    try:
-        with redirect_stderr(StringIO()):  # a progress bar that no option turns off
-            info = outputs.tokenizer_info
-    except Exception as error:  # tokenizers raise many kinds of errors
-        raise BadInputError(
-            f"MergeKit cannot build the tokenizer that {file} asks for ({reason(error)}); add the "
-            "files of that tokenizer to the model, or leave the setting out."
-        ) from error
-    if info is None:
-        return None
-    rows = len(info.tokenizer.get_vocab())
-    multiple = (config.pad_to_multiple_of if config else None) or 1
-    return -(-rows // multiple) * multiple

@@ -33,11 +33,6 @@ class Level:
         model = f" ({self.model})" if self.model else ""
         return f" at {self.path}{model}" if self.path else ""
 
-    @property
-    def is_input(self) -> bool:
-        """Whether it is about one model."""
-        return self.schema in (InputModelDefinition, InputSliceDefinition)
-
 
 def _levels(job: Job) -> Iterator[Level]:
     yield Level("", job.config.raw, MergeConfiguration)  # also if the rest cannot be read
@@ -101,18 +96,19 @@ def ignored_parameters(job: Job) -> Iterator[str]:
     bases = {part.base for part in parts(job.parsed)}
     for level, name, _ in _settings(job) if _method(job) else ():
         spec = specs.get(name)
+        is_input = level.schema in (InputModelDefinition, InputSliceDefinition)
         said = f"{job.config} sets the parameter {name}{level.at}"
         if spec is None:
             yield (
                 f"{said}, which {method} does not have and MergeKit ignores; "
                 f"{instead(name, specs)}."
             )
-        elif level.is_input and spec.scope == ParameterScope.SHARED:
+        elif is_input and spec.scope == ParameterScope.SHARED:
             yield (
                 f"{said}, where MergeKit ignores it since all models share it; move it to the "
                 "parameters of the whole merge."
             )
-        elif level.is_input and spec.scope == ParameterScope.NON_BASE and bases == {level.model}:
+        elif is_input and spec.scope == ParameterScope.NON_BASE and bases == {level.model}:
             yield f"{said}, where {method} ignores it since that model is the base; remove it."
 
 
@@ -225,7 +221,7 @@ def no_experts(job: Job) -> Iterator[str]:
     method = _method(job)
     needs_base = method is not None and method.spec.contract.base == BasePolicy.REQUIRED
     for part in parts(job.parsed) if needs_base else ():
-        if part.base and not set(part.models) - {part.base}:
+        if part.base and all(entry.model == part.base for entry in part.inputs):
             yield (
                 f"{job.config} merges no expert at {part.path}, which lists nothing but the base "
                 f"{part.base}; add the models that were fine-tuned from it."

@@ -47,7 +47,7 @@ class Costs:
 
 def costs(job: Job) -> Costs:
     """Add up what a merge will cost."""
-    outputs, models = job.outputs.tensors, job.models.values()
+    outputs, rows, models = job.outputs.tensors, job.outputs.rows, job.models.values()
     chosen = [tensor.merge.granularity for tensor in outputs]
     passes = 2 if any(granularity and granularity.needs_survey for granularity in chosen) else 1
     # A survey measures whole models, even if slices take only a few of their layers.
@@ -65,12 +65,12 @@ def costs(job: Job) -> Costs:
         base=str(job.parsed.base_model) if job.parsed.base_model else None,
         experts=tuple(sorted(str(model) for model in job.models if model != job.parsed.base_model)),
         tensors=len(outputs),
-        parameters=sum(tensor.written_parameters(job.rows) for tensor in outputs),
+        parameters=sum(tensor.written_parameters(rows) for tensor in outputs),
         passes=passes,
         bytes_read=sum(held[model][name].bytes for model, name in used) + (passes - 1) * whole,
-        bytes_written=sum(tensor.written_bytes(job.rows) for tensor in outputs),
+        bytes_written=sum(tensor.written_bytes(rows) for tensor in outputs),
         bytes_applied=applied,
-        shards=len(output_shards(outputs, job.rows, job.options.out_shard_size)),
+        shards=len(output_shards(outputs, rows, job.options.out_shard_size)),
         arithmetic=_arithmetic(job),
         notes=tuple(_notes(job)),
     )

@@ -166,7 +166,7 @@ def _bad_tokenizers(job: Job, models: list[ModelReference], tensor: str) -> Iter
 
 def _bad_tokens(job: Job) -> Iterator[str]:
     """Let MergeKit align rows of zeros: it fails on a token that it has no row for."""
-    info = job.outputs.tokenizer_info if job.rows else None
+    info = job.outputs.tokenizer_info
     tensor = next((t for t in job.outputs.tensors if t.merge.vocabulary_is_aligned), None)
     if info is None or tensor is None:
         return

@@ -164,21 +164,18 @@ def bad_values(job: Job) -> Iterator[str]:
             f"{job.config} sets granularity: layer, but its slices put tensors of another layer "
             f"at {moved}; use granularity: tensor or granularity: model."
         )
-    told = set()
     # DELLA keeps entries with probabilities from density − epsilon to density + epsilon.
     for tensor in tensors if "della" in job.parsed.merge_method else ():
         for model, values in tensor.merge.model_parameters.items():
             density, epsilon = values.get("density"), values.get("epsilon")
-            if density is None or epsilon is None or not 0 < density < 1:
-                continue
-            within = density - epsilon > 0 and density + epsilon < 1
-            if not within and (model, density, epsilon) not in told:
-                told.add((model, density, epsilon))
+            limit = min(density, 1 - density) if density else 0
+            if epsilon is not None and 0 < limit <= epsilon:
                 yield (
                     f"{job.config} gives model {model} density {density} and epsilon {epsilon} for "
                     f"tensor {tensor.name}, but density ± epsilon has to stay between 0 and 1; "
-                    f"set an epsilon below {min(density, 1 - density):g}."
+                    f"set an epsilon below {limit:g}."
                 )
+                return
 
 
 def lost(job: Job) -> Iterator[str]:
