@@ -37,8 +37,6 @@ def problems(own, tmp_path) -> Callable[..., list[str]]:
 
 BROKEN: dict[str, tuple[Callable[[str], Any], str]] = {
     "cut": (overwrite("tokenizer.json", b'{"a'), "(Unterminated string"),
-    "empty": (overwrite("tokenizer.json", b""), "(Expecting value"),
-    "broken settings": (overwrite("tokenizer_config.json", b"{"), "(Expecting property name"),
     "without vocabulary": (remove("tokenizer.json"), "("),
 }
 
@@ -46,7 +44,7 @@ BROKEN: dict[str, tuple[Callable[[str], Any], str]] = {
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_tokenizer_that_cannot_be_read_is_a_problem(how, own, problems):
     damage, said = BROKEN[how]
-    name, tokenizer = ("base", None) if how in ("cut", "empty") else ("b", {"source": "union"})
+    name, tokenizer = ("base", None) if how == "cut" else ("b", {"source": "union"})
     damage(own[name])
     (problem,) = problems(tokenizer=tokenizer)
     assert problem.startswith(f"The tokenizer of model {own[name]} cannot be read (")
@@ -72,15 +70,12 @@ def test_a_model_without_a_tokenizer_is_skipped_but_for_the_base(own, problems):
     [
         ({"kind": "zero"}, None),
         ({"kind": "model_token", "model": "{a}", "token": "w3"}, None),
-        ({"kind": "model_token", "model": "{a}", "token_id": 63}, None),
         (
             {"kind": "model_token", "model": "{a}", "token_id": 64},
             "Token ID 64 out of range",
         ),
-        ({"kind": "model_token", "model": "{a}", "token": "zzz"}, "Token 'zzz' not found in model"),
         ("{a}", "Token 'new' not found in model"),
         ("/not/there", "Token 'new' requires a vocabulary weight from model"),
-        (None, "(source=None force=False)"),
     ],
 )
 def test_a_new_token_needs_a_row_to_start_from(source, said, own, problems, merge):
