@@ -6,7 +6,7 @@ import shutil
 import pytest
 import transformers
 import yaml
-from conftest import merge_config, save_tokenizer, slices_config, write_yaml
+from conftest import merge_config, problems_of, save_tokenizer, slices_config, the_only, write_yaml
 from mergekit.config import MergeConfiguration
 
 from mergekit_metagpt.planning.config import most_frequent, read_config, with_chosen_template
@@ -31,13 +31,6 @@ TEXTS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "an endless list": ("a: &a [*a]\n", ("is wrong at merge_method: Field required",)),
     "no mapping": ("", ("is not a mapping of keys",)),
 }
-
-
-def the_only(sentences: list[str], *parts: str) -> None:
-    (sentence,) = sentences
-    assert sentence.endswith(".")
-    for part in parts:
-        assert part in sentence
 
 
 @pytest.mark.parametrize("what", TEXTS)
@@ -70,7 +63,7 @@ FORMS = {
 @pytest.mark.parametrize("change", FORMS)
 def test_a_value_that_mergekit_cannot_read_is_named_with_its_place(change, family, tmp_path):
     config = {**merge_config(family, "metagpt_ties"), **yaml.safe_load(change.format(**family))}
-    found = inspect(str(write_yaml(tmp_path / "m.yml", config))).problems
+    found = problems_of(config, tmp_path)
     assert len(found) == len(FORMS[change])
     for sentence, part in zip(found, FORMS[change], strict=True):
         assert f"m.yml is wrong{'' if 'parse' in part else ' at'}" in sentence
@@ -143,16 +136,16 @@ def test_a_setting_that_does_nothing_is_named(what, family, tmp_path):
     change, parts = IDLE[what]
     config = merge_config(family, "metagpt_ties")
     change(config)
-    the_only(inspect(str(write_yaml(tmp_path / "m.yml", config))).problems, "m.yml", *parts)
+    the_only(problems_of(config, tmp_path), "m.yml", *parts)
 
 
 def test_filters_are_looked_for_where_they_stand(family, tmp_path):
     config = slices_config(family, [[0, 1]], [[2, 3]])
     density = {"weight": [{"filter": "layers.2.", "value": 0.5}, ALL]}
     config["slices"][1]["sources"][1]["parameters"] = density
-    assert not inspect(str(write_yaml(tmp_path / "m.yml", config))).problems
+    assert not problems_of(config, tmp_path)
     config["slices"][0]["sources"][1]["parameters"] = density
-    found = inspect(str(write_yaml(tmp_path / "m.yml", config))).problems
+    found = problems_of(config, tmp_path)
     the_only(found, "the filter layers.2. in", "at slices[0].sources[1] (/")
 
 
@@ -221,5 +214,4 @@ def test_the_built_in_templates_parse(family, tmp_path):
         "{% for m in messages %}{% generation %}{{ m.content | tojson }}{% endgeneration %}"
         "{% if loop.last %}{% break %}{% endif %}{% endfor %}",
     ):
-        yml = write_yaml(tmp_path / "m.yml", merge_config(family, chat_template=template))
-        assert not inspect(str(yml)).problems
+        assert not problems_of(merge_config(family, chat_template=template), tmp_path)
