@@ -22,8 +22,6 @@ from mergekit_metagpt.measure.hub import is_looked_up
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.wording import BadInputError, counted, reason
 
-Shapes = dict[str, tuple[int, ...]]
-
 _WAY = f"apply it to the base that it was trained on, or correct its {CONFIG_NAME}"
 
 
@@ -60,7 +58,7 @@ def bad_adapters(files: ModelFiles, options: MergeOptions) -> list[str]:
         ]
 
 
-def _on_hub(lora: ModelPath) -> tuple[str, Shapes]:
+def _on_hub(lora: ModelPath) -> tuple[str, dict[str, tuple[int, ...]]]:
     """Return a directory with the config of an adapter, and the shapes of its tensors."""
     directory = huggingface_hub.snapshot_download(
         lora.path, revision=lora.revision, allow_patterns=CONFIG_NAME
@@ -72,7 +70,7 @@ def _on_hub(lora: ModelPath) -> tuple[str, Shapes]:
 
 
 def _differences(
-    files: ModelFiles, directory: str, shapes: Shapes, options: MergeOptions
+    files: ModelFiles, directory: str, shapes: dict[str, tuple[int, ...]], options: MergeOptions
 ) -> Iterator[str]:
     """Yield what PEFT would leave out, or not find, in an adapter's file; else raise its error."""
     config: Any = copy.deepcopy(files.config)  # PEFT changes it

@@ -198,13 +198,10 @@ def lost(job: Job) -> Iterator[str]:
                 "this model was fine-tuned from."
             )
         elif names:
-            kind = files.architecture
-            why = f"MergeKit's description of {kind} does not name them"
-            if not files.description:
-                why = f"MergeKit does not describe {kind} and guesses its tensors without them"
             yield (
-                f"Model {model} holds {counted(names)}, which the merge would drop, since {why}; "
-                "merge the weight files with mergekit-pytorch, which takes every tensor."
+                f"Model {model} holds {counted(names)}, which MergeKit does not know in a "
+                f"{files.architecture} and the merge would drop; merge the weight files with "
+                "mergekit-pytorch, which takes every tensor."
             )
 
 
