@@ -207,6 +207,24 @@ def merge_config(paths: dict[str, str], method: str = "metagpt", **changes: Any)
     return {**config, **changes}
 
 
+def problems_of(
+    config: dict[str, Any], directory: Path, out: Path | None = None, **options: Any
+) -> list[str]:
+    """Check a merge; return what is wrong with it."""
+    from mergekit_metagpt.preflight import inspect
+
+    yml = write_yaml(directory / "m.yml", config)
+    return inspect(str(yml), out and str(out), MergeOptions(**options)).problems
+
+
+def the_only(sentences: list[str], *parts: str) -> None:
+    """Assert that there is one sentence, and that it has these parts."""
+    (sentence,) = sentences
+    assert sentence.endswith(".")
+    for part in parts:
+        assert part in sentence
+
+
 def slices_config(
     paths: dict[str, str], *slices: list[list[int]], **changes: Any
 ) -> dict[str, Any]:

@@ -73,7 +73,7 @@ MUTANTS = {
         "            torch.set_num_threads(threads)": "            pass",
     },
     ("planning/job.py", "test_lora_cache.py"): {
-        "digest(options.lora_merge_dtype, identities)": "digest(identities)",
+        "digest(options.lora_merge_dtype, identity)": "digest(identity)",
     },
     ("planning/work.py", "test_merging_directory.py"): {
         "            _sync(file)\n": "",

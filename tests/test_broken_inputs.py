@@ -153,7 +153,7 @@ half = torch.full((32,), 60000.0).half()
 CASES: dict[str, Case] = {
     **{
         f"{value} in {name}": Case(put(value, name), said, said)
-        for value, name in ((math.nan, "base"), (math.inf, "b"), (-math.inf, "b"))
+        for value, name in ((math.nan, "base"), (math.inf, "b"))
         for said in [(f"{os.sep}{name}", DOWN, "holds NaN or Inf", "repair or replace")]
     },
     "fp16 that overflows when subtracted": Case(norms(half, -half, half / 2)),
@@ -472,17 +472,6 @@ def test_merge_does_not_write_over_an_input(models, unharmed, tmp_path):
     done = whole_merge(yml, Path(models["b"]))
     assert done.exit_code == 1
     assert "is the input model" in done.stderr
-
-
-def test_the_stock_command_writes_over_an_input_which_only_stock_mergekit_could_prevent(
-    models, tmp_path
-):
-    config = merge_config(models)
-    yml = write_yaml(tmp_path / "metagpt.yml", config)
-    stock_merge(yml, tmp_path / "expected")
-    stock_merge(yml, Path(models["b"]))
-    written, expected = read(models["b"]), read(tmp_path / "expected")
-    assert all(torch.equal(written[name], expected[name]) for name in expected)
 
 
 @on_posix

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,12 @@ from conftest import (
     llama_config,
     merge_config,
     on_posix,
+    problems_of,
     read,
     save_family,
     save_tokenizer,
     slices_config,
+    the_only,
     write_yaml,
 )
 from damages import NORM, cut, edit_index, overwrite, remove, reshard, rewrite
@@ -30,7 +31,6 @@ from mergekit.options import MergeOptions
 from mergekit.scripts import merge_raw_pytorch
 from safetensors.torch import load_file
 
-from mergekit_metagpt.planning.config import read_config
 from mergekit_metagpt.preflight import Costs, inspect
 
 Config = dict[str, Any]
@@ -86,13 +86,6 @@ def compared(plan, merge) -> Callable[..., Costs]:
         return costs
 
     return run
-
-
-def the_only(sentences: list[str], *parts: str) -> None:
-    (sentence,) = sentences
-    assert sentence.endswith(".")
-    for part in parts:
-        assert part in sentence
 
 
 def data_bytes(*models: str | Path) -> int:
@@ -171,41 +164,6 @@ class TestPlan:
         assert (expected.base, len(expected.experts)) == (None, 3)
 
 
-def changed(**changes: Any) -> Callable[[Config], None]:
-    return lambda config: config.update(changes)
-
-
-def with_parameters(**settings: Any) -> Callable[[Config], None]:
-    return lambda config: config["models"][0].update(parameters=settings)
-
-
-def stock(method: str, **settings: Any) -> Callable[[Config], None]:
-    return changed(merge_method=method, parameters=settings)
-
-
-# What MergeKit ignores, or says itself. stranger_configs.yml and test_config_words.py have more.
-CONFIGS: list[tuple[Callable[[Config], Any], tuple[str, ...]]] = [
-    (changed(merge_method="metagtp"), ("metagtp",)),
-    (changed(base_modle="x"), ("unknown key base_modle", "remove it")),
-    (changed(dtype="float8"), ("dtype float8", "write float")),
-    (changed(parameters={"densitty": 1}), ("densitty", "write density instead")),
-    (changed(parameters={"granularity": "modle"}), ("granularity must", "'modle'")),
-    (with_parameters(density=[0.5, float("nan")]), ("models[0] (/", "density must be", "not nan")),
-    (with_parameters(weight=[{"value": "x", "filter": "mlp"}]), ("weight must", "'x'")),
-    (stock("task_arithmetic"), ("weight",)),
-    (stock("dare_ties", density=-1, weight=1), ("density must be a number from 0 to 1",)),
-    (stock("task_arithmetic", weight=float("nan")), ("weight must be finite",)),
-    (changed(merge_method=["metagpt"]), ("merge_method", "valid string")),
-]
-
-
-@pytest.mark.parametrize(("change", "parts"), CONFIGS)
-def test_a_mistake_in_the_config_is_named_with_the_way_out(change, parts, family, problems):
-    config = merge_config(family, "metagpt_ties")
-    change(config)
-    the_only(problems(config), "merge.yml", *parts)
-
-
 def test_a_config_that_is_not_there_is_named(tmp_path):
     done = invoke("check", tmp_path / "merge.yml", status=1)
     the_only(done.stderr.splitlines(), f"{tmp_path}/merge.yml", "cannot be read (No such file")
@@ -246,12 +204,10 @@ MODELS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "has no config": (remove("config.json"), ("no checkpoint", "config.json")),
     "has a broken config": (overwrite("config.json", b"{"), ("config.json", "cannot be used")),
     "is of no architecture": (overwrite("config.json", b'{"model_type":"llama"}'), ("nothing",)),
-    "has no weights": (remove(SAFETENSORS), ("no weights", "download it again")),
-    "is empty": (overwrite(SAFETENSORS, b""), (SAFETENSORS, "is corrupt")),
     "is noise": (overwrite(SAFETENSORS, bytes(999)), (SAFETENSORS, "corrupt")),
     "is a pointer": (overwrite(SAFETENSORS, b"version https://git-lfs"), ("git lfs pull",)),
     "lacks a shard": (lose_shard, ("model-00002-of-", "is missing")),
-    "lacks its index": (lose_index, ("no weights", "nor an index")),
+    "lacks its index": (lose_index, ("no weights", "nor an index", "download it again")),
     "has an index and a file": (
         overwrite("model.safetensors.index.json", b'{"weight_map": {"x": "model.safetensors"}}'),
         ("holds both", "remove whichever"),
@@ -261,10 +217,6 @@ MODELS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "has an index that leads out": (
         edit_index(lambda i: i.update({NORM: "../a/model.safetensors"})),
         ("names ../a/model.safetensors", "outside of the model", "download it again"),
-    ),
-    "has an index that leads far out": (
-        edit_index(lambda i: i.update({NORM: "/etc/passwd"})),
-        ("names /etc/passwd", "outside of the model"),
     ),
     "is a broken pickle": (pickle_of(b"PK\x03\x04"), ("pytorch_model.bin", "corrupt")),
     "is a foreign pickle": (
@@ -283,12 +235,6 @@ def test_an_expert_cannot_be_merged_if_it(what, own, problems):
     the_only(found[:1] if "index" in what else found, own["b"], *parts)
 
 
-def test_integer_buffers_that_all_models_hold_are_no_problem(own, plan):
-    for path in own.values():
-        rewrite(path, **{NORM: torch.ones(32, dtype=torch.int64)})
-    assert plan(merge_config(own)).tensors == 30
-
-
 def test_what_mergekit_fails_to_plan_goes_by_its_weight_files(problems, tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
     bare = transformers.BertConfig(**sizes, intermediate_size=48)
@@ -301,15 +247,6 @@ def test_what_mergekit_fails_to_plan_goes_by_its_weight_files(problems, tmp_path
     assert read(tmp_path / "out").keys() == read(paths["base"]).keys()
 
 
-@pytest.mark.parametrize(("of", "role"), [("base", "the base"), ("a", "model")])
-def test_one_model_under_two_names_is_found(of, role, own, problems, tmp_path):
-    other = tmp_path / "link"
-    other.symlink_to(own[of])
-    config = merge_config(own)
-    config["models"].append({"model": str(other)})
-    the_only(problems(config), f" is {role} ", "under another name", str(other), own[of])
-
-
 def test_tokenizers_that_give_an_id_two_meanings_are_found(own, problems, plan):
     save_tokenizer(own["base"], "the", "cat")
     save_tokenizer(own["a"], "the", "cat", "sat")
@@ -320,25 +257,13 @@ def test_tokenizers_that_give_an_id_two_meanings_are_found(own, problems, plan):
     plan({**config, "tokenizer": {"source": "base"}})
 
 
-@pytest.mark.parametrize(
-    ("change", "parts"),
-    [
-        (lambda c: c["slices"][0]["sources"][1].update(layer_range=[0, 2]), ("same number",)),
-        (
-            lambda c: c["slices"][0]["sources"][1].update(parameters={"densitty": 1}),
-            ("densitty", "at slices[0].sources[1] (/"),
-        ),
-        (
-            lambda c: [s.update(layer_range=[3, 0]) for s in c["slices"][0]["sources"]],
-            ("the layer_range [3, 0]", "holds no layer", "such as [0, 3]"),
-        ),
-    ],
-)
-def test_slices_are_checked(change, parts, family, problems):
+def test_a_slice_without_layers_is_found(family, problems):
     config = slices_config(family, [[0, 1]])
-    change(config)
-    for part in parts:
-        assert part in problems(config)[0]
+    for source in config["slices"][0]["sources"]:
+        source["layer_range"] = [3, 0]
+    for sentence in problems(config):
+        assert "the layer_range [3, 0]" in sentence
+        assert "holds no layer; write the first layer, from 0" in sentence
 
 
 def test_a_last_slice_with_more_models_than_the_first_is_found(family, problems, plan, tmp_path):
@@ -392,20 +317,6 @@ def test_all_problems_are_reported_at_once(own, problems):
         assert part in said
 
 
-def test_no_damage_to_a_header_ends_in_a_traceback(own, tmp_path):
-    file = Path(own["b"], SAFETENSORS)
-    whole = file.read_bytes()
-    (length,) = struct.unpack("<Q", whole[:8])
-    yml = write_yaml(tmp_path / "merge.yml", merge_config(own))
-    random = torch.Generator().manual_seed(0)
-    for _ in range(12):
-        damaged = bytearray(whole)
-        for place in torch.randint(0, 8 + length, (3,), generator=random).tolist():
-            damaged[place] = int(torch.randint(0, 256, (1,), generator=random))
-        file.write_bytes(damaged)
-        assert all(problem.endswith(".") for problem in inspect(str(yml)).problems)
-
-
 class TestUsage:
     @pytest.mark.parametrize("words", [[], ["a", "b", "c"], ["a", "--no-such-option"]])
     def test_wrong_usage_exits_with_2(self, words):
@@ -427,8 +338,6 @@ class TestUsage:
         ("error", "said"),
         [
             (KeyError(60), "KeyError: 60"),
-            (TypeError("no sentence"), "TypeError: no sentence"),
-            (MemoryError(), "MemoryError"),
             (ValueError("Not ours, but a whole sentence."), "ValueError: Not ours, but a whole"),
             (RuntimeError("size mismatch\n" * 999), "RuntimeError: size mismatch size mismatch"),
         ],
@@ -453,21 +362,10 @@ class TestUsage:
         )
 
 
-def test_a_top_level_anchor_that_is_used_by_every_model_is_no_bomb(family, tmp_path):
-    shared = {"weight": [0.5] * 100}
-    config = {"x": shared, **merge_config(family)}
-    for model in config["models"]:
-        model["parameters"] = shared
-    file = write_yaml(tmp_path / "merge.yml", config)
-    assert "&id001" in file.read_text()
-    assert read_config(str(file)).parse().models[1].parameters == shared
-    assert not inspect(str(file)).problems
-
-
 @on_posix
 def test_a_pipe_in_place_of_a_weight_file_is_refused(own, tmp_path):
     file = Path(own["a"], "model.safetensors")
     file.unlink()
     os.mkfifo(file)
-    (problem,) = inspect(str(write_yaml(tmp_path / "merge.yml", merge_config(own)))).problems
-    assert f"{file} of model {own['a']} cannot be read (it is a pipe" in problem
+    said = f"{file} of model {own['a']} cannot be read (it is a pipe"
+    the_only(problems_of(merge_config(own), tmp_path), said)

@@ -10,7 +10,7 @@ from zlib import crc32
 import pytest
 import torch
 import transformers
-from conftest import edit, llama_config, merge_config, read, save_family, slices_config, write_yaml
+from conftest import edit, llama_config, merge_config, problems_of, read, save_family, slices_config
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
@@ -25,8 +25,6 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-from mergekit_metagpt.preflight import inspect
 
 # What the configs of transformers call their sizes.
 NAMES: dict[int, str] = {
@@ -105,10 +103,6 @@ def why_not_tiny(kind: str) -> str:
 def tiny_config(kind: str, **changes: Any) -> PretrainedConfig:
     settings = {**tiny_settings(CONFIG_MAPPING[kind]), **SPECIAL.get(kind, {}), **changes}
     return CONFIG_MAPPING[kind](**settings)
-
-
-def problems_of(config: dict[str, Any], directory: Path) -> list[str]:
-    return inspect(str(write_yaml(directory / "merge.yml", config))).problems
 
 
 def merge_or_problems(

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import invoke, merge_config, on_posix, read, write_yaml
+from conftest import invoke, merge_config, on_posix, problems_of, read, write_yaml
 from mergekit.common import ModelPath, ModelReference
 
 import mergekit_metagpt
 from mergekit_metagpt.planning.config import ConfigFile
-from mergekit_metagpt.preflight import inspect
 
 PLAIN = 'it\'s a "quoted", [red] #1: 100% {x}' if os.name == "posix" else "it's a [red] #1 {x}"
 ODD = "C+D @home+ñ日本 ~"
@@ -95,13 +94,11 @@ def test_numbers_of_numpy_and_dtypes_of_torch_may_stand_in_a_dictionary(family):
 
 def test_a_name_that_mergekit_splits_can_be_written(family, tmp_path):
     place = shutil.copytree(Path(family["base"]).parent, tmp_path / "C+D")
-    found = inspect(
-        str(write_yaml(tmp_path / "m.yml", merge_config(family, base_model=f"{place}/base")))
-    )
-    assert "write one that has a + or @ as {model: {path: PATH}}" in found.problems[0]
+    found = problems_of(merge_config(family, base_model=f"{place}/base"), tmp_path)
+    assert "write one that has a + or @ as {model: {path: PATH}}" in found[0]
     config = merge_config(family)
     config["models"][1]["model"] = {"model": {"path": str(place / "b")}}
-    assert not inspect(str(write_yaml(tmp_path / "m.yml", config))).problems
+    assert not problems_of(config, tmp_path)
 
 
 def test_what_mergekit_reads_as_an_adapter_stays_one(family, tmp_path, monkeypatch):
@@ -134,7 +131,7 @@ def test_spellings_of_a_path(name, said, family, tmp_path, monkeypatch):
     b = shutil.copytree(family["b"], tmp_path / "b")
     Path("link").symlink_to(b)
     named = {**family, "b": name.format(b=b, here=tmp_path.name)}
-    found = inspect(str(write_yaml(tmp_path / "m.yml", merge_config(named)))).problems
+    found = problems_of(merge_config(named), tmp_path)
     if said is None:
         assert not found
         assert len(mergekit_metagpt.plan(merge_config(named)).experts) == 2

@@ -1,14 +1,27 @@
-"""Experts whose config.json makes them compute otherwise than the base."""
+"""Experts that compute otherwise than the base, or whose tokens mean something else."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import invoke, merge_config, write_yaml
+from conftest import (
+    invoke,
+    llama_config,
+    merge_config,
+    problems_of,
+    save_family,
+    save_tokenizer,
+    write_yaml,
+)
+from damages import overwrite, remove
+from mergekit.common import ModelReference
 
+from mergekit_metagpt.measure.vocabularies import tokenizers_agree
 from mergekit_metagpt.preflight import Preflight, inspect
+from mergekit_metagpt.wording import BadInputError
 
 ROPE = "rope_parameters"
 
@@ -75,3 +88,79 @@ def test_other_arithmetic_is_a_warning_with_both_values(changes, said, look, tmp
 def test_what_computes_alike_is_no_matter(changes, look):
     found = look(**changes)[1]
     assert (found.problems, found.warnings) == ([], [])
+
+
+WORDS = [f"w{number}" for number in range(64)]
+
+
+@pytest.fixture
+def own(tmp_path) -> dict[str, str]:
+    """A family whose models have one tokenizer."""
+    paths = save_family(tmp_path / "models", llama_config(num_hidden_layers=1))
+    for path in paths.values():
+        save_tokenizer(path, *WORDS)
+    return paths
+
+
+BROKEN: dict[str, tuple[Callable[[str], Any], str]] = {
+    "cut": (overwrite("tokenizer.json", b'{"a'), "(Unterminated string"),
+    "without vocabulary": (remove("tokenizer.json"), "("),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_tokenizer_that_cannot_be_read_is_a_problem(how, own, tmp_path):
+    damage, said = BROKEN[how]
+    name, tokenizer = ("base", None) if how == "cut" else ("b", {"source": "union"})
+    damage(own[name])
+    (problem,) = problems_of(merge_config(own, tokenizer=tokenizer), tmp_path)
+    assert problem.startswith(f"The tokenizer of model {own[name]} cannot be read (")
+    assert said in problem
+    assert "download" in problem
+    pair = [ModelReference.model_validate(own[name]) for name in ("base", "b")]
+    tokenizers_agree.cache_clear()
+    with pytest.raises(BadInputError, match="cannot be read"):
+        tokenizers_agree(*pair, None, False)
+
+
+def test_a_model_without_a_tokenizer_is_skipped_but_for_the_base(own, tmp_path):
+    for name in ("b", "base"):
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            Path(own[name], file).unlink()
+        assert problems_of(merge_config(own), tmp_path) == []
+    (problem,) = problems_of(merge_config(own, tokenizer={"source": "union"}), tmp_path)
+    assert problem.startswith(f"The base {own['base']} has no tokenizer, and ")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"kind": "zero"}, None),
+        ({"kind": "model_token", "model": "{a}", "token": "w3"}, None),
+        (
+            {"kind": "model_token", "model": "{a}", "token_id": 64},
+            "Token ID 64 out of range",
+        ),
+        ("{a}", "Token 'new' not found in model"),
+        ("/not/there", "Token 'new' requires a vocabulary weight from model"),
+    ],
+)
+def test_a_new_token_needs_a_row_to_start_from(source, said, own, tmp_path, merge):
+    if isinstance(source, dict) and "model" in source:
+        source = {**source, "model": own["a"]}
+    source = own["a"] if source == "{a}" else source
+    tokens = {"new": {"source": source}}
+    config = merge_config(own, tokenizer={"source": "union", "tokens": tokens})
+    found = problems_of(config, tmp_path)
+    if said is None:
+        assert found == []
+        assert len(merge(config)["lm_head.weight"]) == 65
+    else:
+        (problem,) = found
+        assert "MergeKit cannot give every token of the merge a row of lm_head.weight" in problem
+        assert said in problem
+        with pytest.raises((AssertionError, ValueError, NotImplementedError)):
+            merge(config)
+    config["tokenizer"]["source"] = "base"
+    (problem,) = problems_of(config, tmp_path)
+    assert said or "'new' has none in /" in problem

@@ -6,11 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import lora, merge_config, save_adapter, write_yaml
-from mergekit.options import MergeOptions
+from conftest import lora, merge_config, problems_of, save_adapter
 
 from mergekit_metagpt.planning.work import Work
-from mergekit_metagpt.preflight import inspect
 
 KEY = "0123456789abcdef"
 
@@ -25,8 +23,7 @@ def problems(family, tmp_path):
     def look(out: Path, *further: str, **options: str) -> list[str]:
         config = merge_config(family)
         config["models"] += [{"model": model} for model in further]
-        file = write_yaml(tmp_path / "metagpt.yml", config)
-        return inspect(str(file), str(out), MergeOptions(**options)).problems
+        return problems_of(config, tmp_path, out, **options)
 
     return look
 

@@ -50,7 +50,6 @@ from mergekit_metagpt.planning.models import find_model_files
 from mergekit_metagpt.planning.outputs import (
     Outputs,
     OutputTensor,
-    output_rows,
     output_shards,
     plan_outputs,
 )
@@ -75,8 +74,7 @@ class Plan:
         if outputs is None:
             models = {it: find_model_files(it, options) for it in config.referenced_models()}
             outputs = plan_outputs(config, options, models, job.config.name)
-        rows = output_rows(outputs, config.tokenizer, job.config.name)
-        shards = output_shards(outputs.tensors, rows, options.out_shard_size)
+        shards = output_shards(outputs.tensors, outputs.rows, options.out_shard_size)
         stem, suffix = _only_file(options)
         if len(shards) == 1:
             return cls(outputs, {f"{stem}.{suffix}": shards[0]})

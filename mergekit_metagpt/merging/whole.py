@@ -21,7 +21,7 @@ from mergekit_metagpt.merging.record import deciding_options, merge_record, open
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Summary
-from mergekit_metagpt.planning.chat_template import with_chosen_template
+from mergekit_metagpt.planning.config import with_chosen_template
 from mergekit_metagpt.planning.directory import Output
 from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.planning.outputs import Outputs

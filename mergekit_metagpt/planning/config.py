@@ -1,25 +1,27 @@
-"""Reads merge configs, and walks through their parts."""
+"""Reads merge configs, walks through their parts, and makes MergeKit's choice of a template."""
 
+import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import (
-    InputModelDefinition,
-    InputSliceDefinition,
     MergeConfiguration,
     OutputModuleDefinition,
     OutputSliceDefinition,
 )
 from pydantic import ValidationError
 
+from mergekit_metagpt.measure.vocabularies import load_tokenizer
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.planning.levels import is_within
 from mergekit_metagpt.planning.yaml_file import read_yaml
-from mergekit_metagpt.wording import BadInputError, reason
+from mergekit_metagpt.wording import BadInputError, nearest, reason
+
+LOG = logging.getLogger(__name__)
 
 # The module of a config, and the number of the slice in it.
 Place = tuple[str, int]
@@ -38,6 +40,9 @@ class ConfigFile:
     name: str
     text: str
     raw: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def anchored(self) -> set[str]:
@@ -72,8 +77,19 @@ def _place(error: Mapping[str, Any], value: Any) -> str:
         if isinstance(known, dict | range) and key in known:
             place += f"[{key}]" if isinstance(key, int) else f".{key}"
             value = value[key]
-    lacks = f".{keys[-1]}" if error["type"] == "missing" else ""
-    return f"{place}{lacks}".lstrip(".")
+    if error["type"] == "missing":
+        close = nearest(keys[-1], value)
+        place += f".{keys[-1]}{f' (it has {close})' if close else ''}"
+    return place.lstrip(".")
+
+
+def is_within(inner: str, outer: str) -> bool:
+    """Return whether a place in a config is another one, or is inside it.
+
+    >>> is_within("slices[1].sources[0]", "slices[1]"), is_within("slices[11]", "slices[1]")
+    (True, False)
+    """
+    return inner == outer or not outer or inner.startswith((f"{outer}.", f"{outer}["))
 
 
 def read_config(file: str) -> ConfigFile:
@@ -126,21 +142,9 @@ class Part:
     base: ModelReference | None
 
     @property
-    def is_slice(self) -> bool:
-        """Whether the list belongs to a slice."""
-        return isinstance(self.holder, OutputSliceDefinition)
-
-    @property
-    def inputs(self) -> list[InputModelDefinition] | list[InputSliceDefinition]:
-        """The entries of the list."""
-        if isinstance(self.holder, OutputSliceDefinition):
-            return self.holder.sources
-        return self.holder.models or []
-
-    @property
-    def models(self) -> tuple[ModelReference, ...]:
-        """The models as they are listed."""
-        return tuple(entry.model for entry in self.inputs)
+    def inputs(self) -> list[Any]:
+        """The entries of the list itself."""
+        return getattr(self.holder, "sources" if self._is_slice else "models")  # type: ignore[no-any-return]
 
     def holds(self, place: Place) -> bool:
         """Return whether the models are merged at a place.
@@ -149,13 +153,12 @@ class Part:
         module therefore matches every module.
         """
         module, number = self.place
-        if not module and not self.is_slice:
-            return True
-        return place[1] == number and module in ("", place[0])
+        everywhere = not (module or self._is_slice)
+        return everywhere or (place[1] == number and module in ("", place[0]))
 
-    def replace_inputs(self, inputs: list[Any]) -> None:
-        """Replace the entries of the list in the config."""
-        setattr(self.holder, "sources" if self.is_slice else "models", inputs)
+    @property
+    def _is_slice(self) -> bool:
+        return isinstance(self.holder, OutputSliceDefinition)
 
 
 def parts(config: MergeConfiguration) -> Iterator[Part]:
@@ -166,8 +169,7 @@ def parts(config: MergeConfiguration) -> Iterator[Part]:
         prefix = f"modules.{module}." if module else ""
         if holder.models:
             yield Part(f"{prefix}models", (module, 0), holder, config.base_model)
-        slices = cast("list[OutputSliceDefinition]", holder.slices or [])
-        for number, piece in enumerate(slices):
+        for number, piece in enumerate(holder.slices or []):
             base = piece.base_model or config.base_model
             yield Part(f"{prefix}slices[{number}]", (module, number), piece, base)
 
@@ -198,3 +200,57 @@ def parameter_sets(config: MergeConfiguration) -> list[dict[str, Any]]:
     for part in parts(config):
         holders += [part.holder, *part.inputs]
     return [holder.parameters for holder in holders if holder.parameters is not None]
+
+
+class Tie(NamedTuple):
+    """The first of several templates that models have equally often, and what to say of it."""
+
+    template: str
+    note: str
+
+
+def most_frequent(config: MergeConfiguration) -> Tie | None:
+    """Return the first of the most frequent templates, if MergeKit would choose one by chance.
+
+    MergeKit asks the models in the order of a set. The order here is that of the config, the base
+    first.
+    """
+    if config.chat_template != "auto":
+        return None
+    base = [config.base_model] if config.base_model else []
+    models = dict.fromkeys([*base, *(it.model for part in parts(config) for it in part.inputs)])
+    found = {model: template for model in models if (template := _template(model))}
+    counts = Counter(found.values())
+    tied = [model for model in found if counts[found[model]] == max(counts.values())]
+    different = len({found[model] for model in tied})
+    # MergeKit would take any other for a name.
+    model = next((it for it in tied if len(found[it]) >= 20 and "{" in found[it]), None)
+    if different < 2 or model is None:
+        return None
+    return Tie(
+        found[model],
+        f"chat_template: auto takes the most frequent template, but {different} are equally "
+        f"frequent; this package takes that of {model}, and mergekit-yaml any of them by "
+        "chance. To choose, set chat_template to one of MergeKit's names, or to a template.",
+    )
+
+
+def with_chosen_template(config: MergeConfiguration) -> MergeConfiguration:
+    """Return a config of which MergeKit chooses no chat template by chance; warn of a choice."""
+    if tie := most_frequent(config):
+        LOG.warning("%s", tie.note)
+        return config.model_copy(update={"chat_template": tie.template})
+    return config
+
+
+def _template(model: ModelReference) -> str | None:
+    """Return a model's chat template as MergeKit finds it."""
+    try:
+        tokenizer = load_tokenizer(model, None, trust_remote_code=False)
+    except BadInputError as error:  # MergeKit goes on, too
+        LOG.info("%s", error)
+        return None
+    template = tokenizer and tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template.strip() if template else None

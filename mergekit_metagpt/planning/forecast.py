@@ -15,7 +15,6 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task
 from mergekit.options import MergeOptions
-from torch import Tensor
 
 from mergekit_metagpt.core.coefficients import kept_of_parts
 from mergekit_metagpt.core.granularities import moved
@@ -32,9 +31,6 @@ from mergekit_metagpt.planning.config import base_and_experts, parameter_sets
 from mergekit_metagpt.planning.planner import Planner, TensorMerge
 from mergekit_metagpt.wording import BadInputError
 from mergekit_metagpt.workers import Mapper, in_this_process
-
-# Returns the survey of some experts.
-SurveyOf = Callable[[tuple[ModelReference, ...]], Survey]
 
 
 @dataclass(frozen=True)
@@ -65,10 +61,6 @@ class Forecast:
         kept = None if self.in_place is None else kept_of_parts(self.in_place)
         return Summary(self.entries.values(), kept)
 
-    @property
-    def _has_directions(self) -> bool:
-        return any(entry.directions for entry in self.entries.values())
-
     @cached_property
     def in_place(self) -> list[tuple[Sequence[Sequence[float]], list[float]]] | None:
         """Inner products and coefficients of each surveyed tensor, if the merge adds those up.
@@ -78,7 +70,8 @@ class Forecast:
         scales = {m.name: m.parameters["lambda"] for m in self.merges if m.stays}
         grams = self.survey.grams or {}
         known = scales.keys() & self.entries.keys()
-        if self._has_directions or not self.method.is_plain or grams.keys() - known:
+        by_directions = any(entry.directions for entry in self.entries.values())
+        if by_directions or not self.method.is_plain or grams.keys() - known:
             return None
         return [
             (gram, [scales[name] * c for c in self.entries[name].row(self.experts)])
@@ -90,13 +83,8 @@ class Forecast:
     ) -> "Forecast":
         """Return the forecast for another k, or priors w_t of some experts; it measures nothing.
 
-        Raises:
-            ValueError: if directions have coefficients, which would change too.
+        Not for coefficients of directions, which would change too.
         """
-        if exponent is None and priors is None:
-            return self
-        if self._has_directions:
-            raise ValueError("Directions have to be measured again.")
         entries = {name: it.changed(exponent, priors or {}) for name, it in self.entries.items()}
         return replace(self, entries=entries)
 
@@ -134,7 +122,9 @@ def forecast(
     if moving := next((merge.name for merge in merges if merge.moves_layers), None):
         raise moved(moving)
     base, _ = base_and_experts(config)
-    experts = tuple(canonical({model for merge in merges for model in merge.models} - {base}))
+    experts = tuple(
+        canonical({model for merge in merges for model in merge.task.model_order} - {base})
+    )
     device = options.device or "cpu"
 
     def survey_of(some: tuple[ModelReference, ...]) -> Survey:
@@ -143,23 +133,23 @@ def forecast(
 
     survey = survey_of(experts)
     entries: dict[str, Entry] = {}
-    others: dict[Task[Any], list[TensorMerge]] = {}
+    to_load: dict[Task[Any], list[TensorMerge]] = {}
     for merge in merges:
-        name = merge.name
         if _is_as_surveyed(merge, survey, base):
-            norms, dtype = survey.squared_norms[name], survey.dtypes[name]
-            surveyed = Surveyed(name, experts, norms, dtype)
-            entries[name] = _entry(merge, surveyed, survey.sizes[name], survey_of)
+            norms, dtype = survey.squared_norms[merge.name], survey.dtypes[merge.name]
+            surveyed = Surveyed(merge.name, experts, norms, dtype)
+            entries[merge.name] = _entry(merge, surveyed, survey.sizes[merge.name], survey_of)
         else:
-            others.setdefault(merge.task.gather_tensors, []).append(merge)
-    executor = Executor(list(others), math_device=torch.device(device))
+            to_load.setdefault(merge.task.gather_tensors, []).append(merge)
+    executor = Executor(list(to_load), math_device=torch.device(device))
     quiet = not (progress and any(merge.by_direction for merge in merges))
     for task, tensors in executor.run(quiet=quiet):
+        ids = tuple(canonical(tensors.keys() - {base}))
         if all(tensor.is_floating_point() for tensor in tensors.values()):  # others are copied
-            for merge in others[task]:
-                size = tensors[base].numel()
-                loaded = _inputs(merge, tensors, base)
-                entries[merge.name] = _entry(merge, loaded, size, survey_of)
+            for merge in to_load[task]:
+                its = tuple(tensors[expert] for expert in ids)
+                loaded = TensorInputs(merge.name, base, tensors[base], ids, its)
+                entries[merge.name] = _entry(merge, loaded, tensors[base].numel(), survey_of)
     in_order = {merge.name: entries[merge.name] for merge in merges if merge.name in entries}
     return Forecast(config, method, base, experts, survey, merges, in_order)
 
@@ -187,7 +177,7 @@ def _is_as_surveyed(merge: TensorMerge, survey: Survey, base: ModelReference) ->
     Coefficients of directions follow from the tensors, so those are always loaded.
     """
     stored = survey.dtypes.get(merge.name)
-    is_whole = set(merge.models) - {base} == set(survey.experts)
+    is_whole = set(merge.task.model_order) - {base} == set(survey.experts)
     if stored is None or not merge.stays or merge.vocabulary_is_aligned or not is_whole:
         return False
     dtypes = {dtype_from_name(load.dtype) or stored for load in merge.loads.values()}
@@ -198,17 +188,15 @@ def _is_as_surveyed(merge: TensorMerge, survey: Survey, base: ModelReference) ->
     )
 
 
-def _inputs(
-    merge: TensorMerge, tensors: dict[ModelReference, Tensor], base: ModelReference
-) -> TensorInputs:
-    experts = canonical(tensors.keys() - {base})
-    loaded = tuple(tensors[expert] for expert in experts)
-    return TensorInputs(merge.name, base, tensors[base], tuple(experts), loaded)
-
-
-def _entry(merge: TensorMerge, vectors: Any, size: int, survey_of: SurveyOf) -> Entry:
+def _entry(
+    merge: TensorMerge,
+    vectors: Any,
+    size: int,
+    survey_of: Callable[[tuple[ModelReference, ...]], Survey],
+) -> Entry:
     """Choose the coefficients of one tensor, loaded or surveyed, as the merge will."""
-    parameters, found = merge.method_parameters(vectors.ids), None
+    priors = {expert: merge.model_parameters[expert]["weight"] for expert in vectors.ids}
+    parameters, found = {**merge.parameters, "weight": priors}, None
     if merge.by_direction:
         found = by_directions(vectors, PROVIDER.models_of([vectors]).shape_of, parameters)
         norms = found.squared_norms

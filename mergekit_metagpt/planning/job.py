@@ -7,7 +7,7 @@ run one at a time, each with loaders of its own, and leave the process as they f
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import RLock
@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy
 import torch
-from mergekit.common import ModelPath, ModelReference
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.measure.identity import digest, identity_of
 from mergekit_metagpt.measure.loaders import forget_models
-from mergekit_metagpt.measure.locations import Directory, locate
+from mergekit_metagpt.measure.locations import Repository, locate
 from mergekit_metagpt.method.summary import Entry
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.planning.config import ConfigFile, base_and_experts, parts
+from mergekit_metagpt.planning.config import ConfigFile, base_and_experts
+from mergekit_metagpt.planning.models import ModelFiles, find_model_files
+from mergekit_metagpt.planning.outputs import Outputs, plan_outputs
 from mergekit_metagpt.wording import BadInputError
 
 _ONE_AT_A_TIME = RLock()
@@ -57,6 +59,18 @@ class Job:
         """The base, and the experts in canonical order, or a BadInputError."""
         return base_and_experts(self.parsed)
 
+    @cached_property
+    def models(self) -> dict[ModelReference, ModelFiles]:
+        """The models that the config names, the base first."""
+        base, options = self.parsed.base_model, with_own_adapters(self.options, self.parsed)
+        named = sorted(self.parsed.referenced_models(), key=lambda it: (it != base, str(it)))
+        return {model: find_model_files(model, options) for model in named}
+
+    @cached_property
+    def outputs(self) -> Outputs:
+        """What will be written, or a BadInputError."""
+        return plan_outputs(self.parsed, self.options, self.models, self.config.name)
+
 
 @contextmanager
 def running(config: ConfigFile, options: MergeOptions, progress: bool = False) -> Iterator[Job]:
@@ -70,12 +84,12 @@ def running(config: ConfigFile, options: MergeOptions, progress: bool = False) -
         job.options = with_own_adapters(options, job.parsed)
         if options.num_threads:
             torch.set_num_threads(options.num_threads)
-        forget_models(_models(job.parsed))
+        forget_models(job.parsed.referenced_models())
         LoaderCache().setup(job.options)
         try:
             yield job
         finally:
-            forget_models(_models(job.parsed))
+            forget_models(job.parsed.referenced_models())
 
 
 @contextmanager
@@ -94,11 +108,6 @@ def alone() -> Iterator[None]:
             vars(loading).update(settings)
 
 
-def _models(config: MergeConfiguration) -> list[ModelReference]:
-    named = {*config.referenced_models(), *(part.base for part in parts(config))}
-    return canonical(model for model in named if model is not None)
-
-
 def with_own_adapters(options: MergeOptions, config: MergeConfiguration) -> MergeOptions:
     """Return options whose LoRA cache belongs to the adapters and bases as they are now.
 
@@ -107,24 +116,17 @@ def with_own_adapters(options: MergeOptions, config: MergeConfiguration) -> Merg
     The returned options therefore use a subdirectory of the cache, named after what the models
     are. Options that use it already stay as they are.
     """
-    adapted = [model for model in _models(config) if model.lora]
+    adapted = [model for model in canonical(config.referenced_models()) if model.lora]
     if not (options.lora_merge_cache and adapted):
         return options
-    paths = [path for model in adapted for path in (model.model, model.lora) if path]
-    identities = [_identity(path, options) for path in paths]
-    key = digest(options.lora_merge_dtype, identities)[:16]
+    identity: list[Any] = []
+    for path in (path for model in adapted for path in (model.model, model.lora) if path):
+        identity.append(str(path))
+        with suppress(BadInputError):  # the preflight says why
+            place = locate(path, options)
+            identity += [place.commit] if isinstance(place, Repository) else identity_of(place.path)
+    key = digest(options.lora_merge_dtype, identity)[:16]
     if os.path.basename(options.lora_merge_cache) == key:
         return options
     cache = os.path.join(options.lora_merge_cache, key)
     return options.model_copy(update={"lora_merge_cache": cache})
-
-
-def _identity(model: ModelPath, options: MergeOptions) -> list[Any]:
-    """Return what a model or an adapter is, before MergeKit has opened it; JSON types."""
-    try:
-        place = locate(model, options)
-    except BadInputError:  # the preflight says why
-        return [str(model)]
-    if isinstance(place, Directory):
-        return [str(model), *identity_of(place.path)]
-    return [str(model), place.commit]

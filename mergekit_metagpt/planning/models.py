@@ -1,6 +1,5 @@
 """The models that a config names: where they are, and whether they are checkpoints."""
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,11 +10,11 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_metagpt.measure.headers import FLOAT_NAMES, read_header
+from mergekit_metagpt.measure.headers import read_header
 from mergekit_metagpt.measure.locations import Directory, Repository, locate
 from mergekit_metagpt.measure.weights import Weights, read_weights
 from mergekit_metagpt.mergekit_private import unique_id, wants_remote_code
-from mergekit_metagpt.wording import BadInputError, instead, reason
+from mergekit_metagpt.wording import BadInputError, reason
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,6 @@ class ModelFiles:
     adapter: str | None = None
     to_apply: str | None = None
     problems: tuple[str, ...] = ()
-
-    @cached_property
-    def identity(self) -> frozenset[tuple[int, int]]:
-        """Device and inode of each weight file, also the adapter's; the same for every spelling."""
-        if self.model.lora and not self.adapter:
-            return frozenset()  # on the hub
-        files = [*self.weights.files, *([self.adapter] if self.adapter else [])]
-        stats = [os.stat(file) for file in files if os.path.isfile(file)]
-        return frozenset((s.st_dev, s.st_ino) for s in stats)
 
     @property
     def architecture(self) -> str:
@@ -117,28 +107,21 @@ def _with_adapter(model: ModelReference, lora: ModelPath, options: MergeOptions)
         adapter = _adapter(model, lora, options)
     except BadInputError as error:
         problems += error.args
-    cache, dtype = options.lora_merge_cache, options.lora_merge_dtype
-    if dtype and dtype.removeprefix("torch.") not in FLOAT_NAMES:
-        problems.append(
-            f"MergeKit cannot apply adapters in --lora-merge-dtype {dtype}; "
-            f"{instead(dtype, FLOAT_NAMES)}."
-        )
-    elif not cache:
+    if options.lora_merge_cache:
+        name = "_".join(unique_id(path) for path in (model.model, lora))  # as MergeKit's
+        to_apply = os.path.join(options.lora_merge_cache, name)
+    else:
         problems.append(
             f"Model {model} has an adapter, and MergeKit needs a directory to apply it in; "
             "pass --lora-merge-cache DIRECTORY."
         )
-    else:
-        # As MergeKit names it.
-        to_apply = os.path.join(cache, "_".join(unique_id(path) for path in (model.model, lora)))
-        if os.path.exists(to_apply):
-            weights = read_weights(Directory(to_apply, str(model)))
-            if weights.problems:
-                problems.append(
-                    f"The LoRA cache {to_apply} of model {model} is incomplete; remove that "
-                    "directory."
-                )
-            to_apply = None
+    if to_apply and os.path.exists(to_apply):
+        weights = read_weights(Directory(to_apply, str(model)))
+        if weights.problems:
+            problems.append(
+                f"The LoRA cache {to_apply} of model {model} is incomplete; remove that directory."
+            )
+        to_apply = None
     return ModelFiles(model, base.config, weights, adapter, to_apply, tuple(problems))
 
 
@@ -147,23 +130,15 @@ def _adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> s
     place = locate(lora, options)
     if isinstance(place, Repository):
         return None
-    try:
-        json.loads(place.text("adapter_config.json")).items()
-    except FileNotFoundError:
+    if not place.holds("adapter_config.json"):
         raise BadInputError(
             f"Adapter {lora} of model {model} has no adapter_config.json; correct the path, save "
             "the adapter again, or list it as a model of its own if it is a whole one."
-        ) from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise BadInputError(
-            f"The adapter_config.json of adapter {lora} of model {model} is corrupt "
-            f"({reason(error)}); save the adapter again."
-        ) from None
+        )
     for file in ("adapter_model.safetensors", "adapter_model.bin"):
         if place.holds(file):
-            path = os.path.join(place.path, file)
-            read_header(path, model)
-            return path
+            read_header(place.file(file), model)
+            return place.file(file)
     raise BadInputError(
         f"Adapter {lora} of model {model} has no weights (adapter_model.safetensors); save the "
         "adapter again."

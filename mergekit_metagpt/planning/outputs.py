@@ -11,12 +11,11 @@ from io import StringIO
 import torch
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import MergeConfiguration, OutputModuleDefinition
+from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
-from mergekit.tokenizer.config import TokenizerConfig
 
 from mergekit_metagpt.measure.headers import Header
 from mergekit_metagpt.mergekit_private import convert_checkpoint_tensors, open_loaders
@@ -52,11 +51,6 @@ class OutputTensor:
         return self.merge.name
 
     @property
-    def absent(self) -> tuple[ModelReference, ...]:
-        """The models that have no such tensor."""
-        return tuple(model for model in self.merge.loads if model not in self.stored)
-
-    @property
     def merged_dtype(self) -> torch.dtype:
         """The dtype that the inputs are converted to."""
         loads = self.merge.loads
@@ -65,11 +59,6 @@ class OutputTensor:
             for model, header in self.stored.items()
         ]
         return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
-
-    @property
-    def written_dtype(self) -> torch.dtype:
-        """The dtype in the output."""
-        return dtype_from_name(self.merge.save.dtype) or self.merged_dtype
 
     def written_parameters(self, rows: int | None) -> int:
         """Return how many numbers it holds; ``rows`` is the vocabulary, if that changes."""
@@ -82,7 +71,8 @@ class OutputTensor:
 
     def written_bytes(self, rows: int | None) -> int:
         """Return its size; ``rows`` is the vocabulary, if that changes."""
-        return self.written_parameters(rows) * self.written_dtype.itemsize
+        dtype = dtype_from_name(self.merge.save.dtype) or self.merged_dtype
+        return self.written_parameters(rows) * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -93,23 +83,35 @@ class Outputs:
         tensors: in the order in which they will be written.
         architecture: MergeKit's description of the models' tensors.
         tokenizer: the task that builds the output's tokenizer, if the config asks for one.
-        modules: the modules with their slices; MergeKit brings every config into this form.
+        config: the config, and the path of its file, for messages.
     """
 
     tensors: tuple[OutputTensor, ...]
     architecture: ModelArchitecture
     tokenizer: BuildTokenizer | None
-    modules: Mapping[str, OutputModuleDefinition]
+    config: MergeConfiguration
+    file: str
 
     @cached_property
     def tokenizer_info(self) -> TokenizerInfo | None:
         """The output's tokenizer, built once; None if the config asks for none."""
-        return self.tokenizer.execute() if self.tokenizer else None
+        try:
+            with redirect_stderr(StringIO()):  # a progress bar that no option turns off
+                return self.tokenizer.execute() if self.tokenizer else None
+        except Exception as error:  # tokenizers raise many kinds of errors
+            raise BadInputError(
+                f"MergeKit cannot build the tokenizer that {self.file} asks for ({reason(error)}); "
+                "add the files of that tokenizer to the model, or leave the setting out."
+            ) from error
 
     @property
-    def architecture_is_guessed(self) -> bool:
-        """Whether MergeKit does not know the architecture and has guessed its tensors."""
-        return not self.architecture.architectures
+    def rows(self) -> int | None:
+        """How many rows the vocabulary tensors will have; None if they stay as they are."""
+        if self.tokenizer_info is None:
+            return None
+        rows, asked = len(self.tokenizer_info.tokenizer.get_vocab()), self.config.tokenizer
+        multiple = (asked.pad_to_multiple_of if asked else None) or 1
+        return -(-rows // multiple) * multiple
 
 
 def plan_outputs(
@@ -136,34 +138,35 @@ def plan_outputs(
             planner = Planner(config, options)
             known = list(planner.arch_info.modules)
             if unknown := next((name for name in config.modules or {} if name not in known), None):
-                raise BadInputError(
+                raise PlannerError(
                     f"{file} names the module {unknown}, which these models do not have; "
                     f"{instead(unknown, known)}."
                 )
             merges = planner.in_order_of_writing()
-        except BadInputError:
+        except PlannerError:
             raise
         except Exception as error:  # MergeKit raises whatever its many parts raise
             LOG.info("MergeKit's planner failed", exc_info=True)
             raise PlannerError(_refusal(error, models, file)) from error
-        tensors = tuple(_output_tensor(merge, models) for merge in merges)
-    return Outputs(tensors, planner.arch_info, planner.tokenizer, planner.config.modules or {})
+    tensors = []
+    for merge in merges:
+        found = {model: _found(models[model], load) for model, load in merge.loads.items()}
+        stored = {model: it[0] for model, it in found.items() if it}
+        read = {model: it[1] for model, it in found.items() if it}
+        tensors.append(OutputTensor(merge, stored, read))
+    tokenizer = next((task for task in planner.tasks if isinstance(task, BuildTokenizer)), None)
+    return Outputs(tuple(tensors), planner.arch_info, tokenizer, config, file)
 
 
 def _refusal(error: Exception, models: Mapping[ModelReference, ModelFiles], file: str) -> str:
-    guessed = sorted(files.architecture for files in models.values() if not files.description)
-    if guessed:
-        return (
-            f"MergeKit does not describe {guessed[0]}, and fails to guess how these models are "
-            f"built ({reason(error)}); merge their weight files with mergekit-pytorch."
-        )
-    if not isinstance(error, (ValueError, RuntimeError)):  # which MergeKit raises on purpose
-        kinds = one_of(sorted({files.architecture for files in models.values()}))
-        return (
-            f"MergeKit fails to plan a merge of {kinds} ({reason(error)}); merge the weight files "
-            "with mergekit-pytorch, which needs no plan."
-        )
-    return f"MergeKit cannot plan the merge of {file} ({reason(error)}); correct that."
+    is_described = all(files.description for files in models.values())
+    if is_described and isinstance(error, (ValueError, RuntimeError)):  # raised on purpose
+        return f"MergeKit cannot plan the merge of {file} ({reason(error)}); correct that."
+    kinds = one_of(sorted({files.architecture for files in models.values()}))
+    return (
+        f"MergeKit fails to plan a merge of {kinds} ({reason(error)}); merge the weight files "
+        "with mergekit-pytorch, which needs no plan."
+    )
 
 
 @contextmanager
@@ -181,14 +184,6 @@ def _loaders_of(models: Mapping[ModelReference, ModelFiles]) -> Iterator[None]:
         open_loaders.update(before)
 
 
-def _output_tensor(merge: TensorMerge, models: Mapping[ModelReference, ModelFiles]) -> OutputTensor:
-    stored, read = {}, {}
-    for model, load in merge.loads.items():
-        if found := _found(models[model], load):
-            stored[model], read[model] = found
-    return OutputTensor(merge, stored, read)
-
-
 def _found(files: ModelFiles, load: LoadTensor) -> tuple[Header, tuple[str, ...]] | None:
     """Return the header of what MergeKit will load, and the names that it is stored under.
 
@@ -199,23 +194,21 @@ def _found(files: ModelFiles, load: LoadTensor) -> tuple[Header, tuple[str, ...]
     for name in (*own_names, *(load.tied_names or ())):
         if name in held:
             return held[name], (name,)
-    model_type = getattr(files.config, "model_type", None)
     for name in own_names:
         used: list[str] = []
+
+        def without_data(source: str, header: Header, used: list[str] = used) -> torch.Tensor:
+            used.append(source)
+            return torch.empty(header.shape, dtype=header.torch_dtype, device="meta")
+
         # Only those of the same layer, since MergeKit tries each rule on each tensor.
-        sources = {
-            source: partial(_without_data, source, header, used)
-            for source, header in files.weights.by_layer.get(number_of_layer(name), {}).items()
-        }
+        layer = files.weights.by_layer.get(number_of_layer(name), {}).items()
+        sources = {source: partial(without_data, source, header) for source, header in layer}
+        model_type = getattr(files.config, "model_type", None)
         tensor = convert_checkpoint_tensors(model_type, sources, name)
         if tensor is not None:
             return Header.of(tensor), tuple(used)
     return None
-
-
-def _without_data(name: str, header: Header, used: list[str]) -> torch.Tensor:
-    used.append(name)
-    return torch.empty(header.shape, dtype=header.torch_dtype, device="meta")
 
 
 def output_shards(
@@ -235,24 +228,3 @@ def output_shards(
         shards[-1].append(tensor)
         filled += size
     return shards
-
-
-def output_rows(outputs: Outputs, config: TokenizerConfig | None, file: str) -> int | None:
-    """Return the rows of the output's vocabulary tensors; None if they stay as they are.
-
-    Raises:
-        BadInputError: if MergeKit cannot build the tokenizer that the config asks for.
-    """
-    try:
-        with redirect_stderr(StringIO()):  # a progress bar that no option turns off
-            info = outputs.tokenizer_info
-    except Exception as error:  # tokenizers raise many kinds of errors
-        raise BadInputError(
-            f"MergeKit cannot build the tokenizer that {file} asks for ({reason(error)}); add the "
-            "files of that tokenizer to the model, or leave the setting out."
-        ) from error
-    if info is None:
-        return None
-    rows = len(info.tokenizer.get_vocab())
-    multiple = (config.pad_to_multiple_of if config else None) or 1
-    return -(-rows // multiple) * multiple

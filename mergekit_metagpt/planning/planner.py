@@ -1,6 +1,5 @@
 """MergeKit's own plan of a merge: which tensors it writes, and from which it makes them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +12,6 @@ from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from mergekit.tokenizer import BuildTokenizer
 
 from mergekit_metagpt.core.granularities import GRANULARITIES, Granularity
 from mergekit_metagpt.mergekit_private import model_out_config
@@ -44,11 +42,6 @@ class TensorMerge:
         """θ_0."""
         return self.task.base_model
 
-    @property
-    def models(self) -> tuple[ModelReference, ...]:
-        """The models that are merged, in the order of the config."""
-        return self.task.model_order
-
     @cached_property
     def parameters(self) -> dict[str, Any]:
         """The parameters that all models share, by name."""
@@ -58,11 +51,6 @@ class TensorMerge:
     def model_parameters(self) -> dict[ModelReference, dict[str, Any]]:
         """The parameters of each model, by name."""
         return {model: dict(values.items()) for model, values in self.task.input_parameters.items()}
-
-    def method_parameters(self, experts: Iterable[ModelReference]) -> dict[str, Any]:
-        """The parameters as a merge method gets them, with the priors of some experts."""
-        priors = {expert: self.model_parameters[expert]["weight"] for expert in experts}
-        return {**self.parameters, "weight": priors}
 
     @property
     def granularity(self) -> Granularity | None:
@@ -146,11 +134,6 @@ class Planner(MergePlanner):
         """The tasks of a merge to disk."""
         # With pydantic 2.14 MergeKit's plan_in_memory raises.
         return list(self.plan_to_disk(""))
-
-    @cached_property
-    def tokenizer(self) -> BuildTokenizer | None:
-        """The task that builds the output's tokenizer, if the config asks for one."""
-        return next((task for task in self.tasks if isinstance(task, BuildTokenizer)), None)
 
     def tensor_merges(self) -> list[TensorMerge]:
         """Return what makes each tensor of the output, in the order of the architecture."""

@@ -5,53 +5,50 @@ write a generator of sentences into the file of its subject, and name it here.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt import register
 from mergekit_metagpt.planning.config import ConfigFile, read_config
-from mergekit_metagpt.planning.job import alone, with_own_adapters
-from mergekit_metagpt.planning.models import find_model_files
-from mergekit_metagpt.planning.outputs import Outputs, PlannerError, plan_outputs
-from mergekit_metagpt.preflight import configs, models, output, structure, tensors, unused
-from mergekit_metagpt.preflight.case import Case
+from mergekit_metagpt.planning.job import Job, alone
+from mergekit_metagpt.planning.outputs import Outputs, PlannerError
+from mergekit_metagpt.preflight import configs, models, output, tensors
 from mergekit_metagpt.preflight.costs import Costs, costs
-from mergekit_metagpt.preflight.lost import lost
-from mergekit_metagpt.preflight.vocabularies import bad_vocabularies
 from mergekit_metagpt.wording import BadInputError
 
 __all__ = ["Costs", "Preflight", "ignored", "inspect"]
 
-Check = Callable[[Case], Iterable[str]]
-# The checks of each step, in the order in which their sentences are printed.
-_OF_WHAT_IS_IGNORED: list[Check] = [
+# The checks, in the order in which their sentences are printed. The first that cannot look any
+# further, because of a problem, raises it.
+Checks = list[Callable[[Job], Iterable[str]]]
+_OF_WHAT_IS_IGNORED: Checks = [
     configs.unknown_keys,
     configs.ignored_parameters,
-    unused.hidden_values,
+    configs.hidden_values,
 ]
-_OF_THE_CONFIG: list[Check] = [
+_OF_CONFIG_AND_MODELS: Checks = [
+    *_OF_WHAT_IS_IGNORED,
+    configs.bad_parameters,
     configs.bad_dtypes,
     configs.bad_template,
-    structure.no_experts,
-]
-_OF_THE_MODELS: list[Check] = [
+    configs.no_experts,
     models.unusable,
     models.same_models,
     models.different_heads,
-    output.bad_output,
 ]
-_OF_THE_TENSORS: list[Check] = [
+_OF_TENSORS: Checks = [
+    configs.no_layers,
     tensors.missing,
     tensors.missing_heads,
     tensors.left_out,
     tensors.different_shapes,
     tensors.quantized,
-    lost,
+    tensors.lost,
     tensors.bad_values,
-    unused.idle_filters,
-    bad_vocabularies,
+    configs.idle_filters,
+    models.bad_vocabularies,
 ]
 
 
@@ -78,6 +75,9 @@ def inspect(
 ) -> Preflight:
     """Look for everything that a merge would fail on, without reading a tensor.
 
+    MergeKit's own parser and planner are asked in between, and what they say is passed on: the
+    checks look for what MergeKit ignores, loses or would fail on later.
+
     Args:
         config: a merge config, or the path of its file.
         out: the directory that the merge will be written to; None to leave it unchecked.
@@ -88,55 +88,32 @@ def inspect(
     """
     register()
     problems: list[str] = []
-    found = Preflight(problems)
     try:
         written = read_config(config) if isinstance(config, str) else config
         with alone():
-            found = _look(Case(written, options or MergeOptions(), out), problems)
+            job = Job(written, options or MergeOptions())
+            problems += _found(job, _OF_CONFIG_AND_MODELS)
+            problems += output.bad_output(job, out) if out else ()
+            problems += _found(job, _OF_TENSORS)
+            if not problems:
+                total = costs(job)
+                problems += output.no_room(job, out, total)
+            if not problems:
+                final = all(it.weights.directory and not it.to_apply for it in job.models.values())
+                warnings = list(models.different_settings(job))
+                return Preflight([], total, job.outputs if final else None, warnings)
+    except PlannerError as error:
+        problems = problems or [*error.args]  # which may be why
     except BadInputError as error:
         problems += error.args
-    return replace(found, problems=list(dict.fromkeys(problems)))
+    return Preflight(list(dict.fromkeys(problems)))
 
 
 def ignored(config: ConfigFile) -> list[str]:
     """Return a sentence for each setting of a config that MergeKit ignores."""
     register()
-    return list(_found(Case(config, MergeOptions()), _OF_WHAT_IS_IGNORED))
+    return list(_found(Job(config, MergeOptions()), _OF_WHAT_IS_IGNORED))
 
 
-def _found(case: Case, checks: Iterable[Check]) -> Iterator[str]:
-    return chain.from_iterable(check(case) for check in checks)
-
-
-def _look(case: Case, problems: list[str]) -> Preflight:
-    """Look at the config, then at the models, then at their tensors side by side.
-
-    MergeKit's own parser and planner are asked in between, and what they say is passed on: the
-    checks look for what MergeKit ignores, loses or would fail on later.
-    """
-    problems += _found(case, [*_OF_WHAT_IS_IGNORED, configs.bad_parameters])
-    case.config = case.written.parse()
-    problems += _found(case, _OF_THE_CONFIG)
-    case.options = with_own_adapters(case.options, case.config)
-    named = sorted(case.config.referenced_models(), key=lambda it: (it != case.base, str(it)))
-    case.models = {model: find_model_files(model, case.options) for model in named}
-    problems += _found(case, _OF_THE_MODELS)
-    if bad_layers := list(structure.no_layers(case)):
-        problems += bad_layers
-        return Preflight(problems)
-    try:
-        case.outputs = plan_outputs(case.config, case.options, case.models, case.file)
-    except PlannerError:
-        if problems:  # which may be why
-            return Preflight(problems)
-        raise
-    problems += _found(case, _OF_THE_TENSORS)
-    if problems:
-        return Preflight(problems)
-    total = costs(case)
-    problems += output.no_room(case, total)
-    if problems:
-        return Preflight(problems)
-    are_final = all(f.weights.directory and not f.to_apply for f in case.models.values())
-    warnings = list(models.different_settings(case))
-    return Preflight([], total, case.outputs if are_final else None, warnings)
+def _found(job: Job, checks: Checks) -> Iterator[str]:
+    return chain.from_iterable(check(job) for check in checks)

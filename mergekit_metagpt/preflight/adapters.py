@@ -22,8 +22,6 @@ from mergekit_metagpt.measure.loaders import is_looked_up
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.wording import BadInputError, counted, reason
 
-Shapes = dict[str, tuple[int, ...]]
-
 _WAY = f"apply it to the base that it was trained on, or correct its {CONFIG_NAME}"
 
 
@@ -36,31 +34,31 @@ def bad_adapters(files: ModelFiles, options: MergeOptions) -> list[str]:
     if not (files.config and lora):
         return []
     if files.adapter:
-        directory, headers = os.path.dirname(files.adapter), read_header(files.adapter, files.model)
-        shapes = {name: header.shape for name, header in headers.items()}
+        headers = read_header(files.adapter, files.model)
+        found = os.path.dirname(files.adapter), {name: it.shape for name, it in headers.items()}
     elif is_looked_up(ModelReference(model=lora)):
         try:
-            directory, shapes = _on_hub(lora)
+            found = _on_hub(lora)
         except Exception:  # of the hub's client, or of its connection
             return []
     else:
         return []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PEFT; what they mean is told here
-        try:
-            return list(_differences(files, directory, shapes, options))
-        except BadInputError as error:
-            return list(error.args)
-        except Exception as error:  # PEFT and transformers raise many types
-            if any(of_meta in str(error) for of_meta in (" meta tensor", "register_meta")):
-                return []  # PEFT needs data to go on, and there is no verdict
-            return [
-                f"PEFT cannot apply adapter {lora} to base {files.model.model} ({reason(error)}); "
-                f"{_WAY}."
-            ]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PEFT; what they mean is told here
+            return list(_differences(files, *found, options))
+    except BadInputError as error:
+        return list(error.args)
+    except Exception as error:  # PEFT and transformers raise many types
+        if any(of_meta in str(error) for of_meta in (" meta tensor", "register_meta")):
+            return []  # PEFT needs data to go on, and there is no verdict
+        return [
+            f"PEFT cannot apply adapter {lora} to base {files.model.model} ({reason(error)}); "
+            f"{_WAY}."
+        ]
 
 
-def _on_hub(lora: ModelPath) -> tuple[str, Shapes]:
+def _on_hub(lora: ModelPath) -> tuple[str, dict[str, tuple[int, ...]]]:
     """Return a directory with the config of an adapter, and the shapes of its tensors."""
     directory = huggingface_hub.snapshot_download(
         lora.path, revision=lora.revision, allow_patterns=CONFIG_NAME
@@ -72,7 +70,7 @@ def _on_hub(lora: ModelPath) -> tuple[str, Shapes]:
 
 
 def _differences(
-    files: ModelFiles, directory: str, shapes: Shapes, options: MergeOptions
+    files: ModelFiles, directory: str, shapes: dict[str, tuple[int, ...]], options: MergeOptions
 ) -> Iterator[str]:
     """Yield what PEFT would leave out, or not find, in an adapter's file; else raise its error."""
     config: Any = copy.deepcopy(files.config)  # PEFT changes it

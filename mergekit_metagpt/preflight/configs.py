@@ -1,147 +1,208 @@
-"""Keys and values of a merge config; needs no model."""
+"""Keys and values of a merge config; needs no model, but for what reaches no tensor."""
 
 import importlib.resources
-import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit.common import ModelReference
-from mergekit.merge_methods.base import ParameterScope, ParameterSpec
-from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
-from pydantic import ValidationError
+from mergekit import merge_methods
+from mergekit.config import InputModelDefinition, InputSliceDefinition, MergeConfiguration
+from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope, ParameterSpec
+from pydantic import BaseModel, ValidationError
 
 from mergekit_metagpt.measure.headers import FLOAT_NAMES
 from mergekit_metagpt.mergekit_private import chat_templates, compile_template
-from mergekit_metagpt.method.parameters import with_priors
-from mergekit_metagpt.planning.levels import Level, levels, settings
-from mergekit_metagpt.preflight.case import Case
-from mergekit_metagpt.wording import instead, nearest, reason
-
-# Keys that MergeKit reads but never uses.
-_UNUSED = {"residual_weight"}
+from mergekit_metagpt.planning.config import is_within, parts
+from mergekit_metagpt.planning.job import Job
+from mergekit_metagpt.wording import BadInputError, instead, nearest, reason
 
 
-def unknown_keys(case: Case) -> Iterator[str]:
+@dataclass(frozen=True)
+class Level:
+    """A mapping in a config, and the class that MergeKit reads it into."""
+
+    path: str
+    values: dict[Any, Any]
+    schema: type[BaseModel]
+    model: Any = None  # that it is about
+
+    @property
+    def at(self) -> str:
+        """The place in words."""
+        model = f" ({self.model})" if self.model else ""
+        return f" at {self.path}{model}" if self.path else ""
+
+
+def _levels(job: Job) -> Iterator[Level]:
+    yield Level("", job.config.raw, MergeConfiguration)  # also if the rest cannot be read
+    yield from _within(job.config.raw, job.parsed, "")
+
+
+def _within(raw: Any, read: Any, path: str) -> Iterator[Level]:
+    """Walk through what is written and what MergeKit has read, side by side."""
+    inner: list[tuple[str, Any, Any]] = []
+    if isinstance(raw, list) and isinstance(read, list):
+        inner = [(f"[{number}]", *pair) for number, pair in enumerate(zip(raw, read, strict=True))]
+    elif isinstance(raw, dict) and isinstance(read, BaseModel | dict):
+        inner = [(f".{key}", raw.get(key), member) for key, member in dict(read).items()]
+    for end, value, member in inner:
+        place = f"{path}{end}".lstrip(".")
+        if isinstance(value, dict) and isinstance(member, BaseModel):
+            yield Level(place, value, type(member), getattr(member, "model", None))
+        yield from _within(value, member, place)
+
+
+def _settings(job: Job) -> Iterator[tuple[Level, str, Any]]:
+    """Yield every parameter that a config sets, and where."""
+    for level in _levels(job):
+        for name, setting in (level.values.get("parameters") or {}).items():
+            yield level, name, setting
+
+
+def unknown_keys(job: Job) -> Iterator[str]:
     """Find keys that MergeKit does not know."""
-    parameters = {p.name for p in case.method.spec.parameters} if case.method else set()
-    for level in levels(case.raw):
-        known = set(level.schema.model_fields) - _UNUSED
-        ignored = set() if level.path else {"name"}  # which mergekit-multi reads
+    for level in _levels(job):
+        known = level.schema.model_fields.keys()
         for key in level.values:
-            if key in known | ignored:
-                continue
-            if level.schema is ModelReference and key == "path":
-                continue  # the config's parser says what is lacking
-            close = nearest(key, known - set(level.values))
-            if not (close or level.path) and key in case.written.anchored:
+            close = nearest(key, known - level.values.keys())
+            # At the top, mergekit-multi reads names, and anchors may have a place of their own.
+            is_meant = key == "name" or (not close and key in job.config.anchored)
+            if key in known or (is_meant and not level.path):
                 continue
             way = f"write {close} instead" if close else "remove it"
-            if key in parameters and "parameters" in known:
+            if key in _specs(job) and "parameters" in known:
                 way = "move it under parameters there"
             yield (
-                f"{case.file} has the unknown key {key}{level.at}, which MergeKit ignores; {way}."
+                f"{job.config} has the unknown key {key}{level.at}, which MergeKit ignores; {way}."
             )
 
 
-def ignored_parameters(case: Case) -> Iterator[str]:
+def _method(job: Job) -> MergeMethod | None:
+    """Return the method that a config names; None if MergeKit does not know it."""
+    methods = {method.spec.name: method for method in merge_methods.registered_methods()}
+    return methods.get(str(job.config.raw.get("merge_method")))
+
+
+def _specs(job: Job) -> dict[str, ParameterSpec]:
+    """Return the method's parameters by name."""
+    method = _method(job)
+    return {spec.name: spec for spec in method.spec.parameters} if method else {}
+
+
+def ignored_parameters(job: Job) -> Iterator[str]:
     """Find parameters that the method does not have, or does not read where they are."""
-    if case.method is None:
-        return
-    method, specs = case.method.spec.name, _specs(case)
-    for level, name, _ in settings(case.raw):
+    method, specs = job.parsed.merge_method, _specs(job)
+    bases = {part.base for part in parts(job.parsed)}
+    for level, name, _ in _settings(job) if _method(job) else ():
         spec = specs.get(name)
-        said = f"{case.file} sets the parameter {name}{level.at}"
+        is_input = level.schema in (InputModelDefinition, InputSliceDefinition)
+        said = f"{job.config} sets the parameter {name}{level.at}"
         if spec is None:
             yield (
                 f"{said}, which {method} does not have and MergeKit ignores; "
                 f"{instead(name, specs)}."
             )
-        elif level.is_input and spec.scope == ParameterScope.SHARED:
+        elif is_input and spec.scope == ParameterScope.SHARED:
             yield (
                 f"{said}, where MergeKit ignores it since all models share it; move it to the "
                 "parameters of the whole merge."
             )
-        elif spec.scope == ParameterScope.NON_BASE and _is_base(level, case.raw):
+        elif is_input and spec.scope == ParameterScope.NON_BASE and bases == {level.model}:
             yield f"{said}, where {method} ignores it since that model is the base; remove it."
 
 
-def _is_base(level: Level, raw: dict[str, Any]) -> bool:
-    """Whether a level is about the base of the whole merge, and no slice has another."""
-    bases = [its.values["base_model"] for its in levels(raw) if "base_model" in its.values]
-    return level.is_input and [level.values.get("model")] == bases
-
-
-def bad_parameters(case: Case) -> Iterator[str]:
+def bad_parameters(job: Job) -> Iterator[str]:
     """Find values of parameters that the method cannot use."""
-    specs = _specs(case)
-    for level, name, setting in settings(case.raw):
-        spec = specs.get(name)
-        if spec is None or (level.is_input and spec.scope == ParameterScope.SHARED):
-            continue
-        for value in _scalars(setting):
-            if complaint := _complaint(spec, value):
-                yield f"{case.file}{level.at}: {complaint}"
-
-
-def _specs(case: Case) -> dict[str, ParameterSpec]:
-    """Return the method's parameters by name; stock methods get the bounds of this package."""
-    if case.method is None:
-        return {}
-    specs = {p.name: p for p in case.method.spec.parameters}
-    if isinstance(case.method, GeneralizedTaskArithmeticMerge):
-        for spec in with_priors(case.method.spec.parameters, is_plain=True):
-            # Stock methods allow a negative weight.
-            if spec.name in specs and spec.name != "weight":
-                specs[spec.name] = spec
-    return specs
+    specs = _specs(job)
+    for level, name, setting in _settings(job):
+        for value in _scalars(setting) if name in specs else ():
+            try:
+                specs[name].validate(value)
+            except ValidationError:
+                kind = specs[name].value_type
+                yield (
+                    f"{job.config}{level.at}: Parameter {name} must be a "
+                    f"{getattr(kind, '__name__', kind)}, not {value!r}; correct it."
+                )
+            except ValueError as error:  # of this package's methods
+                yield f"{job.config}{level.at}: {error}"
 
 
 def _scalars(setting: Any) -> Iterator[Any]:
     """Yield every value of a setting, through MergeKit's gradients and filters."""
-    if isinstance(setting, dict):
-        yield from _scalars(setting.get("value"))
-    elif isinstance(setting, list):
+    if isinstance(setting, list):
         for member in setting:
             yield from _scalars(member)
-    elif isinstance(setting, (bool, int, float, str)):
-        yield setting
+    else:
+        yield from _scalars(setting["value"]) if isinstance(setting, dict) else [setting]
 
 
-def _complaint(spec: ParameterSpec, value: Any) -> str | None:
-    try:
-        parsed = spec.validate(value)
-    except ValidationError:
-        wanted = getattr(spec.value_type, "__name__", str(spec.value_type))
-        return f"Parameter {spec.name} must be a {wanted}, not {value!r}; correct it."
-    except ValueError as error:
-        return str(error)
-    if isinstance(parsed, float) and not math.isfinite(parsed):
-        return f"Parameter {spec.name} must be finite, not {value!r}; correct it."
-    return None
+def hidden_values(job: Job) -> Iterator[str]:
+    """Find values that MergeKit never reaches: it takes the first whose filter fits."""
+    for level, name, setting in _settings(job):
+        entries = _entries(setting)
+        path = f"{level.path}.parameters.{name}".lstrip(".")
+        for number, entry in enumerate(entries):
+            before = (n for n in range(number) if _fits(entries[n], entry.get("filter")))
+            if (first := next(before, None)) is not None:
+                yield (
+                    f"{job.config} has a value at {path}[{number}] that is never used, since "
+                    f"{path}[{first}] before it takes the same tensors; write the narrower one "
+                    "first, or remove one of them."
+                )
 
 
-def bad_dtypes(case: Case) -> Iterator[str]:
+def idle_filters(job: Job) -> Iterator[str]:
+    """Find filters that fit no tensor of the merge."""
+    merges = [tensor.merge for tensor in job.outputs.tensors]
+    for level, name, setting in _settings(job):
+        at = level.path
+        here = [p for p in parts(job.parsed) if is_within(p.path, at) or is_within(at, p.path)]
+        near = [merge for merge in merges if any(part.holds(merge.place) for part in here)]
+        names = sorted({name for merge in near for name in (merge.name, *merge.inputs.values())})
+        for entry in _entries(setting):
+            if names and not any(_fits(entry, name) for name in names):
+                yield (
+                    f"{job.config} has the filter {entry['filter']} in the parameter "
+                    f"{name}{level.at}, which no tensor there has in its name; write a part of a "
+                    f"name as plain text, such as {names[len(names) // 2]}."
+                )
+
+
+def _entries(setting: Any) -> list[dict[str, Any]]:
+    """Return the values of a setting that may have filters."""
+    found = setting if isinstance(setting, list) else [setting]
+    return [entry for entry in found if isinstance(entry, dict)]
+
+
+def _fits(entry: dict[str, Any], tensor: str | None) -> bool:
+    """Whether MergeKit takes a value for a tensor; None stands for all tensors."""
+    wanted = entry.get("filter")
+    return wanted in (None, "", "*") or (tensor is not None and wanted in tensor)
+
+
+def bad_dtypes(job: Job) -> Iterator[str]:
     """Find dtypes that MergeKit would fail on when it has read or merged the first tensor."""
-    for key in ("dtype", "out_dtype"):
-        name = getattr(case.config, key)
+    for what, name in (
+        (f"{job.config} has the dtype", job.parsed.dtype),
+        (f"{job.config} has the out_dtype", job.parsed.out_dtype),
+        ("The command has the --lora-merge-dtype", job.options.lora_merge_dtype),
+    ):
         if name and name.removeprefix("torch.") not in FLOAT_NAMES:
-            yield (
-                f"{case.file} has the {key} {name}, in which MergeKit cannot merge; "
-                f"{instead(name, FLOAT_NAMES)}."
-            )
+            yield f"{what} {name}, in which MergeKit cannot merge; {instead(name, FLOAT_NAMES)}."
 
 
-def bad_template(case: Case) -> Iterator[str]:
+def bad_template(job: Job) -> Iterator[str]:
     """Find a chat template that MergeKit would fail on after it has merged."""
-    template = case.config.chat_template
+    template = job.parsed.chat_template
     files = importlib.resources.files(chat_templates).iterdir()
     built_in = {Path(f.name).stem for f in files if f.name.endswith(".jinja")} | {"auto"}
     if not template or template in built_in:
         return
     if len(template) < 20 or "{" not in template:
         yield (
-            f"{case.file} has the chat_template {template!r}, which is neither a template nor the "
+            f"{job.config} has the chat_template {template!r}, which is neither a template nor the "
             f"name of one of MergeKit's; {instead(template, built_in)}."
         )
         return
@@ -150,6 +211,32 @@ def bad_template(case: Case) -> Iterator[str]:
     except Exception as error:  # of jinja2, which transformers imports when it needs it
         line = getattr(error, "lineno", 1)
         yield (
-            f"{case.file} has a chat_template that is no Jinja template ({reason(error)}, in its "
+            f"{job.config} has a chat_template that is no Jinja template ({reason(error)}, in its "
             f"line {line}); correct it."
         )
+
+
+def no_experts(job: Job) -> Iterator[str]:
+    """Find lists of nothing but the base, which MergeKit would write as it is."""
+    method = _method(job)
+    needs_base = method is not None and method.spec.contract.base == BasePolicy.REQUIRED
+    for part in parts(job.parsed) if needs_base else ():
+        if part.base and all(entry.model == part.base for entry in part.inputs):
+            yield (
+                f"{job.config} merges no expert at {part.path}, which lists nothing but the base "
+                f"{part.base}; add the models that were fine-tuned from it."
+            )
+
+
+def no_layers(job: Job) -> list[str]:
+    """Refuse ranges of layers that are empty: MergeKit would plan a model without these layers."""
+    found = [(part.path, entry) for part in parts(job.parsed) for entry in part.inputs]
+    problems = [
+        f"{job.config} takes the layer_range {list(its)} of model {entry.model} at {path}, which "
+        "holds no layer; write the first layer, from 0, and the one after the last, such as [0, 3]."
+        for path, entry in found
+        if not 0 <= (its := getattr(entry, "layer_range", (0, 1)))[0] < its[1]
+    ]
+    if problems:
+        raise BadInputError(*problems)
+    return []

@@ -11,11 +11,9 @@ from mergekit.common import dtype_from_name
 
 from mergekit_metagpt.core.decision import Rule
 from mergekit_metagpt.core.directions import merge_directions
-from mergekit_metagpt.planning.chat_template import most_frequent
-from mergekit_metagpt.planning.models import ModelFiles
-from mergekit_metagpt.planning.outputs import Outputs, output_shards
-from mergekit_metagpt.preflight.case import Case
-from mergekit_metagpt.preflight.unused import idle_coefficients
+from mergekit_metagpt.planning.config import most_frequent
+from mergekit_metagpt.planning.job import Job
+from mergekit_metagpt.planning.outputs import output_shards
 
 _TRIAL = 4096, 1024  # rows and columns
 
@@ -47,53 +45,45 @@ class Costs:
     notes: tuple[str, ...]
 
 
-def costs(case: Case) -> Costs:
+def costs(job: Job) -> Costs:
     """Add up what a merge will cost."""
-    outputs, models = case.outputs.tensors, case.models.values()
+    outputs, rows, models = job.outputs.tensors, job.outputs.rows, job.models.values()
     chosen = [tensor.merge.granularity for tensor in outputs]
     passes = 2 if any(granularity and granularity.needs_survey for granularity in chosen) else 1
     # A survey measures whole models, even if slices take only a few of their layers.
-    held = sum(h.bytes for files in models for h in files.weights.tensors.values())
-    used = sum(_bytes_used(case.outputs, files) for files in models)
-    return Costs(
-        method=case.config.merge_method,
-        base=str(case.base) if case.base else None,
-        experts=tuple(sorted(str(model) for model in case.models if model != case.base)),
-        tensors=len(outputs),
-        parameters=sum(tensor.written_parameters(case.rows) for tensor in outputs),
-        passes=passes,
-        bytes_read=used + (passes - 1) * held,
-        bytes_written=sum(tensor.written_bytes(case.rows) for tensor in outputs),
-        bytes_applied=sum(_bytes_applied(files, case.options.lora_merge_dtype) for files in models),
-        shards=len(output_shards(outputs, case.rows, case.options.out_shard_size)),
-        arithmetic=_arithmetic(case),
-        notes=tuple(_notes(case)),
-    )
-
-
-def _bytes_used(outputs: Outputs, files: ModelFiles) -> int:
-    names = {name for tensor in outputs.tensors for name in tensor.read.get(files.model, ())}
-    return sum(files.weights.tensors[name].bytes for name in names)
-
-
-def _bytes_applied(files: ModelFiles, lora_merge_dtype: str | None) -> int:
-    """Return what MergeKit writes when it applies an adapter."""
-    dtype = dtype_from_name(lora_merge_dtype)
-    return sum(
+    held = {it.model: it.weights.tensors for it in models}
+    used = {(model, name) for it in outputs for model, names in it.read.items() for name in names}
+    whole = sum(header.bytes for headers in held.values() for header in headers.values())
+    dtype = dtype_from_name(job.options.lora_merge_dtype)
+    applied = sum(
         math.prod(header.shape) * dtype.itemsize if dtype else header.bytes
-        for header in files.weights.tensors.values()
-        if files.to_apply
+        for it in models
+        for header in (held[it.model].values() if it.to_apply else ())
+    )
+    return Costs(
+        method=job.parsed.merge_method,
+        base=str(job.parsed.base_model) if job.parsed.base_model else None,
+        experts=tuple(sorted(str(model) for model in job.models if model != job.parsed.base_model)),
+        tensors=len(outputs),
+        parameters=sum(tensor.written_parameters(rows) for tensor in outputs),
+        passes=passes,
+        bytes_read=sum(held[model][name].bytes for model, name in used) + (passes - 1) * whole,
+        bytes_written=sum(tensor.written_bytes(rows) for tensor in outputs),
+        bytes_applied=applied,
+        shards=len(output_shards(outputs, rows, job.options.out_shard_size)),
+        arithmetic=_arithmetic(job),
+        notes=tuple(_notes(job)),
     )
 
 
-def _arithmetic(case: Case) -> float:
+def _arithmetic(job: Job) -> float:
     """Return the seconds that directions take, from a trial on this machine."""
     numbers: Counter[tuple[int, torch.dtype]] = Counter()
-    for tensor in case.outputs.tensors:
+    for tensor in job.outputs.tensors:
         if tensor.merge.by_direction and len(tensor.stored) > 1:
             kind = (len(tensor.stored) - 1, tensor.merged_dtype)
             numbers[kind] += tensor.written_parameters(None)
-    device = torch.device(case.options.device or "cpu")
+    device = torch.device(job.options.device or "cpu")
     return math.fsum(count * _trial(*kind, device) for kind, count in numbers.items())
 
 
@@ -114,17 +104,16 @@ def _trial(experts: int, dtype: torch.dtype, device: torch.device) -> float:
     return min(seconds) / math.prod(_TRIAL)
 
 
-def _notes(case: Case) -> Iterator[str]:
+def _notes(job: Job) -> Iterator[str]:
     yield (
         "Headers do not show NaN, Inf or experts that equal the base: mergekit-metagpt "
         "coefficients and the merge itself find those."
     )
-    dtypes = sorted({h.dtype for tensor in case.outputs.tensors for h in tensor.stored.values()})
+    dtypes = sorted({h.dtype for tensor in job.outputs.tensors for h in tensor.stored.values()})
     if len(dtypes) > 1:
         yield f"The models are stored as {', '.join(dtypes)}; each tensor is merged in the widest."
-    for model, files in case.models.items():
+    for model, files in job.models.items():
         if files.to_apply:
             yield f"MergeKit first writes {model} with its adapter applied to {files.to_apply}."
-    yield from idle_coefficients(case)
-    if tie := most_frequent(case.config):
+    if tie := most_frequent(job.parsed):
         yield tie.note

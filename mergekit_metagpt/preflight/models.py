@@ -1,19 +1,25 @@
-"""The models side by side: whether they are fine-tunes of one base, and compute alike.
+"""The models side by side: whether they are fine-tunes of one base, compute and speak alike.
 
 The output gets the config.json of the base, so it computes as the base does. Equal shapes do not
 show that an expert was trained to compute otherwise.
 """
 
+import os
 import re
 import textwrap
 from collections.abc import Iterator
+from os.path import isfile
 from typing import Any
 
+import torch
 from mergekit.common import ModelReference
 
+from mergekit_metagpt.measure.vocabularies import Vocabulary, first_difference, load_vocabulary
+from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.preflight.adapters import bad_adapters
-from mergekit_metagpt.preflight.case import Case
+from mergekit_metagpt.preflight.tensors import tokenizer_way
+from mergekit_metagpt.wording import BadInputError, reason
 
 # Parts of the names of settings that change what a model computes, but no shape.
 _COMPUTES = re.compile(
@@ -22,29 +28,33 @@ _COMPUTES = re.compile(
 )
 
 
-def unusable(case: Case) -> Iterator[str]:
+def unusable(job: Job) -> Iterator[str]:
     """Find what is wrong with each model alone."""
-    for files in case.models.values():
+    for files in job.models.values():
         yield from files.problems
-        yield from bad_adapters(files, case.options)
+        yield from bad_adapters(files, job.options)
 
 
-def same_models(case: Case) -> Iterator[str]:
-    """Find models that are listed under two names."""
+def same_models(job: Job) -> Iterator[str]:
+    """Find models that are listed under two names, which their weight files show."""
     seen: dict[frozenset[tuple[int, int]], ModelReference] = {}
-    for model, files in case.models.items():
-        first = seen.setdefault(files.identity, model) if files.identity else model
+    for model, files in job.models.items():
+        if model.lora and not files.adapter:
+            continue  # the adapter is on the hub
+        paths = [path for path in (*files.weights.files, files.adapter or "") if isfile(path)]
+        stats = frozenset((it.st_dev, it.st_ino) for it in map(os.stat, paths))
+        first = seen.setdefault(stats, model) if stats else model
         if first is not model:
-            role = "the base" if first == case.base else "model"
+            role = "the base" if first == job.parsed.base_model else "model"
             yield (
                 f"Model {model} is {role} {first} under another name, with the same weight files; "
                 "leave one of them out, or use one name for both."
             )
 
 
-def different_heads(case: Case) -> Iterator[str]:
+def different_heads(job: Job) -> Iterator[str]:
     """Find models whose attention is split otherwise than that of the base, or of the first."""
-    for files, first in _beside_first(case):
+    for files, first in _beside_first(job):
         expected = _heads(first)
         for key, value in _heads(files).items():
             if value != expected.get(key, value):
@@ -56,17 +66,17 @@ def different_heads(case: Case) -> Iterator[str]:
                 break  # the others mostly follow from it
 
 
-def different_settings(case: Case) -> Iterator[str]:
+def different_settings(job: Job) -> Iterator[str]:
     """Find models that compute otherwise than the base, or the first, with weights of one shape."""
-    for files, first in _beside_first(case):
+    for files, first in _beside_first(job):
         own, others = dict(_settings(_text(files))), dict(_settings(_text(first)))
         differ = [
-            f"{key} ({_short(own, key)}, not {_short(others, key)})"
+            f"{key} ({_short(own.get(key, 'unset'))}, not {_short(others.get(key, 'unset'))})"
             for key in sorted(own.keys() | others.keys())
             if own.get(key) != others.get(key)
         ]
         if differ:
-            whose = f", that of {first.model}" if first.model == case.base else ""
+            whose = f", that of {first.model}" if first.model == job.parsed.base_model else ""
             yield (
                 f"The config.json of model {files.model} differs from that of {first.model} in "
                 f"{', '.join(differ)}, so that the two compute otherwise, but a merge has only one "
@@ -74,9 +84,13 @@ def different_settings(case: Case) -> Iterator[str]:
             )
 
 
-def _beside_first(case: Case) -> Iterator[tuple[ModelFiles, ModelFiles]]:
+def _short(value: Any) -> str:
+    return textwrap.shorten(str(value), 60)
+
+
+def _beside_first(job: Job) -> Iterator[tuple[ModelFiles, ModelFiles]]:
     """Yield each model beside the base, or beside the first, if both are of one architecture."""
-    known = [files for files in case.models.values() if files.config]
+    known = [files for files in job.models.values() if files.config]
     for files in known[1:]:
         if files.architecture == known[0].architecture:
             yield files, known[0]
@@ -109,5 +123,70 @@ def _settings(said: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield name, value
 
 
-def _short(settings: dict[str, Any], key: str) -> str:
-    return textwrap.shorten(str(settings.get(key, "unset")), 60)
+def bad_vocabularies(job: Job) -> Iterator[str]:
+    """Find tokenizers that cannot be merged; and if they can, tokens that cannot."""
+    merged = next((t for t in job.outputs.tensors if t.merge.vocabulary_axis is not None), None)
+    if merged:
+        models = [model for model in job.models if model in merged.merge.task.model_order]
+        bad = list(_bad_tokenizers(job, models, merged.name))
+        yield from bad or _bad_tokens(job)
+
+
+def _bad_tokenizers(job: Job, models: list[ModelReference], tensor: str) -> Iterator[str]:
+    """Find tokenizers that are broken, missing, or give an id different tokens.
+
+    MergeKit takes a tokenizer that it cannot read for the base's. Models that have none are
+    skipped, but for the base if the config asks for a tokenizer.
+    """
+    first: tuple[ModelReference, Vocabulary] | None = None
+    asked = job.outputs.tokenizer
+    for model in models:
+        cache, trust = job.options.transformers_cache, job.options.trust_remote_code
+        try:
+            tokens = load_vocabulary(model, cache, trust)
+        except BadInputError as error:
+            yield from error.args
+            continue
+        if asked and not tokens and model == job.parsed.base_model:
+            yield (
+                f"The base {model} has no tokenizer, and {job.config} asks for one (tokenizer); "
+                "copy the files of its tokenizer into the base, or leave that setting out."
+            )
+        if asked or not tokens:
+            continue
+        first = first or (model, tokens)
+        id_ = first_difference(tokens, first[1])
+        if id_ is not None:
+            yield (
+                f"Token {id_} is {tokens[id_]!r} to the tokenizer of model {model} but "
+                f"{first[1][id_]!r} to that of {first[0]}, so that the rows of {tensor} mean "
+                f"different things; {tokenizer_way(job)}."
+            )
+
+
+def _bad_tokens(job: Job) -> Iterator[str]:
+    """Let MergeKit align rows of zeros: it fails on a token that it has no row for."""
+    info = job.outputs.tokenizer_info
+    tensor = next((t for t in job.outputs.tensors if t.merge.vocabulary_is_aligned), None)
+    if info is None or tensor is None:
+        return
+    align: Any = tensor.merge.task.gather_tensors
+    axis = tensor.merge.vocabulary_axis
+    rows = {
+        model: torch.zeros([n if at == axis else 1 for at, n in enumerate(header.shape)])
+        for model, header in tensor.stored.items()
+    }
+    try:
+        align.execute(tokenizer_info=info, tensors=rows)
+        return
+    except KeyError as error:
+        (id_,) = error.args
+        lacking = next(model for model, rows in info.permutations.items() if id_ not in rows)
+        why = f"{info.tokenizer.convert_ids_to_tokens(id_)!r} has none in {lacking}"
+    except Exception as error:  # MergeKit raises many types
+        why = reason(error)
+    yield (
+        f"MergeKit cannot give every token of the merge a row of {tensor.name} ({why}); "
+        f"correct `tokenizer` in {job.config}, or resize the embeddings of the model to its "
+        "tokenizer (resize_token_embeddings of transformers)."
+    )

@@ -1,42 +1,49 @@
-"""The tensors that are merged with each other, and the parameters that each gets."""
+"""The tensors that are merged with each other, the parameters that each gets, and those left out.
+
+MergeKit merges the tensors that its description of an architecture names. If it has no
+description, it guesses them. All other tensors of a model never reach the output.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.merge_methods.base import OptionalTensorPolicy
 
-from mergekit_metagpt.measure.headers import FLOATS
+from mergekit_metagpt.measure.headers import FLOATS, is_computed
+from mergekit_metagpt.mergekit_private import is_ignored, tied_names
+from mergekit_metagpt.names import layer_of
+from mergekit_metagpt.planning.job import Job
+from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.planning.outputs import OutputTensor
-from mergekit_metagpt.preflight.case import Case
 from mergekit_metagpt.wording import counted
 
-Shape = tuple[int, ...]
 
-TOKENIZER_WAY = (
-    "add `tokenizer: {{source: base}}` to {file} to keep the base's tokens, or "
-    "`tokenizer: {{source: union}}` to keep all"
-)
+def tokenizer_way(job: Job) -> str:
+    """Say what to do about vocabularies that differ."""
+    return (
+        f"add `tokenizer: {{source: base}}` to {job.config} to keep the base's tokens, or "
+        "`tokenizer: {source: union}` to keep all"
+    )
 
 
-def missing(case: Case) -> Iterator[str]:
+def missing(job: Job) -> Iterator[str]:
     """Find tensors that some models lack, although nothing is wrong with their weight files."""
     lacking: dict[ModelReference, list[str]] = {}
-    for tensor in case.outputs.tensors:
-        for model in tensor.absent:
-            if not case.models[model].weights.problems and _fails_without(tensor, model):
-                lacking.setdefault(model, []).append(tensor.merge.loads[model].tensor)
+    for tensor in job.outputs.tensors:
+        for model, load in tensor.merge.loads.items():
+            is_known = model in tensor.stored or job.models[model].weights.problems
+            if not is_known and _fails_without(tensor, model):
+                lacking.setdefault(model, []).append(load.tensor)
     for model, names in lacking.items():
-        if case.outputs.architecture_is_guessed:
+        way = "complete it, correct its layer_range, or merge only fine-tunes of one base"
+        if not job.models[model].description:
             way = (
                 "MergeKit does not describe this architecture and has guessed its tensors; if they "
                 "are there under other names, merge the weight files with mergekit-pytorch"
             )
-        elif model == case.base:
-            way = "complete it, correct its layer_range, or merge only fine-tunes of it"
-        else:
-            way = "complete it, correct its layer_range, or leave the model out"
         yield f"Model {model} lacks {counted(names)}, which this merge needs of it; {way}."
 
 
@@ -57,13 +64,13 @@ def _fails_without(tensor: OutputTensor, model: ModelReference) -> bool:
     return False
 
 
-def missing_heads(case: Case) -> Iterator[str]:
+def missing_heads(job: Job) -> Iterator[str]:
     """Find models without a head, where MergeKit would silently take the embeddings for it.
 
     The embeddings are the head if the model's config ties the two. If it says that the two
     differ, they are not.
     """
-    tensors = case.outputs.tensors
+    tensors = job.outputs.tensors
     read = Counter(
         (model, name) for t in tensors for model, names in t.read.items() for name in names
     )
@@ -72,7 +79,7 @@ def missing_heads(case: Case) -> Iterator[str]:
             load = tensor.merge.loads[model]
             is_shared = name in (load.tied_names or ()) and read[model, name] > 1
             # An encoder and its decoder share embeddings, whatever the config says.
-            if is_shared and "embed" not in load.tensor and case.models[model].is_tied is False:
+            if is_shared and "embed" not in load.tensor and job.models[model].is_tied is False:
                 yield (
                     f"Model {model} lacks tensor {load.tensor}, and MergeKit would take {name} for "
                     "it, but its config.json says that they differ (tie_word_embeddings: false); "
@@ -80,55 +87,54 @@ def missing_heads(case: Case) -> Iterator[str]:
                 )
 
 
-def left_out(case: Case) -> Iterator[str]:
+def left_out(job: Job) -> Iterator[str]:
     """Find models that MergeKit would silently leave out of the tensors after the last layer.
 
     For those tensors it takes the models of the last slice, but only as many as the first has.
     """
-    for tensor in case.outputs.tensors:
-        forgotten = [model for model in tensor.merge.models if model not in tensor.merge.loads]
+    for merge in (tensor.merge for tensor in job.outputs.tensors):
+        forgotten = [model for model in merge.task.model_order if model not in merge.loads]
         if forgotten:
             yield (
-                f"{case.file} lists more models in the last slice than in the first, and MergeKit "
-                f"would leave model {forgotten[0]} out of tensor {tensor.name}; list as many "
-                "models in the first slice."
+                f"{job.config} lists more models in the last slice than in the first, and MergeKit "
+                f"would leave model {forgotten[0]} out of tensor {merge.name}; list as many models "
+                "in the first slice."
             )
             return
 
 
-def different_shapes(case: Case) -> Iterator[str]:
+def different_shapes(job: Job) -> Iterator[str]:
     """Find tensors whose shape differs from that in the base, or else in the first model."""
     found: dict[tuple[ModelReference, bool], list[str]] = {}
-    for tensor in case.outputs.tensors:
-        shapes = {model: header.shape for model, header in tensor.stored.items()}
-        first = next((model for model in (case.base, *shapes) if model in shapes), None)
+    for tensor in job.outputs.tensors:
+        shapes = {model: list(header.shape) for model, header in tensor.stored.items()}
+        first = next((model for model in (job.parsed.base_model, *shapes) if model in shapes), None)
+        axis = tensor.merge.vocabulary_axis
         for model, shape in shapes.items():
-            if first is None or shape == shapes[first]:
+            if first is None or shape == (expected := shapes[first]):
                 continue
-            vocabulary = _differ_in_one_axis(shape, shapes[first], tensor.merge.vocabulary_axis)
-            if vocabulary and tensor.merge.vocabulary_is_aligned:
+            is_vocabulary = axis is not None and _beside(axis, shape) == _beside(axis, expected)
+            if is_vocabulary and tensor.merge.vocabulary_is_aligned:
                 continue
-            found.setdefault((model, vocabulary), []).append(
-                f"{'Vocabulary tensor' if vocabulary else 'Tensor'} "
-                f"{tensor.merge.loads[model].tensor} has shape {list(shape)} in model {model} but "
-                f"{list(shapes[first])} in {first}"
+            found.setdefault((model, is_vocabulary), []).append(
+                f"{'Vocabulary tensor' if is_vocabulary else 'Tensor'} "
+                f"{tensor.merge.loads[model].tensor} has shape {shape} in model {model} but "
+                f"{expected} in {first}"
             )
-    for (_, vocabulary), said in found.items():
+    for (_, is_vocabulary), said in found.items():
         more = f" (and {len(said) - 1} more differ)" if len(said) > 1 else ""
-        way = TOKENIZER_WAY.format(file=case.file) if vocabulary else "merge fine-tunes of one base"
+        way = tokenizer_way(job) if is_vocabulary else "merge fine-tunes of one base"
         yield f"{said[0]}{more}; {way}."
 
 
-def _differ_in_one_axis(shape: Shape, other: Shape, axis: int | None) -> bool:
-    if axis is None or len(shape) != len(other) or axis >= len(shape):
-        return False
-    return (*shape[:axis], *shape[axis + 1 :]) == (*other[:axis], *other[axis + 1 :])
+def _beside(axis: int, shape: list[int]) -> list[int]:
+    return shape[:axis] + shape[axis + 1 :]
 
 
-def quantized(case: Case) -> Iterator[str]:
+def quantized(job: Job) -> Iterator[str]:
     """Find weights that cannot be merged, because they are not floating-point numbers."""
     found: dict[tuple[ModelReference, str], list[str]] = {}
-    for tensor in case.outputs.tensors:
+    for tensor in job.outputs.tensors:
         dtypes = {header.dtype for header in tensor.stored.values()}
         for model, header in tensor.stored.items():
             # Buffers of integers are copied, if they are the same everywhere.
@@ -142,40 +148,83 @@ def quantized(case: Case) -> Iterator[str]:
         )
 
 
-def bad_values(case: Case) -> Iterator[str]:
+def bad_values(job: Job) -> Iterator[str]:
     """Find parameters that are valid alone, but not together or with the slices."""
-    yield from _bad_epsilons(case)
-    tensors = case.outputs.tensors
+    tensors = job.outputs.tensors
     each = [values for tensor in tensors for values in tensor.merge.model_parameters.values()]
     weights = [values["weight"] for values in each if "weight" in values]
     if weights and not any(weights):
         yield (
-            f"{case.file} gives every model the weight 0 for every tensor, so that nothing is "
+            f"{job.config} gives every model the weight 0 for every tensor, so that nothing is "
             "merged; give at least one a weight above 0."
         )
     moved = next((tensor.name for tensor in tensors if tensor.merge.moves_layers), None)
     if moved:
         yield (
-            f"{case.file} sets granularity: layer, but its slices put tensors of another layer "
+            f"{job.config} sets granularity: layer, but its slices put tensors of another layer "
             f"at {moved}; use granularity: tensor or granularity: model."
         )
-
-
-def _bad_epsilons(case: Case) -> Iterator[str]:
-    """DELLA keeps entries with probabilities from density − epsilon to density + epsilon."""
-    told = set()
-    for tensor in case.outputs.tensors:
-        if "della" not in tensor.merge.task.method_name:
-            return
+    # DELLA keeps entries with probabilities from density − epsilon to density + epsilon.
+    for tensor in tensors if "della" in job.parsed.merge_method else ():
         for model, values in tensor.merge.model_parameters.items():
             density, epsilon = values.get("density"), values.get("epsilon")
-            if density is None or epsilon is None or not 0 < density < 1:
-                continue
-            within = density - epsilon > 0 and density + epsilon < 1
-            if not within and (model, density, epsilon) not in told:
-                told.add((model, density, epsilon))
+            limit = min(density, 1 - density) if density else 0
+            if epsilon is not None and 0 < limit <= epsilon:
                 yield (
-                    f"{case.file} gives model {model} density {density} and epsilon {epsilon} for "
+                    f"{job.config} gives model {model} density {density} and epsilon {epsilon} for "
                     f"tensor {tensor.name}, but density ± epsilon has to stay between 0 and 1; "
-                    f"set an epsilon below {min(density, 1 - density):g}."
+                    f"set an epsilon below {limit:g}."
                 )
+                return
+
+
+def lost(job: Job) -> Iterator[str]:
+    """Find weights that the merge would silently drop.
+
+    A weight is not lost if it is read for some tensor of the output, if it is tied to one that
+    is read, or if the config leaves out its model, module or layer on purpose.
+    """
+    base = job.parsed.base_model
+    read = {name for t in job.outputs.tensors for names in t.read.values() for name in names}
+    told: set[str] = set()
+    for model, files in job.models.items():
+        names = sorted(set(_unread(job, files, read)) - told)
+        told |= set(names)
+        own = [name for name in names if base and name not in job.models[base].weights.tensors]
+        if own:
+            yield (
+                f"Model {model} holds {counted(own)}, which the base {base} lacks and the "
+                "merge would drop; merge a checkpoint without it, or choose the base that "
+                "this model was fine-tuned from."
+            )
+        elif names:
+            yield (
+                f"Model {model} holds {counted(names)}, which MergeKit does not know in a "
+                f"{files.architecture} and the merge would drop; merge the weight files with "
+                "mergekit-pytorch, which takes every tensor."
+            )
+
+
+def _unread(job: Job, files: ModelFiles, read: set[str]) -> list[str]:
+    """Return the weights of a model that the merge should read, but does not."""
+    config: Any = files.config
+    loads = [it for tensor in job.outputs.tensors for it in tensor.merge.loads.values()]
+    taken = {load.tensor for load in loads if load.model == files.model}
+    if not (config and taken):
+        return []
+    # What MergeKit describes and does not read, the config leaves out on purpose; and with a
+    # layer that it does not take all that is in it.
+    described = {weight.name for weight in job.outputs.architecture.all_weights(config)}
+    left_out = {layer_of(name) for name in described} - {layer_of(name) for name in taken}
+    unread = [
+        name
+        for name, header in files.weights.tensors.items()
+        if not (name in read or name in described or layer_of(name) in left_out)
+        and not is_computed(name, header)
+        and not is_ignored(files.architecture, name)
+    ]
+    # Names under which a model may hold a tensor that is read under another name.
+    others = {name for load in loads for name in load.tied_names or ()}
+    for pair in tied_names(files.architecture) if files.is_tied else ():
+        others |= set(pair) if read & set(pair) else set()
+    return [name for name in unread if name not in others]

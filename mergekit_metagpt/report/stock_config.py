@@ -9,8 +9,7 @@ from mergekit.merge_methods.base import ParameterScope
 
 from mergekit_metagpt import __version__
 from mergekit_metagpt.names import layer_of
-from mergekit_metagpt.planning.chat_template import most_frequent
-from mergekit_metagpt.planning.config import Part, parameter_sets, parts
+from mergekit_metagpt.planning.config import Part, most_frequent, parameter_sets, parts
 from mergekit_metagpt.planning.forecast import Forecast
 from mergekit_metagpt.planning.yaml_file import plain
 
@@ -63,7 +62,7 @@ def _set_weights(part: Part, forecast: Forecast) -> None:
     if forecast.base in entries:
         entries[forecast.base].parameters = None
     order = [*forecast.experts, forecast.base]  # stock methods add in the order of the list
-    part.replace_inputs(sorted(entries.values(), key=lambda entry: order.index(entry.model)))
+    part.inputs[:] = sorted(entries.values(), key=lambda entry: order.index(entry.model))
 
 
 def _setting(weights: dict[str, float], buffers: list[str]) -> Weight:
