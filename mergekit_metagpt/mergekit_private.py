@@ -16,8 +16,6 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import logging
-
     import click
     from torch import Tensor
 
@@ -25,9 +23,6 @@ REQUIRED = "mergekit>=0.1.5,<0.1.6"
 
 # The logger to which MergeKit's `run_merge` reports errors, with a traceback.
 MERGE_LOGGER = "mergekit.merge"
-
-# The logger on which transformers complains of a name that MergeKit, not the user, has written.
-DTYPE_LOGGER = "transformers.configuration_utils"
 
 
 @dataclass(frozen=True)
@@ -112,11 +107,6 @@ def merge_options(function: Callable[..., Any]) -> "tuple[Callable[..., Any], li
 def wants_remote_code(error: BaseException) -> bool:
     """Return whether transformers refuses a model because it needs ``trust_remote_code``."""
     return "custom code" in str(error) or "trust_remote_code" in str(error)
-
-
-def is_about_dtype(record: "logging.LogRecord") -> bool:
-    """Return whether transformers complains of ``torch_dtype``, the old name of ``dtype``."""
-    return "`torch_dtype` is deprecated" in record.getMessage()
 
 
 def is_ignored(architecture: str, name: str) -> bool:

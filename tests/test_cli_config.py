@@ -1,6 +1,5 @@
 """What the commands make of CONFIG and of MergeKit's options, whichever command it is."""
 
-import logging
 import os
 import threading
 
@@ -13,8 +12,6 @@ from conftest import (
     slices_config,
     write_yaml,
 )
-
-from mergekit_metagpt.mergekit_private import DTYPE_LOGGER
 
 
 @pytest.fixture
@@ -94,12 +91,3 @@ def test_threads_and_verbosity_are_honoured(name, tmp_path, monkeypatch):
 def test_a_size_that_is_none_is_wrong_usage(size, config):
     done = invoke("check", config, "--out-shard-size", size, status=2)
     assert f"'{size}' is not a size; write one such as 5B, 500M or 100K." in done.stderr
-
-
-def test_names_that_mergekit_uses_are_not_complained_of(config):
-    """MergeKit, not the user, says ``torch_dtype`` to transformers."""
-    invoke("check", config)
-    logger = logging.getLogger(DTYPE_LOGGER)
-    for text, shown in (("`torch_dtype` is deprecated!", False), ("Something else.", True)):
-        record = logger.makeRecord(logger.name, logging.WARNING, "", 0, text, (), None)
-        assert bool(logger.filter(record)) == shown

@@ -170,24 +170,13 @@ def test_an_interpreter_without_mergekit_is_refused_before_training(tmp_path, mo
     assert not any(tmp_path.iterdir())
 
 
-def test_help_and_wrong_usage_import_neither_torch_nor_mergekit():
+def test_the_list_of_commands_imports_neither_torch_nor_mergekit():
     script = """
 import sys
 from click.testing import CliRunner
 from mergekit_metagpt.cli import main
-for words in (["--help"], ["--version"], ["demo", "--help"], ["demo", "one", "two"], ["nonsense"]):
-    done = CliRunner().invoke(main, words)
-    print(done.exit_code, done.output.replace("\\n", " "))
+print(*(CliRunner().invoke(main, [word]).exit_code for word in ("--help", "--version", "nonsense")))
 print({"torch", "mergekit", "transformers"} & {*sys.modules})
 """
     done = run(sys.executable, "-c", script)
-    assert done.returncode == 0, done.stderr
-    *lines, imported = done.stdout.splitlines()
-    expected = [
-        (0, "demo"), (0, "mergekit-metagpt, version"), (0, "Example: mergekit-metagpt demo"),
-        (2, "unexpected extra argument"), (2, "No such command"),
-    ]  # fmt: skip
-    for line, (status, said) in zip(lines, expected, strict=True):
-        assert line.startswith(str(status))
-        assert said in line
-    assert imported == "set()"
+    assert done.stdout == "0 0 2\nset()\n", done.stderr

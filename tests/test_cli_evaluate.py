@@ -15,7 +15,7 @@ from lm_eval.utils import make_table
 from paper_stand_ins import save_choice_tasks, save_model
 
 from benchmarks.harness_tasks import Example, write_answers, write_text
-from mergekit_metagpt.evaluation import bench, harness
+from mergekit_metagpt.evaluation import harness
 
 MODELS = ("base", "expert a", "expert b", "merge")
 TASKS = "agieval,one,text"
@@ -135,8 +135,8 @@ class TestTheResults:
         assert scored(evaluate(folder, "--limit", 4, tasks="one")) == MODELS
 
     def test_only_tasks_that_are_missing_are_run(self, folder, monkeypatch):
-        run, load_tasks = [], bench.load_tasks
-        monkeypatch.setattr(bench, "load_tasks", lambda *it: run.append(it[0]) or load_tasks(*it))
+        run, load_tasks = [], harness.load_tasks
+        monkeypatch.setattr(harness, "load_tasks", lambda *it: run.append(it[0]) or load_tasks(*it))
         evaluate(folder, "--limit", 3, tasks="one")
         evaluate(folder, "--limit", 3, tasks="one,text")
         assert run == [["one"]] * 4 + [["text"]] * 4

@@ -5,7 +5,6 @@ A new release of one of them must pass these tests before ``pyproject.toml`` all
 
 import inspect
 import json
-import logging
 
 import click
 import mergekit.merge
@@ -81,15 +80,3 @@ def test_a_model_that_wants_its_own_code_is_told(tmp_path):
         transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
     assert mergekit_private.wants_remote_code(failure.value)
     assert not mergekit_private.wants_remote_code(ValueError("something else"))
-
-
-def test_complaints_of_torch_dtype_are_told_by_logger_and_words(caplog, monkeypatch):
-    caplog.set_level(logging.WARNING, logger="transformers")
-    records: list[logging.LogRecord] = []
-    logger = logging.getLogger(mergekit_private.DTYPE_LOGGER)
-    # In place of what a command of this process has added; it lets no record pass.
-    monkeypatch.setattr(logger, "filters", [records.append])
-    transformers.utils.logging.warning_once.cache_clear()
-    llama_config().torch_dtype = "float32"
-    (record,) = records
-    assert mergekit_private.is_about_dtype(record)
