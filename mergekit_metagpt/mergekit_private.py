@@ -1,4 +1,4 @@
-"""Every use of MergeKit, torch, click and transformers beyond their public API.
+"""Every use of MergeKit, torch and transformers beyond their public API.
 
 No other module uses such a name. Import the names of :data:`PRIVATE` from here::
 
@@ -10,80 +10,54 @@ new release of these libraries must pass these tests before ``pyproject.toml`` a
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import click
     from torch import Tensor
-
-REQUIRED = "mergekit>=0.1.5,<0.1.6"
 
 # The logger to which MergeKit's `run_merge` reports errors, with a traceback.
 MERGE_LOGGER = "mergekit.merge"
-
-
-@dataclass(frozen=True)
-class Private:
-    """A name that is not public API of its library.
-
-    Attributes:
-        place: the module that defines it, a colon, and its name there, which may have dots.
-        parameters: the names of its parameters, with spaces between them, if it is a function.
-    """
-
-    place: str
-    parameters: str = ""
-
-    def find(self) -> Any:
-        """Return the object with this name, or raise an ImportError that says what to install."""
-        try:
-            return resolve_name(self.place)
-        except AttributeError:
-            module, _, path = self.place.partition(":")
-            raise ImportError(
-                f"{module} has no {path}, which mergekit-metagpt needs; run: pip install "
-                f"'{REQUIRED}'"
-            ) from None
-
 
 _MERGE = "mergekit.merge"
 _EXECUTE = "mergekit.merge_methods.base:GroupMergeMethod._execute"
 _CONVERSION = "mergekit.architecture.conversion:convert_checkpoint_tensors"
 
+# By the name to import: its module, a colon, and its name there, which may have dots; and of a
+# function, the names of its parameters.
 PRIVATE = {
     # The steps of run_merge besides the merge itself.
-    "model_out_config": Private(
-        f"{_MERGE}:_model_out_config", "config arch_info trust_remote_code"
+    "model_out_config": (f"{_MERGE}:_model_out_config", "config arch_info trust_remote_code"),
+    "update_config_vocab": (
+        f"{_MERGE}:_update_config_vocab",
+        "config arch_info tokenizer pad_to_multiple_of",
     ),
-    "update_config_vocab": Private(
-        f"{_MERGE}:_update_config_vocab", "config arch_info tokenizer pad_to_multiple_of"
+    "set_chat_template": (
+        f"{_MERGE}:_set_chat_template",
+        "tokenizer merge_config trust_remote_code",
     ),
-    "set_chat_template": Private(
-        f"{_MERGE}:_set_chat_template", "tokenizer merge_config trust_remote_code"
-    ),
-    "copy_tokenizer": Private(f"{_MERGE}:_copy_tokenizer", "merge_config out_path options"),
-    "copy_tagalong_files": Private(
-        f"{_MERGE}:_copy_tagalong_files", "merge_config out_path files options"
+    "copy_tokenizer": (f"{_MERGE}:_copy_tokenizer", "merge_config out_path options"),
+    "copy_tagalong_files": (
+        f"{_MERGE}:_copy_tagalong_files",
+        "merge_config out_path files options",
     ),
     # A merge method overrides this to see all tensors of a call.
-    "execute": Private(_EXECUTE, "self groups parameters options input_dtypes out_dtype"),
+    "execute": (_EXECUTE, "self groups parameters options input_dtypes out_dtype"),
     # Names the directory in the LoRA cache that holds a model with its adapter applied.
-    "unique_id": Private("mergekit.common:ModelPath._unique_id", "self"),
+    "unique_id": ("mergekit.common:ModelPath._unique_id", "self"),
     # The loaders of all threads, by model.
-    "open_loaders": Private("mergekit.io.tasks:LoaderCache.loaders"),
+    "open_loaders": ("mergekit.io.tasks:LoaderCache.loaders", ""),
     # The loaders of mergekit-pytorch.
-    "SimpleLoaderCache": Private("mergekit.scripts.merge_raw_pytorch:SimpleLoaderCache"),
-    "convert_checkpoint_tensors": Private(_CONVERSION, "model_type source_tensors target_key"),
-    "compile_template": Private(
-        "transformers.utils.chat_template_utils:_compile_jinja_template", "chat_template"
+    "SimpleLoaderCache": ("mergekit.scripts.merge_raw_pytorch:SimpleLoaderCache", ""),
+    "convert_checkpoint_tensors": (_CONVERSION, "model_type source_tensors target_key"),
+    "compile_template": (
+        "transformers.utils.chat_template_utils:_compile_jinja_template",
+        "chat_template",
     ),
-    "chat_templates": Private("mergekit._data:chat_templates"),
+    "chat_templates": ("mergekit._data:chat_templates", ""),
     # The parameters that mergekit-evolve searches, by method.
-    "METHOD_PARAM_MAPS": Private("mergekit.evo.genome:METHOD_PARAM_MAPS"),
-    "add_merge_options": Private("mergekit.options:add_merge_options", "f"),
+    "METHOD_PARAM_MAPS": ("mergekit.evo.genome:METHOD_PARAM_MAPS", ""),
+    "add_merge_options": ("mergekit.options:add_merge_options", "f"),
 }
 
 
@@ -91,17 +65,7 @@ def __getattr__(name: str) -> Any:
     """Import a name of :data:`PRIVATE` when it is first used (PEP 562)."""
     if name not in PRIVATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return PRIVATE[name].find()
-
-
-def merge_options(function: Callable[..., Any]) -> "tuple[Callable[..., Any], list[click.Option]]":
-    """Add MergeKit's options to a function; return the function and the options.
-
-    Until the function becomes a command, click keeps its options in ``__click_params__``, in
-    reverse order.
-    """
-    decorated: Any = PRIVATE["add_merge_options"].find()(function)
-    return decorated, list(reversed(decorated.__click_params__))
+    return resolve_name(PRIVATE[name][0])
 
 
 def wants_remote_code(error: BaseException) -> bool:

@@ -110,17 +110,6 @@ for name in [name for name in sys.modules if name.split(".")[0] == "mergekit"]:
     del sys.modules[name]
 """
 
-COPIES_THE_LOADER = """
-import copy, importlib.util
-import mergekit
-spec = copy.deepcopy(importlib.util.find_spec("mergekit.merge_methods"))
-assert spec.loader.get_source(spec.name).startswith("# Copyright")
-import sys
-for name in [name for name in sys.modules if name.split(".")[0] == "mergekit"]:
-    del sys.modules[name]
-"""
-
-
 # MergeKit's evolution does so, in its workers too. Modules keep their own loaders.
 IMPORTS_GENOMES_FIRST = """
 import inspect, sys
@@ -132,9 +121,7 @@ for name in ("mergekit.merge_methods", "mergekit.merge_methods.registry"):
     inspect.getsource(module)
 """
 
-BEFORE = [
-    ASKS_THE_OTHERS, ASKS_THE_PATHS, RELOADS, IMPORTS_ANEW, COPIES_THE_LOADER, IMPORTS_GENOMES_FIRST
-]  # fmt: skip
+BEFORE = [ASKS_THE_OTHERS, ASKS_THE_PATHS, RELOADS, IMPORTS_ANEW, IMPORTS_GENOMES_FIRST]
 
 
 @pytest.mark.parametrize("before", BEFORE)

@@ -18,7 +18,7 @@ from mergekit.options import MergeOptions
 from rich.console import Console
 
 from mergekit_metagpt.api.functions import forecasts
-from mergekit_metagpt.mergekit_private import MERGE_LOGGER, merge_options
+from mergekit_metagpt.mergekit_private import MERGE_LOGGER, add_merge_options
 from mergekit_metagpt.planning.config import ConfigFile, read_config
 from mergekit_metagpt.planning.forecast import Forecast
 from mergekit_metagpt.planning.job import Job, running
@@ -65,7 +65,9 @@ class MergeCommand(click.Command):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._collect, self._merge_options = merge_options(dict)
+        mergekits = click.command()(add_merge_options(dict))
+        self._collect: Any = mergekits.callback
+        self._merge_options = mergekits.params
         for option in self._merge_options:
             if option.name == "out_shard_size":
                 option.type = click.types.convert_type(size)
