@@ -50,20 +50,13 @@ def survey(
     *,
     options: MergeOptions | None = None,
 ) -> Survey:
-    """Measure the task vectors of experts.
-
-    A small cache keeps the figures, so merges and plans of the same models, of this process or a
-    later one, do not measure them again. Models on the hub are read tensor by tensor, and not
-    stored.
+    """Measure the task vectors of experts, and keep the figures in a small cache.
 
     Args:
         base: θ_0; a path or hub name as MergeKit writes it: ``model``, ``model@revision`` or
             ``model+lora``.
-        experts: θ_t, T models, each given like the base.
+        experts: θ_t, T models, each given like the base; the survey has their order.
         options: MergeKit's options, such as the device. ``quiet`` hides the progress bar.
-
-    Returns:
-        The survey, with the experts in the given order.
 
     Raises:
         ValueError: if models are missing or cannot be compared, or if a tensor holds NaN or Inf.
@@ -76,10 +69,7 @@ def survey(
 
 
 def plan(
-    config: Config,
-    *,
-    granularity: str | None = None,
-    options: MergeOptions | None = None,
+    config: Config, *, granularity: str | None = None, options: MergeOptions | None = None
 ) -> Plan:
     """Return the coefficients that a merge will use; nothing is merged.
 
@@ -97,12 +87,7 @@ def plan(
     return Plan(foreseen)
 
 
-def merge(
-    config: Config,
-    out: str | Path,
-    *,
-    options: MergeOptions | None = None,
-) -> Merged:
+def merge(config: Config, out: str | Path, *, options: MergeOptions | None = None) -> Merged:
     """Check a merge, then merge into a new directory, which appears whole or not at all.
 
     If a call stops, what is complete stays beside ``out``, and the same call goes on from it.
@@ -153,17 +138,8 @@ def forecasts(
     try:
         own_method(job.parsed)  # before the hub is asked for anything
         mapper = _ready_to_measure(job, ray)
-        return [
-            forecast(
-                job.parsed,
-                job.options,
-                granularity=granularity,
-                numbers_only=numbers_only,
-                progress=job.progress,
-                mapper=mapper,
-            )
-            for granularity in granularities
-        ]
+        settings: Any = {"numbers_only": numbers_only, "progress": job.progress, "mapper": mapper}
+        return [forecast(job.parsed, job.options, granularity=g, **settings) for g in granularities]
     except BadInputError:
         raise
     except Exception as error:
@@ -234,9 +210,8 @@ def _ready_to_measure(job: Job, ray: str | None) -> Mapper:
     """
     models = job.parsed.referenced_models()
     adapted = [find_model_files(model, job.options) for model in models if model.lora]
-    if problems := [
-        p for each in adapted for p in (*each.problems, *bad_adapters(each, job.options))
-    ]:
+    problems = [p for it in adapted for p in (*it.problems, *bad_adapters(it, job.options))]
+    if problems:
         raise BadInputError(*problems)
     try:
         on_hub = find_on_hub(models, job.options)

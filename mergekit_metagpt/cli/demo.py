@@ -9,13 +9,14 @@ from statistics import fmean
 import click
 import huggingface_hub
 import torch
+from mergekit.options import MergeOptions
 from rich.console import Console
 from tqdm import tqdm
 
+from mergekit_metagpt.api.functions import survey
 from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.demo import merges, models
-from mergekit_metagpt.measure.checkpoints import survey_checkpoints
-from mergekit_metagpt.report.tables import survey_tables, table
+from mergekit_metagpt.report.tables import table
 
 _LEGEND = """\
 metagpt-*: merge_method metagpt, by granularity
@@ -84,9 +85,9 @@ def run_demo(directory: Path, scale: models.Scale, console: Console) -> None:
     show(f"Right answers to {scale.held_out} held-out prompts per task, in %", style="bold")
     show(table(columns), _LEGEND)
     experts = [str(directory / task) for task in sorted(tasks)]
-    survey = survey_checkpoints(str(rows["base"]), experts, progress=False, products=True)
+    found = survey(str(rows["base"]), experts, options=MergeOptions(quiet=True))
     show("Scaling coefficients at granularity model", style="bold")
-    show(survey_tables(survey))
+    show(found.shown()[-1])
     words = [command, str(files[_SHOWN]), str(merged[_SHOWN])]
     console.out(f"\n{_SHOWN} was merged with:\n{shlex.join(words)}", highlight=False)
 

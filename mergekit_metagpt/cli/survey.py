@@ -6,8 +6,8 @@ import click
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.api.functions import comparing, measured
+from mergekit_metagpt.api.results import Survey
 from mergekit_metagpt.cli import _shared
-from mergekit_metagpt.report.tables import survey_as_json, survey_tables
 
 
 @click.command(cls=_shared.MergeCommand)
@@ -33,8 +33,8 @@ def survey(
       mergekit-metagpt survey path/to/base path/to/math path/to/code
     """
     with _shared.job_of(comparing(base, experts), merge_options) as job:
-        figures = measured(job, ray)
+        found = Survey(job.base_and_experts[0], measured(job, ray))
     if as_json:
-        click.echo(json.dumps({"base": base, **survey_as_json(figures)}))
+        click.echo(json.dumps(found.as_json()))
     else:
-        _shared.console().print(survey_tables(figures))
+        _shared.console().print(found.shown()[-1])

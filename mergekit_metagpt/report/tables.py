@@ -13,7 +13,7 @@ from rich.text import Text
 from mergekit_metagpt.core.coefficients import bound, bound_of_parts, scaling_coefficients
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.method.advice import moved_far, share, warnings
-from mergekit_metagpt.method.summary import Entry, Summary
+from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.forecast import Forecast
 
@@ -78,42 +78,20 @@ def forecast_warnings(forecast: Forecast) -> list[str]:
     ]
 
 
-def whole_models(survey: Survey) -> Summary:
-    """Return the coefficients that Theorem 10 gives the models of a survey."""
-    experts, priors = survey.experts, (1.0,) * len(survey.experts)
-    return Summary([Entry("model", "model", experts, survey.model, priors, 2.0, survey.parameters)])
-
-
-def survey_as_json(survey: Survey) -> dict[str, Any]:
-    """Return what ``survey_tables`` shows as JSON types."""
-    return {
-        "experts": list(map(str, survey.experts)),
-        "parameters": survey.parameters,
-        "squared_norms": survey.model,
-        "coefficients": scaling_coefficients(survey.model),
-        "moved": survey.moved,
-        "cosines": survey.cosines,
-        "left_out": list(survey.left_out),
-    }
-
-
 def expert_columns(summary: Summary) -> Columns:
     """Return what is shown of the experts of a merge."""
     experts, by_direction = summary.experts, summary.by_direction
+    write = "{:.1%}".format if by_direction else share
+    main = "kept" if by_direction else "mean λ" if summary.varies else "λ"
     columns: dict[str, Sequence[str]] = {
         "expert": short_names(summary.ids, _LONGEST_NAME),
         "‖τ‖": [f"{expert.norm:.4g}" for expert in experts],
+        main: [write(expert.mean) for expert in experts],
     }
-    if not by_direction:
-        columns["mean λ" if summary.varies else "λ"] = [share(expert.mean) for expert in experts]
-    kept = [f"{expert.kept:.1%}" for expert in experts if expert.kept is not None]
-    if by_direction and kept:
-        columns["kept"] = kept
     if summary.varies:
-        write = "{:.1%}".format if by_direction else share
         columns["least"] = [write(expert.least) for expert in experts]
         columns["largest"] = [write(expert.largest) for expert in experts]
-    if kept:
+    if kept := [f"{expert.kept:.1%}" for expert in experts if expert.kept is not None]:
         columns.setdefault("kept", kept)
     if summary.varies and (layers := summary.kept_by_layer or summary.layers):
         title = "kept by layer" if by_direction else "λ by layer"
@@ -173,11 +151,6 @@ def forecast_tables(forecast: Forecast) -> RenderableType:
         ),
         table(bound_columns),
     )
-
-
-def survey_tables(survey: Survey) -> RenderableType:
-    """Return what a survey with inner products says of whole models."""
-    return Group(table(expert_columns(whole_models(survey))), cosines_table(survey))
 
 
 def cosines_table(survey: Survey) -> RenderableType:
