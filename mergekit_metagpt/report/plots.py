@@ -112,8 +112,9 @@ def titled(choice: str, base: object) -> str:
 def _draw_means(ax: "Axes", names: Sequence[str], summary: Summary) -> None:
     """Draw a bar for each expert, and a line from its least to its largest coefficient."""
     experts, places = summary.experts, range(len(names))
-    below, above = ([e.mean - e.least for e in experts], [e.largest - e.mean for e in experts])
-    ranges: Any = {"xerr": (below, above), "ecolor": "grey"} if summary.varies else {}
+    # A mean may be rounded out of the range.
+    errors = [(max(0, it.mean - it.least), max(0, it.largest - it.mean)) for it in experts]
+    ranges: Any = {"xerr": [*zip(*errors, strict=True)], "ecolor": "grey"} if summary.varies else {}
     means = [expert.mean for expert in experts]
     bars = ax.barh(places, means, color=_colours(len(names)), **ranges)
     ax.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
