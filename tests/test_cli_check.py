@@ -12,7 +12,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
 from conftest import (
     invoke,
     llama_config,
@@ -27,7 +26,6 @@ from conftest import (
 from damages import NORM, cut, edit_index, overwrite, remove, reshard, rewrite
 from mergekit.common import parse_kmb
 from mergekit.options import MergeOptions
-from mergekit.scripts import merge_raw_pytorch
 from safetensors.torch import load_file
 
 from mergekit_metagpt.planning.config import read_config
@@ -270,16 +268,11 @@ def test_an_expert_cannot_be_merged_if_it(what, own, problems):
     the_only(found[:1] if "index" in what else found, own["b"], *parts)
 
 
-def test_what_mergekit_fails_to_plan_goes_by_its_weight_files(problems, tmp_path):
+def test_what_mergekit_fails_to_plan_is_left_to_mergekit_pytorch(problems, tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
     bare = transformers.BertConfig(**sizes, intermediate_size=48)
     paths = save_family(tmp_path / "bert", bare, auto=transformers.AutoModel)
     the_only(problems(merge_config(paths)), "a merge of BertModel (", "with mergekit-pytorch")
-    files = {name: str(Path(path, SAFETENSORS)) for name, path in paths.items()}
-    yml = write_yaml(tmp_path / "files.yml", merge_config(files))
-    done = CliRunner().invoke(merge_raw_pytorch.main, [str(yml), str(tmp_path / "out")])
-    assert done.exit_code == 0, done.exception
-    assert read(tmp_path / "out").keys() == read(paths["base"]).keys()
 
 
 def test_the_base_under_another_name_is_found(own, problems, tmp_path):
