@@ -22,11 +22,6 @@ from mergekit_metagpt.wording import BadInputError
 QUIET = MergeOptions(copy_tokenizer=False, quiet=True)
 
 
-def survey(family: dict[str, str]) -> mergekit_metagpt.Survey:
-    base, *experts = family.values()
-    return mergekit_metagpt.survey(base, experts, options=QUIET)
-
-
 def test_a_survey_gives_theorem_10(family):
     base, *experts = (ModelReference.model_validate(family[name]) for name in ("base", "b", "a"))
     found = mergekit_metagpt.survey(base, experts, options=QUIET)
@@ -46,13 +41,8 @@ def test_a_plan_has_the_figures_of_the_command(form, granularity, family, tmp_pa
     yml = write_yaml(tmp_path / "metagpt.yml", raw)
     config = form(yml if form is str else raw)
     found = mergekit_metagpt.plan(config, granularity=granularity, options=QUIET)
-    words = [
-        "coefficients",
-        yml,
-        "--json",
-        *(["--granularity", granularity] if granularity else []),
-    ]
-    shown = json.loads(invoke(*words).stdout)
+    words = ["--granularity", granularity] if granularity else []
+    shown = json.loads(invoke("coefficients", yml, "--json", *words).stdout)
     assert found.as_json() == shown
     assert found.coefficients == {e["model"]: e["coefficient"] for e in shown["experts"]}
     assert raw == merge_config(family)
@@ -123,7 +113,8 @@ def test_bad_input_is_one_error_with_a_sentence(family, tmp_path):
 
 
 def test_notebooks_show_tables_with_escaped_names_and_plots(family, tmp_path):
-    found = survey(family)
+    base, *experts = family.values()
+    found = mergekit_metagpt.survey(base, experts, options=QUIET)
     planned = mergekit_metagpt.plan(merge_config(family), options=QUIET)
     merged = mergekit_metagpt.merge(merge_config(family), tmp_path / "<b>&", options=QUIET)
     for shown in (found, planned, merged):
