@@ -19,45 +19,28 @@ if TYPE_CHECKING:
 # The logger to which MergeKit's `run_merge` reports errors, with a traceback.
 MERGE_LOGGER = "mergekit.merge"
 
-_MERGE = "mergekit.merge"
-_EXECUTE = "mergekit.merge_methods.base:GroupMergeMethod._execute"
-_CONVERSION = "mergekit.architecture.conversion:convert_checkpoint_tensors"
-
-# By the name to import: its module, a colon, and its name there, which may have dots; and of a
-# function, the names of its parameters.
+# By the name to import: its module, a colon, and its name there, which may have dots.
 PRIVATE = {
     # The steps of run_merge besides the merge itself.
-    "model_out_config": (f"{_MERGE}:_model_out_config", "config arch_info trust_remote_code"),
-    "update_config_vocab": (
-        f"{_MERGE}:_update_config_vocab",
-        "config arch_info tokenizer pad_to_multiple_of",
-    ),
-    "set_chat_template": (
-        f"{_MERGE}:_set_chat_template",
-        "tokenizer merge_config trust_remote_code",
-    ),
-    "copy_tokenizer": (f"{_MERGE}:_copy_tokenizer", "merge_config out_path options"),
-    "copy_tagalong_files": (
-        f"{_MERGE}:_copy_tagalong_files",
-        "merge_config out_path files options",
-    ),
+    "model_out_config": "mergekit.merge:_model_out_config",
+    "update_config_vocab": "mergekit.merge:_update_config_vocab",
+    "set_chat_template": "mergekit.merge:_set_chat_template",
+    "copy_tokenizer": "mergekit.merge:_copy_tokenizer",
+    "copy_tagalong_files": "mergekit.merge:_copy_tagalong_files",
     # A merge method overrides this to see all tensors of a call.
-    "execute": (_EXECUTE, "self groups parameters options input_dtypes out_dtype"),
+    "execute": "mergekit.merge_methods.base:GroupMergeMethod._execute",
     # Names the directory in the LoRA cache that holds a model with its adapter applied.
-    "unique_id": ("mergekit.common:ModelPath._unique_id", "self"),
+    "unique_id": "mergekit.common:ModelPath._unique_id",
     # The loaders of all threads, by model.
-    "open_loaders": ("mergekit.io.tasks:LoaderCache.loaders", ""),
+    "open_loaders": "mergekit.io.tasks:LoaderCache.loaders",
     # The loaders of mergekit-pytorch.
-    "SimpleLoaderCache": ("mergekit.scripts.merge_raw_pytorch:SimpleLoaderCache", ""),
-    "convert_checkpoint_tensors": (_CONVERSION, "model_type source_tensors target_key"),
-    "compile_template": (
-        "transformers.utils.chat_template_utils:_compile_jinja_template",
-        "chat_template",
-    ),
-    "chat_templates": ("mergekit._data:chat_templates", ""),
+    "SimpleLoaderCache": "mergekit.scripts.merge_raw_pytorch:SimpleLoaderCache",
+    "convert_checkpoint_tensors": "mergekit.architecture.conversion:convert_checkpoint_tensors",
+    "compile_template": "transformers.utils.chat_template_utils:_compile_jinja_template",
+    "chat_templates": "mergekit._data:chat_templates",
     # The parameters that mergekit-evolve searches, by method.
-    "METHOD_PARAM_MAPS": ("mergekit.evo.genome:METHOD_PARAM_MAPS", ""),
-    "add_merge_options": ("mergekit.options:add_merge_options", "f"),
+    "METHOD_PARAM_MAPS": "mergekit.evo.genome:METHOD_PARAM_MAPS",
+    "add_merge_options": "mergekit.options:add_merge_options",
 }
 
 
@@ -65,7 +48,7 @@ def __getattr__(name: str) -> Any:
     """Import a name of :data:`PRIVATE` when it is first used (PEP 562)."""
     if name not in PRIVATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return resolve_name(PRIVATE[name][0])
+    return resolve_name(PRIVATE[name])
 
 
 def wants_remote_code(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ for this process.
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,6 @@ from mergekit_metagpt.api.results import Merged, Plan, Survey
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.hub import HubLoader, find_on_hub, is_looked_up, open_on_hub
 from mergekit_metagpt.measure.loaders import set_up_worker
-from mergekit_metagpt.measure.survey import Survey as Figures
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.merging.hub_names import hub_names
 from mergekit_metagpt.merging.whole import merge_whole
@@ -64,8 +64,8 @@ def survey(
     """
     options = options or MergeOptions()
     with running(comparing(base, experts), options, not options.quiet) as job:
-        figures = measured(job).in_order_of(list(map(reference, experts)))
-        return Survey(job.base_and_experts[0], figures)
+        found = measured(job)
+    return replace(found, figures=found.figures.in_order_of(list(map(reference, experts))))
 
 
 def plan(
@@ -106,8 +106,7 @@ def merge(config: Config, out: str | Path, *, options: MergeOptions | None = Non
         raise BadInputError(*looked_at.problems)
     _log(looked_at.warnings)
     with running(file, options, not options.quiet) as job:
-        record = merged(job, Path(out), outputs=looked_at.outputs)
-        return Merged(Path(out), Summary(job.entries), record)
+        return merged(job, Path(out), outputs=looked_at.outputs)
 
 
 def _read(config: Config) -> ConfigFile:
@@ -162,7 +161,7 @@ def written(config: Any, name: str = "the config") -> ConfigFile:
     return ConfigFile(name, yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), raw)
 
 
-def measured(job: Job, ray: str | None = None) -> Figures:
+def measured(job: Job, ray: str | None = None) -> Survey:
     """Return the survey of the base and the experts of a job, with inner products."""
     models = job.parsed.referenced_models()
     require_models([model for model in models if not is_looked_up(model)], job.options)
@@ -170,8 +169,8 @@ def measured(job: Job, ray: str | None = None) -> Figures:
     checkpoints = Checkpoints(base, tuple(experts))
     mapper = _ready_to_measure(job, ray)
     SURVEYS.begin(checkpoints)
-    device = job.options.device or "cpu"
-    return SURVEYS.survey_of(checkpoints, device, job.progress, mapper, products=True)
+    settings = (job.options.device or "cpu", job.progress, mapper)
+    return Survey(base, SURVEYS.survey_of(checkpoints, *settings, products=True))
 
 
 def merged(
@@ -181,13 +180,12 @@ def merged(
     names: Sequence[str] = (),
     outputs: Outputs | None = None,
     ray: str | None = None,
-) -> dict[str, Any]:
-    """Merge a job without problems into a new directory, and return the record.
+) -> Merged:
+    """Merge a job without problems into a new directory.
 
-    ``names`` are PATH=USER/NAME, for paths in the config. ``job.entries`` then says how each
-    tensor was merged.
+    ``names`` are PATH=USER/NAME, for paths in the config.
     """
-    return merge_whole(
+    record = merge_whole(
         job,
         out,
         names=hub_names(job.config.raw, names),
@@ -195,6 +193,7 @@ def merged(
         outputs=outputs,
         mapper=None if ray is None else _ray_mapper(ray, job),
     )
+    return Merged(out, Summary(job.entries), record)
 
 
 def _ray_mapper(ray: str, job: Job, on_hub: Sequence[HubLoader] = ()) -> RayMapper:

@@ -1,5 +1,6 @@
 """What the Python functions return: figures, tables for notebooks, and a plot."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from io import StringIO
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from mergekit_metagpt.core.coefficients import scaling_coefficients
 from mergekit_metagpt.measure import survey as measured
-from mergekit_metagpt.method.advice import share, warnings
+from mergekit_metagpt.method.advice import moved_far, share, warnings
 from mergekit_metagpt.method.summary import Entry, Expert, Summary
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.forecast import Forecast
@@ -131,11 +132,26 @@ class Plan(Shown):
     @property
     def warnings(self) -> list[str]:
         """What to look at before you merge, one sentence each."""
-        return tables.forecast_warnings(self.forecast)
+        it, sentences = self.forecast, warnings(self.forecast.summary)
+        if it.summary.by_direction:
+            sentences += moved_far(it.experts, it.survey.moved)
+        return sentences + [
+            f"{tensor} does not count towards the coefficients, because its vocabularies differ."
+            for tensor in it.survey.left_out
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """Return all figures as JSON types, as ``mergekit-metagpt coefficients --json`` does."""
-        return tables.as_json(self.forecast)
+        it = self.forecast
+        bounds = tables.bounds(it).items()
+        return {
+            "method": it.method.spec.name,
+            "base": str(it.base),
+            **it.summary.as_json(),
+            "moved": it.survey.moved,
+            "cosines": it.survey.cosines,
+            "bound": {key: value if math.isfinite(value) else None for key, value in bounds},
+        }
 
     def plot(self) -> "Figure":
         """Draw the coefficients, those of each layer, and the cosines; needs matplotlib."""
@@ -144,10 +160,28 @@ class Plan(Shown):
 
     def shown(self) -> tuple[str, Summary, RenderableType]:
         """Return what the command ``coefficients`` prints."""
-        summary = self.forecast.summary
+        it, summary = self.forecast, self.forecast.summary
         chosen = f"granularity {summary.granularity}, exponent {summary.exponent}"
-        title = f"{self.forecast.method.spec.name}, {chosen}; base {self.forecast.base}"
-        return title, summary, tables.forecast_tables(self.forecast)
+        names = short_names(it.experts, tables.LONGEST_NAME)
+        moved = [f"{n} {part:.2%}" for n, part in zip(names, it.survey.moved or (), strict=False)]
+        bounds = tables.bounds(it)
+        shown = Group(
+            tables.coefficients_table(summary),
+            *([Text(f"Moved, of the base's length: {', '.join(moved)}\n")] if moved else []),
+            tables.cosines_table(it.survey),
+            Text(
+                "The paper's bound on the average loss difference, relative to MetaGPT's for the "
+                "whole model",
+                "bold",
+            ),
+            tables.table(
+                {
+                    "coefficients": [tables.BOUNDS[key] for key in bounds],
+                    "bound": [f"{value:.3f}" for value in bounds.values()],
+                }
+            ),
+        )
+        return f"{it.method.spec.name}, {chosen}; base {it.base}", summary, shown
 
 
 @dataclass(frozen=True, repr=False)

@@ -54,7 +54,7 @@ def diagnose(
             linearity.architecture_of(model, options.trust_remote_code)
         ids = linearity.token_ids(prompts, base, options)
         click.echo(f"Prompts: {len(ids)}{f' from {prompts}' if prompts else ''}.\n")
-        survey = measured(job)
+        survey = measured(job).figures
         lines = linearity.measure_linearity(base, survey, ids, options)
     names, fits = short_names(survey.experts), [line.r_squared for line in lines]
     columns = {

@@ -9,11 +9,8 @@ from mergekit.options import MergeOptions
 from mergekit_metagpt.api.functions import merged
 from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.cli.check import require_sound
-from mergekit_metagpt.method.advice import warnings
-from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.planning.config import read_config
 from mergekit_metagpt.planning.job import running
-from mergekit_metagpt.report.tables import coefficients_table
 
 
 @click.command(cls=_shared.MergeCommand)
@@ -48,11 +45,10 @@ def merge(
     written = read_config(config)
     sound = require_sound(written, str(out), merge_options)
     with running(written, merge_options, _shared.wants_progress(merge_options)) as job:
-        merged(job, out, names=names_of, outputs=sound.outputs, ray=ray)
-        summary = Summary(job.entries)
-    _shared.warn(warnings(summary))
+        found = merged(job, out, names=names_of, outputs=sound.outputs, ray=ray)
+    _shared.warn(found.warnings)
     if not merge_options.quiet:
-        if summary.entries:
-            _shared.console().print(coefficients_table(summary))
+        if found.summary.entries:
+            _shared.console().print(found.shown()[-1])
         click.echo(f"The merge is in {out}. To publish it:")
         click.echo(shlex.join(["hf", "upload", "USER/NAME", str(out)]))

@@ -6,7 +6,6 @@ import click
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.api.functions import comparing, measured
-from mergekit_metagpt.api.results import Survey
 from mergekit_metagpt.cli import _shared
 
 
@@ -33,7 +32,7 @@ def survey(
       mergekit-metagpt survey path/to/base path/to/math path/to/code
     """
     with _shared.job_of(comparing(base, experts), merge_options) as job:
-        found = Survey(job.base_and_experts[0], measured(job, ray))
+        found = measured(job, ray)
     if as_json:
         click.echo(json.dumps(found.as_json()))
     else:

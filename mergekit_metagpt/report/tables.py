@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -12,7 +11,7 @@ from rich.text import Text
 
 from mergekit_metagpt.core.coefficients import bound, bound_of_parts, scaling_coefficients
 from mergekit_metagpt.measure.survey import Survey
-from mergekit_metagpt.method.advice import moved_far, share, warnings
+from mergekit_metagpt.method.advice import share
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.forecast import Forecast
@@ -20,7 +19,7 @@ from mergekit_metagpt.planning.forecast import Forecast
 Columns = Mapping[str, Sequence[str]]
 
 # The choices of λ whose bounds are compared, by their keys in JSON.
-_BOUNDS = {
+BOUNDS = {
     "merge": "this merge",
     "metagpt": "MetaGPT",
     "uniform": "plain average",
@@ -34,19 +33,7 @@ _LARGE_PART = 0.8  # of all task vectors, on average
 _WORDS = ("weights", "by layer")  # ends of the titles of columns without numbers
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _LONGEST_BAR = 16
-_LONGEST_NAME = 24
-
-
-def as_json(forecast: Forecast) -> dict[str, Any]:
-    """Return what is known of a merge as JSON types, under the keys of its ``metagpt.json``."""
-    return {
-        "method": forecast.method.spec.name,
-        "base": str(forecast.base),
-        **forecast.summary.as_json(),
-        "moved": forecast.survey.moved,
-        "cosines": forecast.survey.cosines,
-        "bound": {k: v if math.isfinite(v) else None for k, v in bounds(forecast).items()},
-    }
+LONGEST_NAME = 24
 
 
 def bounds(forecast: Forecast) -> dict[str, float]:
@@ -67,24 +54,13 @@ def bounds(forecast: Forecast) -> dict[str, float]:
     return {k: v / least if least else (math.inf if v else 1.0) for k, v in values.items()}
 
 
-def forecast_warnings(forecast: Forecast) -> list[str]:
-    """Return the warnings about the coefficients, one sentence each."""
-    sentences = warnings(forecast.summary)
-    if forecast.summary.by_direction:
-        sentences += moved_far(forecast.experts, forecast.survey.moved)
-    return sentences + [
-        f"{tensor} does not count towards the coefficients, because its vocabularies differ."
-        for tensor in forecast.survey.left_out
-    ]
-
-
 def expert_columns(summary: Summary) -> Columns:
     """Return what is shown of the experts of a merge."""
     experts, by_direction = summary.experts, summary.by_direction
     write = "{:.1%}".format if by_direction else share
     main = "kept" if by_direction else "mean λ" if summary.varies else "λ"
     columns: dict[str, Sequence[str]] = {
-        "expert": short_names(summary.ids, _LONGEST_NAME),
+        "expert": short_names(summary.ids, LONGEST_NAME),
         "‖τ‖": [f"{expert.norm:.4g}" for expert in experts],
         main: [write(expert.mean) for expert in experts],
     }
@@ -131,31 +107,9 @@ def table(columns: Columns) -> Table:
     return shown
 
 
-def forecast_tables(forecast: Forecast) -> RenderableType:
-    """Return what ``mergekit-metagpt coefficients`` shows below its title."""
-    summary, survey, limits = forecast.summary, forecast.survey, bounds(forecast)
-    names = short_names(forecast.experts, _LONGEST_NAME)
-    moved = [f"{n} {part:.2%}" for n, part in zip(names, survey.moved or (), strict=False)]
-    bound_columns = {
-        "coefficients": [_BOUNDS[key] for key in limits],
-        "bound": [f"{value:.3f}" for value in limits.values()],
-    }
-    return Group(
-        coefficients_table(summary),
-        *([Text(f"Moved, of the base's length: {', '.join(moved)}\n")] if moved else []),
-        cosines_table(survey),
-        Text(
-            "The paper's bound on the average loss difference, relative to MetaGPT's for the "
-            "whole model",
-            "bold",
-        ),
-        table(bound_columns),
-    )
-
-
 def cosines_table(survey: Survey) -> RenderableType:
     """Return the cosines of a survey with inner products, below their title."""
-    names = enumerate(short_names(survey.experts, _LONGEST_NAME), 1)
+    names = enumerate(short_names(survey.experts, LONGEST_NAME), 1)
     columns = {"": [f"{number}  {name}" for number, name in names]}
     columns |= {str(n): list(map(two_digits, own)) for n, own in enumerate(survey.cosines, 1)}
     return Group(Text(COSINES, "bold"), table(columns))
