@@ -137,16 +137,11 @@ _HOOKS = {
 
 def _warn(reason: str) -> None:
     import warnings
-    from importlib.metadata import version
 
     needed = "mergekit>=0.1.5,<0.1.6"
-    try:
-        found = version("mergekit")
-    except Exception:  # its metadata may be missing or damaged
-        found = "an unknown version"
     warnings.warn(
-        f"mergekit-metagpt needs {needed} and found {found} ({reason}); its merge "
-        f"methods are not available. Run: pip install '{needed}'",
+        f"mergekit-metagpt could not register its merge methods with the installed MergeKit "
+        f"({reason}). Run: pip install '{needed}'",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -140,14 +140,11 @@ def test_directories_that_cannot_be_used_are_refused_and_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_merge_that_fails_shows_the_end_of_what_it_said(tmp_path):
+def test_a_merge_that_fails_shows_what_it_said(tmp_path):
     config = tmp_path / "wrong.yml"
-    config.write_text("raise SystemExit('\\n'.join(f'line {n}' for n in range(100)))")
-    with pytest.raises(
-        RuntimeError, match=r"could not merge .*wrong\.yml \(exit status 1"
-    ) as failure:
+    config.write_text("raise SystemExit('of no such model')")
+    with pytest.raises(RuntimeError, match=r"could not merge .*wrong\.yml:\nof no such model\n"):
         merges.merge_with_mergekit(sys.executable, config, tmp_path / "out")
-    assert str(failure.value).split("\n")[1:] == [f"line {n}" for n in range(80, 100)]
 
 
 def test_an_interpreter_without_mergekit_is_refused_before_training(tmp_path, monkeypatch):
