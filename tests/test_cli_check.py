@@ -25,7 +25,6 @@ from conftest import (
 from damages import NORM, cut, edit_index, overwrite, remove, reshard, rewrite
 from mergekit.common import parse_kmb
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file
 
 from mergekit_metagpt.planning.config import read_config
 from mergekit_metagpt.preflight import Costs, Preflight, inspect
@@ -123,16 +122,6 @@ class TestPlan:
         costs = compared(slices_config(family, [[0, 1]], [[2, 3]]))
         assert costs.bytes_read == 3 * costs.bytes_written < data_bytes(*family.values())
 
-    def test_pickled_checkpoints_merge_by_modules(self, own, compared):
-        size = data_bytes(*own.values())
-        for path in own.values():
-            file = Path(path, "model.safetensors")
-            torch.save(load_file(file), Path(path, "pytorch_model.bin"))
-            file.unlink()
-        config = merge_config(own)
-        config["modules"] = {"default": {"models": config.pop("models")}}
-        assert compared(config).bytes_read == size
-
     @pytest.mark.parametrize("kind", ["llama", "mixtral"])
     def test_tied_and_converted_tensors_count_once(self, kind, compared, tmp_path):
         model = llama_config(tie_word_embeddings=True)
@@ -180,13 +169,11 @@ CONFIGS: list[tuple[Callable[[Config], Any], tuple[str, ...]]] = [
     (changed(base_modle="x"), ("unknown key base_modle", "remove it")),
     (changed(dtype="float8"), ("dtype float8", "write float")),
     (changed(parameters={"densitty": 1}), ("densitty", "write density instead")),
-    (changed(parameters={"granularity": "modle"}), ("granularity must", "'modle'")),
     (with_parameters(density=[0.5, float("nan")]), ("models[0] (/", "density must be", "not nan")),
     (with_parameters(weight=[{"value": "x", "filter": "mlp"}]), ("weight must", "'x'")),
     (stock("task_arithmetic"), ("weight",)),
     (stock("dare_ties", density=-1, weight=1), ("density must be a number from 0 to 1",)),
     (stock("task_arithmetic", weight=float("nan")), ("weight must be finite",)),
-    (changed(merge_method=["metagpt"]), ("merge_method", "valid string")),
 ]
 
 
@@ -245,10 +232,6 @@ MODELS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "has an index that leads out": (
         edit_index(lambda i: i.update({NORM: "../a/model.safetensors"})),
         ("names ../a/model.safetensors", "outside of the model", "download it again"),
-    ),
-    "has an index that leads far out": (
-        edit_index(lambda i: i.update({NORM: "/etc/passwd"})),
-        ("names /etc/passwd", "outside of the model"),
     ),
     "is a broken pickle": (pickle_of(b"PK\x03\x04"), ("pytorch_model.bin", "corrupt")),
     "is a foreign pickle": (
