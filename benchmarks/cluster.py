@@ -27,7 +27,7 @@ from benchmarks.families import make_family, sized
 from benchmarks.machine import described
 from benchmarks.results_file import write_measured
 from benchmarks.timing import weight_bytes
-from mergekit_metagpt.api.calls import merged
+from mergekit_metagpt.api.functions import merged
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.loaders import set_up_worker
 from mergekit_metagpt.planning.config import ConfigFile

@@ -1,4 +1,4 @@
-"""Every use of MergeKit, torch, click and transformers beyond their public API.
+"""Every use of MergeKit, torch and transformers beyond their public API.
 
 No other module uses such a name. Import the names of :data:`PRIVATE` from here::
 
@@ -10,85 +10,37 @@ new release of these libraries must pass these tests before ``pyproject.toml`` a
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import logging
-
-    import click
     from torch import Tensor
-
-REQUIRED = "mergekit>=0.1.5,<0.1.6"
 
 # The logger to which MergeKit's `run_merge` reports errors, with a traceback.
 MERGE_LOGGER = "mergekit.merge"
 
-# The logger on which transformers complains of a name that MergeKit, not the user, has written.
-DTYPE_LOGGER = "transformers.configuration_utils"
-
-
-@dataclass(frozen=True)
-class Private:
-    """A name that is not public API of its library.
-
-    Attributes:
-        place: the module that defines it, a colon, and its name there, which may have dots.
-        parameters: the names of its parameters, with spaces between them, if it is a function.
-    """
-
-    place: str
-    parameters: str = ""
-
-    def find(self) -> Any:
-        """Return the object with this name, or raise an ImportError that says what to install."""
-        try:
-            return resolve_name(self.place)
-        except AttributeError:
-            module, _, path = self.place.partition(":")
-            raise ImportError(
-                f"{module} has no {path}, which mergekit-metagpt needs; run: pip install "
-                f"'{REQUIRED}'"
-            ) from None
-
-
-_MERGE = "mergekit.merge"
-_EXECUTE = "mergekit.merge_methods.base:GroupMergeMethod._execute"
-_CONVERSION = "mergekit.architecture.conversion:convert_checkpoint_tensors"
-
+# By the name to import: its module, a colon, and its name there, which may have dots.
 PRIVATE = {
     # The steps of run_merge besides the merge itself.
-    "model_out_config": Private(
-        f"{_MERGE}:_model_out_config", "config arch_info trust_remote_code"
-    ),
-    "update_config_vocab": Private(
-        f"{_MERGE}:_update_config_vocab", "config arch_info tokenizer pad_to_multiple_of"
-    ),
-    "set_chat_template": Private(
-        f"{_MERGE}:_set_chat_template", "tokenizer merge_config trust_remote_code"
-    ),
-    "copy_tokenizer": Private(f"{_MERGE}:_copy_tokenizer", "merge_config out_path options"),
-    "copy_tagalong_files": Private(
-        f"{_MERGE}:_copy_tagalong_files", "merge_config out_path files options"
-    ),
+    "model_out_config": "mergekit.merge:_model_out_config",
+    "update_config_vocab": "mergekit.merge:_update_config_vocab",
+    "set_chat_template": "mergekit.merge:_set_chat_template",
+    "copy_tokenizer": "mergekit.merge:_copy_tokenizer",
+    "copy_tagalong_files": "mergekit.merge:_copy_tagalong_files",
     # A merge method overrides this to see all tensors of a call.
-    "execute": Private(_EXECUTE, "self groups parameters options input_dtypes out_dtype"),
+    "execute": "mergekit.merge_methods.base:GroupMergeMethod._execute",
     # Names the directory in the LoRA cache that holds a model with its adapter applied.
-    "unique_id": Private("mergekit.common:ModelPath._unique_id", "self"),
+    "unique_id": "mergekit.common:ModelPath._unique_id",
     # The loaders of all threads, by model.
-    "open_loaders": Private("mergekit.io.tasks:LoaderCache.loaders"),
+    "open_loaders": "mergekit.io.tasks:LoaderCache.loaders",
     # The loaders of mergekit-pytorch.
-    "SimpleLoaderCache": Private("mergekit.scripts.merge_raw_pytorch:SimpleLoaderCache"),
-    "convert_checkpoint_tensors": Private(_CONVERSION, "model_type source_tensors target_key"),
-    "compile_template": Private(
-        "transformers.utils.chat_template_utils:_compile_jinja_template", "chat_template"
-    ),
-    "chat_templates": Private("mergekit._data:chat_templates"),
+    "SimpleLoaderCache": "mergekit.scripts.merge_raw_pytorch:SimpleLoaderCache",
+    "convert_checkpoint_tensors": "mergekit.architecture.conversion:convert_checkpoint_tensors",
+    "compile_template": "transformers.utils.chat_template_utils:_compile_jinja_template",
+    "chat_templates": "mergekit._data:chat_templates",
     # The parameters that mergekit-evolve searches, by method.
-    "METHOD_PARAM_MAPS": Private("mergekit.evo.genome:METHOD_PARAM_MAPS"),
-    "add_merge_options": Private("mergekit.options:add_merge_options", "f"),
+    "METHOD_PARAM_MAPS": "mergekit.evo.genome:METHOD_PARAM_MAPS",
+    "add_merge_options": "mergekit.options:add_merge_options",
 }
 
 
@@ -96,27 +48,12 @@ def __getattr__(name: str) -> Any:
     """Import a name of :data:`PRIVATE` when it is first used (PEP 562)."""
     if name not in PRIVATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return PRIVATE[name].find()
-
-
-def merge_options(function: Callable[..., Any]) -> "tuple[Callable[..., Any], list[click.Option]]":
-    """Add MergeKit's options to a function; return the function and the options.
-
-    Until the function becomes a command, click keeps its options in ``__click_params__``, in
-    reverse order.
-    """
-    decorated: Any = PRIVATE["add_merge_options"].find()(function)
-    return decorated, list(reversed(decorated.__click_params__))
+    return resolve_name(PRIVATE[name])
 
 
 def wants_remote_code(error: BaseException) -> bool:
     """Return whether transformers refuses a model because it needs ``trust_remote_code``."""
     return "custom code" in str(error) or "trust_remote_code" in str(error)
-
-
-def is_about_dtype(record: "logging.LogRecord") -> bool:
-    """Return whether transformers complains of ``torch_dtype``, the old name of ``dtype``."""
-    return "`torch_dtype` is deprecated" in record.getMessage()
 
 
 def is_ignored(architecture: str, name: str) -> bool:

@@ -1,10 +1,8 @@
 """Where the work runs: in this process, or on the machines of a Ray cluster.
 
-To decide which tensors a survey counts, all of them must be known. To measure a tensor, only
-that tensor is needed. Measuring therefore goes through a :data:`Mapper`, which returns only a
-few numbers per tensor. They arrive in the order of the tensors, and their sums are exactly
-rounded. The result is therefore the same, bit for bit, for any number of workers, even if
-some of them die. The files of a merge are mapped in the same way.
+A :data:`Mapper` measures tensors, each on its own, and returns a few numbers of each in their
+order. Their sums are exactly rounded, so the result is the same, bit for bit, for any number of
+workers, even if some of them die. The files of a merge are mapped in the same way.
 """
 
 import logging

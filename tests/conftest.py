@@ -279,8 +279,8 @@ WEIGHTS = {"model.safetensors", "config.json", "mergekit_config.yml", "metagpt.j
 WHOLE = WEIGHTS | {"README.md", "coefficients.png"}  # the files of a merge
 
 
-def invoke_merge(*words: object, status: int = 0) -> Result:
-    return invoke("merge", *words, "--quiet", "--no-copy-tokenizer", status=status)
+def invoke_merge(*words: object, **settings: Any) -> Result:
+    return invoke("merge", *words, "--quiet", "--no-copy-tokenizer", **settings)
 
 
 def names(directory: Path) -> set[str]:

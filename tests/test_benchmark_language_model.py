@@ -215,14 +215,6 @@ def test_the_report_says_what_wins_by_how_much_and_how_often() -> None:
     assert "| bad | 4 of 4, -1.500 |" in text
     for recipe in ("even", "uneven"):
         assert f"### tiny, {recipe}, 2 seeds" in text
-    for family in families:
-        family.scores["other"] = dict.fromkeys(TASKS, Score(100.0, 4.5))
-        family.perplexity["other"] = 30.0
-    for family in families[2:]:
-        del family.scores["bad"]  # a merge that was refused
-    text = report(families, ["good"])
-    assert "against 4.000 of other" in text
-    assert "| bad | 2.000 ± 0.707 | - | 0 |" in text
 
 
 # The command

@@ -57,17 +57,6 @@ def test_tsv_m_is_the_procrustes_solution_of_the_leading_components() -> None:
     torch.testing.assert_close(RULES["tsv_m"].matrix(taus), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_wudi_lowers_how_experts_are_disturbed() -> None:
-    taus = 1e-3 * drawn(3, 20, 12)
-
-    def loss(merged: Tensor) -> Tensor:
-        return torch.stack(
-            [((merged - t) @ t.T).square().sum() / t.square().sum() for t in taus]
-        ).sum()
-
-    assert loss(RULES["wudi"].matrix(taus)) < 0.5 * loss(taus.sum(0))
-
-
 def test_the_previous_rule_adds_up_experts_in_different_inputs_rows_or_elements() -> None:
     taus = torch.zeros(2, 8, 12)
     taus[0, :, :6], taus[1, :, 6:] = drawn(8, 6), drawn(8, 6, seed=1)

@@ -6,7 +6,6 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import get
 
 from benchmarks.cluster_costs import Line, Machines, Model, Times, Work
-from benchmarks.cold import memory_limit
 from benchmarks.families import make_family, sized
 from benchmarks.scaling import CASES
 from benchmarks.speed import (
@@ -94,12 +93,6 @@ def test_a_merge_is_timed_in_a_process_of_its_own_on_dropped_files_and_leaves_no
     assert {path.name for path in tmp_path.iterdir()} == {"base", "expert-1"}
 
 
-def test_a_limit_of_memory_is_lifted_again():
-    for _ in range(2):
-        with memory_limit(1 << 30) as start:
-            assert start is None or callable(start)
-
-
 # What a merge takes on a cluster
 
 MODEL = Model(survey=Line(fixed=1, rate=2), merge=Line(fixed=3, rate=1))
@@ -113,15 +106,15 @@ def test_a_line_passes_through_its_runs():
     assert line.seconds(300, cores=2, storage=1e9) == 4
 
 
-def test_cores_bound_where_storage_does_not():
-    assert MODEL.predict(WORK, Machines(2, 5)) == Times(1 + 4000 / 20, 3 + 5000 / 10)
-
-
-@pytest.mark.parametrize("machines", [Machines(2, 5, node_rate=2), Machines(2, 5, 9, 4)])
-def test_storage_bounds_at_each_node_or_for_all(machines):
-    assert MODEL.predict(WORK, machines) == Times(1 + 4000 / 4, 3 + 5000 / 4)
-
-
-def test_a_merge_keeps_no_more_cores_busy_than_there_are_output_files():
-    assert MODEL.predict(WORK, Machines(10, 10)).merge == 3 + 5000 / 10
-    assert MODEL.predict(WORK, Machines(1, 7)).merge == 3 + 5000 / 5  # two rounds of at most 7
+@pytest.mark.parametrize(
+    ("machines", "survey", "merge"),
+    [
+        (Machines(2, 5), 20, 10),  # cores bound
+        (Machines(2, 5, node_rate=2), 4, 4),  # storage at each node
+        (Machines(2, 5, 9, 4), 4, 4),  # storage for all
+        (Machines(10, 10), 200, 10),  # no more cores are busy than there are output files
+        (Machines(1, 7), 14, 5),  # two rounds of at most 7
+    ],
+)
+def test_what_bounds_a_merge_on_a_cluster(machines, survey, merge):
+    assert MODEL.predict(WORK, machines) == Times(1 + 4000 / survey, 3 + 5000 / merge)

@@ -11,7 +11,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner, Result
 from conftest import (
     invoke,
     llama_config,
@@ -28,49 +27,40 @@ from conftest import (
 from damages import NORM, cut, edit_index, overwrite, remove, reshard, rewrite
 from mergekit.common import parse_kmb
 from mergekit.options import MergeOptions
-from mergekit.scripts import merge_raw_pytorch
-from safetensors.torch import load_file
 
-from mergekit_metagpt.preflight import Costs, inspect
+from mergekit_metagpt.preflight import Costs, Preflight, inspect
 
 Config = dict[str, Any]
 HEAD = "lm_head.weight"
 
 
 @pytest.fixture
-def check(tmp_path) -> Callable[..., Result]:
-    """Run the command on a config."""
+def look(tmp_path) -> Callable[..., Preflight]:
+    """Look at a config as the command does."""
 
-    def run(config: Config, *words: str | Path, status: int = 0) -> Result:
-        return invoke("check", write_yaml(tmp_path / "merge.yml", config), *words, status=status)
-
-    return run
-
-
-@pytest.fixture
-def problems(check) -> Callable[..., list[str]]:
-    """Run the command on a config that cannot be merged; return what it says."""
-
-    def run(config: Config, *words: str | Path) -> list[str]:
-        done = check(config, *words, status=1)
-        assert done.stdout == ""
-        return done.stderr.splitlines()
+    def run(config: Config, out: Path | str | None = None, **options: Any) -> Preflight:
+        file = write_yaml(tmp_path / "merge.yml", config)
+        return inspect(str(file), out and str(out), MergeOptions(**options))
 
     return run
 
 
 @pytest.fixture
-def plan(tmp_path) -> Callable[..., Costs]:
+def problems(look) -> Callable[..., list[str]]:
+    return lambda *given, **options: look(*given, **options).problems
+
+
+@pytest.fixture
+def plan(look) -> Callable[..., Costs]:
     """Look at a config that can be merged; return what it will cost."""
 
-    def look(config: Config, **options: Any) -> Costs:
-        file = write_yaml(tmp_path / "merge.yml", config)
-        found = inspect(str(file), options=MergeOptions(**options))
+    def run(config: Config, **options: Any) -> Costs:
+        found = look(config, **options)
         assert found.problems == []
         assert found.costs is not None
         return found.costs
 
-    return look
+    return run
 
 
 @pytest.fixture
@@ -110,8 +100,9 @@ class TestPlan:
         assert costs.bytes_read == passes * data_bytes(*paths.values())
         assert costs.shards == len(list(tmp_path.glob("merged-0/model-*.safetensors"))) > 1
 
-    def test_the_plan_is_printed_and_nothing_is_written(self, family, check, tmp_path):
-        done = check(merge_config(family, "metagpt_ties"), tmp_path / "out", "--out-shard-size=1K")
+    def test_the_plan_is_printed_and_nothing_is_written(self, family, tmp_path):
+        yml = write_yaml(tmp_path / "merge.yml", merge_config(family, "metagpt_ties"))
+        done = invoke("check", yml, tmp_path / "out", "--out-shard-size=1K")
         words = " ".join(done.stdout.replace("│", " ").split())
         for said in ("Method metagpt_ties", "Tensors 30", "Parameters 27,360", "models 1"):
             assert said in words
@@ -119,21 +110,11 @@ class TestPlan:
             assert said in words
         assert "mergekit-metagpt coefficients and the merge itself find those." in words
         assert not (tmp_path / "out").exists()
-        assert check(merge_config(family), "--quiet").stdout == ""
+        assert invoke("check", yml, "--quiet").stdout == ""
 
     def test_slices_of_some_layers_read_those_layers_only(self, family, compared):
         costs = compared(slices_config(family, [[0, 1]], [[2, 3]]))
         assert costs.bytes_read == 3 * costs.bytes_written < data_bytes(*family.values())
-
-    def test_pickled_checkpoints_merge_by_modules(self, own, compared):
-        size = data_bytes(*own.values())
-        for path in own.values():
-            file = Path(path, "model.safetensors")
-            torch.save(load_file(file), Path(path, "pytorch_model.bin"))
-            file.unlink()
-        config = merge_config(own)
-        config["modules"] = {"default": {"models": config.pop("models")}}
-        assert compared(config).bytes_read == size
 
     @pytest.mark.parametrize("kind", ["llama", "mixtral"])
     def test_tied_and_converted_tensors_count_once(self, kind, compared, tmp_path):
@@ -240,11 +221,14 @@ def test_what_mergekit_fails_to_plan_goes_by_its_weight_files(problems, tmp_path
     bare = transformers.BertConfig(**sizes, intermediate_size=48)
     paths = save_family(tmp_path / "bert", bare, auto=transformers.AutoModel)
     the_only(problems(merge_config(paths)), "a merge of BertModel (", "with mergekit-pytorch")
-    files = {name: str(Path(path, SAFETENSORS)) for name, path in paths.items()}
-    yml = write_yaml(tmp_path / "files.yml", merge_config(files))
-    done = CliRunner().invoke(merge_raw_pytorch.main, [str(yml), str(tmp_path / "out")])
-    assert done.exit_code == 0, done.exception
-    assert read(tmp_path / "out").keys() == read(paths["base"]).keys()
+
+
+def test_the_base_under_another_name_is_found(own, problems, tmp_path):
+    other = tmp_path / "link"
+    other.symlink_to(own["base"])
+    config = merge_config(own)
+    config["models"].append({"model": str(other)})
+    the_only(problems(config), " is the base ", "under another name", str(other), own["base"])
 
 
 def test_tokenizers_that_give_an_id_two_meanings_are_found(own, problems, plan):
@@ -302,64 +286,40 @@ class TestHub:
         (cache / "refs").mkdir()
         (cache / "refs" / "main").write_text("0123")
         config = merge_config({**family, "b": "some/model"})
-        found = problems(config, "--transformers-cache", tmp_path / "cache")
+        found = problems(config, transformers_cache=str(tmp_path / "cache"))
         the_only(found, "some/model is downloaded", f"write its directory {cache}/snapshots/0123")
 
 
-def test_all_problems_are_reported_at_once(own, problems):
+def test_all_problems_are_reported_at_once(own, tmp_path):
     config = merge_config(own, "metagpt_ties", dtype="float8")
     config["parameters"] = {"densitty": 0.5}
     config["modles"] = []
     config["models"] += [{"model": own["a"] + "/"}, {"model": "/not/there"}]
     cut(own["a"])
-    said = "\n".join(problems(config, own["base"]))
+    done = invoke("check", write_yaml(tmp_path / "merge.yml", config), own["base"], status=1)
+    assert done.stdout == ""
     for part in ("float8", "densitty", "modles", "/not/there", "truncated", "is the input model"):
-        assert part in said
+        assert part in done.stderr
 
 
-class TestUsage:
-    @pytest.mark.parametrize("words", [[], ["a", "b", "c"], ["a", "--no-such-option"]])
-    def test_wrong_usage_exits_with_2(self, words):
-        invoke("check", *words, status=2)
-
-    @pytest.fixture
-    def failing(self, family, tmp_path, monkeypatch) -> Callable[..., Result]:
-        """Run the command where an error arises that nobody foresaw."""
-        file = write_yaml(tmp_path / "merge.yml", merge_config(family))
-
-        def run(error: Exception, *words: str) -> Result:
-            inspect = Mock(side_effect=error)
-            monkeypatch.setattr("mergekit_metagpt.preflight.inspect", inspect)
-            return invoke("check", file, *words, status=1)
-
-        return run
-
-    @pytest.mark.parametrize(
-        ("error", "said"),
-        [
-            (KeyError(60), "KeyError: 60"),
-            (ValueError("Not ours, but a whole sentence."), "ValueError: Not ours, but a whole"),
-            (RuntimeError("size mismatch\n" * 999), "RuntimeError: size mismatch size mismatch"),
-        ],
-    )
-    def test_an_unforeseen_failure_says_what_was_being_done(self, error, said, failing, tmp_path):
-        done = failing(error)
-        assert len(done.stderr.splitlines()) == 1
-        start = f"Error: main check {tmp_path}/merge.yml failed ({said}"
-        assert done.stderr.startswith(start)
-        assert done.stderr.endswith(
-            "); run it again with --verbose for the traceback, and if that does not help, report "
-            "it at https://github.com/mergekit-metagpt/mergekit-metagpt/issues.\n"
-        )
-        assert len(done.stderr) < 1000
-        assert failing(error, "--verbose").exception is error
-
-    def test_a_failure_of_the_system_names_the_file(self, failing, tmp_path):
-        done = failing(PermissionError(13, "Permission denied", "/some/file"))
-        assert done.stderr == (
-            f"Error: main check {tmp_path}/merge.yml failed (Permission denied: /some/file); "
-            "correct that, and run it again.\n"
-        )
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError(60), "KeyError: 60"),
+        (MemoryError(), "MemoryError"),
+        (ValueError("Not ours, but a whole sentence."), "ValueError: Not ours, but a whole"),
+        (RuntimeError("size mismatch\n" * 999), "RuntimeError: size mismatch size mismatch"),
+        (PermissionError(13, "Permission denied", "/file"), "Permission denied: /file"),
+    ],
+)
+def test_an_unforeseen_failure_is_one_sentence(error, said, monkeypatch):
+    monkeypatch.setattr("mergekit_metagpt.preflight.inspect", Mock(side_effect=error))
+    (line,) = invoke("check", "merge.yml", status=1).stderr.splitlines()
+    assert line.startswith(f"Error: main check failed ({said}")
+    end = "/mergekit-metagpt/issues." if not isinstance(error, OSError) else "and run it again."
+    assert line.endswith(end)
+    assert len(line) < 1000
+    assert invoke("check", "merge.yml", "--verbose", status=1).exception is error
 
 
 @on_posix

@@ -1,20 +1,11 @@
 """What the commands make of CONFIG and of MergeKit's options, whichever command it is."""
 
-import logging
 import os
 import threading
 
 import pytest
 import torch
-from conftest import (
-    invoke,
-    merge_config,
-    on_posix,
-    slices_config,
-    write_yaml,
-)
-
-from mergekit_metagpt.mergekit_private import DTYPE_LOGGER
+from conftest import invoke, invoke_merge, merge_config, on_posix, slices_config, write_yaml
 
 
 @pytest.fixture
@@ -22,16 +13,10 @@ def config(family, tmp_path):
     return write_yaml(tmp_path / "metagpt.yml", merge_config(family))
 
 
-def words_for(name, config, tmp_path):
-    return (name, config, *([tmp_path / "out", "--no-copy-tokenizer"] if name == "merge" else []))
-
-
-@pytest.mark.parametrize("name", ["check", "merge"])
-def test_standard_input_is_a_config(name, config, tmp_path):
+def test_standard_input_is_a_config(config, tmp_path):
     text = config.read_text()
-    invoke(*words_for(name, "-", tmp_path), input=text)
-    if name == "merge":
-        assert (tmp_path / "out" / "mergekit_config.yml").read_text() == text
+    invoke_merge("-", tmp_path / "out", input=text)
+    assert (tmp_path / "out" / "mergekit_config.yml").read_text() == text
 
 
 @on_posix
@@ -42,28 +27,19 @@ def test_a_pipe_is_a_config(name, config, tmp_path):
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_text, args=(config.read_text(),), daemon=True)
     writer.start()
-    invoke(*words_for(name, pipe, tmp_path))
+    invoke(name, pipe, *([tmp_path / "out", "--no-copy-tokenizer"] if name == "merge" else []))
     writer.join()
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("layers", "sentence"),
     [
-        (
-            lambda c: c["slices"][0]["sources"][1].update(layer_range=[0, 2]),
-            "must contain the same number of layers); correct that.",
-        ),
-        (lambda c: c["slices"][0]["sources"].pop(0), "Base input is not present"),
-        (
-            lambda c: [s.update(layer_range=[0, 9]) for s in c["slices"][0]["sources"]],
-            "correct its layer_range",
-        ),
+        ([[0, 1], [0, 2], [0, 1]], "must contain the same number of layers); correct that."),
+        ([[0, 9]], "correct its layer_range"),
     ],
 )
-def test_bad_slices_are_explained_as_check_does(change, sentence, family, tmp_path):
-    config = slices_config(family, [[0, 1]])
-    change(config)
-    yml = write_yaml(tmp_path / "metagpt.yml", config)
+def test_bad_slices_are_explained_as_check_does(layers, sentence, family, tmp_path):
+    yml = write_yaml(tmp_path / "metagpt.yml", slices_config(family, layers))
     assert sentence in invoke("check", yml, status=1).stderr
     assert sentence in invoke("coefficients", yml, status=1).stderr
 
@@ -77,29 +53,17 @@ def test_what_mergekit_ignores_is_a_warning(name, family, tmp_path):
     assert "unknown key anchors" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["coefficients", "diagnose"])
-def test_threads_and_verbosity_are_honoured(name, tmp_path, monkeypatch):
+def test_threads_and_verbosity_are_honoured(tmp_path, monkeypatch):
     levels, threads = [], []
     monkeypatch.setattr("logging.basicConfig", lambda level: levels.append(level))
     monkeypatch.setattr("torch.set_num_threads", threads.append)
     monkeypatch.setattr("torch.set_num_interop_threads", lambda number: None)
     config = write_yaml(tmp_path / "metagpt.yml", merge_config({"base": "no", "a": "none"}))
-    invoke(name, config, "--num-threads", 3, "-v", status=1)
-    assert levels == [20]
-    assert threads[0] == 3
-    assert torch.get_num_threads() == 1
+    invoke("coefficients", config, "--num-threads", 3, "-v", status=1)
+    assert (levels, threads[0], torch.get_num_threads()) == ([20], 3, 1)
 
 
 @pytest.mark.parametrize("size", ["foo", "", "5X", "B"])
 def test_a_size_that_is_none_is_wrong_usage(size, config):
     done = invoke("check", config, "--out-shard-size", size, status=2)
     assert f"'{size}' is not a size; write one such as 5B, 500M or 100K." in done.stderr
-
-
-def test_names_that_mergekit_uses_are_not_complained_of(config):
-    """MergeKit, not the user, says ``torch_dtype`` to transformers."""
-    invoke("check", config)
-    logger = logging.getLogger(DTYPE_LOGGER)
-    for text, shown in (("`torch_dtype` is deprecated!", False), ("Something else.", True)):
-        record = logger.makeRecord(logger.name, logging.WARNING, "", 0, text, (), None)
-        assert bool(logger.filter(record)) == shown

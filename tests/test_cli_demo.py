@@ -3,6 +3,7 @@
 import io
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from rich.console import Console
 
-from mergekit_metagpt import scaling_coefficients
+import mergekit_metagpt
 from mergekit_metagpt.cli.demo import run_demo
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.demo import merges
@@ -27,7 +28,6 @@ from mergekit_metagpt.demo.models import (
     make_tokenizer,
     train_family,
 )
-from mergekit_metagpt.measure.checkpoints import Checkpoints
 
 SMALL = Scale(hidden_size=16, layers=1, batch=6, base_steps=3, expert_steps=3, held_out=20)
 MODELS = ["base", *TASKS]
@@ -63,22 +63,14 @@ def test_a_demo_scores_every_model_and_leaves_merges_that_load(tmp_path, monkeyp
         assert all(0 <= score <= 100 for score in scores)
         assert average == pytest.approx(sum(scores) / len(TASKS), abs=0.1)
 
-    experts = [str(tmp_path / task) for task in TASKS]
-    survey = Checkpoints.of(str(tmp_path / "base"), experts).survey(progress=False)
-    coefficients = scaling_coefficients(survey.model)
-    for expert, norm, coefficient in zip(survey.experts, survey.model, coefficients, strict=True):
-        assert rows[Path(str(expert)).name] == pytest.approx([norm**0.5, coefficient], rel=1e-3)
+    survey = mergekit_metagpt.survey(tmp_path / "base", [tmp_path / task for task in TASKS])
+    for expert in survey.summary.experts:
+        figures = [expert.norm, expert.mean]
+        assert rows[Path(str(expert.model)).name] == pytest.approx(figures, rel=1e-3)
 
+    base = read(tmp_path / "base")["lm_head.weight"]
     for name in MERGES:
-        assert (tmp_path / f"{name}.yml").is_file()
-        merged = tmp_path / "merged" / name
-        tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
-        prompt = tokenizer("sort 4 1 3 0 2 5 =", return_tensors="pt")
-        model = transformers.AutoModelForCausalLM.from_pretrained(merged)
-        assert model.generate(**prompt, max_new_tokens=7).shape[1] > prompt["input_ids"].shape[1]
-        assert not torch.equal(
-            model.state_dict()["lm_head.weight"], read(tmp_path / "base")["lm_head.weight"]
-        )
+        assert not torch.equal(read(tmp_path / "merged" / name)["lm_head.weight"], base)
     words = f"{tmp_path}/metagpt-direction.yml {tmp_path}/merged/metagpt-direction"
     assert f"mergekit-yaml {words}" in text
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -103,14 +95,13 @@ def test_a_demo_trains_the_same_models_again(trained, tmp_path):
 
 
 def test_training_lowers_the_loss_of_an_experts_own_task(tmp_path):
-    train_family(tmp_path, Scale(**{**vars(SMALL), "expert_steps": 60}))
-    losses = {}
-    for name in ("base", "sort"):
+    train_family(tmp_path, replace(SMALL, expert_steps=60))
+    ids, losses = encode(make_tokenizer(), examples("sort", SMALL)[0]), []
+    for name in ("sort", "base"):
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        ids = encode(make_tokenizer(), examples("sort", SMALL)[0])
         with torch.inference_mode():
-            losses[name] = model(input_ids=ids, labels=ids).loss.item()
-    assert losses["sort"] < losses["base"]
+            losses.append(model(input_ids=ids, labels=ids).loss.item())
+    assert losses[0] < losses[1]
 
 
 def test_a_task_has_one_right_answer_and_no_held_out_example_is_trained_on():
@@ -127,11 +118,8 @@ def test_the_tokenizer_keeps_every_word_and_digit(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     line = examples("double", SMALL)[0][0]
     for known in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path)):
-        encoded = known(line)
-        assert set(encoded) == {"input_ids", "attention_mask"}
-        assert len(encoded["input_ids"]) == 16
-        assert known.decode(encoded["input_ids"]) == f"<s> {line}"
-        assert known.unk_token_id not in encoded["input_ids"]
+        ids = known(line)["input_ids"]
+        assert (len(ids), known.decode(ids)) == (16, f"<s> {line}")
 
 
 def test_the_example_config_is_what_the_demo_merges():
@@ -152,14 +140,11 @@ def test_directories_that_cannot_be_used_are_refused_and_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_merge_that_fails_shows_the_end_of_what_it_said(tmp_path):
+def test_a_merge_that_fails_shows_what_it_said(tmp_path):
     config = tmp_path / "wrong.yml"
-    config.write_text("raise SystemExit('\\n'.join(f'line {n}' for n in range(100)))")
-    with pytest.raises(
-        RuntimeError, match=r"could not merge .*wrong\.yml \(exit status 1"
-    ) as failure:
+    config.write_text("raise SystemExit('of no such model')")
+    with pytest.raises(RuntimeError, match=r"could not merge .*wrong\.yml:\nof no such model\n"):
         merges.merge_with_mergekit(sys.executable, config, tmp_path / "out")
-    assert str(failure.value).split("\n")[1:] == [f"line {n}" for n in range(80, 100)]
 
 
 def test_an_interpreter_without_mergekit_is_refused_before_training(tmp_path, monkeypatch):
@@ -169,24 +154,13 @@ def test_an_interpreter_without_mergekit_is_refused_before_training(tmp_path, mo
     assert not any(tmp_path.iterdir())
 
 
-def test_help_and_wrong_usage_import_neither_torch_nor_mergekit():
+def test_the_list_of_commands_imports_neither_torch_nor_mergekit():
     script = """
 import sys
 from click.testing import CliRunner
 from mergekit_metagpt.cli import main
-for words in (["--help"], ["--version"], ["demo", "--help"], ["demo", "one", "two"], ["nonsense"]):
-    done = CliRunner().invoke(main, words)
-    print(done.exit_code, done.output.replace("\\n", " "))
+print(*(CliRunner().invoke(main, [word]).exit_code for word in ("--help", "--version", "nonsense")))
 print({"torch", "mergekit", "transformers"} & {*sys.modules})
 """
     done = run(sys.executable, "-c", script)
-    assert done.returncode == 0, done.stderr
-    *lines, imported = done.stdout.splitlines()
-    expected = [
-        (0, "demo"), (0, "mergekit-metagpt, version"), (0, "Example: mergekit-metagpt demo"),
-        (2, "unexpected extra argument"), (2, "No such command"),
-    ]  # fmt: skip
-    for line, (status, said) in zip(lines, expected, strict=True):
-        assert line.startswith(str(status))
-        assert said in line
-    assert imported == "set()"
+    assert done.stdout == "0 0 2\nset()\n", done.stderr

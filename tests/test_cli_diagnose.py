@@ -20,8 +20,6 @@ from conftest import (
 )
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from mergekit_metagpt.cli.diagnose import _verdict
-
 SMALL = llama_config(num_hidden_layers=1)
 WORDS = [f"w{number}" for number in range(VOCABULARY)]
 
@@ -85,12 +83,6 @@ def test_linear_models_and_cosines_of_parallel_opposite_and_orthogonal_experts(t
     assert "Not orthogonal: the largest |cosine| of two experts is 1.00." in said
 
 
-def test_what_a_cosine_means():
-    for cosine in (0.5, 0.1, 0.09, -0.09, -0.1):
-        nearly = _verdict([[1, cosine], [cosine, 1]]).startswith("Nearly orthogonal")
-        assert nearly == (abs(cosine) < 0.1)
-
-
 def test_an_expert_equal_to_the_base_has_no_r_squared(tmp_path):
     said = diagnose(saved(tmp_path, scales=(0.0,))[1])
     assert re.search(r"\ba +0\b", said)
@@ -99,9 +91,9 @@ def test_an_expert_equal_to_the_base_has_no_r_squared(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "count"), [("w1 w2 w3\n\nw4\nw5 Grüße 東京\n", 3), ("w1\n" * 40, 32)]
+    ("prompts", "count"), [("w1 w2\n\nw4\nw5 Grüße 東京\n", 3), ("w1\n" * 40, 32)]
 )
-def test_prompts_are_tokenised_with_the_bases_tokenizer(prompts, count, config, tmp_path):
+def test_up_to_32_prompts_are_taken_from_a_file(prompts, count, config, tmp_path):
     file = tmp_path / "prompts"
     file.write_text(prompts, encoding="utf-8")
     assert f"Prompts: {count} from {file}." in diagnose(config, "--prompts", file)
@@ -135,17 +127,19 @@ def test_plots_that_cannot_be_written_are_refused_before_any_work(config, tmp_pa
     assert failure(config, "--plot", "plot.png").endswith(" pip install 'mergekit-metagpt[plot]'")
 
 
-BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
-BERT_CONFIG = transformers.BertConfig(vocab_size=64, num_attention_heads=4, **BERT)
-T5_CONFIG = transformers.T5Config(vocab_size=64, **T5)
+T5 = transformers.T5Config(
+    vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4
+)  # fmt: skip
+BERT = transformers.BertConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+)
 
 
 @pytest.mark.parametrize(
     ("architecture", "auto", "name"),
     [
-        (BERT_CONFIG, AutoModelForMaskedLM, "BertForMaskedLM"),
-        (T5_CONFIG, AutoModelForSeq2SeqLM, "T5ForConditionalGeneration"),
+        (BERT, AutoModelForMaskedLM, "BertForMaskedLM"),
+        (T5, AutoModelForSeq2SeqLM, "T5ForConditionalGeneration"),
     ],
 )
 def test_models_without_a_next_token_are_refused(architecture, auto, name, tmp_path):
@@ -164,10 +158,7 @@ def test_prompts_and_tokenizers_that_cannot_be_used_are_refused(config, tmp_path
         assert sentence in failure(config, "--prompts", file)
     paths = save_family(tmp_path, SMALL)
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
-    (tmp_path / "prompts.txt").write_text("a prompt")
-    needs = failure(config, "--prompts", tmp_path / "prompts.txt")
-    assert f"No tokenizer could be loaded for {paths['base']}; add" in needs
-    assert "Prompts: 32." in invoke("diagnose", config).stdout  # of random tokens
+    assert f"No tokenizer could be loaded for {paths['base']}; add" in failure(config)
     save_tokenizer(paths["base"], *WORDS, "the")  # that of another model
     assert "does not fit the model, which knows 64 tokens" in failure(config)
 
@@ -176,7 +167,6 @@ def test_configs_without_task_vectors_are_refused(family, tmp_path):
     for changes, sentence in (
         ({"base_model": None}, "names none; set base_model."),
         ({"models": [{"model": family["base"]}]}, "names no model beside the base; add the"),
-        ({"models": 3}, "is wrong at models: Input should be a valid list"),
     ):
         config = write_yaml(tmp_path / "metagpt.yml", merge_config(family, **changes))
         assert sentence in failure(config)
@@ -192,8 +182,3 @@ def test_models_that_are_missing_or_bare_adapters_are_one_sentence(family, tmp_p
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     assert f"such as base+{paths['b']}." in failure(config)
     assert f"Model {paths['b']} is a LoRA adapter" in invoke("check", config, status=1).stderr
-
-
-def test_wrong_usage_exits_with_2():
-    for words in (["nowhere.yml"], ["--prompts", "nowhere.txt"], ["--plott"], []):
-        assert "Usage:" in invoke("diagnose", *words, status=2).stderr

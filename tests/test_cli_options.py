@@ -47,10 +47,8 @@ def test_a_shell_completes_commands_and_all_options(words, completed):
     [
         (["merg"], "No such command merg Did you mean merge"),
         (["coeficients", "x"], "No such command coeficients Did you mean coefficients"),
-        (["xyz"], "No such command xyz"),
         (["check", "--devise", "x"], "--device"),
         (["compare", "--exponents", "1"], "--exponent"),
-        (["check", "--nonsense"], "No such option --nonsense"),
     ],
 )
 def test_what_is_misspelt_gets_a_suggestion(words, said):
@@ -59,8 +57,7 @@ def test_what_is_misspelt_gets_a_suggestion(words, said):
     assert said in re.sub("[:.?']", "", done.stderr)  # click's versions differ in these
 
 
-@pytest.mark.parametrize("command", ["check", "coefficients"])
-def test_models_are_printed_as_they_are_called(command, tmp_path, monkeypatch):
+def test_models_are_printed_as_they_are_called(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = save_family(tmp_path / "m", llama_config(), scales=(0.01,))
     (tmp_path / "m" / "a").rename(tmp_path / "m" / "[bold]a:smile:[")
@@ -68,30 +65,21 @@ def test_models_are_printed_as_they_are_called(command, tmp_path, monkeypatch):
     (tmp_path / "m" / "base").rename(tmp_path / "m" / "[" / "x]")
     paths = {"base": "m/[/x]", "a": "m/[bold]a:smile:["}
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(paths))
-    shown = invoke(command, config).stdout
-    assert "[bold]a:smile:[" in shown
-    assert "m/[/x]" in shown
+    for command in ("check", "coefficients"):
+        shown = invoke(command, config).stdout
+        assert "[bold]a:smile:[" in shown
+        assert "m/[/x]" in shown
 
 
-@pytest.mark.parametrize(
-    ("command", "shown"),
-    [
-        ("check", "Bytes read"),
-        ("coefficients", "granularity tensor"),
-        ("resolve", "merge_method: task_arithmetic"),
-    ],
-)
-def test_an_output_that_is_not_unicode_is_no_reason_to_fail(command, shown, family, tmp_path):
+def test_an_output_that_is_not_unicode_is_no_reason_to_fail(family, tmp_path):
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(family))
-    done = CliRunner(charset="ascii").invoke(main, [command, str(config)])
-    assert done.exit_code == 0, done.output
-    assert shown in done.stdout_bytes.decode("utf-8", "replace")
-
-
-def test_help_is_printed_in_ascii_too():
-    done = CliRunner(charset="ascii").invoke(main, ["diagnose", "--help"])
-    assert done.exit_code == 0
-    assert "Linearity" in done.stdout_bytes.decode("utf-8")
+    for words, shown in (
+        (["coefficients", str(config)], b"granularity tensor"),
+        (["diagnose", "--help"], b"Linearity"),
+    ):
+        done = CliRunner(charset="ascii").invoke(main, words)
+        assert done.exit_code == 0, done.output
+        assert shown in done.stdout_bytes
 
 
 def test_a_command_that_cannot_be_imported_is_one_sentence(monkeypatch):

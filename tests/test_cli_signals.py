@@ -8,12 +8,12 @@ import click
 import pytest
 from conftest import invoke, merge_config, on_posix, write_yaml
 
-import mergekit_metagpt.api.calls  # noqa: F401  # before what it imports is replaced
+import mergekit_metagpt.api.functions  # noqa: F401  # before what it imports is replaced
 from mergekit_metagpt import preflight
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.demo import models
 from mergekit_metagpt.diagnosis import linearity
-from mergekit_metagpt.evaluation.bench import Bench
+from mergekit_metagpt.evaluation.harness import Bench
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")

@@ -42,6 +42,8 @@ def test_an_expert_equal_to_the_base_gets_nothing_at_any_exponent(exponent):
     assert scaling_coefficients([0.0, 1.0], [1.0, 0.0], exponent) == [0.0, 0.0]
     tiny = scaling_coefficients([1e-320, 1e300], exponent=0.0)  # not zero, but their ratio is
     assert tiny == [0.5, 0.5]
+    huge = scaling_coefficients([1.0, 1.0], [1.6e308, 0.8e308], exponent)
+    assert huge == pytest.approx([2 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])

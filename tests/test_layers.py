@@ -79,7 +79,7 @@ def test_private_names_are_used_in_one_module_only():
     """Names with an underscore, or on the list in ``mergekit_private``, belong to their library."""
     from mergekit_metagpt.mergekit_private import PRIVATE
 
-    listed = {re.split(r"[:.]", private.place)[-1] for private in PRIVATE.values()}
+    listed = {re.split(r"[:.]", place)[-1] for place in PRIVATE.values()}
     promised = {"_execute"}  # overridden; only the class itself calls it
     for module, path in FILES.items():
         if module == "mergekit_private":

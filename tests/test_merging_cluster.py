@@ -24,7 +24,7 @@ from conftest import (
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer
 
-from mergekit_metagpt.api import calls
+from mergekit_metagpt.api import functions
 from mergekit_metagpt.merging import by_shard
 from mergekit_metagpt.planning.directory import Output
 from mergekit_metagpt.planning.work import Work
@@ -84,7 +84,7 @@ def mapper(monkeypatch):
             def __call__(self, function, items, **options):
                 return super().__call__(change(function), items, **options)
 
-        patch.setattr(calls, "RayMapper", Changed)
+        patch.setattr(functions, "RayMapper", Changed)
 
     return use
 
@@ -169,7 +169,7 @@ def test_the_work_that_all_tasks_share_is_done_once(own, tmp_path, monkeypatch, 
     def here(function, items, **_):
         return in_this_process(function, items)
 
-    monkeypatch.setattr(calls, "RayMapper", lambda *_: here)
+    monkeypatch.setattr(functions, "RayMapper", lambda *_: here)
     for path in own.values():
         save_tokenizer(path, *(f"w{number}" for number in range(64)))
         edit(path, lambda it: it["lm_head.weight"].copy_(it["model.embed_tokens.weight"]))

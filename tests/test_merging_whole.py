@@ -180,7 +180,11 @@ class TestTheCard:
         ("step", "file", "warning"),
         [
             ("merging.whole.write_card", "README.md", "The model card could not be written"),
-            ("api.calls.comparison_figure", "coefficients.png", "coefficients.png could not be"),
+            (
+                "api.functions.comparison_figure",
+                "coefficients.png",
+                "coefficients.png could not be",
+            ),
         ],
     )
     def test_one_that_cannot_be_made_costs_a_warning_as_does_its_picture(

@@ -151,17 +151,3 @@ def test_what_is_written_passes_the_check_and_merges_to_the_same(
 def test_another_method_is_refused(family):
     with pytest.raises(ValueError, match=r"merge_method linear has no coefficients.*metagpt_ties"):
         resolved(merge_config(family, "linear"))
-
-
-@pytest.mark.parametrize("directory", ["with space", 'with "quotes"', "C+D", "at@home", "a+b+c@d"])
-def test_models_with_any_path_are_written_so_that_mergekit_reads_them(directory, tmp_path):
-    paths = save_family(tmp_path / directory, llama_config())
-    references = {name: {"model": {"path": path}} for name, path in paths.items()}
-    config = merge_config(references, "metagpt_ties", parameters={"density": 0.5})
-    document = yaml.safe_load(resolved(config))
-    written = MergeConfiguration.model_validate(document)
-    given = MergeConfiguration.model_validate(config)
-    assert written.base_model == given.base_model
-    assert [m.model for m in written.models] == [m.model for m in given.models]
-    if "+" not in directory and "@" not in directory:
-        assert document["base_model"] == paths["base"]

@@ -71,15 +71,6 @@ def test_changed_files_are_read_anew_by_the_same_workers(own, on_ray):
     assert after == survey(own)
 
 
-def test_vocabularies_that_differ_are_left_out_and_logged_here(family, tmp_path, on_ray):
-    larger = save_family(tmp_path / "larger", llama_config(vocab_size=80))
-    mixed = {**family, "b": larger["b"]}
-    found = survey(mixed, on_ray)
-    assert all("has shape [80, 32]" in why for why in found.left_out.values())
-    assert len(found.left_out) == 2
-    assert found == survey(mixed)
-
-
 def test_the_command_prints_the_same_bytes(family, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(family["base"]).parent)
     names = {name: name for name in family}  # relative paths, which workers are to find

@@ -1,22 +1,47 @@
-"""The functions of the Python interface; the commands of the same names do the same."""
+"""The functions of the Python interface, and below them what they share with the commands.
+
+``ray`` is the address of a Ray cluster, empty for the one that is found or else started; None
+for this process.
+"""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt import register
-from mergekit_metagpt.api.calls import comparing, forecasts, measured, merged, written
 from mergekit_metagpt.api.results import Merged, Plan, Survey
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.loaders import (
+    HubLoader,
+    find_on_hub,
+    is_looked_up,
+    open_on_hub,
+    set_up_worker,
+)
+from mergekit_metagpt.measure.surveys import SURVEYS
+from mergekit_metagpt.merging.record import hub_names
+from mergekit_metagpt.merging.whole import merge_whole
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.planning.config import ConfigFile, read_config, reference
-from mergekit_metagpt.planning.job import running
-from mergekit_metagpt.preflight import inspect
+from mergekit_metagpt.planning.forecast import Forecast, forecast, own_method
+from mergekit_metagpt.planning.job import Job, running
+from mergekit_metagpt.planning.models import find_model_files, require_models
+from mergekit_metagpt.planning.outputs import Outputs
+from mergekit_metagpt.planning.yaml_file import plain
+from mergekit_metagpt.preflight import ignored, inspect
+from mergekit_metagpt.preflight.adapters import bad_adapters
+from mergekit_metagpt.report.plots import comparison_figure
 from mergekit_metagpt.wording import BadInputError
+from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
 
 LOG = logging.getLogger(__name__)
 
@@ -30,20 +55,13 @@ def survey(
     *,
     options: MergeOptions | None = None,
 ) -> Survey:
-    """Measure the task vectors of experts.
-
-    A small cache keeps the figures, so merges and plans of the same models, of this process or a
-    later one, do not measure them again. Models on the hub are read tensor by tensor, and not
-    stored.
+    """Measure the task vectors of experts, and keep the figures in a small cache.
 
     Args:
         base: θ_0; a path or hub name as MergeKit writes it: ``model``, ``model@revision`` or
             ``model+lora``.
-        experts: θ_t, T models, each given like the base.
+        experts: θ_t, T models, each given like the base; the survey has their order.
         options: MergeKit's options, such as the device. ``quiet`` hides the progress bar.
-
-    Returns:
-        The survey, with the experts in the given order.
 
     Raises:
         ValueError: if models are missing or cannot be compared, or if a tensor holds NaN or Inf.
@@ -51,15 +69,12 @@ def survey(
     """
     options = options or MergeOptions()
     with running(comparing(base, experts), options, not options.quiet) as job:
-        figures = measured(job).in_order_of(list(map(reference, experts)))
-        return Survey(job.base_and_experts[0], figures)
+        found = measured(job)
+    return replace(found, figures=found.figures.in_order_of(list(map(reference, experts))))
 
 
 def plan(
-    config: Config,
-    *,
-    granularity: str | None = None,
-    options: MergeOptions | None = None,
+    config: Config, *, granularity: str | None = None, options: MergeOptions | None = None
 ) -> Plan:
     """Return the coefficients that a merge will use; nothing is merged.
 
@@ -71,19 +86,13 @@ def plan(
     Raises:
         ValueError: if the merge would refuse the config or its models; says why.
     """
-    register()
     options = options or MergeOptions()
     with running(_read(config), options, not options.quiet) as job:
         (foreseen,) = forecasts(job, [granularity], warn=_log)
     return Plan(foreseen)
 
 
-def merge(
-    config: Config,
-    out: str | Path,
-    *,
-    options: MergeOptions | None = None,
-) -> Merged:
+def merge(config: Config, out: str | Path, *, options: MergeOptions | None = None) -> Merged:
     """Check a merge, then merge into a new directory, which appears whole or not at all.
 
     If a call stops, what is complete stays beside ``out``, and the same call goes on from it.
@@ -102,8 +111,7 @@ def merge(
         raise BadInputError(*looked_at.problems)
     _log(looked_at.warnings)
     with running(file, options, not options.quiet) as job:
-        record = merged(job, Path(out), outputs=looked_at.outputs)
-        return Merged(Path(out), Summary(job.entries), record)
+        return merged(job, Path(out), outputs=looked_at.outputs)
 
 
 def _read(config: Config) -> ConfigFile:
@@ -113,3 +121,112 @@ def _read(config: Config) -> ConfigFile:
 def _log(sentences: Iterable[str]) -> None:
     for sentence in sentences:
         LOG.warning("%s", sentence)
+
+
+def forecasts(
+    job: Job,
+    granularities: Sequence[str | None],
+    *,
+    numbers_only: bool = False,
+    ray: str | None = None,
+    warn: Callable[[Iterable[str]], None],
+) -> list[Forecast]:
+    """Return the coefficients that a merge will use.
+
+    There is a forecast for each of the granularities, in place of the config's unless it is
+    None; ``numbers_only`` refuses direction. What MergeKit ignores in the config is warned of,
+    and a failure is explained by the problems that ``check`` finds.
+    """
+    known = ignored(job.config)
+    warn(known)
+    try:
+        own_method(job.parsed)  # before the hub is asked for anything
+        mapper = _ready_to_measure(job, ray)
+        settings: Any = {"numbers_only": numbers_only, "progress": job.progress, "mapper": mapper}
+        return [forecast(job.parsed, job.options, granularity=g, **settings) for g in granularities]
+    except BadInputError:
+        raise
+    except Exception as error:
+        problems = inspect(job.config, options=job.options).problems
+        if set(problems) - set(known):
+            raise BadInputError(*problems) from error
+        raise
+
+
+def comparing(base: str | ModelReference, experts: Sequence[str | ModelReference]) -> ConfigFile:
+    """Return a config that compares models, named as MergeKit writes them."""
+    models = [{"model": reference(model)} for model in experts]
+    its = {"merge_method": "metagpt", "base_model": reference(base), "models": models}
+    return written(its, "the command")
+
+
+def written(config: Any, name: str = "the config") -> ConfigFile:
+    """Return the content of a config as if it had been read from a file."""
+    raw = plain(config)
+    return ConfigFile(name, yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), raw)
+
+
+def measured(job: Job, ray: str | None = None) -> Survey:
+    """Return the survey of the base and the experts of a job, with inner products."""
+    models = job.parsed.referenced_models()
+    require_models([model for model in models if not is_looked_up(model)], job.options)
+    base, experts = job.base_and_experts
+    checkpoints = Checkpoints(base, tuple(experts))
+    mapper = _ready_to_measure(job, ray)
+    SURVEYS.begin(checkpoints)
+    settings = (job.options.device or "cpu", job.progress, mapper)
+    return Survey(base, SURVEYS.survey_of(checkpoints, *settings, products=True))
+
+
+def merged(
+    job: Job,
+    out: Path,
+    *,
+    names: Sequence[str] = (),
+    outputs: Outputs | None = None,
+    ray: str | None = None,
+) -> Merged:
+    """Merge a job without problems into a new directory.
+
+    ``names`` are PATH=USER/NAME, for paths in the config.
+    """
+    record = merge_whole(
+        job,
+        out,
+        names=hub_names(job.config.raw, names),
+        draw=_draw if find_spec("matplotlib") else None,
+        outputs=outputs,
+        mapper=None if ray is None else _ray_mapper(ray, job),
+    )
+    return Merged(out, Summary(job.entries), record)
+
+
+def _ray_mapper(ray: str, job: Job, on_hub: Sequence[HubLoader] = ()) -> RayMapper:
+    """Return a cluster, whose workers read the models ``on_hub`` from there."""
+    on_cuda = torch.device(job.options.device or "cpu").type == "cuda"
+    return RayMapper(ray or None, partial(set_up_worker, job.options, on_hub), int(on_cuda))
+
+
+def _ready_to_measure(job: Job, ray: str | None) -> Mapper:
+    """Say where the models are measured; this job reads those on the hub tensor by tensor.
+
+    Adapters that PEFT would apply in part are refused; if it has done so before, it is silent.
+    """
+    models = job.parsed.referenced_models()
+    adapted = [find_model_files(model, job.options) for model in models if model.lora]
+    problems = [p for it in adapted for p in (*it.problems, *bad_adapters(it, job.options))]
+    if problems:
+        raise BadInputError(*problems)
+    try:
+        on_hub = find_on_hub(models, job.options)
+    except BadInputError:
+        raise
+    except Exception:
+        require_models(models, job.options)  # says what is wrong
+        raise
+    open_on_hub(on_hub)
+    return in_this_process if ray is None else _ray_mapper(ray, job, on_hub)
+
+
+def _draw(path: Path, summary: Summary) -> None:
+    comparison_figure([("Coefficients by layer", summary)]).savefig(path)

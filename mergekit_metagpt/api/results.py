@@ -1,5 +1,6 @@
 """What the Python functions return: figures, tables for notebooks, and a plot."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from io import StringIO
@@ -7,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit.common import ModelReference
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from mergekit_metagpt.core.coefficients import scaling_coefficients
 from mergekit_metagpt.measure import survey as measured
-from mergekit_metagpt.method.advice import share, warnings
-from mergekit_metagpt.method.summary import Expert, Summary
+from mergekit_metagpt.method.advice import moved_far, share, warnings
+from mergekit_metagpt.method.summary import Entry, Expert, Summary
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.forecast import Forecast
 from mergekit_metagpt.report import plots, tables
@@ -76,8 +78,23 @@ class Survey(Shown):
 
     @property
     def summary(self) -> Summary:
-        """The coefficients that Theorem 10 gives whole models."""
-        return tables.whole_models(self.figures)
+        """The coefficients that Theorem 10 gives whole models, in canonical order."""
+        its, priors = self.figures, (1.0,) * len(self.figures.experts)
+        entry = Entry("model", "model", its.experts, its.model, priors, 2.0, its.parameters)
+        return Summary([entry])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all figures as JSON types, as ``mergekit-metagpt survey --json`` does."""
+        return {
+            "base": str(self.base),
+            "experts": self.experts,
+            "parameters": self.figures.parameters,
+            "squared_norms": self.squared_norms,
+            "coefficients": scaling_coefficients(self.squared_norms),
+            "moved": self.figures.moved,
+            "cosines": self.cosines,
+            "left_out": list(self.figures.left_out),
+        }
 
     def plot(self) -> "Figure":
         """Draw the coefficients of whole models, and the cosines; needs matplotlib."""
@@ -86,8 +103,10 @@ class Survey(Shown):
 
     def shown(self) -> tuple[str, Summary, RenderableType]:
         """Return what the command ``survey`` prints."""
-        title = f"Survey of {len(self.experts)} experts of {self.base}"
-        return title, self.summary, tables.survey_tables(self.figures.in_order_of(self.summary.ids))
+        summary = self.summary
+        cosines = tables.cosines_table(self.figures.in_order_of(summary.ids))
+        shown = Group(tables.table(tables.expert_columns(summary)), cosines)
+        return f"Survey of {len(self.experts)} experts of {self.base}", summary, shown
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,24 +132,56 @@ class Plan(Shown):
     @property
     def warnings(self) -> list[str]:
         """What to look at before you merge, one sentence each."""
-        return tables.forecast_warnings(self.forecast)
+        it, sentences = self.forecast, warnings(self.forecast.summary)
+        if it.summary.by_direction:
+            sentences += moved_far(it.experts, it.survey.moved)
+        return sentences + [
+            f"{tensor} does not count towards the coefficients, because its vocabularies differ."
+            for tensor in it.survey.left_out
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """Return all figures as JSON types, as ``mergekit-metagpt coefficients --json`` does."""
-        return tables.as_json(self.forecast)
+        it = self.forecast
+        bounds = tables.bounds(it).items()
+        return {
+            "method": it.method.spec.name,
+            "base": str(it.base),
+            **it.summary.as_json(),
+            "moved": it.survey.moved,
+            "cosines": it.survey.cosines,
+            "bound": {key: value if math.isfinite(value) else None for key, value in bounds},
+        }
 
     def plot(self) -> "Figure":
         """Draw the coefficients, those of each layer, and the cosines; needs matplotlib."""
-        it = self.forecast
-        shown = it.method.spec.name, it.base, it.summary, it.survey.cosines
-        return plots.coefficients_figure(*shown)
+        it, name = self.forecast, self.forecast.method.spec.name
+        return plots.coefficients_figure(name, it.base, it.summary, it.survey.cosines)
 
     def shown(self) -> tuple[str, Summary, RenderableType]:
         """Return what the command ``coefficients`` prints."""
-        summary = self.forecast.summary
+        it, summary = self.forecast, self.forecast.summary
         chosen = f"granularity {summary.granularity}, exponent {summary.exponent}"
-        title = f"{self.forecast.method.spec.name}, {chosen}; base {self.forecast.base}"
-        return title, summary, tables.forecast_tables(self.forecast)
+        names = short_names(it.experts, tables.LONGEST_NAME)
+        moved = [f"{n} {part:.2%}" for n, part in zip(names, it.survey.moved or (), strict=False)]
+        bounds = tables.bounds(it)
+        shown = Group(
+            tables.coefficients_table(summary),
+            *([Text(f"Moved, of the base's length: {', '.join(moved)}\n")] if moved else []),
+            tables.cosines_table(it.survey),
+            Text(
+                "The paper's bound on the average loss difference, relative to MetaGPT's for the "
+                "whole model",
+                "bold",
+            ),
+            tables.table(
+                {
+                    "coefficients": [tables.BOUNDS[key] for key in bounds],
+                    "bound": [f"{value:.3f}" for value in bounds.values()],
+                }
+            ),
+        )
+        return f"{it.method.spec.name}, {chosen}; base {it.base}", summary, shown
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -38,10 +37,6 @@ class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return what a list shows of a command."""
-        return click.Command(cmd_name, help=_COMMANDS[cmd_name]) if cmd_name in _COMMANDS else None
-
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -68,11 +63,8 @@ def _stopped_once() -> Iterator[None]:
     After the first signal, further ones are ignored, so that the command can clean up. Signals
     that the parent process ignores stay ignored, such as SIGHUP under ``nohup``.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python sets signal handlers only in the main thread
-        return
-    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    before = {number: signal.getsignal(number) for number in numbers if number is not None}
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in (getattr(signal, n) for n in names)}
     before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
 
     def stop(number: int, _frame: FrameType | None) -> None:
@@ -91,7 +83,11 @@ def _stopped_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@click.group(cls=_LazyGroup, epilog="Example: mergekit-metagpt demo")
+# What a list shows of the commands.
+_LISTED = [click.Command(name, help=text) for name, text in _COMMANDS.items()]
+
+
+@click.group(cls=_LazyGroup, commands=_LISTED, epilog="Example: mergekit-metagpt demo")
 @click.version_option(__version__, prog_name="mergekit-metagpt")
 def main() -> None:
     """MetaGPT for MergeKit: closed-form scaling coefficients for merging models."""

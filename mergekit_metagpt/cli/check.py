@@ -9,12 +9,11 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from mergekit_metagpt import preflight
-from mergekit_metagpt.cli._command import MergeCommand
-from mergekit_metagpt.cli._common import console, warn
+from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.planning.config import ConfigFile
 
 
-@click.command(cls=MergeCommand)
+@click.command(cls=_shared.MergeCommand)
 @click.argument("config", type=click.Path(allow_dash=True))
 @click.argument("out", type=click.Path(), required=False)
 def check(config: str, out: str | None, merge_options: MergeOptions) -> None:
@@ -45,7 +44,7 @@ def require_sound(
         click.echo(problem, err=True)
     if found.problems:
         raise click.exceptions.Exit(1)
-    warn(found.warnings)
+    _shared.warn(found.warnings)
     return found
 
 
@@ -71,7 +70,7 @@ def _show(costs: preflight.Costs) -> None:
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console().print(table)
+    _shared.console().print(table)
     for note in costs.notes:
         click.echo(note)
 

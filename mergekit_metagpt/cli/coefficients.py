@@ -7,22 +7,21 @@ import click
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.api.results import Plan
-from mergekit_metagpt.cli import _common
-from mergekit_metagpt.cli._command import MergeCommand
+from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.report.plots import require_plotting
 
 
-@click.command(cls=MergeCommand)
-@_common.config_argument
+@click.command(cls=_shared.MergeCommand)
+@_shared.config_argument
 @click.option(
     "--granularity",
     type=click.Choice(list(GRANULARITIES)),
     help="Use this granularity instead of the config's.",
 )
-@_common.json_option
-@_common.plot_option("coefficients, coefficients by layer and cosines")
-@_common.ray_option
+@_shared.json_option
+@_shared.plot_option("coefficients, coefficients by layer and cosines")
+@_shared.ray_option
 def coefficients(
     config: str,
     granularity: str | None,
@@ -40,12 +39,12 @@ def coefficients(
       mergekit-metagpt coefficients metagpt.yml --granularity layer --plot coefficients.png
     """
     require_plotting(plot)
-    plan = Plan(*_common.forecast_config(config, merge_options, ray, [granularity]))
+    plan = Plan(*_shared.forecast_config(config, merge_options, ray, [granularity]))
     if as_json:
         click.echo(json.dumps(plan.as_json()))
     else:
         title, _, shown = plan.shown()
-        _common.console().print(title, "", shown, sep="\n")
-    _common.warn(plan.warnings)
+        _shared.console().print(title, "", shown, sep="\n")
+    _shared.warn(plan.warnings)
     if plot is not None:
-        _common.save_figure(plan.plot(), plot)
+        _shared.save_figure(plan.plot(), plot)

@@ -9,8 +9,7 @@ import click
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.cli import _common
-from mergekit_metagpt.cli._command import MergeCommand
+from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.report import comparison, plots
@@ -20,8 +19,8 @@ _NUMBERS = [name for name, granularity in GRANULARITIES.items() if not granulari
 _WEIGHT: Any = click.FloatRange(min=0)
 
 
-@click.command(cls=MergeCommand)
-@_common.config_argument
+@click.command(cls=_shared.MergeCommand)
+@_shared.config_argument
 @click.option(
     "--granularity",
     "granularities",
@@ -45,9 +44,9 @@ _WEIGHT: Any = click.FloatRange(min=0)
     metavar="EXPERT=W[,...]",
     help="Compare these priors with the config's; may be repeated.",
 )
-@_common.json_option
-@_common.plot_option("the coefficients by layer of every choice")
-@_common.ray_option
+@_shared.json_option
+@_shared.plot_option("the coefficients by layer of every choice")
+@_shared.ray_option
 def compare(
     config: str,
     granularities: tuple[str, ...],
@@ -67,18 +66,18 @@ def compare(
       mergekit-metagpt compare metagpt.yml --weights math=2,code=1 --plot compare.png
     """
     plots.require_plotting(plot)
-    forecasts = _common.forecast_config(config, merge_options, ray, granularities or _NUMBERS)
+    forecasts = _shared.forecast_config(config, merge_options, ray, granularities or _NUMBERS)
     priors = [_priors(given, forecasts[0].experts) for given in weights]
     compared = comparison.choices(forecasts, exponents, priors)
     if as_json:
         rows = [choice.as_json() for choice in compared]
         click.echo(json.dumps({"choices": rows, "advice": comparison.advice(compared)}))
     else:
-        _common.console().print(comparison.comparison_tables(compared))
+        _shared.console().print(comparison.comparison_tables(compared))
     if plot is not None:
         panels = [(choice.title, choice.summary) for choice in compared]
         title = plots.titled(forecasts[0].method.spec.name, forecasts[0].base)
-        _common.save_figure(plots.comparison_figure(panels, title), plot)
+        _shared.save_figure(plots.comparison_figure(panels, title), plot)
 
 
 def _priors(given: str, experts: Sequence[ModelReference]) -> dict[ModelReference, float]:

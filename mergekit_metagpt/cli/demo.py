@@ -5,13 +5,18 @@ import shlex
 import shutil
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import click
+import huggingface_hub
+import torch
+from mergekit.options import MergeOptions
 from rich.console import Console
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from mergekit_metagpt.demo.models import Scale
+from mergekit_metagpt.api.functions import survey
+from mergekit_metagpt.cli import _shared
+from mergekit_metagpt.demo import merges, models
+from mergekit_metagpt.report.tables import table
 
 _LEGEND = """\
 metagpt-*: merge_method metagpt, by granularity
@@ -19,16 +24,7 @@ task-arithmetic: stock task_arithmetic, weight 0.3 each
 average: stock linear, the plain average of the experts
 One small run: an illustration, not a benchmark
 """
-
-# Imports of torch and MergeKit are inside functions: help and refusals do not wait for them.
-
-_USAGE = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-path = {path!r}
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path)
-prompt = tokenizer("sort 4 1 3 0 2 5 =", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=7)[0]))"""
+_SHOWN = "metagpt-direction"
 
 
 @click.command(epilog="Example: mergekit-metagpt demo my-demo")
@@ -47,18 +43,14 @@ def demo(directory: Path) -> None:
     """
     is_new = not directory.exists()
     _require_usable(directory)
-    # All models are on this disk, so transformers and MergeKit need not ask the hub.
+    # All models are on this disk: neither this process nor mergekit-yaml need ask the hub.
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-
-    from mergekit_metagpt.cli._common import console
-    from mergekit_metagpt.demo.models import Scale
-
     # With more threads, the scores would depend on their number, and such small models would
     # train no faster.
     torch.set_num_threads(1)
     try:
-        run_demo(directory, Scale(), console())
+        run_demo(directory, models.Scale(), _shared.console())
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
         if not is_new:
@@ -68,48 +60,36 @@ def demo(directory: Path) -> None:
         raise
 
 
-def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
+def run_demo(directory: Path, scale: models.Scale, console: Console) -> None:
     """Train, merge and score models in an empty directory, given by its absolute path.
 
     Raises:
         FileNotFoundError: if there is no ``mergekit-yaml``.
         RuntimeError: if ``mergekit-yaml`` fails.
     """
-    from tqdm import tqdm
-
-    from mergekit_metagpt.demo.merges import merge_with_mergekit, stock_command, write_configs
-    from mergekit_metagpt.demo.models import TASKS, scores, train_family
-    from mergekit_metagpt.measure.checkpoints import Checkpoints
-    from mergekit_metagpt.report.tables import survey_tables, table
-
-    command = stock_command()
-    train_family(directory, scale)
-    files = write_configs(directory)
-    merges = {name: directory / "merged" / name for name in files}
+    command = merges.stock_command()
+    models.train_family(directory, scale)
+    files = merges.write_configs(directory)
+    merged = {name: directory / "merged" / name for name in files}
     for name in tqdm(files, "Merging with mergekit-yaml", unit="merge"):
-        merge_with_mergekit(command, files[name], merges[name])
+        merges.merge_with_mergekit(command, files[name], merged[name])
 
+    tasks = models.TASKS
     rows = {"base": directory / "base"}
-    rows |= {f"expert {task}": directory / task for task in TASKS} | merges
-    results = [scores(path, scale) for path in tqdm(rows.values(), "Scoring", unit="model")]
+    rows |= {f"expert {task}": directory / task for task in tasks} | merged
+    results = [models.scores(path, scale) for path in tqdm(rows.values(), "Scoring", unit="model")]
     columns = {"model": list(rows)}
-    columns |= {task: [f"{own[task]:.1f}" for own in results] for task in TASKS}
+    columns |= {task: [f"{own[task]:.1f}" for own in results] for task in tasks}
     columns["average"] = [f"{fmean(own.values()):.1f}" for own in results]
     show = console.print
     show(f"Right answers to {scale.held_out} held-out prompts per task, in %", style="bold")
     show(table(columns), _LEGEND)
-    experts = [str(directory / task) for task in sorted(TASKS)]
-    survey = Checkpoints.of(str(rows["base"]), experts).survey(progress=False, products=True)
+    experts = [str(directory / task) for task in sorted(tasks)]
+    found = survey(str(rows["base"]), experts, options=MergeOptions(quiet=True))
     show("Scaling coefficients at granularity model", style="bold")
-    show(survey_tables(survey))
-    shown = "metagpt-direction"
-    words = [command, str(files[shown]), str(merges[shown])]
-    for text in (
-        f"The config of {shown}: {files[shown]}",
-        f"It was merged with:\n{shlex.join(words)}",
-        f"Use it in Python:\n{_USAGE.format(path=str(merges[shown]))}",
-    ):
-        console.out(f"\n{text}", highlight=False)
+    show(found.shown()[-1])
+    words = [command, str(files[_SHOWN]), str(merged[_SHOWN])]
+    console.out(f"\n{_SHOWN} was merged with:\n{shlex.join(words)}", highlight=False)
 
 
 def _require_usable(directory: Path) -> None:

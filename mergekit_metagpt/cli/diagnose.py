@@ -8,9 +8,8 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers.utils import logging
 
-from mergekit_metagpt.api.calls import measured
-from mergekit_metagpt.cli import _common
-from mergekit_metagpt.cli._command import MergeCommand
+from mergekit_metagpt.api.functions import measured
+from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.diagnosis import linearity
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.models import require_models
@@ -20,14 +19,14 @@ from mergekit_metagpt.report import plots, tables
 _LEAST_R_SQUARED, _LARGEST_COSINE = 0.95, 0.1
 
 
-@click.command(cls=MergeCommand)
-@_common.config_argument
+@click.command(cls=_shared.MergeCommand)
+@_shared.config_argument
 @click.option(
     "--prompts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="One prompt per line, in UTF-8, of which 32 are used; without it, built-in prompts.",
 )
-@_common.plot_option("the outputs and the cosines")
+@_shared.plot_option("the outputs and the cosines")
 def diagnose(
     config: str, prompts: Path | None, plot: Path | None, merge_options: MergeOptions
 ) -> None:
@@ -47,7 +46,7 @@ def diagnose(
     """
     plots.require_plotting(plot)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one for all models is enough
-    with _common.job_of(config, merge_options) as job:
+    with _shared.job_of(config, merge_options) as job:
         options, (base, experts) = job.options, job.base_and_experts
         require_models((base, *experts), options)
         for model in (*experts, base):
@@ -55,7 +54,7 @@ def diagnose(
             linearity.architecture_of(model, options.trust_remote_code)
         ids = linearity.token_ids(prompts, base, options)
         click.echo(f"Prompts: {len(ids)}{f' from {prompts}' if prompts else ''}.\n")
-        survey = measured(job)
+        survey = measured(job).figures
         lines = linearity.measure_linearity(base, survey, ids, options)
     names, fits = short_names(survey.experts), [line.r_squared for line in lines]
     columns = {
@@ -64,7 +63,7 @@ def diagnose(
         "linear": ["" if x is None else "yes" if x >= _LEAST_R_SQUARED else "no" for x in fits],
         "movement, logits": [f"{line.movement:.2g}" for line in lines],
     }
-    show = _common.console().print
+    show = _shared.console().print
     show("Linearity (Property 5)", tables.table(columns), sep="\n")
     for name, line in zip(names, lines, strict=True):
         if line.held:
@@ -80,8 +79,7 @@ def diagnose(
     title, cosines = "Orthogonality (Property 6)", tables.cosines_table(survey)
     show(title, cosines, _verdict(survey.cosines), sep="\n")
     if plot is not None:
-        _common.save_figure(plots.diagnosis_figure(names, lines, survey.cosines), plot)
-        click.echo(f"The figure is in {plot}.")
+        _shared.save_figure(plots.diagnosis_figure(names, lines, survey.cosines), plot)
 
 
 def _verdict(cosines: Sequence[Sequence[float]]) -> str:

@@ -10,8 +10,7 @@ import click
 from mergekit.common import ModelPath, ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.cli import _common
-from mergekit_metagpt.cli._command import MergeCommand
+from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.evaluation.scores import Score, averages
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.models import require_models
@@ -25,8 +24,8 @@ _AVERAGES = {  # their titles and digits, by their keys in JSON
 }
 
 
-@click.command(cls=MergeCommand)
-@_common.config_argument
+@click.command(cls=_shared.MergeCommand)
+@_shared.config_argument
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--tasks", required=True, metavar="TASK[,...]", help="Tasks or groups of lm-eval.")
 @click.option("--limit", type=click.IntRange(min=1), help="Questions per task; all by default.")
@@ -42,7 +41,7 @@ _AVERAGES = {  # their titles and digits, by their keys in JSON
     metavar="DIR",
     help="A folder with YAML tasks of your own.",
 )
-@_common.json_option
+@_shared.json_option
 def evaluate(
     config: str,
     out: Path,
@@ -66,9 +65,9 @@ def evaluate(
         raise click.ClickException(
             "Scoring needs lm-eval; run: pip install 'mergekit-metagpt[evaluate]'"
         )
-    from mergekit_metagpt.evaluation.bench import Bench  # which needs lm-eval
+    from mergekit_metagpt.evaluation.harness import Bench  # which needs lm-eval
 
-    with _common.job_of(config, merge_options) as job:
+    with _shared.job_of(config, merge_options) as job:
         base, experts = job.base_and_experts
         require_models((base, *experts), job.options)
         if not (out / "config.json").exists():
@@ -86,7 +85,7 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(report))
         return
-    _common.console().print(table(_cells(report)))
+    _shared.console().print(table(_cells(report)))
     click.echo("* the best expert on this task: Nor. Avg and ALD compare with it")
     for file in report["results"]:
         click.echo(f"The scores of the merge are in {file}.")

@@ -6,19 +6,15 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.api.calls import merged
-from mergekit_metagpt.cli import _common
-from mergekit_metagpt.cli._command import MergeCommand
+from mergekit_metagpt.api.functions import merged
+from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.cli.check import require_sound
-from mergekit_metagpt.method.advice import warnings
-from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.planning.config import read_config
 from mergekit_metagpt.planning.job import running
-from mergekit_metagpt.report.tables import coefficients_table
 
 
-@click.command(cls=MergeCommand)
-@_common.config_argument
+@click.command(cls=_shared.MergeCommand)
+@_shared.config_argument
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--name-of",
@@ -27,7 +23,7 @@ from mergekit_metagpt.report.tables import coefficients_table
     metavar="PATH=USER/NAME",
     help="The hub's name of a path in CONFIG, which the card shows instead; may be repeated.",
 )
-@_common.ray_option
+@_shared.ray_option
 def merge(
     config: str,
     out: Path,
@@ -48,12 +44,11 @@ def merge(
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     written = read_config(config)
     sound = require_sound(written, str(out), merge_options)
-    with running(written, merge_options, _common.wants_progress(merge_options)) as job:
-        merged(job, out, names=names_of, outputs=sound.outputs, ray=ray)
-        summary = Summary(job.entries)
-    _common.warn(warnings(summary))
+    with running(written, merge_options, _shared.wants_progress(merge_options)) as job:
+        found = merged(job, out, names=names_of, outputs=sound.outputs, ray=ray)
+    _shared.warn(found.warnings)
     if not merge_options.quiet:
-        if summary.entries:
-            _common.console().print(coefficients_table(summary))
+        if found.summary.entries:
+            _shared.console().print(found.shown()[-1])
         click.echo(f"The merge is in {out}. To publish it:")
         click.echo(shlex.join(["hf", "upload", "USER/NAME", str(out)]))

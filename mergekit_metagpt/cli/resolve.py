@@ -5,13 +5,12 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.cli import _common
-from mergekit_metagpt.cli._command import MergeCommand
+from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.report.stock_config import stock_config
 
 
-@click.command(cls=MergeCommand)
-@_common.config_argument
+@click.command(cls=_shared.MergeCommand)
+@_shared.config_argument
 @click.option(
     "-o",
     "--output",
@@ -19,7 +18,7 @@ from mergekit_metagpt.report.stock_config import stock_config
     default="-",
     help="Write to this file instead of standard output.",
 )
-@_common.ray_option
+@_shared.ray_option
 def resolve(config: str, output: Path, ray: str | None, merge_options: MergeOptions) -> None:
     """Write CONFIG as stock MergeKit YAML with explicit weights.
 
@@ -33,5 +32,5 @@ def resolve(config: str, output: Path, ray: str | None, merge_options: MergeOpti
       mergekit-metagpt resolve metagpt.yml -o stock.yml
       mergekit-yaml stock.yml merged/
     """
-    (forecast,) = _common.forecast_config(config, merge_options, ray, numbers_only=True)
-    _common.write_whole(output, stock_config(forecast).encode())
+    (forecast,) = _shared.forecast_config(config, merge_options, ray, numbers_only=True)
+    _shared.write_whole(output, stock_config(forecast).encode())

@@ -5,17 +5,15 @@ import json
 import click
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.api.calls import comparing, measured
-from mergekit_metagpt.cli import _common
-from mergekit_metagpt.cli._command import MergeCommand
-from mergekit_metagpt.report.tables import survey_as_json, survey_tables
+from mergekit_metagpt.api.functions import comparing, measured
+from mergekit_metagpt.cli import _shared
 
 
-@click.command(cls=MergeCommand)
+@click.command(cls=_shared.MergeCommand)
 @click.argument("base")
 @click.argument("experts", nargs=-1, required=True, metavar="EXPERT...")
-@_common.json_option
-@_common.ray_option
+@_shared.json_option
+@_shared.ray_option
 def survey(
     base: str,
     experts: tuple[str, ...],
@@ -33,9 +31,9 @@ def survey(
     Example:
       mergekit-metagpt survey path/to/base path/to/math path/to/code
     """
-    with _common.job_of(comparing(base, experts), merge_options) as job:
-        figures = measured(job, ray)
+    with _shared.job_of(comparing(base, experts), merge_options) as job:
+        found = measured(job, ray)
     if as_json:
-        click.echo(json.dumps({"base": base, **survey_as_json(figures)}))
+        click.echo(json.dumps(found.as_json()))
     else:
-        _common.console().print(survey_tables(figures))
+        _shared.console().print(found.shown()[-1])

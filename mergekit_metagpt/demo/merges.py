@@ -11,8 +11,6 @@ import yaml
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.demo.models import TASKS
 
-_SHOWN_LINES = 20
-
 
 def merge_configs(directory: Path) -> dict[str, dict[str, Any]]:
     """Return the merge configs by name, for the base and experts in ``directory``."""
@@ -57,13 +55,9 @@ def merge_with_mergekit(command: str, config: Path, out: Path) -> None:
     """Run ``mergekit-yaml CONFIG OUT`` as a user would.
 
     Raises:
-        RuntimeError: if it fails. The message has the last lines of its stderr.
+        RuntimeError: if it fails. The message has its stderr.
     """
     words = [command, str(config), str(out)]
     done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
-        said = "\n".join(done.stderr.splitlines()[-_SHOWN_LINES:])
-        raise RuntimeError(
-            f"mergekit-yaml could not merge {config} (exit status {done.returncode}). Its "
-            f"last lines:\n{said}"
-        )
+        raise RuntimeError(f"mergekit-yaml could not merge {config}:\n{done.stderr}")

@@ -1,6 +1,5 @@
 """Property 5 on the user's own models: how linear outputs are between base and expert."""
 
-import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -15,8 +14,6 @@ from tqdm import tqdm
 
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.vocabularies import load_tokenizer, tokenizers_agree
-
-LOG = logging.getLogger(__name__)
 
 ALPHAS = tuple(step / 10 for step in range(11))
 _TOKENS = 16  # for each prompt: those that base and expert find most likely
@@ -160,10 +157,7 @@ def load(model: ModelReference, dtype: torch.dtype, options: MergeOptions) -> An
 
 
 def token_ids(file: Path | None, base: ModelReference, options: MergeOptions) -> list[Tensor]:
-    """Return the prompts of a file, or built-in ones, as token ids, int64 of shape [L] each.
-
-    Without a tokenizer, the ids are random.
-    """
+    """Return the prompts of a file, or built-in ones, as token ids, int64 of shape [L] each."""
     prompts, trust = BUILT_IN_PROMPTS, options.trust_remote_code
     if file:
         try:
@@ -175,12 +169,8 @@ def token_ids(file: Path | None, base: ModelReference, options: MergeOptions) ->
             raise ValueError(f"{file} holds no prompts; write one prompt per line.")
     vocabulary = base.config(trust).get_text_config().vocab_size
     tokenizer = load_tokenizer(base, options.transformers_cache, trust)
-    if tokenizer is None and file:
-        raise ValueError(f"No tokenizer could be loaded for {base}; add the tokenizer files.")
     if tokenizer is None:
-        LOG.warning("No tokenizer could be loaded for %s; the prompts are random token ids.", base)
-        generator = torch.Generator().manual_seed(options.random_seed or 0)
-        return list(torch.randint(vocabulary, (32, 16), generator=generator))
+        raise ValueError(f"No tokenizer could be loaded for {base}; add the tokenizer files.")
     ids = (tokenizer(prompt)["input_ids"][:_MOST_TOKENS] for prompt in prompts[:_MOST_PROMPTS])
     rows = [torch.tensor(row) for row in ids if row]
     if not rows or max(row.max().item() for row in rows) >= vocabulary:

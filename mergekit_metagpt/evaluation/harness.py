@@ -1,17 +1,33 @@
-"""Run lm-eval in this process on a checkpoint; needs `mergekit-metagpt[evaluate]`."""
+"""The only place that runs lm-eval: on a checkpoint, and on the models of a merge, each once.
 
+It runs in this process, and needs `mergekit-metagpt[evaluate]`.
+"""
+
+import io
+import json
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import click
 import lm_eval
 from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
 
-from mergekit_metagpt.wording import BadInputError, instead
+from mergekit_metagpt.evaluation.scores import Score
+from mergekit_metagpt.measure.identity import sha256_of
+from mergekit_metagpt.measure.loaders import weight_files
+from mergekit_metagpt.wording import BadInputError, instead, reason
 
 
 def evaluate(model: dict[str, Any], tasks: TaskDict, shots: int | None, **settings: Any) -> Any:
@@ -52,3 +68,85 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> TaskDict:
 def _task_manager(folder: Path | None, with_own: bool) -> TaskManager:
     """Index the folder's tasks, and lm-eval's own. Those are thousands and take seconds."""
     return TaskManager(include_path=folder, include_defaults=with_own)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Tasks, how they are run, and where the results are."""
+
+    options: MergeOptions
+    progress: bool
+    folder: Path  # of the results, laid out as by ``lm_eval --output_path``
+    tasks: Sequence[str]
+    task_folder: Path | None
+    deciding: dict[str, Any]  # what the scores depend on: shots and limit
+    batch_size: str
+
+    def score(self, name: str, model: ModelReference) -> dict[str, Score]:
+        """Return a model's scores by task; measure those that are missing, and write them."""
+        known = self._scores(model)
+        missing = [task for task in self.tasks if task not in known]
+        if not missing:
+            return known
+        if not self.options.quiet:
+            click.echo(f"Scoring {name}", err=True)
+        named = {
+            "pretrained": model.model.path,
+            "revision": model.model.revision,
+            "peft": model.lora and model.lora.path,
+            "trust_remote_code": self.options.trust_remote_code,
+        }
+        model_args = {key: value for key, value in named.items() if value}
+        hardware = {"batch_size": self.batch_size, "device": self.options.device or "cpu"}
+        tracker = EvaluationTracker(output_path=str(self.folder))
+        tracker.general_config_tracker.log_experiment_args("hf", model_args, None, None, False)
+        shown = sys.stderr if self.progress else io.StringIO()
+        try:
+            with redirect_stderr(shown), redirect_stdout(shown):
+                loaded = load_tasks(missing, self.task_folder)
+                report = evaluate({**model_args, **hardware}, loaded, **self.deciding)
+        except BadInputError:
+            raise
+        except Exception as error:  # of the model, or of a task's own code or data
+            raise RuntimeError(
+                f"lm-eval could not score {model} on {', '.join(missing)} ({reason(error)}); run "
+                "it again with --verbose for the traceback."
+            ) from error
+        report["lm_eval_version"] = lm_eval.__version__
+        used = {"model": "hf", "model_args": model_args, **self.deciding, **hardware}
+        report["config"] = {**used, "metagpt": self._settings(model)}
+        tracker.save_results_aggregated(report)  # logs its failures
+        scores = self._scores(model)
+        if not scores.keys() >= set(missing):
+            raise OSError(
+                f"The results of {model} could not be written to {self.folder}; make it writable, "
+                "and run it again."
+            )
+        return scores
+
+    def _scores(self, model: ModelReference) -> dict[str, Score]:
+        """Return a model's scores by task, so far; its weights are recognized by their content."""
+        settings, scores = self._settings(model), dict[str, Score]()
+        for file in sorted(self.folder.glob("*/results_*.json"), key=lambda path: path.name):
+            try:
+                report = json.loads(file.read_bytes())
+                if report["config"].get("metagpt") == settings:
+                    done = [task for task in self.tasks if task in report["results"]]
+                    scores |= {task: Score.of(task, report, file) for task in done}
+            except BadInputError:
+                raise
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                continue  # a run was killed while it wrote, or it is another's file
+        return scores
+
+    def _settings(self, model: ModelReference) -> dict[str, Any]:
+        """Return what the scores of a model depend on, as JSON types."""
+        folder = self.task_folder
+        tasks = folder.rglob("*.yaml") if folder else ()
+        beside = {file for task in tasks for file in task.parent.iterdir() if file.is_file()}
+        return {
+            "files": sorted(map(sha256_of, weight_files(LoaderCache().get(model)))),
+            "task_files": {str(file.relative_to(str(folder))): sha256_of(file) for file in beside},
+            "lm_eval": lm_eval.__version__,
+            **self.deciding,
+        }

@@ -78,15 +78,14 @@ def averages(pairs: Sequence[tuple[Score, Score]]) -> dict[str, float | None]:
     Each pair is its score on a task, and that of the best expert. Abs. Avg and Nor. Avg are over
     tasks in which a higher figure is better, ALD (equation 4) over those with a loss, in nats.
     """
-    higher = [(own.value, best.value) for own, best in pairs if own.higher_is_better]
+    unknown = [(math.nan, math.nan)]
+    higher = [(own.value, best.value) for own, best in pairs if own.higher_is_better] or unknown
     both = [(own.loss, best.loss) for own, best in pairs]
-    losses = [(loss, least) for loss, least in both if loss is not None and least is not None]
-    scores, references = zip(*higher, strict=True) if higher else ((math.nan,), (math.nan,))
+    losses = [(own, best) for own, best in both if own is not None and best is not None] or unknown
+    scores, references = zip(*higher, strict=True)
     figures = {
         "absolute_average": absolute_average(scores),
         "normalized_average": normalized_average(scores, references),
-        "average_loss_difference": (
-            average_loss_difference(*zip(*losses, strict=True)) if losses else math.nan
-        ),
+        "average_loss_difference": average_loss_difference(*zip(*losses, strict=True)),
     }
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}

@@ -60,9 +60,9 @@ class Choice:
     @property
     def is_dominated(self) -> bool:
         """Whether one of several experts has nearly all of the merge, or of most tensors."""
-        experts, dominated = self.summary.experts, dominated_part(self.summary) > 0.5
-        dominated |= max(expert.mean for expert in experts) > DOMINANT
-        return not self.summary.by_direction and len(experts) > 1 and dominated
+        means = [expert.mean for expert in self.summary.experts]
+        dominated = dominated_part(self.summary) > 0.5 or max(means) > DOMINANT
+        return not self.summary.by_direction and len(means) > 1 and dominated
 
     def as_json(self) -> dict[str, Any]:
         """Return the choice and its figures as JSON types."""
@@ -132,33 +132,27 @@ def comparison_tables(compared: Sequence[Choice]) -> RenderableType:
 
 def advice(compared: Sequence[Choice]) -> str:
     """Return one sentence that follows from the figures, and from nothing else."""
-    matrices = next((choice for choice in compared if choice.summary.by_direction), None)
-    numbers = [choice for choice in compared if choice is not matrices]
+    numbers = [choice for choice in compared if not choice.summary.by_direction]
     even = [choice for choice in numbers if not choice.is_dominated]
     most = max((choice.mean_kept or 0.0 for choice in numbers), default=0.0)
-    if matrices and matrices.mean_kept and (most or not numbers):
-        others = f", and no other choice more than {most:.0%}" if numbers else ""
-        return (
-            f"Granularity direction keeps {matrices.mean_kept:.0%} of the task vectors on average"
-            f"{others}."
-        )
+    for choice in compared:
+        if choice.summary.by_direction and choice.mean_kept:
+            others = f", and no other choice more than {most:.0%}" if most else ""
+            kept = f"{choice.mean_kept:.0%} of the task vectors on average"
+            return f"Granularity direction keeps {kept}{others}."
     if not even:
         return "One expert dominates in each of these choices; give it a smaller weight."
-    if len(even) < len(numbers):
-        best = min(even, key=lambda choice: round(choice.bound or 0.0, 6))
-        way_out = f"of the others, {best.title} has the least bound"
-        if best.bound is None:
-            way_out = f"{best.title} is not one of them"
+    if dominated := len(numbers) - len(even):
+        best = min(even, key=lambda choice: round(choice.bound or 0.0, 6)).title
         return (
-            f"One expert dominates in {len(numbers) - len(even)} of these {len(numbers)} choices; "
-            f"{way_out}."
+            f"One expert dominates in {dominated} of these {len(numbers)} choices; choose another, "
+            f"such as {best}."
         )
-    if most:
-        return (
-            f"No expert dominates in these choices, and none keeps more than {most:.0%} of the "
-            "task vectors; see how much --granularity direction keeps."
-        )
-    return "No expert dominates in these choices."
+    more = (
+        f", and none keeps more than {most:.0%} of the task vectors; see how much --granularity "
+        "direction keeps"
+    )
+    return f"No expert dominates in these choices{more if most else ''}."
 
 
 def _coefficient(expert: Expert, with_range: bool) -> str:

@@ -6,8 +6,9 @@ The command that offers it calls ``require_plotting`` before it starts any work.
 
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.names import short_names
@@ -15,7 +16,7 @@ from mergekit_metagpt.report.tables import COSINES, two_digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
 # A result of ``diagnosis``: its outputs along a task vector, and how straight they are.
 Linearity = Any
@@ -29,7 +30,6 @@ _SERIES = ((_COLOURS[0], "o"), (_COLOURS[4], "s"), (_COLOURS[2], "^"))
 
 _PANEL = (3.6, 3.1)  # inches
 _NOTEBOOK_DPI = 75  # enough to read, and a saved notebook stays small
-_MOST_COLUMNS = 3
 _LONGEST_NAME = 24
 _LONGEST_BASE = 60
 _MOST_NUMBERS = 12  # the cells of a matrix with more rows show no numbers
@@ -51,17 +51,14 @@ def diagnosis_figure(
 ) -> "Figure":
     """Draw figure 4 of the paper: outputs along T task vectors, and their T x T cosines."""
     names = short_names(names, _LONGEST_NAME)
-    columns, rows = _grid(len(names))
-    figure = _figure(columns + 1.2, rows)
-    left, right = cast("Sequence[SubFigure]", figure.subfigures(1, 2, width_ratios=(columns, 1.2)))
-    for number, (name, linearity) in enumerate(zip(names, linearities, strict=True), 1):
-        ax = left.add_subplot(rows, columns, number)
+    figure, panels = _panels(len(names) + 1, 4)
+    for ax, name, linearity in zip(panels, names, linearities, strict=False):
         _draw_outputs(ax, linearity)
         fit = linearity.r_squared
         shown = "does not move" if fit is None else f"R² = {fit:.3f}"
         ax.set_title(f"{name}: {shown}", fontsize=10)
-    left.axes[0].legend(left.axes[0].lines[:2], ["output", "straight line"], fontsize=8)
-    _draw_cosines(right.add_subplot(), names, cosines)
+    panels[0].legend(panels[0].lines[:2], ["output", "straight line"], fontsize=8)
+    _draw_cosines(panels[-1], names, cosines)
     return figure
 
 
@@ -80,7 +77,8 @@ def coefficients_figure(
     means, *by_layer, matrix = figure.subplots(1, len(widths), width_ratios=widths)
     _draw_means(means, names, summary)
     for ax in by_layer:
-        _draw_layers(ax, layers, stacked=not summary.kept_by_layer)
+        _draw_layers(ax, layers, max(map(sum, layers)))
+        ax.set_title("Kept by layer" if summary.kept_by_layer else "λ by layer", fontsize=10)
     _draw_cosines(matrix, names, cosines)
     return figure
 
@@ -90,23 +88,19 @@ def comparison_figure(choices: Sequence[tuple[str, Summary]], title: str = "") -
 
     Each choice is a title and a summary; all have the same experts.
     """
-    names = short_names(choices[0][1].ids, _LONGEST_NAME)
-    columns, rows = _grid(len(choices))
-    figure = _figure(columns, rows)
-    panels = [
+    figure, panels = _panels(len(choices), 3)
+    drawn = [
         summary.kept_by_layer or summary.layers or [[expert.mean for expert in summary.experts]]
         for _, summary in choices
     ]
-    for number, ((choice, _), layers) in enumerate(zip(choices, panels, strict=True), 1):
-        ax = figure.add_subplot(rows, columns, number)
-        _draw_layers(ax, layers, stacked=True)
-        ax.set_ylim(0, max(sum(row) for panel in panels for row in panel) or 1)
-        if number % columns == 1 % columns:
-            ax.set_ylabel("of all experts")
+    for ax, (choice, _), layers in zip(panels, choices, drawn, strict=True):
+        _draw_layers(ax, layers, max(sum(row) for its in drawn for row in its))
         ax.set_title(choice, fontsize=10)
+    figure.supylabel("of all experts", fontsize=10)
     figure.suptitle(title, fontsize=11)
-    handles: Any = figure.axes[0].containers
-    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=columns)
+    names = short_names(choices[0][1].ids, _LONGEST_NAME)
+    handles: Any = panels[0].containers
+    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -116,44 +110,34 @@ def titled(choice: str, base: object) -> str:
     return f"{choice}; base {base}"
 
 
-def _grid(panels: int) -> tuple[int, int]:
-    columns = min(panels, _MOST_COLUMNS)
-    return columns, -(-panels // columns)
-
-
 def _draw_means(ax: "Axes", names: Sequence[str], summary: Summary) -> None:
     """Draw a bar for each expert, and a line from its least to its largest coefficient."""
-    places, experts = range(len(names)), summary.experts
-    most = max(expert.largest for expert in experts)
-    ax.barh(places, [expert.mean for expert in experts], color=_colours(len(names)))
-    for t, expert in enumerate(experts):
-        if summary.varies:
-            ax.plot((expert.least, expert.largest), (t, t), color="grey", linewidth=2)
-        ax.text(expert.largest + 0.02 * most, t, f"{expert.mean:.3g}", va="center", fontsize=8)
+    experts, places = summary.experts, range(len(names))
+    # A mean may be rounded out of the range.
+    errors = [(max(0, it.mean - it.least), max(0, it.largest - it.mean)) for it in experts]
+    ranges: Any = {"xerr": [*zip(*errors, strict=True)], "ecolor": "grey"} if summary.varies else {}
+    means = [expert.mean for expert in experts]
+    bars = ax.barh(places, means, color=_COLOURS, **ranges)
+    ax.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
     ax.set_yticks(places, names, fontsize=8)
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.25 * most or 1)  # with room for the numbers
+    ax.set_xlim(0, 1.25 * max(expert.largest for expert in experts) or 1)  # room for the numbers
     title = "Mean coefficient λ" if summary.varies else "Coefficients λ"
     ax.set_title("Kept" if summary.kept_by_layer else title, fontsize=10)
 
 
-def _draw_layers(ax: "Axes", layers: Layers, stacked: bool) -> None:
-    """Draw the figures of each layer: as a stack, the first expert's on top, or as lines."""
+def _draw_layers(ax: "Axes", layers: Layers, most: float) -> None:
+    """Draw the figures of each layer as a stack, the first expert's on top."""
     upper, places = list(map(sum, layers)), range(len(layers))
-    for colour, own in zip(_colours(len(layers[0])), zip(*layers, strict=True), strict=True):
-        if stacked:
-            upper = [a - b for a, b in zip(upper, own, strict=True)]
-            # The edges are for printing in grey.
-            ax.bar(places, own, 1.0, upper, color=colour, edgecolor="white", linewidth=0.3)
-        else:
-            ax.plot(places, own, color=colour, marker=".")
-    if stacked:
-        ax.set_ylim(0, max(map(sum, layers)) or 1)
-        ax.margins(x=0)
+    for colour, own in zip(cycle(_COLOURS), zip(*layers, strict=True), strict=False):
+        upper = [a - b for a, b in zip(upper, own, strict=True)]
+        # The edges are for printing in grey.
+        ax.bar(places, own, 1.0, upper, color=colour, edgecolor="white", linewidth=0.3)
+    ax.set_ylim(0, most or 1)
+    ax.margins(x=0)
     ax.axhline(0, color="grey", linewidth=0.8)
     ax.set_xlabel("layer")
     ax.locator_params(axis="x", integer=True)
-    ax.set_title("λ by layer" if stacked else "Kept of each task vector", fontsize=10)
 
 
 def _draw_outputs(ax: "Axes", linearity: Linearity) -> None:
@@ -176,28 +160,23 @@ def _draw_cosines(ax: "Axes", names: Sequence[str], values: Sequence[Sequence[fl
     ax.set_xticks(range(len(names)), [str(number + 1) for number in range(len(names))], fontsize=8)
     ax.set_yticks(range(len(names)), labels, fontsize=8)
     ax.set_title(COSINES, fontsize=10)
-    if len(names) > _MOST_NUMBERS:
-        return
-    for i, row in enumerate(values):
+    for i, row in enumerate(values if len(names) <= _MOST_NUMBERS else []):
         for j, value in enumerate(row):
             colour = "white" if abs(value) > 0.6 else "black"
-            text = ax.text(j, i, two_digits(value), color=colour, fontsize=8)
-            text.set(ha="center", va="center")
+            ax.text(j, i, two_digits(value), color=colour, fontsize=8, ha="center", va="center")
 
 
-def _colours(count: int) -> Sequence[str | tuple[float, ...]]:
-    """Return a colour for each expert."""
-    from matplotlib import colormaps
-
-    if count <= len(_COLOURS):
-        return _COLOURS[:count]
-    return [colormaps["viridis"](t / (count - 1)) for t in range(count)]
+def _panels(count: int, columns: int) -> "tuple[Figure, list[Axes]]":
+    """Return a figure, and panels of equal size in it."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure = _figure(columns, rows)
+    return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
 
 
 def _figure(columns: float, rows: float) -> "Figure":
     """Return an empty figure of the given size in panels, without a window or pyplot state."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise ImportError(
@@ -213,6 +192,4 @@ def _figure(columns: float, rows: float) -> "Figure":
             return image.getvalue()
 
     size = (_PANEL[0] * columns, _PANEL[1] * rows)
-    figure = ShownFigure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return ShownFigure(figsize=size, dpi=150, layout="constrained")

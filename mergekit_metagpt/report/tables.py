@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -12,15 +11,15 @@ from rich.text import Text
 
 from mergekit_metagpt.core.coefficients import bound, bound_of_parts, scaling_coefficients
 from mergekit_metagpt.measure.survey import Survey
-from mergekit_metagpt.method.advice import moved_far, share, warnings
-from mergekit_metagpt.method.summary import Entry, Summary
+from mergekit_metagpt.method.advice import share
+from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.forecast import Forecast
 
 Columns = Mapping[str, Sequence[str]]
 
 # The choices of λ whose bounds are compared, by their keys in JSON.
-_BOUNDS = {
+BOUNDS = {
     "merge": "this merge",
     "metagpt": "MetaGPT",
     "uniform": "plain average",
@@ -34,19 +33,7 @@ _LARGE_PART = 0.8  # of all task vectors, on average
 _WORDS = ("weights", "by layer")  # ends of the titles of columns without numbers
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _LONGEST_BAR = 16
-_LONGEST_NAME = 24
-
-
-def as_json(forecast: Forecast) -> dict[str, Any]:
-    """Return what is known of a merge as JSON types, under the keys of its ``metagpt.json``."""
-    return {
-        "method": forecast.method.spec.name,
-        "base": str(forecast.base),
-        **forecast.summary.as_json(),
-        "moved": forecast.survey.moved,
-        "cosines": forecast.survey.cosines,
-        "bound": {k: v if math.isfinite(v) else None for k, v in bounds(forecast).items()},
-    }
+LONGEST_NAME = 24
 
 
 def bounds(forecast: Forecast) -> dict[str, float]:
@@ -67,53 +54,20 @@ def bounds(forecast: Forecast) -> dict[str, float]:
     return {k: v / least if least else (math.inf if v else 1.0) for k, v in values.items()}
 
 
-def forecast_warnings(forecast: Forecast) -> list[str]:
-    """Return the warnings about the coefficients, one sentence each."""
-    sentences = warnings(forecast.summary)
-    if forecast.summary.by_direction:
-        sentences += moved_far(forecast.experts, forecast.survey.moved)
-    return sentences + [
-        f"{tensor} does not count towards the coefficients, because its vocabularies differ."
-        for tensor in forecast.survey.left_out
-    ]
-
-
-def whole_models(survey: Survey) -> Summary:
-    """Return the coefficients that Theorem 10 gives the models of a survey."""
-    experts, priors = survey.experts, (1.0,) * len(survey.experts)
-    return Summary([Entry("model", "model", experts, survey.model, priors, 2.0, survey.parameters)])
-
-
-def survey_as_json(survey: Survey) -> dict[str, Any]:
-    """Return what ``survey_tables`` shows as JSON types."""
-    return {
-        "experts": list(map(str, survey.experts)),
-        "parameters": survey.parameters,
-        "squared_norms": survey.model,
-        "coefficients": scaling_coefficients(survey.model),
-        "moved": survey.moved,
-        "cosines": survey.cosines,
-        "left_out": list(survey.left_out),
-    }
-
-
 def expert_columns(summary: Summary) -> Columns:
     """Return what is shown of the experts of a merge."""
     experts, by_direction = summary.experts, summary.by_direction
+    write = "{:.1%}".format if by_direction else share
+    main = "kept" if by_direction else "mean λ" if summary.varies else "λ"
     columns: dict[str, Sequence[str]] = {
-        "expert": short_names(summary.ids, _LONGEST_NAME),
+        "expert": short_names(summary.ids, LONGEST_NAME),
         "‖τ‖": [f"{expert.norm:.4g}" for expert in experts],
+        main: [write(expert.mean) for expert in experts],
     }
-    if not by_direction:
-        columns["mean λ" if summary.varies else "λ"] = [share(expert.mean) for expert in experts]
-    kept = [f"{expert.kept:.1%}" for expert in experts if expert.kept is not None]
-    if by_direction and kept:
-        columns["kept"] = kept
     if summary.varies:
-        write = "{:.1%}".format if by_direction else share
         columns["least"] = [write(expert.least) for expert in experts]
         columns["largest"] = [write(expert.largest) for expert in experts]
-    if kept:
+    if kept := [f"{expert.kept:.1%}" for expert in experts if expert.kept is not None]:
         columns.setdefault("kept", kept)
     if summary.varies and (layers := summary.kept_by_layer or summary.layers):
         title = "kept by layer" if by_direction else "λ by layer"
@@ -153,36 +107,9 @@ def table(columns: Columns) -> Table:
     return shown
 
 
-def forecast_tables(forecast: Forecast) -> RenderableType:
-    """Return what ``mergekit-metagpt coefficients`` shows below its title."""
-    summary, survey, limits = forecast.summary, forecast.survey, bounds(forecast)
-    names = short_names(forecast.experts, _LONGEST_NAME)
-    moved = [f"{n} {part:.2%}" for n, part in zip(names, survey.moved or (), strict=False)]
-    bound_columns = {
-        "coefficients": [_BOUNDS[key] for key in limits],
-        "bound": [f"{value:.3f}" for value in limits.values()],
-    }
-    return Group(
-        coefficients_table(summary),
-        *([Text(f"Moved, of the base's length: {', '.join(moved)}\n")] if moved else []),
-        cosines_table(survey),
-        Text(
-            "The paper's bound on the average loss difference, relative to MetaGPT's for the "
-            "whole model",
-            "bold",
-        ),
-        table(bound_columns),
-    )
-
-
-def survey_tables(survey: Survey) -> RenderableType:
-    """Return what a survey with inner products says of whole models."""
-    return Group(table(expert_columns(whole_models(survey))), cosines_table(survey))
-
-
 def cosines_table(survey: Survey) -> RenderableType:
     """Return the cosines of a survey with inner products, below their title."""
-    names = enumerate(short_names(survey.experts, _LONGEST_NAME), 1)
+    names = enumerate(short_names(survey.experts, LONGEST_NAME), 1)
     columns = {"": [f"{number}  {name}" for number, name in names]}
     columns |= {str(n): list(map(two_digits, own)) for n, own in enumerate(survey.cosines, 1)}
     return Group(Text(COSINES, "bold"), table(columns))
