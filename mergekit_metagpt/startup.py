@@ -9,6 +9,7 @@ This module runs in *every* interpreter of the environment: it imports nothing t
 interpreter has not imported already, and raises nothing.
 """
 
+import _thread
 import os
 import sys
 
@@ -74,20 +75,21 @@ class _Finder:
     """Runs a function when a module in ``_HOOKS`` has been executed; other finders find it."""
 
     def __init__(self) -> None:
-        self._searches: set[str] = set()
+        self._searches: set[tuple[int, str]] = set()
 
     def find_spec(self, name: str, *rest: "Any") -> "ModuleSpec | None":
         if "mergekit" in sys.modules and sys.meta_path[0] is not self:
             # Another finder, such as a type checker's, would find the rest of MergeKit.
             sys.meta_path[:] = [self, *(it for it in sys.meta_path if it is not self)]
-        if name not in _HOOKS or name in self._searches:  # another finder calls this one
+        search = (_thread.get_ident(), name)
+        if name not in _HOOKS or search in self._searches:  # another finder calls this one
             return None
-        self._searches.add(name)
+        self._searches.add(search)
         try:
             others = [it for it in sys.meta_path if it is not self and hasattr(it, "find_spec")]
             spec = next(filter(None, (other.find_spec(name, *rest) for other in others)), None)
         finally:
-            self._searches.discard(name)
+            self._searches.discard(search)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
             spec.loader.exec_module = lambda module: _run(name, module, execute)  # type: ignore[method-assign]

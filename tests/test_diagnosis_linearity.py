@@ -101,6 +101,16 @@ def test_the_ends_are_the_base_and_the_expert_bit_for_bit(config, dtype, shards,
         assert torch.equal(followed, end.gather(-1, tokens).double())
 
 
+def test_in_between_lies_the_weighted_mean(family):
+    model, base, expert, _ = loaded(family)
+    interpolated(model, base, expert, 0.3, ("model.norm.weight",))
+    for (name, parameter), start, end in zip(
+        model.named_parameters(), base.parameters(), expert.parameters(), strict=True
+    ):
+        expected = start if name == "model.norm.weight" else 0.7 * start + 0.3 * end
+        torch.testing.assert_close(parameter, expected)
+
+
 def test_a_lora_is_an_expert(family, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(family["base"])
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
