@@ -15,7 +15,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _SWITCH = "MERGEKIT_METAGPT_AUTOLOAD"
 _REGISTRY = "mergekit.merge_methods.registry"
+_STOCK_CLASS = "GeneralizedTaskArithmeticMerge"
 
 
 def install() -> None:
@@ -40,7 +41,7 @@ def install() -> None:
     sys.meta_path.insert(0, _Finder())
     registry = sys.modules.get(_REGISTRY)
     if registry is not None and not getattr(registry.__spec__, "_initializing", False):
-        _run(_REGISTRY, registry, None)  # MergeKit came before this package
+        _run(_register, registry)  # MergeKit came before this package
 
 
 def register() -> None:
@@ -49,8 +50,7 @@ def register() -> None:
     The start-up file of this package calls this when MergeKit is imported. Call it yourself
     only where Python does not read start-up files: ``pip install --target``, ``python -S``.
     """
-    from mergekit.merge_methods import registry
-
+    registry = _registry()
     known = {method.spec.name for method in registry.registered_methods()}
     for method in _methods():
         if method.spec.name not in known:
@@ -60,15 +60,21 @@ def register() -> None:
 def _methods() -> "list[MetaGPTMerge]":
     """Return a counterpart for every task-vector method of MergeKit."""
     # Submodules only: at registration the package `mergekit.merge_methods` is half imported.
-    from mergekit.merge_methods import registry
     from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 
     from mergekit_metagpt.measure.provider import PROVIDER
     from mergekit_metagpt.method.merge_method import MetaGPTMerge
 
-    stock = registry.registered_methods()
+    stock = _registry().registered_methods()
     own = [method for method in stock if isinstance(method, GeneralizedTaskArithmeticMerge)]
     return [MetaGPTMerge(method, PROVIDER) for method in own]
+
+
+def _registry() -> "Any":
+    """Return MergeKit's registry: at each call, since it may be reloaded or imported anew."""
+    from importlib import import_module
+
+    return import_module(_REGISTRY)
 
 
 class _Finder:
@@ -76,45 +82,83 @@ class _Finder:
 
     def __init__(self) -> None:
         self._searches: set[tuple[int, str]] = set()
+        self._leads = False
 
-    def find_spec(self, name: str, *rest: "Any") -> "ModuleSpec | None":
-        if "mergekit" in sys.modules and sys.meta_path[0] is not self:
-            # Another finder, such as a type checker's, would find the rest of MergeKit.
-            sys.meta_path[:] = [self, *(it for it in sys.meta_path if it is not self)]
+    def find_spec(
+        self,
+        name: str,
+        path: "Sequence[str] | None" = None,
+        target: "ModuleType | None" = None,
+    ) -> "ModuleSpec | None":
+        if not self._leads:
+            self._lead(name)
+        hook = _HOOKS.get(name)
         search = (_thread.get_ident(), name)
-        if name not in _HOOKS or search in self._searches:  # another finder calls this one
+        if hook is None or search in self._searches:  # another finder calls this one
             return None
         self._searches.add(search)
         try:
-            others = [it for it in sys.meta_path if it is not self and hasattr(it, "find_spec")]
-            spec = next(filter(None, (other.find_spec(name, *rest) for other in others)), None)
+            spec = self._ask_others(name, path, target)
         finally:
             self._searches.discard(search)
         if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: _run(name, module, execute)  # type: ignore[method-assign]
+            spec.loader = _Loader(spec.loader, hook)  # type: ignore[assignment]
         return spec
 
+    def _ask_others(self, name: str, *rest: "Any") -> "ModuleSpec | None":
+        for finder in list(sys.meta_path):
+            find = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = find(name, *rest) if find and finder is not self else None
+            if spec is not None:
+                return spec
+        return None
 
-def _run(name: str, module: "ModuleType", execute: "Callable[[ModuleType], None] | None") -> None:
-    """Execute a module, unless that has been done, and run its function."""
-    if execute:
-        execute(module)
+    def _lead(self, name: str) -> None:
+        """Move to the front if another finder, such as a type checker's, has found MergeKit."""
+        if name == "mergekit":
+            self._leads = True
+        elif "mergekit" in sys.modules:
+            self._leads = True
+            sys.meta_path.remove(self)
+            sys.meta_path.insert(0, self)
+
+
+class _Loader:
+    """A module's own loader, and a function to call once the module has been executed."""
+
+    def __init__(self, loader: "Any", hook: "Callable[[ModuleType], None]") -> None:
+        self._loader = loader
+        self._hook = hook
+
+    def __getattr__(self, name: str) -> "Any":
+        if name == "_loader":  # not set yet on a copy; would recurse for ever
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def exec_module(self, module: "ModuleType") -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _run(self._hook, module)
+
+
+def _run(hook: "Callable[[ModuleType], None]", module: "ModuleType") -> None:
     try:
-        _HOOKS[name](module)
+        hook(module)
     except Exception as error:
         _warn(f"{type(error).__name__}: {error}")
 
 
 def _register(registry: "ModuleType") -> None:
-    stock = "GeneralizedTaskArithmeticMerge"
-    method = sys.modules.get("mergekit_metagpt.method.merge_method")
+    method, stock = sys.modules.get("mergekit_metagpt.method.merge_method"), _STOCK_CLASS
     if method is not None and getattr(method, stock) is not getattr(registry, stock):
         # MergeKit was imported again: remove our modules, whose classes derive from the old one.
         for name in [n for n in sys.modules if n.startswith("mergekit_metagpt.")]:
             if name != __name__:
                 del sys.modules[name]
     register()
+    if not any(method.spec.name == "metagpt" for method in registry.registered_methods()):
+        raise RuntimeError("it has no task arithmetic")
 
 
 def _check(merge_methods: "ModuleType") -> None:
@@ -139,11 +183,16 @@ _HOOKS = {
 
 def _warn(reason: str) -> None:
     import warnings
+    from importlib.metadata import version
 
     needed = "mergekit>=0.1.5,<0.1.6"
+    try:
+        found = version("mergekit")
+    except Exception:  # its metadata may be missing or damaged
+        found = "an unknown version"
     warnings.warn(
-        f"mergekit-metagpt could not register its merge methods with the installed MergeKit "
-        f"({reason}). Run: pip install '{needed}'",
+        f"mergekit-metagpt needs {needed} and found {found} ({reason}); its merge "
+        f"methods are not available. Run: pip install '{needed}'",
         RuntimeWarning,
         stacklevel=2,
     )

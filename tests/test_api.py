@@ -3,8 +3,10 @@
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,6 +18,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 import mergekit_metagpt
+from mergekit_metagpt.planning.yaml_file import plain
 from mergekit_metagpt.wording import BadInputError
 
 QUIET = MergeOptions(copy_tokenizer=False, quiet=True)
@@ -138,3 +141,19 @@ def test_public_names_are_documented():
         assert getattr(mergekit_metagpt, name).__doc__
     text = (Path(__file__).parents[1] / "mergekit_metagpt" / "README.md").read_text("utf-8")
     assert all(f"`{name}" in text for name in mergekit_metagpt.__all__)
+
+
+def test_values_that_yaml_does_not_hold_are_written_as_what_they_stand_for(tmp_path):
+    class Word(str, Enum):
+        DIRECTION = "direction"
+
+    path = tmp_path / "a+b@c"
+    found = plain({"granularity": Word.DIRECTION, "weight": np.float32(0.5), "path": path})
+    assert found == {"granularity": "direction", "weight": 0.5, "path": str(path)}
+    assert {type(value) for value in found.values()} == {str, float}
+
+
+def test_commands_run_in_other_threads(family, tmp_path):
+    yml = write_yaml(tmp_path / "m.yml", merge_config(family))
+    with ThreadPoolExecutor(1) as pool:
+        assert "No problems found" in pool.submit(invoke, "check", yml).result().stdout

@@ -56,6 +56,8 @@ def test_merge_keys_may_be_overridden(tmp_path):
 FORMS = {
     "models: [{a}, {b}]": ("models[0]: Input should be", "models[1]: Input should be"),
     "models: [{{modle: {a}}}]": ("models[0].model (it has modle): Field required",),
+    "models: [{{1: 2}}]": ("models[0].model: Field required",),
+    "slices: [{{sources: [{{model: {a}, layer_range: [0]}}]}}]": ("layer_range.1: Field required",),
     "base_model: a+b+c": ("Can't parse a+b+c",),
 }
 
@@ -81,6 +83,10 @@ def of_first(**settings):
 def of_base(config):
     base = {"model": config["base_model"], "parameters": {"weight": 0.2}}
     config["models"].insert(0, base)
+
+
+def stock(method, **settings):
+    return lambda config: config.update(merge_method=method, parameters=settings)
 
 
 MLP, ALL = {"filter": "mlp", "value": 0.5}, {"value": 1}
@@ -114,8 +120,24 @@ IDLE = {
     "a word behind a filter": (of_first(weight=[{**MLP, "value": "x"}]), ("weight must", "'x'")),
     "no granularity": (parameters(granularity="modle"), ("granularity must", "'modle'")),
     "no word of a stock method": (
-        lambda c: c.update(merge_method="ties", parameters={"weight": "x", "density": 1}),
+        stock("ties", weight="x", density=1),
         ("Parameter weight must be a float, not 'x'",),
+    ),
+    "no finite weight": (stock("task_arithmetic", weight=float("nan")), ("weight must be finite",)),
+    "no share of a stock method": (
+        stock("dare_ties", weight=1, density=-0.5),
+        ("density must be a number from 0 to 1, not -0.5",),
+    ),
+    "an empty list": (parameters(granularity=[]), ("an empty list at parameters.granularity",)),
+    "an empty list behind a filter": (
+        of_first(weight=[{**MLP, "value": []}, ALL]),
+        ("an empty list at models[0].parameters.weight",),
+    ),
+    "parameters where there are none": (
+        lambda c: c["models"][0].update(
+            model={"model": {"path": c["models"][0]["model"], "parameters": [1]}}
+        ),
+        ("unknown key parameters at models[0].model.model", "remove it"),
     ),
     "a weight of the base": (of_base, ("weight at models[0] (/", "is the base; remove it")),
     "a misspelt revision": (

@@ -195,6 +195,13 @@ def test_the_commands_show_how_much_is_kept_and_how_long_it_takes(family, tmp_pa
     refused = invoke("resolve", yml, status=1)
     assert "cannot express granularity: direction" in refused.stderr
 
+    # λ and what is kept have no mean.
+    mixed = [{"filter": "mlp", "value": "direction"}, {"value": "model"}]
+    mixed = write_yaml(
+        tmp_path / "mixed.yml", merge_config(family, parameters={"granularity": mixed})
+    )
+    assert "kept" not in invoke("coefficients", mixed, "--quiet").stdout
+
     # For orthogonal task vectors, what numbers keep is the coefficient itself.
     config = merge_config(family, parameters={"granularity": "model", "lambda": 0.5})
     yml = write_yaml(tmp_path / "model.yml", config)

@@ -130,6 +130,10 @@ def test_a_model_without_a_tokenizer_is_skipped_but_for_the_base(own, tmp_path):
         assert problems_of(merge_config(own), tmp_path) == []
     (problem,) = problems_of(merge_config(own, tokenizer={"source": "union"}), tmp_path)
     assert problem.startswith(f"The base {own['base']} has no tokenizer, and ")
+    overwrite("tokenizer.json", b'{"a')(own["a"])
+    pair = [ModelReference.model_validate(own[name]) for name in ("base", "a")]
+    tokenizers_agree.cache_clear()
+    assert tokenizers_agree(*pair, None, False)  # as MergeKit takes it
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,17 @@ for name in [name for name in sys.modules if name.split(".")[0] == "mergekit"]:
     del sys.modules[name]
 """
 
+COPIES_THE_LOADER = """
+import copy, importlib.util
+import mergekit
+spec = copy.deepcopy(importlib.util.find_spec("mergekit.merge_methods"))
+assert spec.loader.get_source(spec.name).startswith("# Copyright")
+import sys
+for name in [name for name in sys.modules if name.split(".")[0] == "mergekit"]:
+    del sys.modules[name]
+"""
+
+
 # MergeKit's evolution does so, in its workers too. Modules keep their own loaders.
 IMPORTS_GENOMES_FIRST = """
 import inspect, sys
@@ -121,7 +132,9 @@ for name in ("mergekit.merge_methods", "mergekit.merge_methods.registry"):
     inspect.getsource(module)
 """
 
-BEFORE = [ASKS_THE_OTHERS, ASKS_THE_PATHS, RELOADS, IMPORTS_ANEW, IMPORTS_GENOMES_FIRST]
+BEFORE = [
+    ASKS_THE_OTHERS, ASKS_THE_PATHS, RELOADS, IMPORTS_ANEW, COPIES_THE_LOADER, IMPORTS_GENOMES_FIRST
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("before", BEFORE)
@@ -130,11 +143,15 @@ def test_other_hooks_and_reloads_leave_the_methods_there(before, fresh):
 
 
 @pytest.mark.parametrize(
-    "modules",
-    [{"__init__": "from . import registry", "registry": "REGISTERED = {}"}, {"__init__": ""}],
+    ("version", "modules"),
+    [
+        ("0.1.4", {"__init__": "from . import registry", "registry": "REGISTERED = {}"}),
+        ("0.9.0", {"__init__": ""}),
+        (None, {"__init__": ""}),  # without metadata
+    ],
 )
 def test_an_incompatible_mergekit_gives_one_warning_that_says_what_to_install(
-    modules, fresh, tmp_path
+    version, modules, fresh, tmp_path
 ):
     package = tmp_path / "mergekit" / "merge_methods"
     package.mkdir(parents=True)
@@ -142,12 +159,18 @@ def test_an_incompatible_mergekit_gives_one_warning_that_says_what_to_install(
     for name, source in modules.items():
         (package / f"{name}.py").write_text(source)
     said = fresh(f"""
-import sys
+import importlib.metadata, sys
 sys.path.insert(0, {str(tmp_path)!r})
+def version(name):
+    if {version!r} is None:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return {version!r}
+importlib.metadata.version = version
 import mergekit.merge_methods
 print("fine")
 """)
-    assert said.count("RuntimeWarning: mergekit-metagpt could not register its merge methods") == 1
+    found = version or "an unknown version"
+    assert said.count(f"mergekit-metagpt needs mergekit>=0.1.5,<0.1.6 and found {found}") == 1
     assert "pip install 'mergekit>=0.1.5,<0.1.6'" in said
     assert said.endswith("fine\n")
     assert "Traceback" not in said

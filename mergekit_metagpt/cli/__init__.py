@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -63,6 +64,9 @@ def _stopped_once() -> Iterator[None]:
     After the first signal, further ones are ignored, so that the command can clean up. Signals
     that the parent process ignores stay ignored, such as SIGHUP under ``nohup``.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python sets signal handlers only in the main thread
+        return
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in (getattr(signal, n) for n in names)}
     before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}

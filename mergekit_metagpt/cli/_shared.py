@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 import textwrap
 import traceback
@@ -196,6 +197,8 @@ def write_whole(path: Path, content: bytes) -> None:
     part = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         part.write_bytes(content)
+        if path.exists():
+            shutil.copymode(path, part)
         part.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error

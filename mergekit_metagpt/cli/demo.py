@@ -5,18 +5,13 @@ import shlex
 import shutil
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 import click
-import huggingface_hub
-import torch
-from mergekit.options import MergeOptions
 from rich.console import Console
-from tqdm import tqdm
 
-from mergekit_metagpt.api.functions import survey
-from mergekit_metagpt.cli import _shared
-from mergekit_metagpt.demo import merges, models
-from mergekit_metagpt.report.tables import table
+if TYPE_CHECKING:
+    from mergekit_metagpt.demo.models import Scale
 
 _LEGEND = """\
 metagpt-*: merge_method metagpt, by granularity
@@ -25,6 +20,8 @@ average: stock linear, the plain average of the experts
 One small run: an illustration, not a benchmark
 """
 _SHOWN = "metagpt-direction"
+
+# Imports of torch and MergeKit are inside functions: help and refusals do not wait for them.
 
 
 @click.command(epilog="Example: mergekit-metagpt demo my-demo")
@@ -44,13 +41,17 @@ def demo(directory: Path) -> None:
     is_new = not directory.exists()
     _require_usable(directory)
     # All models are on this disk: neither this process nor mergekit-yaml need ask the hub.
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    from mergekit_metagpt.cli._shared import console
+    from mergekit_metagpt.demo.models import Scale
+
     # With more threads, the scores would depend on their number, and such small models would
     # train no faster.
     torch.set_num_threads(1)
     try:
-        run_demo(directory, models.Scale(), _shared.console())
+        run_demo(directory, Scale(), console())
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
         if not is_new:
@@ -60,13 +61,20 @@ def demo(directory: Path) -> None:
         raise
 
 
-def run_demo(directory: Path, scale: models.Scale, console: Console) -> None:
+def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
     """Train, merge and score models in an empty directory, given by its absolute path.
 
     Raises:
         FileNotFoundError: if there is no ``mergekit-yaml``.
         RuntimeError: if ``mergekit-yaml`` fails.
     """
+    from mergekit.options import MergeOptions
+    from tqdm import tqdm
+
+    from mergekit_metagpt.api.functions import survey
+    from mergekit_metagpt.demo import merges, models
+    from mergekit_metagpt.report.tables import table
+
     command = merges.stock_command()
     models.train_family(directory, scale)
     files = merges.write_configs(directory)

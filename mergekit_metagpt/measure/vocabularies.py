@@ -99,5 +99,6 @@ def tokenizers_agree(
 
     If one of them has no tokenizer, assume that they agree, as MergeKit does.
     """
-    one, other = (load_vocabulary(model, cache_dir, trust_remote_code) for model in (first, second))
-    return one is None or other is None or first_difference(one, other) is None
+    known = load_vocabulary(first, cache_dir, trust_remote_code)
+    other = known and load_vocabulary(second, cache_dir, trust_remote_code)
+    return not (known and other) or first_difference(known, other) is None

@@ -78,7 +78,8 @@ def _place(error: Mapping[str, Any], value: Any) -> str:
             place += f"[{key}]" if isinstance(key, int) else f".{key}"
             value = value[key]
     if error["type"] == "missing":
-        close = nearest(keys[-1], value)
+        named = value if isinstance(value, dict) else ()
+        close = nearest(keys[-1], [key for key in named if isinstance(key, str)])
         place += f".{keys[-1]}{f' (it has {close})' if close else ''}"
     return place.lstrip(".")
 

@@ -1,5 +1,6 @@
 """The models that a config names: where they are, and whether they are checkpoints."""
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,11 +11,11 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_metagpt.measure.headers import read_header
+from mergekit_metagpt.measure.headers import FLOAT_NAMES, read_header
 from mergekit_metagpt.measure.locations import Directory, Repository, locate
 from mergekit_metagpt.measure.weights import Weights, read_weights
 from mergekit_metagpt.mergekit_private import unique_id, wants_remote_code
-from mergekit_metagpt.wording import BadInputError, reason
+from mergekit_metagpt.wording import BadInputError, instead, reason
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,13 @@ def _with_adapter(model: ModelReference, lora: ModelPath, options: MergeOptions)
         adapter = _adapter(model, lora, options)
     except BadInputError as error:
         problems += error.args
-    if options.lora_merge_cache:
+    dtype = options.lora_merge_dtype
+    if dtype and dtype.removeprefix("torch.") not in FLOAT_NAMES:
+        problems.append(
+            f"MergeKit cannot apply adapters in --lora-merge-dtype {dtype}; "
+            f"{instead(dtype, FLOAT_NAMES)}."
+        )
+    elif options.lora_merge_cache:
         name = "_".join(unique_id(path) for path in (model.model, lora))  # as MergeKit's
         to_apply = os.path.join(options.lora_merge_cache, name)
     else:
@@ -130,11 +137,18 @@ def _adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> s
     place = locate(lora, options)
     if isinstance(place, Repository):
         return None
-    if not place.holds("adapter_config.json"):
+    try:
+        json.loads(place.text("adapter_config.json")).items()
+    except FileNotFoundError:
         raise BadInputError(
             f"Adapter {lora} of model {model} has no adapter_config.json; correct the path, save "
             "the adapter again, or list it as a model of its own if it is a whole one."
-        )
+        ) from None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BadInputError(
+            f"The adapter_config.json of adapter {lora} of model {model} is corrupt "
+            f"({reason(error)}); save the adapter again."
+        ) from None
     for file in ("adapter_model.safetensors", "adapter_model.bin"):
         if place.holds(file):
             read_header(place.file(file), model)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from enum import Enum
 from os import PathLike, fspath
 from typing import Any
 
@@ -29,17 +30,25 @@ def read_yaml(file: str) -> tuple[str, Any]:
             text = re.sub("\r\n?", "\n", stream.read().decode("utf-8-sig"))
         return text, yaml.load(text, _StrictLoader)
     except OSError as error:
-        said = f"cannot be read ({error.strerror}); name a YAML file"
+        raise BadInputError(
+            f"Merge config {file} cannot be read ({error.strerror}); name a YAML file."
+        ) from None
     except UnicodeDecodeError as error:
-        said = f"is not in UTF-8 ({error.reason}, at byte {error.start + 1}); save it as UTF-8"
+        raise BadInputError(
+            f"Merge config {file} is not in UTF-8 ({error.reason}, at byte {error.start + 1}); "
+            "save it as UTF-8."
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "its text"
-        why = " ".join(filter(None, (error.context, error.problem)))
-        said = f"is not YAML in {where} ({why}); correct it"
+        said = " ".join(filter(None, (error.context, error.problem)))
+        raise BadInputError(
+            f"Merge config {file} is not YAML in {where} ({said}); correct it."
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # of characters, dates, nesting
-        said = f"is not YAML ({reason(error)}); correct it"
-    raise BadInputError(f"Merge config {file} {said}.")
+        raise BadInputError(
+            f"Merge config {file} is not YAML ({reason(error)}); correct it."
+        ) from None
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -80,17 +89,27 @@ def plain(value: Any) -> Any:
         }
         return plain(changed)
     if isinstance(value, Mapping):
-        return {plain(key): plain(member) for key, member in value.items()}
+        return {
+            plain(key): fspath(member)
+            if key == "path" and isinstance(member, PathLike)
+            else plain(member)
+            for key, member in value.items()
+        }
     if isinstance(value, list | tuple):
         return [plain(member) for member in value]
     if isinstance(value, np.ndarray | np.generic | torch.Tensor):
         return plain(value.tolist())  # of numpy and torch, the only way to Python's own numbers
+    if isinstance(value, Enum):
+        return plain(value.value)
     if isinstance(value, PathLike):
         return plain(ModelReference(model=ModelPath(path=fspath(value))))
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if value is None or isinstance(value, str | int | float):
+    if value is None or isinstance(value, bool):
         return value
+    for kind in (str, int, float):  # subclasses of these, too
+        if isinstance(value, kind):
+            return kind(value)
     raise BadInputError(
         f"The config holds {value!r} of type {type(value).__name__}, which no merge config can; "
         "write it as text, a number, a list or a mapping."

@@ -1,6 +1,7 @@
 """Keys and values of a merge config; needs no model, but for what reaches no tensor."""
 
 import importlib.resources
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,18 @@ from typing import Any
 from mergekit import merge_methods
 from mergekit.config import InputModelDefinition, InputSliceDefinition, MergeConfiguration
 from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope, ParameterSpec
+from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from pydantic import BaseModel, ValidationError
 
 from mergekit_metagpt.measure.headers import FLOAT_NAMES
 from mergekit_metagpt.mergekit_private import chat_templates, compile_template
+from mergekit_metagpt.method.parameters import with_priors
 from mergekit_metagpt.planning.config import is_within, parts
 from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.wording import BadInputError, instead, nearest, reason
+
+# Keys that MergeKit reads but never uses.
+_UNUSED = {"residual_weight"}
 
 
 @dataclass(frozen=True)
@@ -56,14 +62,15 @@ def _within(raw: Any, read: Any, path: str) -> Iterator[Level]:
 def _settings(job: Job) -> Iterator[tuple[Level, str, Any]]:
     """Yield every parameter that a config sets, and where."""
     for level in _levels(job):
-        for name, setting in (level.values.get("parameters") or {}).items():
-            yield level, name, setting
+        if "parameters" in level.schema.model_fields:
+            for name, setting in (level.values.get("parameters") or {}).items():
+                yield level, name, setting
 
 
 def unknown_keys(job: Job) -> Iterator[str]:
     """Find keys that MergeKit does not know."""
     for level in _levels(job):
-        known = level.schema.model_fields.keys()
+        known = level.schema.model_fields.keys() - _UNUSED
         for key in level.values:
             close = nearest(key, known - level.values.keys())
             # At the top, mergekit-multi reads names, and anchors may have a place of their own.
@@ -85,9 +92,14 @@ def _method(job: Job) -> MergeMethod | None:
 
 
 def _specs(job: Job) -> dict[str, ParameterSpec]:
-    """Return the method's parameters by name."""
+    """Return the method's parameters by name; stock methods get the bounds of this package."""
     method = _method(job)
-    return {spec.name: spec for spec in method.spec.parameters} if method else {}
+    specs = {spec.name: spec for spec in method.spec.parameters} if method else {}
+    if isinstance(method, GeneralizedTaskArithmeticMerge):
+        bounded = {spec.name: spec for spec in with_priors(method.spec.parameters, is_plain=True)}
+        # Stock methods allow a negative weight.
+        specs |= {name: bounded[name] for name in specs if name != "weight"}
+    return specs
 
 
 def ignored_parameters(job: Job) -> Iterator[str]:
@@ -118,14 +130,16 @@ def bad_parameters(job: Job) -> Iterator[str]:
     for level, name, setting in _settings(job):
         for value in _scalars(setting) if name in specs else ():
             try:
-                specs[name].validate(value)
+                parsed = specs[name].validate(value)
+                if isinstance(parsed, float) and not math.isfinite(parsed):
+                    raise ValueError(f"Parameter {name} must be finite, not {value!r}; correct it.")
             except ValidationError:
                 kind = specs[name].value_type
                 yield (
                     f"{job.config}{level.at}: Parameter {name} must be a "
                     f"{getattr(kind, '__name__', kind)}, not {value!r}; correct it."
                 )
-            except ValueError as error:  # of this package's methods
+            except ValueError as error:
                 yield f"{job.config}{level.at}: {error}"
 
 
@@ -143,6 +157,8 @@ def hidden_values(job: Job) -> Iterator[str]:
     for level, name, setting in _settings(job):
         entries = _entries(setting)
         path = f"{level.path}.parameters.{name}".lstrip(".")
+        if setting == [] or any(entry["value"] == [] for entry in entries):
+            yield f"{job.config} has an empty list at {path}, which sets nothing; remove it."
         for number, entry in enumerate(entries):
             before = (n for n in range(number) if _fits(entries[n], entry.get("filter")))
             if (first := next(before, None)) is not None:
@@ -187,7 +203,6 @@ def bad_dtypes(job: Job) -> Iterator[str]:
     for what, name in (
         (f"{job.config} has the dtype", job.parsed.dtype),
         (f"{job.config} has the out_dtype", job.parsed.out_dtype),
-        ("The command has the --lora-merge-dtype", job.options.lora_merge_dtype),
     ):
         if name and name.removeprefix("torch.") not in FLOAT_NAMES:
             yield f"{what} {name}, in which MergeKit cannot merge; {instead(name, FLOAT_NAMES)}."

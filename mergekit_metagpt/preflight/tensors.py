@@ -215,7 +215,7 @@ def _unread(job: Job, files: ModelFiles, read: set[str]) -> list[str]:
     # What MergeKit describes and does not read, the config leaves out on purpose; and with a
     # layer that it does not take all that is in it.
     described = {weight.name for weight in job.outputs.architecture.all_weights(config)}
-    left_out = {layer_of(name) for name in described} - {layer_of(name) for name in taken}
+    left_out = {layer_of(name) for name in described} - {layer_of(name) for name in taken} - {None}
     unread = [
         name
         for name, header in files.weights.tensors.items()

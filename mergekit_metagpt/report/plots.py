@@ -6,7 +6,6 @@ The command that offers it calls ``require_plotting`` before it starts any work.
 
 from collections.abc import Sequence
 from io import BytesIO
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +116,7 @@ def _draw_means(ax: "Axes", names: Sequence[str], summary: Summary) -> None:
     errors = [(max(0, it.mean - it.least), max(0, it.largest - it.mean)) for it in experts]
     ranges: Any = {"xerr": [*zip(*errors, strict=True)], "ecolor": "grey"} if summary.varies else {}
     means = [expert.mean for expert in experts]
-    bars = ax.barh(places, means, color=_COLOURS, **ranges)
+    bars = ax.barh(places, means, color=_colours(len(names)), **ranges)
     ax.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
     ax.set_yticks(places, names, fontsize=8)
     ax.invert_yaxis()
@@ -129,7 +128,7 @@ def _draw_means(ax: "Axes", names: Sequence[str], summary: Summary) -> None:
 def _draw_layers(ax: "Axes", layers: Layers, most: float) -> None:
     """Draw the figures of each layer as a stack, the first expert's on top."""
     upper, places = list(map(sum, layers)), range(len(layers))
-    for colour, own in zip(cycle(_COLOURS), zip(*layers, strict=True), strict=False):
+    for colour, own in zip(_colours(len(layers[0])), zip(*layers, strict=True), strict=True):
         upper = [a - b for a, b in zip(upper, own, strict=True)]
         # The edges are for printing in grey.
         ax.bar(places, own, 1.0, upper, color=colour, edgecolor="white", linewidth=0.3)
@@ -164,6 +163,15 @@ def _draw_cosines(ax: "Axes", names: Sequence[str], values: Sequence[Sequence[fl
         for j, value in enumerate(row):
             colour = "white" if abs(value) > 0.6 else "black"
             ax.text(j, i, two_digits(value), color=colour, fontsize=8, ha="center", va="center")
+
+
+def _colours(count: int) -> Sequence[str | tuple[float, ...]]:
+    """Return a colour for each expert."""
+    from matplotlib import colormaps
+
+    if count <= len(_COLOURS):
+        return _COLOURS[:count]
+    return [colormaps["viridis"](t / (count - 1)) for t in range(count)]
 
 
 def _panels(count: int, columns: int) -> "tuple[Figure, list[Axes]]":

@@ -57,19 +57,23 @@ def bounds(forecast: Forecast) -> dict[str, float]:
 def expert_columns(summary: Summary) -> Columns:
     """Return what is shown of the experts of a merge."""
     experts, by_direction = summary.experts, summary.by_direction
-    write = "{:.1%}".format if by_direction else share
-    main = "kept" if by_direction else "mean λ" if summary.varies else "λ"
+    kept = [f"{expert.kept:.1%}" for expert in experts if expert.kept is not None]
     columns: dict[str, Sequence[str]] = {
         "expert": short_names(summary.ids, LONGEST_NAME),
         "‖τ‖": [f"{expert.norm:.4g}" for expert in experts],
-        main: [write(expert.mean) for expert in experts],
     }
+    if not by_direction:
+        columns["mean λ" if summary.varies else "λ"] = [share(expert.mean) for expert in experts]
+    elif kept:
+        columns["kept"] = kept
     if summary.varies:
+        write = "{:.1%}".format if by_direction else share
         columns["least"] = [write(expert.least) for expert in experts]
         columns["largest"] = [write(expert.largest) for expert in experts]
-    if kept := [f"{expert.kept:.1%}" for expert in experts if expert.kept is not None]:
+    if kept:
         columns.setdefault("kept", kept)
-    if summary.varies and (layers := summary.kept_by_layer or summary.layers):
+    layers = summary.kept_by_layer if by_direction else summary.layers
+    if summary.varies and layers:
         title = "kept by layer" if by_direction else "λ by layer"
         columns[title] = [bar(parts) for parts in zip(*layers, strict=True)]
     return columns
