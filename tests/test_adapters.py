@@ -108,7 +108,7 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "its config is missing": (lambda adapter: (adapter / CONFIG).unlink(), (f"has no {CONFIG}",)),
     "its config is cut": (
         lambda adapter: (adapter / CONFIG).write_text('{"peft_type": '),
-        ("PEFT cannot apply adapter", "(Expecting value: line 1", f"correct its {CONFIG}"),
+        (CONFIG, "is corrupt (Expecting value: line 1", "save the adapter again"),
     ),
     "its weights are missing": (
         lambda adapter: (adapter / "adapter_model.safetensors").unlink(),
