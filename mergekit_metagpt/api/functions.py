@@ -188,14 +188,16 @@ def merged(
 ) -> Merged:
     """Merge a job without problems into a new directory.
 
-    ``names`` are PATH=USER/NAME, for paths in the config.
+    ``names`` are PATH=USER/NAME, for paths in the config; ``outputs`` are what will be written, if
+    that is known.
     """
+    if outputs:
+        job.outputs = outputs
     record = merge_whole(
         job,
         out,
         names=hub_names(job.config.raw, names),
         draw=_draw if find_spec("matplotlib") else None,
-        outputs=outputs,
         mapper=None if ray is None else _ray_mapper(ray, job),
     )
     return Merged(out, Summary(job.entries), record)

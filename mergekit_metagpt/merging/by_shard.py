@@ -46,12 +46,10 @@ from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Entry
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.models import find_model_files
 from mergekit_metagpt.planning.outputs import (
     Outputs,
     OutputTensor,
     output_shards,
-    plan_outputs,
 )
 from mergekit_metagpt.planning.work import Work
 from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
@@ -68,12 +66,9 @@ class Plan:
     files: dict[str, list[OutputTensor]]
 
     @classmethod
-    def of(cls, job: Job, outputs: Outputs | None) -> "Plan":
+    def of(cls, job: Job) -> "Plan":
         """Plan a merge of models that are here, with their adapters applied."""
-        config, options = job.parsed, job.options
-        if outputs is None:
-            models = {it: find_model_files(it, options) for it in config.referenced_models()}
-            outputs = plan_outputs(config, options, models, job.config.name)
+        outputs, options = job.outputs, job.options
         shards = output_shards(outputs.tensors, outputs.rows, options.out_shard_size)
         stem, suffix = _only_file(options)
         if len(shards) == 1:

@@ -24,7 +24,6 @@ from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.planning.config import with_chosen_template
 from mergekit_metagpt.planning.directory import Output
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.outputs import Outputs
 from mergekit_metagpt.planning.work import Work
 from mergekit_metagpt.planning.yaml_file import plain
 from mergekit_metagpt.wording import BadInputError, reason
@@ -39,7 +38,6 @@ def merge_whole(
     *,
     names: Mapping[str, str],
     draw: Callable[[Path, Summary], None] | None,
-    outputs: Outputs | None,
     mapper: RayMapper | None,
 ) -> dict[str, Any]:
     """Merge into a work directory, record the merge, and move it to ``out`` when complete.
@@ -53,7 +51,6 @@ def merge_whole(
         out: the directory to make; must not exist, or be empty.
         names: of models on the hub, by their paths in the config, for what is published.
         draw: draws the coefficients into a PNG file, if there is to be a picture.
-        outputs: what will be written, if that is known.
         mapper: the cluster that merges; None for this process.
 
     Returns:
@@ -62,7 +59,7 @@ def merge_whole(
     output, started = Output.of(out), _now()
     job.parsed = with_chosen_template(job.parsed)
     with output.locked(), opened(job) as inputs:
-        plan = _plan(job, outputs, mapper)
+        plan = _plan(job, mapper)
         facts = _facts(job, inputs.identity, plan)
         if job.options.random_seed is None:
             seed = int(digest(facts)[:8], 16)  # numpy takes no larger ones
@@ -93,7 +90,7 @@ def merge_whole(
     return record
 
 
-def _plan(job: Job, outputs: Outputs | None, mapper: RayMapper | None) -> Plan | None:
+def _plan(job: Job, mapper: RayMapper | None) -> Plan | None:
     """Return the plan of a merge file by file; None if MergeKit's ``run_merge`` has to run it.
 
     The random numbers of MergeKit's own methods depend on the order of the tensors, so these
@@ -109,7 +106,7 @@ def _plan(job: Job, outputs: Outputs | None, mapper: RayMapper | None) -> Plan |
             f"{method}, or merge without --ray."
         )
     by_file = mapper or (own and not (options.multi_gpu or options.async_write))
-    return Plan.of(job, outputs) if by_file else None
+    return Plan.of(job) if by_file else None
 
 
 def _is_own(config: MergeConfiguration) -> bool:

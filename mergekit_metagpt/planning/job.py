@@ -62,9 +62,9 @@ class Job:
     @cached_property
     def models(self) -> dict[ModelReference, ModelFiles]:
         """The models that the config names, the base first."""
-        base, options = self.parsed.base_model, with_own_adapters(self.options, self.parsed)
+        base = self.parsed.base_model
         named = sorted(self.parsed.referenced_models(), key=lambda it: (it != base, str(it)))
-        return {model: find_model_files(model, options) for model in named}
+        return {model: find_model_files(model, self.options) for model in named}
 
     @cached_property
     def outputs(self) -> Outputs:

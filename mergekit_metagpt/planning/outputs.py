@@ -196,19 +196,19 @@ def _found(files: ModelFiles, load: LoadTensor) -> tuple[Header, tuple[str, ...]
             return held[name], (name,)
     for name in own_names:
         used: list[str] = []
-
-        def without_data(source: str, header: Header, used: list[str] = used) -> torch.Tensor:
-            used.append(source)
-            return torch.empty(header.shape, dtype=header.torch_dtype, device="meta")
-
         # Only those of the same layer, since MergeKit tries each rule on each tensor.
         layer = files.weights.by_layer.get(number_of_layer(name), {}).items()
-        sources = {source: partial(without_data, source, header) for source, header in layer}
+        sources = {source: partial(_without_data, source, header, used) for source, header in layer}
         model_type = getattr(files.config, "model_type", None)
         tensor = convert_checkpoint_tensors(model_type, sources, name)
         if tensor is not None:
             return Header.of(tensor), tuple(used)
     return None
+
+
+def _without_data(source: str, header: Header, used: list[str]) -> torch.Tensor:
+    used.append(source)
+    return torch.empty(header.shape, dtype=header.torch_dtype, device="meta")
 
 
 def output_shards(

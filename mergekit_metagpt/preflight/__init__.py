@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_metagpt import register
 from mergekit_metagpt.planning.config import ConfigFile, read_config
-from mergekit_metagpt.planning.job import Job, alone
+from mergekit_metagpt.planning.job import Job, alone, with_own_adapters
 from mergekit_metagpt.planning.outputs import Outputs, PlannerError
 from mergekit_metagpt.preflight import configs, models, output, tensors
 from mergekit_metagpt.preflight.costs import Costs, costs
@@ -28,12 +28,14 @@ _OF_WHAT_IS_IGNORED: Checks = [
     configs.ignored_parameters,
     configs.hidden_values,
 ]
-_OF_CONFIG_AND_MODELS: Checks = [
+_OF_CONFIG: Checks = [
     *_OF_WHAT_IS_IGNORED,
     configs.bad_parameters,
     configs.bad_dtypes,
     configs.bad_template,
     configs.no_experts,
+]
+_OF_MODELS: Checks = [
     models.unusable,
     models.same_models,
     models.different_heads,
@@ -92,7 +94,9 @@ def inspect(
         written = read_config(config) if isinstance(config, str) else config
         with alone():
             job = Job(written, options or MergeOptions())
-            problems += _found(job, _OF_CONFIG_AND_MODELS)
+            problems += _found(job, _OF_CONFIG)
+            job.options = with_own_adapters(job.options, job.parsed)
+            problems += _found(job, _OF_MODELS)
             problems += output.bad_output(job, out) if out else ()
             problems += _found(job, _OF_TENSORS)
             if not problems:

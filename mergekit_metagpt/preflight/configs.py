@@ -72,10 +72,12 @@ def unknown_keys(job: Job) -> Iterator[str]:
     for level in _levels(job):
         known = level.schema.model_fields.keys() - _UNUSED
         for key in level.values:
+            if key in known:
+                continue
             close = nearest(key, known - level.values.keys())
             # At the top, mergekit-multi reads names, and anchors may have a place of their own.
             is_meant = key == "name" or (not close and key in job.config.anchored)
-            if key in known or (is_meant and not level.path):
+            if is_meant and not level.path:
                 continue
             way = f"write {close} instead" if close else "remove it"
             if key in _specs(job) and "parameters" in known:

@@ -8,7 +8,6 @@ import os
 import re
 import textwrap
 from collections.abc import Iterator
-from os.path import isfile
 from typing import Any
 
 import torch
@@ -41,7 +40,9 @@ def same_models(job: Job) -> Iterator[str]:
     for model, files in job.models.items():
         if model.lora and not files.adapter:
             continue  # the adapter is on the hub
-        paths = [path for path in (*files.weights.files, files.adapter or "") if isfile(path)]
+        paths = [
+            path for path in (*files.weights.files, files.adapter or "") if os.path.isfile(path)
+        ]
         stats = frozenset((it.st_dev, it.st_ino) for it in map(os.stat, paths))
         first = seen.setdefault(stats, model) if stats else model
         if first is not model:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mergekit import merge_methods
 from mergekit.common import ModelReference
+from mergekit.io.tasks import LoadTensor
 from mergekit.merge_methods.base import OptionalTensorPolicy
 
 from mergekit_metagpt.measure.headers import FLOATS, is_computed
@@ -186,9 +187,10 @@ def lost(job: Job) -> Iterator[str]:
     """
     base = job.parsed.base_model
     read = {name for t in job.outputs.tensors for names in t.read.values() for name in names}
+    loads = [load for t in job.outputs.tensors for load in t.merge.loads.values()]
     told: set[str] = set()
     for model, files in job.models.items():
-        names = sorted(set(_unread(job, files, read)) - told)
+        names = sorted(set(_unread(job, files, read, loads)) - told)
         told |= set(names)
         own = [name for name in names if base and name not in job.models[base].weights.tensors]
         if own:
@@ -205,10 +207,9 @@ def lost(job: Job) -> Iterator[str]:
             )
 
 
-def _unread(job: Job, files: ModelFiles, read: set[str]) -> list[str]:
+def _unread(job: Job, files: ModelFiles, read: set[str], loads: list[LoadTensor]) -> list[str]:
     """Return the weights of a model that the merge should read, but does not."""
     config: Any = files.config
-    loads = [it for tensor in job.outputs.tensors for it in tensor.merge.loads.values()]
     taken = {load.tensor for load in loads if load.model == files.model}
     if not (config and taken):
         return []
@@ -223,6 +224,8 @@ def _unread(job: Job, files: ModelFiles, read: set[str]) -> list[str]:
         and not is_computed(name, header)
         and not is_ignored(files.architecture, name)
     ]
+    if not unread:
+        return []
     # Names under which a model may hold a tensor that is read under another name.
     others = {name for load in loads for name in load.tied_names or ()}
     for pair in tied_names(files.architecture) if files.is_tied else ():

@@ -16,7 +16,7 @@ from mergekit_metagpt.method.advice import DOMINANT, dominated_part
 from mergekit_metagpt.method.summary import Expert, Summary
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.forecast import Forecast
-from mergekit_metagpt.report.tables import bounds, table
+from mergekit_metagpt.report.tables import LONGEST_NAME, bounds, table
 
 _MOST_WITH_RANGES = 3  # experts; 80 columns have no room for the ranges of more
 
@@ -37,7 +37,7 @@ class Choice:
     def weights(self) -> str:
         """The priors that are not the config's, in words."""
         priors, experts = self.priors or {}, self.forecast.experts
-        named = zip(experts, short_names(experts, 24), strict=True)
+        named = zip(experts, short_names(experts, LONGEST_NAME), strict=True)
         return ", ".join(f"{name} {priors[expert]:g}" for expert, name in named if expert in priors)
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.names import short_names
-from mergekit_metagpt.report.tables import COSINES, two_digits
+from mergekit_metagpt.report.tables import COSINES, LONGEST_NAME, two_digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,6 @@ _SERIES = ((_COLOURS[0], "o"), (_COLOURS[4], "s"), (_COLOURS[2], "^"))
 
 _PANEL = (3.6, 3.1)  # inches
 _NOTEBOOK_DPI = 75  # enough to read, and a saved notebook stays small
-_LONGEST_NAME = 24
 _LONGEST_BASE = 60
 _MOST_NUMBERS = 12  # the cells of a matrix with more rows show no numbers
 
@@ -49,7 +48,7 @@ def diagnosis_figure(
     names: Sequence[str], linearities: Sequence[Linearity], cosines: Sequence[Sequence[float]]
 ) -> "Figure":
     """Draw figure 4 of the paper: outputs along T task vectors, and their T x T cosines."""
-    names = short_names(names, _LONGEST_NAME)
+    names = short_names(names, LONGEST_NAME)
     figure, panels = _panels(len(names) + 1, 4)
     for ax, name, linearity in zip(panels, names, linearities, strict=False):
         _draw_outputs(ax, linearity)
@@ -68,7 +67,7 @@ def coefficients_figure(
 
     The T x T cosines are in the order of ``summary.ids``.
     """
-    names = short_names(summary.ids, _LONGEST_NAME)
+    names = short_names(summary.ids, LONGEST_NAME)
     layers = summary.kept_by_layer or (summary.layers if summary.varies else [])
     widths = (1, 1.6, 1.4) if layers else (1, 1.4)
     figure = _figure(4.2 * sum(widths) / 4, 1.1 + len(names) / 12)
@@ -97,7 +96,7 @@ def comparison_figure(choices: Sequence[tuple[str, Summary]], title: str = "") -
         ax.set_title(choice, fontsize=10)
     figure.supylabel("of all experts", fontsize=10)
     figure.suptitle(title, fontsize=11)
-    names = short_names(choices[0][1].ids, _LONGEST_NAME)
+    names = short_names(choices[0][1].ids, LONGEST_NAME)
     handles: Any = panels[0].containers
     figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=3)
     return figure
