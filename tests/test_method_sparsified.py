@@ -234,8 +234,9 @@ def test_as_many_are_kept_as_in_mergekit_and_of_equal_ones_the_first(name, way, 
 
 @pytest.mark.parametrize("name", ["metagpt_ties", "metagpt_breadcrumbs"])
 def test_a_sample_may_mislead_but_keeps_nothing_wrong(name, rule, monkeypatch):
-    for wrong in ((1e-9, 2e-9), (1.0, 2.0)):
-        monkeypatch.setattr(sparsified, "_limits", lambda *_, wrong=wrong: (wrong, (3.0, 4.0)))
+    for wrong in ((1e-9, 2e-9), (1.0, 1.0), (1.0, 2.0)):
+        both = [wrong, (3.0, 4.0)]
+        monkeypatch.setattr(sparsified, "_limits", lambda *it, both=both: both[: len(it[-1])])
         for kind in KINDS.values():
             tensor = kind(3000, torch.Generator().manual_seed(3))
             assert_same_bytes(get(name), torch.zeros(3000), [tensor], density=0.5)

@@ -26,21 +26,32 @@ def count_of(flags: Any) -> int:
     return int(np.count_nonzero(flags) if isinstance(flags, np.ndarray) else flags.sum())
 
 
-def at_places(array: Any, first: int, last: int) -> tuple[Any, Any]:
-    """Return what would be at two places if the numbers were in rising order."""
+def at_place(array: Any, place: int) -> float:
+    """Return what would be at a place if the numbers were in rising order."""
     if isinstance(array, np.ndarray):
-        ordered = np.partition(array, (first, last))
-    else:
-        ordered = array.sort().values
-    return ordered[first], ordered[last]
+        return float(np.partition(array, place)[place])
+    return float(array.sort().values[place])
 
 
 def in_order(array: Any) -> Any:
-    """Return the numbers in rising order, those of each row if there are rows."""
-    if not isinstance(array, np.ndarray):
-        return array.sort().values
-    if array.ndim == 1:
-        return np.sort(array)
+    """Return the numbers in rising order."""
+    return np.sort(array) if isinstance(array, np.ndarray) else array.sort().values
+
+
+def places_in_order(rows: Any) -> Any:
+    """Return the places of each row's float32 numbers ≥ 0 in rising order, equal ones as they are.
+
+    NumPy sorts 16 bits by radix. Twice that takes half as long as one sort of 32 bits.
+    """
+    if not isinstance(rows, np.ndarray):
+        return rows.sort(dim=1, stable=True).indices
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        parts = np.array_split(array, torch.get_num_threads())
-        return np.concatenate(list(pool.map(np.sort, parts)))
+        parts = np.array_split(rows, torch.get_num_threads())
+        return np.concatenate(list(pool.map(_by_radix, parts)))
+
+
+def _by_radix(rows: Any) -> Any:
+    bits = rows.view(np.uint32)  # they grow with a number ≥ 0
+    by_low = np.argsort(bits.astype(np.uint16), kind="stable")
+    high = np.take_along_axis((bits >> 16).astype(np.uint16), by_low, axis=1)
+    return np.take_along_axis(by_low, np.argsort(high, kind="stable"), axis=1)

@@ -7,7 +7,7 @@ first, which differ from platform to platform.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,14 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_metagpt.core.arrays import as_array, at_places, count_of, in_order, places_of
+from mergekit_metagpt.core.arrays import (
+    as_array,
+    at_place,
+    count_of,
+    in_order,
+    places_in_order,
+    places_of,
+)
 from mergekit_metagpt.core.buffers import chunk_size
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import Sum, deltas_of, working_dtype
@@ -28,7 +35,6 @@ from mergekit_metagpt.method.random_streams import own_stream
 # How far a rank may be from that in a random sample. If it is farther, counting shows it.
 _DEVIATIONS = 3
 _LEAST = 2.0**-149  # the least positive float32
-_NO_LIMITS = (_LEAST, math.inf), (math.inf, math.inf)
 
 
 def merge_sparsified(
@@ -97,7 +103,7 @@ def _sparsify(
 ) -> None:
     """Write 0 into a mask of ones (int8) where ``mergekit.sparsify`` drops a number of θ_t − θ_0.
 
-    Which zeros are kept is left open. The tensors are flat; DELLA needs the shape that they had.
+    The tensors are flat; DELLA needs the shape that they had.
     """
     size = len(mask)
     if method is None or density >= 1:
@@ -120,64 +126,105 @@ def _sparsify(
 def _keep_between(mask: Tensor, base: Tensor, expert: Tensor, start: int, stop: int) -> None:
     """Keep what is at ``[start:stop]`` when the smallest magnitude comes first.
 
-    Most magnitudes are seen to be kept or dropped when they are compared with guessed limits. The
-    two at the ends are looked for only among those near the ends.
+    Of equal magnitudes the first in memory are kept.
     """
+    if start == stop:
+        mask.zero_()
+        return
+    # If there are no outliers to drop, there is no second end to find.
+    ends = _order_statistics(base, expert, [start] if stop == len(mask) else [start, stop - 1])
+    quotas = {end.value: min(end.stop, stop) - max(end.start, start) for end in ends}
     marks = as_array(mask)
-    library: Any = np if isinstance(marks, np.ndarray) else torch
-    for low, high in (_limits(base, expert, start, stop), _NO_LIMITS):
-        smaller, between, parts = 0, 0, []
-        for chunk, _, [delta] in deltas_of(base, [expert], chunk_size(base.device)):
+    for chunk, _, [delta] in deltas_of(base, [expert], chunk_size(base.device)):
+        magnitudes = as_array(delta.abs_())
+        kept = magnitudes > ends[0].value
+        if len(ends) > 1:
+            kept &= magnitudes < ends[1].value
+        for value, quota in quotas.items():
+            if quota:
+                equal = magnitudes == value
+                count = count_of(equal)
+                if count > quota:
+                    equal[places_of(equal)[quota:]] = False
+                kept |= equal
+                quotas[value] -= min(count, quota)
+        marks[chunk] = kept
+
+
+class _OrderStatistic(NamedTuple):
+    """A magnitude; in rising order, its equals are at ``[start:stop]``."""
+
+    value: float
+    start: int
+    stop: int
+
+
+def _order_statistics(
+    base: Tensor, expert: Tensor, places: Sequence[int]
+) -> Sequence[_OrderStatistic]:
+    """Return the magnitudes at some places of the rising order (Floyd and Rivest, 1975).
+
+    Each is looked for between two limits that a sample suggests. Counting shows whether it is
+    there; only what lies between is put in order.
+    """
+    for limits in (_limits(base, expert, places), [(-1.0, math.inf)] * len(places)):
+        searches = [_Search(place, *pair) for place, pair in zip(places, limits, strict=True)]
+        for _, _, [delta] in deltas_of(base, [expert], chunk_size(base.device)):
             magnitudes = as_array(delta.abs_())
-            inside, kept = magnitudes >= low[0], magnitudes > low[1]
-            smaller += len(inside) - count_of(inside)
-            inside ^= kept
-            if stop < len(mask):
-                beyond, outlier = magnitudes >= high[0], magnitudes > high[1]
-                kept ^= beyond
-                inside ^= beyond ^ outlier
-            marks[chunk] = kept
-            between += count_of(kept)
-            unsure = places_of(inside)
-            parts.append((unsure + chunk.start, magnitudes[unsure]))
-        places, values = (library.concatenate(part) for part in zip(*parts, strict=True))
-        # Zeros are not among the values: they are the same when dropped.
-        first, last = max(0, start - smaller), max(0, stop - smaller - between)
-        # A guess is right if the first and the last to keep are near the end that it is about.
-        lower = count_of(values <= low[1])
-        if (smaller <= start or low[0] == _LEAST) and first <= lower <= last <= len(values):
+            for search in searches:
+                search.add(magnitudes)
+        found = [search.found() for search in searches]
+        if None not in found:
             break
-    marks[places[_chosen(values, first, last)]] = 1
+    return [it for it in found if it]
 
 
-def _limits(base: Tensor, expert: Tensor, start: int, stop: int) -> tuple[tuple[float, float], ...]:
-    """Return two limits around the magnitude at each end of a range, guessed from a sample."""
+class _Search:
+    """Looks for the magnitude at a place of the rising order between two limits."""
+
+    def __init__(self, place: int, low: float, high: float) -> None:
+        self.place, self.low, self.high = place, low, high
+        self.smaller = self.to_low = self.to_high = 0  # how many are < low, <= low, <= high
+        self.between: list[Any] = []
+
+    def add(self, magnitudes: Any) -> None:
+        """Count a chunk."""
+        beyond = magnitudes > self.low
+        self.smaller += len(magnitudes) - count_of(magnitudes >= self.low)
+        self.to_low += len(magnitudes) - count_of(beyond)
+        self.to_high += count_of(magnitudes <= self.high)
+        beyond &= magnitudes < self.high
+        self.between.append(magnitudes[beyond])
+
+    def found(self) -> _OrderStatistic | None:
+        """Return what is at the place, or None if it is beyond the limits."""
+        library: Any = np if isinstance(self.between[0], np.ndarray) else torch
+        between = library.concatenate(self.between)
+        to_high = self.to_low + len(between)  # how many are < high, if it is not low
+        if not self.smaller <= self.place < self.to_high:
+            return None
+        if self.place < self.to_low:
+            return _OrderStatistic(self.low, self.smaller, self.to_low)
+        if self.place >= to_high:
+            return _OrderStatistic(self.high, to_high, self.to_high)
+        value = at_place(between, self.place - self.to_low)
+        start = self.to_low + count_of(between < value)
+        return _OrderStatistic(value, start, start + count_of(between == value))
+
+
+def _limits(base: Tensor, expert: Tensor, places: Sequence[int]) -> list[tuple[float, float]]:
+    """Return two limits around the magnitude at each place, guessed from a sample."""
     size, count = len(base), int(len(base) ** (2 / 3))
     generator = torch.Generator("cpu").manual_seed(0)
-    places = torch.randint(size, (count,), generator=generator, device="cpu").to(base.device)
-    sample = in_order(as_array((expert[places].float() - base[places].float()).abs_()))
-    pairs = []
-    for share in (start / size, stop / size):
+    drawn = torch.randint(size, (count,), generator=generator, device="cpu").to(base.device)
+    sample = in_order(as_array((expert[drawn].float() - base[drawn].float()).abs_()))
+    limits = []
+    for share in (place / size for place in places):
         margin = 2 + _DEVIATIONS * math.sqrt(count * share * (1 - share))
         first, last = math.floor(share * count - margin), math.ceil(share * count + margin)
-        low = max(float(sample[first]), _LEAST) if first >= 0 else _LEAST
-        pairs.append((low, float(sample[last]) if last < count else math.inf))
-    if stop == size:
-        return pairs[0], _NO_LIMITS[1]
-    return (pairs[0], pairs[1]) if pairs[0][1] < pairs[1][0] else _NO_LIMITS
-
-
-def _chosen(values: Any, start: int, stop: int) -> Any:
-    """Return which values, if sorted, are at ``[start:stop]``; of equal ones the first are."""
-    if start >= stop:
-        return values < 0
-    ends = at_places(values, start, stop - 1)
-    chosen = (values > ends[0]) & (values < ends[1])
-    for end in ends:
-        equal = places_of(values == end)
-        fewer = count_of(values < end)
-        chosen[equal[: min(fewer + len(equal), stop) - max(fewer, start)]] = True
-    return chosen
+        low = float(sample[first]) if first >= 0 else -1.0
+        limits.append((low, float(sample[last]) if last < count else math.inf))
+    return limits
 
 
 def _draw_by_rank(
@@ -188,16 +235,14 @@ def _draw_by_rank(
         raise ValueError("Epsilon must be chosen such that density +/- epsilon is in (0, 1)")
     length, *inner = shape[1:] if len(shape) > 1 else shape
     apart = math.prod(inner)
-    ranks = torch.arange(length, device=base.device)
-    by_rank = ranks.float().div_(length - 1).mul_(2 * epsilon).add_(density - epsilon)
+    ranks = torch.arange(length, dtype=torch.float32, device=base.device)
+    by_rank = ranks.div_(length - 1).mul_(2 * epsilon).add_(density - epsilon)
     rows = max(1, chunk_size(base.device) // (length * apart)) * length * apart
     for part, start, end in zip(*(torch.split(t, rows) for t in (mask, base, expert)), strict=True):
         magnitudes = (end.float() - start.float()).abs_().view(-1, length, apart).transpose(1, 2)
-        # A magnitude's bits grow with it. Below them is the place from the end, so that no two keys
-        # are equal, and the first of equal magnitudes has the highest rank.
-        keys = magnitudes.reshape(-1, length).view(torch.int32).long().bitwise_left_shift_(32)
-        keys = torch.as_tensor(in_order(as_array(keys.add_(ranks.flip(0)))), device=base.device)
-        order = keys.bitwise_and_((1 << 32) - 1).neg_().add_(length - 1)
+        # From the last to the first, so that the first of equal magnitudes has the highest rank.
+        order = places_in_order(as_array(magnitudes.reshape(-1, length).flip(1)))
+        order = torch.as_tensor(order, device=base.device).neg_().add_(length - 1)
         probabilities = torch.empty_like(order, dtype=torch.float32)
         probabilities.scatter_(1, order, by_rank.expand_as(order))
         _draw(part, probabilities.view_as(magnitudes).transpose(1, 2).reshape(-1))
