@@ -53,7 +53,7 @@ MUTANTS = {
         "*([name, stat_of": "*([name] or [stat_of",
     },
     ("measure/surveys.py", "test_surveys.py"): {
-        " and not (products and survey.grams is None)": "",
+        " and not (products and not survey.has_products)": "",
         "replace(survey, experts=names)": "replace(survey, experts=names[::-1])",
     },
     ("measure/provider.py", "test_measure_survey.py"): {
@@ -65,7 +65,7 @@ MUTANTS = {
     },
     ("measure/survey.py", "test_surveys.py"): {
         "        if self.left_out:\n            return None": "",
-        "for name, row in moved.items()}) < len(moved)": "for name, row in moved.items()}) < 0",
+        "for it in moved.values()}) < len(moved)": "for it in moved.values()}) < 0",
         "return None if any(frozen) else some": "return some",
     },
     ("planning/job.py", "test_api.py"): {

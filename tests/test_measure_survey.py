@@ -30,7 +30,8 @@ from mergekit_metagpt.measure import headers, surveys
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.headers import Header, read_header
 from mergekit_metagpt.measure.loaders import forget_files
-from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.measure.provider import PROVIDER, StoredModels
+from mergekit_metagpt.measure.survey import Measured, Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
@@ -64,12 +65,14 @@ def test_norms_and_cosines_are_those_of_float64(family):
     ]
     norms = reference.squared_norms(base, experts)
     plain = survey(family)
-    assert found.squared_norms == plain.squared_norms
+    assert {n: it.norms for n, it in found.tensors.items()} == {
+        n: it.norms for n, it in plain.tensors.items()
+    }
     assert found.parameters == sum(tensor.numel() for tensor in base.values())
-    for name, gram in found.grams.items():  # of each tensor alone; their sum is the model's
-        diagonal = [row[t] for t, row in enumerate(gram)]
+    for name, it in found.tensors.items():  # of each tensor alone; their sum is the model's
+        diagonal = [row[t] for t, row in enumerate(it.products)]
         assert diagonal == pytest.approx(norms[name], rel=1e-6)
-        assert found.sizes[name] == base[name].numel()
+        assert it.size == base[name].numel()
 
 
 def nested(tensors, path):
@@ -86,10 +89,10 @@ def test_a_base_is_described_without_its_data(save, tmp_path):
         header = found[name]
         assert (header.shape, header.torch_dtype) == (tuple(tensor.shape), tensor.dtype)
     for base in (str(path), str(tmp_path)):
-        models = Checkpoints.of(base, [base])
-        assert models.parameters_of_base() == 12 + 5 + 1
-        assert models.shape_of_base("model.layers.7.w") == (3, 4)
-        assert models.shape_of_base("lost") is None
+        models = StoredModels(Checkpoints.of(base, [base]), PROVIDER)
+        assert models.parameters == 12 + 5 + 1
+        assert models.shape_of("model.layers.7.w") == (3, 4)
+        assert models.shape_of("lost") is None
     forget_files()
 
 
@@ -118,18 +121,18 @@ class TestTies:
             edit(path, lambda tensors: tensors.update({HEAD: tensors[TABLE].clone()}))
         found = survey(tied)
         assert found.tied == {HEAD: TABLE}
-        assert HEAD not in found.squared_norms
-        assert TABLE in found.squared_norms
+        assert HEAD not in found.tensors
+        assert TABLE in found.tensors
 
     def test_an_untied_expert_of_a_tied_base_counts_both(self, tied):
         edit(tied["a"], lambda tensors: tensors.update({HEAD: tensors[TABLE] + 0.5}))
-        assert HEAD in survey(tied).squared_norms
+        assert HEAD in survey(tied).tensors
 
     def test_frozen_tensors_are_not_taken_for_tied_ones(self, own):
         original = read(own["base"])
         for name in ("a", "b"):
             edit(own[name], lambda tensors: tensors.update({n: original[n] for n in (TABLE, HEAD)}))
-        assert survey(own).squared_norms[HEAD] == (0.0, 0.0)
+        assert survey(own).tensors[HEAD].norms == (0.0, 0.0)
 
     def test_layers_that_share_their_weights_share_the_coefficients(self):
         base = {"layers.0.w": torch.zeros(5), "layers.1.v": torch.zeros(3)}
@@ -137,7 +140,9 @@ class TestTies:
         models = [{**m, "layers.1.w": m["layers.0.w"]} for m in (base, *experts)]
         merged = merge_state_dicts(models, "metagpt", base=0, parameters={"granularity": "layer"})
         assert torch.equal(merged["layers.1.w"], merged["layers.0.w"])
-        found = Survey(("a",), {"layers.0.w": (4.0,)}, {"layers.1.w": "layers.0.w"})
+        found = Survey(
+            ("a",), {"layers.0.w": Measured((4.0,), torch.float32, 5)}, {"layers.1.w": "layers.0.w"}
+        )
         alone = TensorInputs("layers.1.w", "base", torch.zeros(1), ("a",), (torch.ones(1),))
         assert found.norms_of(alone, "layer") == (4.0,)
 

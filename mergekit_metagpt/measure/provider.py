@@ -4,6 +4,8 @@ MergeKit calls a method with the tensors of one parameter at a time, from any th
 merge of the process. :data:`PROVIDER` finds the models that they are from.
 """
 
+import math
+import re
 import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from mergekit_metagpt.core.coefficients import Norms
 from mergekit_metagpt.core.granularities import GRANULARITIES, moved
 from mergekit_metagpt.core.inputs import TensorInputs, place_of
 from mergekit_metagpt.core.roles import is_table
-from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.measure.survey import Measured, Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.names import layer_of
 
@@ -76,12 +78,16 @@ class StoredModels:
 
     def shape_of(self, tensor: str) -> Sequence[int] | None:
         """Return the shape of a tensor of the base, or None if it has none of this name."""
-        return self.checkpoints.shape_of_base(tensor)
+        # A merge may have more layers than the base; then a tensor is like that of the first layer.
+        like = re.sub(r"(?<=\.)\d+(?=\.)", "0", tensor, count=1)
+        headers = self.checkpoints.headers
+        header = headers.get(tensor) or headers.get(like)
+        return header.shape if header else None
 
     @cached_property
     def parameters(self) -> int | None:
         """How many numbers the base holds."""
-        return self.checkpoints.parameters_of_base()
+        return sum(math.prod(header.shape) for header in self.checkpoints.headers.values())
 
     def squared_norms(self, tensor: TensorInputs, granularity: str) -> Norms:
         """Return ‖τ_t‖² over a tensor's scope, T floats; the models are surveyed only once.
@@ -174,9 +180,8 @@ class ModelsInMemory:
         firsts = {names[first]: self.tensors[first] for first, *_ in self._alike.values()}
         return Survey(
             self.tensors[0].ids,
-            {name: tensor.squared_norms for name, tensor in firsts.items()},
+            {n: Measured(t.squared_norms, t.dtype, t.base.numel()) for n, t in firsts.items()},
             {names[it]: names[first] for first, *tied in self._alike.values() for it in tied},
-            {name: tensor.dtype for name, tensor in firsts.items()},
         )
 
 

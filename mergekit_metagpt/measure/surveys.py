@@ -11,7 +11,6 @@ import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 import torch
 
-from mergekit_metagpt.measure.headers import is_computed
 from mergekit_metagpt.measure.identity import (
     Stat,
     changed_files,
@@ -27,18 +25,16 @@ from mergekit_metagpt.measure.identity import (
     require_unchanged,
     stat_of,
 )
-from mergekit_metagpt.measure.survey import Survey
-from mergekit_metagpt.mergekit_private import is_ignored, tied_names
+from mergekit_metagpt.measure.survey import Measured, Survey
 from mergekit_metagpt.wording import counted
 from mergekit_metagpt.workers import Mapper, in_this_process
 
 if TYPE_CHECKING:
-    from mergekit_metagpt.measure.checkpoints import Checkpoints
-    from mergekit_metagpt.measure.tensors import Device
+    from mergekit_metagpt.measure.checkpoints import Checkpoints, Device
 
 LOG = logging.getLogger(__name__)
 
-_LAYOUT = 2  # of the files in the cache
+_LAYOUT = 3  # of the files in the cache
 # A merge checks its files at each tensor. On a file server, each check costs a round trip.
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -99,7 +95,7 @@ class Surveys:
         """
         with self._lock:
             begun = self._begin(checkpoints)
-            if begun.survey is None or (products and begun.survey.grams is None):
+            if begun.survey is None or (products and not begun.survey.has_products):
                 self.require_unchanged(checkpoints, at_once=True)
                 place, names = _place(checkpoints, torch.device(device).type)
                 survey = _read(place, names, products)
@@ -107,7 +103,7 @@ class Surveys:
                     survey = checkpoints.survey(device, progress, products, mapper)
                     self.require_unchanged(checkpoints, at_once=True)
                     _write(place, replace(survey, experts=names))
-                if not checkpoints.are_files and (unread := _unread(checkpoints)):
+                if unread := checkpoints.unread():
                     LOG.warning(
                         "Model %s holds %s, which MergeKit does not know of and the merge will "
                         "drop; stop it, and merge the weight files with mergekit-pytorch.",
@@ -150,7 +146,7 @@ def _read(place: Path, experts: tuple[str, ...], products: bool) -> Survey | Non
             survey = _from_json(json.loads(file.read_text("utf-8"))).of_some(experts)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # it was damaged
-        if survey and not (products and survey.grams is None):
+        if survey and not (products and not survey.has_products):
             return survey
     return None
 
@@ -168,31 +164,7 @@ def _write(place: Path, survey: Survey) -> None:
 
 
 def _from_json(content: dict[str, Any]) -> Survey:
-    dtypes = {name: getattr(torch, it[6:]) for name, it in content.pop("dtypes").items()}  # torch.
-    norms = {name: tuple(row) for name, row in content.pop("squared_norms").items()}
-    experts = tuple(content.pop("experts"))
-    return Survey(experts, squared_norms=norms, dtypes=dtypes, **content)
-
-
-def _unread(checkpoints: "Checkpoints") -> list[str]:
-    """Return the weights of the base that MergeKit's own command loses without a word.
-
-    ``mergekit-metagpt merge`` knows its plan, and refuses to lose weights. ``mergekit-yaml`` shows
-    its plan to no merge method, but a survey sees all tensors.
-    """
-    base = checkpoints.base
-    held = checkpoints.loader(base).index.tensor_paths
-    read: set[str] = set()
-    for weight in checkpoints.weights.values():
-        names = {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
-        if names.isdisjoint(held) and not weight.optional:
-            return []  # MergeKit makes it from others, and a survey cannot tell which
-        read |= names
-    headers = {name: checkpoints.header(base, name) for name in sorted(held.keys() - read)}
-    unread = [name for name, header in headers.items() if header and not is_computed(name, header)]
-    if not unread:
-        return []
-    config = checkpoints.config_of(base)
-    architecture = next(iter(config.architectures or []), "")
-    ties = tied_names(architecture) if getattr(config, "tie_word_embeddings", False) else []
-    return [n for n in unread if n not in chain(*ties) and not is_ignored(architecture, n)]
+    for its in content["tensors"].values():
+        its |= {"norms": tuple(its["norms"]), "dtype": getattr(torch, its["dtype"][6:])}  # torch.
+    tensors = {name: Measured(**its) for name, its in content["tensors"].items()}
+    return Survey(**{**content, "experts": tuple(content["experts"]), "tensors": tensors})

@@ -229,7 +229,7 @@ def _take_surveys(
     """Take all surveys that the merge of some files will need."""
     wanted = set()
     for tensor in chain.from_iterable(files):
-        if not (tensor.merge.granularity and tensor.merge.granularity.needs_survey):
+        if not tensor.merge.granularity.needs_survey:
             continue
         base = tensor.merge.base
         experts = tuple(canonical(tensor.stored.keys() - {base}))

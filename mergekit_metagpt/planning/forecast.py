@@ -22,7 +22,7 @@ from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import working_dtype
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.provider import PROVIDER
-from mergekit_metagpt.measure.survey import Survey, Surveyed
+from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.method.merge_method import MetaGPTMerge, by_directions
 from mergekit_metagpt.method.summary import Entry, Summary
@@ -68,7 +68,7 @@ class Forecast:
         None with a sparsified method, by directions, or if slices move layers.
         """
         scales = {m.name: m.parameters["lambda"] for m in self.merges if m.stays}
-        grams = self.survey.grams or {}
+        grams = {name: it.products for name, it in self.survey.tensors.items()}
         known = scales.keys() & self.entries.keys()
         by_directions = any(entry.directions for entry in self.entries.values())
         if by_directions or not self.method.is_plain or grams.keys() - known:
@@ -113,7 +113,7 @@ def forecast(
             parameters.pop("granularity", None)
         config.parameters = {**(config.parameters or {}), "granularity": granularity}
     merges = Planner(config, options).tensor_merges()
-    if numbers_only and any(merge.by_direction for merge in merges):
+    if numbers_only and any(merge.granularity.by_direction for merge in merges):
         raise BadInputError(
             "A stock config has one weight per expert and tensor, so it cannot express "
             "granularity: direction; merge with mergekit-metagpt merge, or choose granularity: "
@@ -136,20 +136,21 @@ def forecast(
     to_load: dict[Task[Any], list[TensorMerge]] = {}
     for merge in merges:
         if _is_as_surveyed(merge, survey, base):
-            norms, dtype = survey.squared_norms[merge.name], survey.dtypes[merge.name]
-            surveyed = Surveyed(merge.name, experts, norms, dtype)
-            entries[merge.name] = _entry(merge, surveyed, survey.sizes[merge.name], survey_of)
+            known = survey.tensors[merge.name]
+            norms = survey.over_scope(merge.name, merge.parameters["granularity"]) or known.norms
+            parameters = merge.parameters_of(experts)
+            entries[merge.name] = Entry.of(merge.name, experts, norms, known.size, parameters)
         else:
             to_load.setdefault(merge.task.gather_tensors, []).append(merge)
     executor = Executor(list(to_load), math_device=torch.device(device))
-    quiet = not (progress and any(merge.by_direction for merge in merges))
+    quiet = not (progress and any(merge.granularity.by_direction for merge in merges))
     for task, tensors in executor.run(quiet=quiet):
         ids = tuple(canonical(tensors.keys() - {base}))
         if all(tensor.is_floating_point() for tensor in tensors.values()):  # others are copied
             for merge in to_load[task]:
                 its = tuple(tensors[expert] for expert in ids)
                 loaded = TensorInputs(merge.name, base, tensors[base], ids, its)
-                entries[merge.name] = _entry(merge, loaded, tensors[base].numel(), survey_of)
+                entries[merge.name] = _entry(merge, loaded, survey_of)
     in_order = {merge.name: entries[merge.name] for merge in merges if merge.name in entries}
     return Forecast(config, method, base, experts, survey, merges, in_order)
 
@@ -176,12 +177,13 @@ def _is_as_surveyed(merge: TensorMerge, survey: Survey, base: ModelReference) ->
 
     Coefficients of directions follow from the tensors, so those are always loaded.
     """
-    stored = survey.dtypes.get(merge.name)
+    measured = survey.tensors.get(merge.name)
     is_whole = set(merge.task.model_order) - {base} == set(survey.experts)
-    if stored is None or not merge.stays or merge.vocabulary_is_aligned or not is_whole:
+    if not (measured and merge.stays and is_whole) or merge.vocabulary_is_aligned:
         return False
+    stored = measured.dtype
     dtypes = {dtype_from_name(load.dtype) or stored for load in merge.loads.values()}
-    return not merge.by_direction and all(
+    return not merge.granularity.by_direction and all(
         torch.promote_types(stored, dtype) == dtype
         and working_dtype(stored) == working_dtype(dtype)
         for dtype in dtypes
@@ -190,18 +192,17 @@ def _is_as_surveyed(merge: TensorMerge, survey: Survey, base: ModelReference) ->
 
 def _entry(
     merge: TensorMerge,
-    vectors: Any,
-    size: int,
+    loaded: TensorInputs,
     survey_of: Callable[[tuple[ModelReference, ...]], Survey],
 ) -> Entry:
-    """Choose the coefficients of one tensor, loaded or surveyed, as the merge will."""
-    priors = {expert: merge.model_parameters[expert]["weight"] for expert in vectors.ids}
-    parameters, found = {**merge.parameters, "weight": priors}, None
-    if merge.by_direction:
-        found = by_directions(vectors, PROVIDER.models_of([vectors]).shape_of, parameters)
+    """Choose the coefficients of one tensor as the merge will."""
+    experts: tuple[Any, ...] = loaded.ids
+    parameters, found = merge.parameters_of(experts), None
+    if merge.granularity.by_direction:
+        found = by_directions(loaded, PROVIDER.models_of([loaded]).shape_of, parameters)
         norms = found.squared_norms
-    elif merge.granularity and merge.granularity.needs_survey:
-        norms = survey_of(vectors.ids).norms_of(vectors, parameters["granularity"])
+    elif merge.granularity.needs_survey:
+        norms = survey_of(experts).norms_of(loaded, parameters["granularity"])
     else:
-        norms = vectors.squared_norms
-    return Entry.of(merge.name, vectors.ids, norms, size, parameters, found)
+        norms = loaded.squared_norms
+    return Entry.of(merge.name, experts, norms, loaded.base.numel(), parameters, found)

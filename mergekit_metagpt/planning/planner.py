@@ -1,5 +1,6 @@
 """MergeKit's own plan of a merge: which tensors it writes, and from which it makes them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,21 +53,21 @@ class TensorMerge:
         """The parameters of each model, by name."""
         return {model: dict(values.items()) for model, values in self.task.input_parameters.items()}
 
-    @property
-    def granularity(self) -> Granularity | None:
-        """Which tensors share its coefficients; None if its method has no coefficients."""
-        return GRANULARITIES.get(self.parameters.get("granularity", ""))
+    def parameters_of(self, experts: Iterable[Any]) -> dict[str, Any]:
+        """Return the parameters that all models share, and the priors of experts as weight."""
+        priors = {expert: self.model_parameters[expert]["weight"] for expert in experts}
+        return {**self.parameters, "weight": priors}
 
     @property
-    def by_direction(self) -> bool:
-        """Whether every direction has a coefficient."""
-        return self.granularity is not None and self.granularity.by_direction
+    def granularity(self) -> Granularity:
+        """Which tensors share its coefficients; a stock method chooses none by whole models."""
+        return GRANULARITIES[self.parameters.get("granularity", "tensor")]
 
     @property
     def moves_layers(self) -> bool:
         """Whether slices put tensors of another layer here, although it has to keep its place."""
-        keeps = self.granularity is not None and self.granularity.keeps_layers
-        return keeps and not self.stays and layer_of(self.name) is not None
+        is_of_layer = layer_of(self.name) is not None
+        return self.granularity.keeps_layers and not self.stays and is_of_layer
 
     @property
     def vocabulary_axis(self) -> int | None:

@@ -49,7 +49,7 @@ def costs(job: Job) -> Costs:
     """Add up what a merge will cost."""
     outputs, rows, models = job.outputs.tensors, job.outputs.rows, job.models.values()
     chosen = [tensor.merge.granularity for tensor in outputs]
-    passes = 2 if any(granularity and granularity.needs_survey for granularity in chosen) else 1
+    passes = 2 if any(granularity.needs_survey for granularity in chosen) else 1
     # A survey measures whole models, even if slices take only a few of their layers.
     held = {it.model: it.weights.tensors for it in models}
     used = {(model, name) for it in outputs for model, names in it.read.items() for name in names}
@@ -80,7 +80,7 @@ def _arithmetic(job: Job) -> float:
     """Return the seconds that directions take, from a trial on this machine."""
     numbers: Counter[tuple[int, torch.dtype]] = Counter()
     for tensor in job.outputs.tensors:
-        if tensor.merge.by_direction and len(tensor.stored) > 1:
+        if tensor.merge.granularity.by_direction and len(tensor.stored) > 1:
             kind = (len(tensor.stored) - 1, tensor.merged_dtype)
             numbers[kind] += tensor.written_parameters(None)
     device = torch.device(job.options.device or "cpu")

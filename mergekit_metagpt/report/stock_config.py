@@ -93,7 +93,7 @@ def _setting(weights: dict[str, float], buffers: list[str]) -> Weight:
 
 def _set_dtypes(config: Any, forecast: Forecast) -> None:
     """Make the stock method calculate in float32 and round once, as this package does."""
-    stored = set(forecast.survey.dtypes.values())
+    stored = {it.dtype for it in forecast.survey.tensors.values()}
     if len(stored) != 1 or not stored <= {torch.bfloat16, torch.float16}:
         return
     name = str(stored.pop()).removeprefix("torch.")
