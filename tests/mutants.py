@@ -75,24 +75,20 @@ MUTANTS = {
     ("planning/job.py", "test_lora_cache.py"): {
         "digest(options.lora_merge_dtype, identity)": "digest(identity)",
     },
-    ("planning/work.py", "test_merging_directory.py"): {
+    ("planning/directory.py", "test_merging_directory.py"): {
         "            _sync(file)\n": "",
         "        _sync(self.merged)\n": "",
         "    _sync(part)\n": "",
         "(self.merged / name).stat().st_size == size": "(self.merged / name).stat()",
-    },
-    ("planning/work.py", "test_merging_whole.py"): {
-        'return 2 if name == "config.json" else': "return",
-        "            self.take_back(directory)\n            raise": "            raise",
-    },
-    ("planning/directory.py", "test_merging_whole.py"): {
-        "complete = len(work.records) if is_valid() else 0": "complete = len(work.records)",
-    },
-    ("planning/directory.py", "test_merging_directory.py"): {
         "            with suppress(OSError):  # one of the two places is on another disk\n": (
             "            if False:\n"
         ),
         "if self._lock(self.path.parent).exists():": "if False:",
+    },
+    ("planning/directory.py", "test_merging_whole.py"): {
+        'return 2 if name == "config.json" else': "return",
+        "            self.take_back(directory)\n            raise": "            raise",
+        "complete = len(work.records) if is_valid() else 0": "complete = len(work.records)",
     },
     ("merging/whole.py", "test_merging_whole.py"): {
         '"tokenizer": plan and plan.tokenizer,': "",

@@ -45,13 +45,13 @@ from mergekit_metagpt.merging.finished import require_in_range
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Entry
 from mergekit_metagpt.names import canonical
+from mergekit_metagpt.planning.directory import Work
 from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.planning.outputs import (
     Outputs,
     OutputTensor,
     output_shards,
 )
-from mergekit_metagpt.planning.work import Work
 from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
 
 LOG = logging.getLogger(__name__)

@@ -22,9 +22,8 @@ from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.planning.config import with_chosen_template
-from mergekit_metagpt.planning.directory import Output
+from mergekit_metagpt.planning.directory import Output, Work
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.work import Work
 from mergekit_metagpt.planning.yaml_file import plain
 from mergekit_metagpt.wording import BadInputError, reason
 from mergekit_metagpt.workers import RayMapper
