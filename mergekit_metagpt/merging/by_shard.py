@@ -231,7 +231,7 @@ def _take_surveys(
     for tensor in chain.from_iterable(files):
         if not tensor.merge.granularity.needs_survey:
             continue
-        base = tensor.merge.base
+        base = tensor.merge.task.base_model
         experts = tuple(canonical(tensor.stored.keys() - {base}))
         if base in tensor.stored and experts and tensor.merged_dtype.is_floating_point:
             assert base is not None

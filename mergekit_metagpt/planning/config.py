@@ -8,23 +8,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import click
+import yaml
 from mergekit.common import ModelPath, ModelReference
-from mergekit.config import (
-    MergeConfiguration,
-    OutputModuleDefinition,
-    OutputSliceDefinition,
-)
+from mergekit.config import MergeConfiguration, OutputModuleDefinition, OutputSliceDefinition
 from pydantic import ValidationError
 
 from mergekit_metagpt.measure.vocabularies import load_tokenizer
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.planning.yaml_file import read_yaml
 from mergekit_metagpt.wording import BadInputError, nearest, reason
 
 LOG = logging.getLogger(__name__)
-
-# The module of a config, and the number of the slice in it.
-Place = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -99,15 +93,45 @@ def read_config(file: str) -> ConfigFile:
     Pass on the result, since a pipe can be read only once.
 
     Raises:
-        BadInputError: if it cannot be read, or is not a mapping in which every key is set once.
+        BadInputError: if it cannot be read, or is not one YAML document in UTF-8, a mapping in
+            which every key is set once.
     """
-    text, raw = read_yaml(file)
-    if not isinstance(raw, dict):
-        raise BadInputError(
-            f"Merge config {file} is not a mapping of keys to values; start from one of "
-            "example_configs."
-        )
-    return ConfigFile(file, text, raw)
+    try:
+        with click.open_file(file, "rb") as stream:
+            text = re.sub("\r\n?", "\n", stream.read().decode("utf-8-sig"))
+        raw = yaml.load(text, _StrictLoader)
+        if isinstance(raw, dict):
+            return ConfigFile(file, text, raw)
+        fault = "is not a mapping of keys to values; start from one of example_configs"
+    except OSError as error:
+        fault = f"cannot be read ({error.strerror}); name a YAML file"
+    except UnicodeDecodeError as error:
+        at = f"{error.reason}, at byte {error.start + 1}"
+        fault = f"is not in UTF-8 ({at}); save it as UTF-8"
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "its text"
+        said = " ".join(filter(None, (error.context, error.problem)))
+        fault = f"is not YAML in {where} ({said}); correct it"
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of characters, dates, nesting
+        fault = f"is not YAML ({reason(error)}); correct it"
+    raise BadInputError(f"Merge config {file} {fault}.")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is set twice, of which PyYAML would forget the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        known: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                first = known.setdefault((key.tag, key.value), key)
+                if first is not key:
+                    line = first.start_mark.line + 1
+                    said = f"{key.value} is set twice, first in line {line}"
+                    raise yaml.MarkedYAMLError(problem=said, problem_mark=key.start_mark)
+        return node
 
 
 def reference(model: str | os.PathLike[str] | ModelReference) -> ModelReference:
@@ -132,34 +156,27 @@ class Part:
 
     Attributes:
         path: where it is, such as ``slices[0]``.
-        place: the module (empty outside of modules), and the number of the slice.
+        module: the module that it is in; empty outside of modules.
+        number: the number of the slice; None if it is none.
         holder: the object with the list: a slice, or a config or module without slices.
+        inputs: the entries of the list itself.
         base: θ_0 there, if there is one.
     """
 
     path: str
-    place: Place
+    module: str
+    number: int | None
     holder: MergeConfiguration | OutputModuleDefinition | OutputSliceDefinition
+    inputs: list[Any]
     base: ModelReference | None
 
-    @property
-    def inputs(self) -> list[Any]:
-        """The entries of the list itself."""
-        return getattr(self.holder, "sources" if self._is_slice else "models")  # type: ignore[no-any-return]
-
-    def holds(self, place: Place) -> bool:
-        """Return whether the models are merged at a place.
+    def holds(self, module: str, number: int) -> bool:
+        """Return whether the models are merged in a slice of a module.
 
         MergeKit's planner puts tensors in modules even if the config has none. A part without a
         module therefore matches every module.
         """
-        module, number = self.place
-        everywhere = not (module or self._is_slice)
-        return everywhere or (place[1] == number and module in ("", place[0]))
-
-    @property
-    def _is_slice(self) -> bool:
-        return isinstance(self.holder, OutputSliceDefinition)
+        return self.module in ("", module) and self.number in (None, number)
 
 
 def parts(config: MergeConfiguration) -> Iterator[Part]:
@@ -169,10 +186,11 @@ def parts(config: MergeConfiguration) -> Iterator[Part]:
     for module, holder in holders.items():
         prefix = f"modules.{module}." if module else ""
         if holder.models:
-            yield Part(f"{prefix}models", (module, 0), holder, config.base_model)
+            yield Part(f"{prefix}models", module, None, holder, holder.models, config.base_model)
         for number, piece in enumerate(holder.slices or []):
             base = piece.base_model or config.base_model
-            yield Part(f"{prefix}slices[{number}]", (module, number), piece, base)
+            path = f"{prefix}slices[{number}]"
+            yield Part(path, module, number, piece, piece.sources, base)
 
 
 def base_and_experts(config: MergeConfiguration) -> tuple[ModelReference, list[ModelReference]]:
@@ -218,8 +236,8 @@ def most_frequent(config: MergeConfiguration) -> Tie | None:
     """
     if config.chat_template != "auto":
         return None
-    base = [config.base_model] if config.base_model else []
-    models = dict.fromkeys([*base, *(it.model for part in parts(config) for it in part.inputs)])
+    entries = [entry.model for part in parts(config) for entry in part.inputs]
+    models = dict.fromkeys([*filter(None, [config.base_model]), *entries])
     found = {model: template for model in models if (template := _template(model))}
     counts = Counter(found.values())
     tied = [model for model in found if counts[found[model]] == max(counts.values())]

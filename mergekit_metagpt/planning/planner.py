@@ -17,7 +17,7 @@ from mergekit.plan import MergePlanner
 from mergekit_metagpt.core.granularities import GRANULARITIES, Granularity
 from mergekit_metagpt.mergekit_private import model_out_config
 from mergekit_metagpt.names import layer_of
-from mergekit_metagpt.planning.config import Place, parts
+from mergekit_metagpt.planning.config import parts
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TensorMerge:
     """The task that writes one tensor of the output, and the place of the config it is from."""
 
     save: SaveTensor
-    place: Place
+    place: tuple[str, int]  # the module, and the number of the slice in it
 
     @property
     def name(self) -> str:
@@ -37,11 +37,6 @@ class TensorMerge:
         """The task that merges it."""
         task: Any = self.save.tensor_task
         return task  # type: ignore[no-any-return]
-
-    @property
-    def base(self) -> ModelReference | None:
-        """θ_0."""
-        return self.task.base_model
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
@@ -66,8 +61,7 @@ class TensorMerge:
     @property
     def moves_layers(self) -> bool:
         """Whether slices put tensors of another layer here, although it has to keep its place."""
-        is_of_layer = layer_of(self.name) is not None
-        return self.granularity.keeps_layers and not self.stays and is_of_layer
+        return self.granularity.keeps_layers and not self.stays and bool(layer_of(self.name))
 
     @property
     def vocabulary_axis(self) -> int | None:
@@ -80,14 +74,9 @@ class TensorMerge:
         return self._gather is not self.task.gather_tensors
 
     @property
-    def inputs(self) -> dict[ModelReference, str]:
-        """The name of the tensor that each model contributes."""
-        return {model: weight.name for model, weight in self._gather.weight_info.items()}
-
-    @property
     def stays(self) -> bool:
         """Whether every model contributes its own tensor of this name."""
-        return set(self.inputs.values()) == {self.name}
+        return {load.tensor for load in self.loads.values()} == {self.name}
 
     @property
     def loads(self) -> dict[ModelReference, LoadTensor]:
@@ -140,7 +129,7 @@ class Planner(MergePlanner):
         """Return what makes each tensor of the output, in the order of the architecture."""
         saves = [task for task in self.tasks if isinstance(task, SaveTensor)]
         # By now the planner has brought the config into the form of modules with slices.
-        places = {id(part.holder): part.place for part in parts(self.config)}
+        places = {id(it.holder): (it.module, it.number or 0) for it in parts(self.config)}
         return [TensorMerge(save, places[id(self._slices[save.tensor_name])]) for save in saves]
 
     def in_order_of_writing(self) -> list[TensorMerge]:

@@ -1,70 +1,16 @@
-"""Reads the YAML of merge configs, and turns Python objects into what YAML can hold."""
+"""Turns Python objects into what YAML can hold."""
 
-import re
 from collections.abc import Mapping
 from enum import Enum
 from os import PathLike, fspath
 from typing import Any
 
-import click
 import numpy as np
 import torch
-import yaml
 from mergekit.common import ModelPath, ModelReference
 from pydantic import BaseModel
 
-from mergekit_metagpt.wording import BadInputError, reason
-
-_MERGE = "tag:yaml.org,2002:merge"
-
-
-def read_yaml(file: str) -> tuple[str, Any]:
-    """Return the text of a file, and what it holds; ``-`` is standard input.
-
-    Raises:
-        BadInputError: if it cannot be read, or is not one YAML document in UTF-8 in which every
-            key is set once.
-    """
-    try:
-        with click.open_file(file, "rb") as stream:
-            text = re.sub("\r\n?", "\n", stream.read().decode("utf-8-sig"))
-        return text, yaml.load(text, _StrictLoader)
-    except OSError as error:
-        raise BadInputError(
-            f"Merge config {file} cannot be read ({error.strerror}); name a YAML file."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise BadInputError(
-            f"Merge config {file} is not in UTF-8 ({error.reason}, at byte {error.start + 1}); "
-            "save it as UTF-8."
-        ) from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "its text"
-        said = " ".join(filter(None, (error.context, error.problem)))
-        raise BadInputError(
-            f"Merge config {file} is not YAML in {where} ({said}); correct it."
-        ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of characters, dates, nesting
-        raise BadInputError(
-            f"Merge config {file} is not YAML ({reason(error)}); correct it."
-        ) from None
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is set twice, of which PyYAML would forget the first."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        known: dict[tuple[str, str], yaml.Node] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
-                first = known.setdefault((key.tag, key.value), key)
-                if first is not key:
-                    line = first.start_mark.line + 1
-                    said = f"{key.value} is set twice, first in line {line}"
-                    raise yaml.MarkedYAMLError(problem=said, problem_mark=key.start_mark)
-        return node
+from mergekit_metagpt.wording import BadInputError
 
 
 def plain(value: Any) -> Any:

@@ -51,8 +51,8 @@ def _fails_without(tensor: OutputTensor, model: ModelReference) -> bool:
     """Whether the merge fails if a model lacks a tensor; some tensors are optional."""
     if not tensor.merge.loads[model].optional:
         return True
-    base, granularity = tensor.merge.base, tensor.merge.granularity
-    if granularity.needs_survey:
+    base = tensor.merge.task.base_model
+    if tensor.merge.granularity.needs_survey:
         return base in tensor.stored  # the survey compares each expert with it
     spec = merge_methods.get(tensor.merge.task.method_name).spec
     if spec.optional_tensor_policy != OptionalTensorPolicy.ERROR:

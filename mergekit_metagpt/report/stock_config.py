@@ -47,15 +47,15 @@ def _set_weights(part: Part, forecast: Forecast) -> None:
     """Set the weights of every expert in a part; sort its models into canonical order."""
     entries: dict[Any, Any] = {entry.model: entry for entry in part.inputs}
     chosen = forecast.entries
-    merges = [m for m in forecast.merges if m.name in chosen and part.holds(m.place)]
+    merges = [m for m in forecast.merges if m.name in chosen and part.holds(*m.place)]
     # If no expert differs from the base, any weights give the base, but not all may be 0.
     moves = any(any(entry.squared_norms) for entry in chosen.values())
     buffers = [merge.name for merge in forecast.merges if merge.name not in chosen]
     for expert in entries.keys() & set(forecast.experts):
         weights = {
-            merge.inputs[expert]: chosen[merge.name].row([expert])[0] if moves else 1.0
+            merge.loads[expert].tensor: chosen[merge.name].row([expert])[0] if moves else 1.0
             for merge in merges
-            if expert in merge.inputs
+            if expert in merge.loads
         }
         setting = _setting(weights, buffers)
         entries[expert].parameters = {"weight": setting, **(entries[expert].parameters or {})}
