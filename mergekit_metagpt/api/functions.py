@@ -24,7 +24,6 @@ from mergekit_metagpt.measure.loaders import (
     HubLoader,
     find_on_hub,
     is_looked_up,
-    open_on_hub,
     set_up_worker,
 )
 from mergekit_metagpt.measure.surveys import SURVEYS
@@ -226,7 +225,6 @@ def _ready_to_measure(job: Job, ray: str | None) -> Mapper:
     except Exception:
         require_models(models, job.options)  # says what is wrong
         raise
-    open_on_hub(on_hub)
     return in_this_process if ray is None else _ray_mapper(ray, job, on_hub)
 
 

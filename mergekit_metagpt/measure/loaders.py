@@ -65,18 +65,13 @@ class HubLoader(LazyTensorLoader):
         return safetensors.torch.load(file)[key].to(device)
 
 
-def open_on_hub(loaders: Iterable[HubLoader]) -> None:
-    """Let MergeKit read these models from the hub, in every thread of this process."""
-    mergekit_private.open_loaders.update({loader.model: loader for loader in loaders})
-
-
 def is_looked_up(model: ModelReference) -> bool:
     """Return whether the hub is asked about a model: one that is no path, unless offline."""
     return not (huggingface_hub.constants.HF_HUB_OFFLINE or os.path.exists(model.model.path))
 
 
 def find_on_hub(models: Iterable[ModelReference], options: MergeOptions) -> list[HubLoader]:
-    """Return loaders of those of a config's models that are read from the hub.
+    """Let MergeKit read a config's models from the hub; return the loaders of those that it can.
 
     MergeKit downloads the others that are not on this machine. The log says which, and why.
 
@@ -93,6 +88,7 @@ def find_on_hub(models: Iterable[ModelReference], options: MergeOptions) -> list
                 model,
             )
             return []
+    mergekit_private.open_loaders.update({loader.model: loader for loader in found})
     return found
 
 
@@ -138,5 +134,5 @@ def set_up_worker(options: MergeOptions, on_hub: Sequence[HubLoader] = ()) -> No
     Models ``on_hub`` are read from there.
     """
     forget_files()
-    open_on_hub(on_hub)
+    mergekit_private.open_loaders.update({loader.model: loader for loader in on_hub})
     LoaderCache().setup(options)

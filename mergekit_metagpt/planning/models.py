@@ -1,5 +1,6 @@
 """The models that a config names: where they are, and whether they are checkpoints."""
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -61,8 +62,16 @@ def find_model_files(model: ModelReference, options: MergeOptions) -> ModelFiles
     if model.lora:
         return _with_adapter(model, model.lora, options)
     try:
-        weights = _weights(model.model, options)
-        config = _config(model, options)
+        place = locate(model.model, options)
+        if not place.holds("config.json"):
+            raise BadInputError(
+                f"Model {model} is a LoRA adapter, not a whole model; write it after the model "
+                f"that it was trained on, such as base+{model}."
+                if place.holds("adapter_config.json")
+                else f"Model {model} is no checkpoint: {place.file('config.json')} is missing; "
+                "correct the path, or download the model again."
+            )
+        weights, config = read_weights(place), _config(model, options)
     except BadInputError as error:
         return ModelFiles(model, problems=error.args)
     problems = tuple(weights.problems)
@@ -82,24 +91,7 @@ def require_models(models: Iterable[ModelReference], options: MergeOptions) -> N
         raise BadInputError(*problems)
 
 
-def _weights(model: ModelPath, options: MergeOptions) -> Weights:
-    """Read the headers of a model, wherever it is."""
-    place = locate(model, options)
-    if place.holds("config.json"):
-        return read_weights(place)
-    if place.holds("adapter_config.json"):
-        raise BadInputError(
-            f"Model {model} is a LoRA adapter, not a whole model; write it after the model that it "
-            f"was trained on, such as base+{model}."
-        )
-    raise BadInputError(
-        f"Model {model} is no checkpoint: {place.file('config.json')} is missing; correct the "
-        "path, or download the model again."
-    )
-
-
 def _with_adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> ModelFiles:
-    """Look at a model whose adapter MergeKit applies first, unless it has done so before."""
     base = find_model_files(model.model_copy(update={"lora": None}), options)
     problems, weights = list(base.problems), base.weights
     adapter = to_apply = None
@@ -136,11 +128,18 @@ def _adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> s
     place = locate(lora, options)
     if isinstance(place, Repository):
         return None
-    if not place.holds("adapter_config.json"):
+    try:
+        json.loads(place.text("adapter_config.json")).items()
+    except FileNotFoundError:
         raise BadInputError(
             f"Adapter {lora} of model {model} has no adapter_config.json; correct the path, save "
             "the adapter again, or list it as a model of its own if it is a whole one."
-        )
+        ) from None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BadInputError(
+            f"The adapter_config.json of adapter {lora} of model {model} is corrupt "
+            f"({reason(error)}); save the adapter again."
+        ) from None
     for file in ("adapter_model.safetensors", "adapter_model.bin"):
         if place.holds(file):
             read_header(place.file(file), model)
