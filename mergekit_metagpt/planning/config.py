@@ -1,12 +1,10 @@
-"""Reads merge configs, walks through their parts, and makes MergeKit's choice of a template."""
+"""Reads merge configs, and walks through their parts."""
 
-import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import yaml
@@ -14,11 +12,8 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration, OutputModuleDefinition, OutputSliceDefinition
 from pydantic import ValidationError
 
-from mergekit_metagpt.measure.vocabularies import load_tokenizer
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.wording import BadInputError, nearest, reason
-
-LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class ConfigFile:
             BadInputError: with a sentence for each value that MergeKit cannot read.
         """
         try:
-            return MergeConfiguration.model_validate(self.raw)
+            return OrderedConfig.model_validate(self.raw)
         except ValidationError as error:
             said = {_place(each, self.raw): each["msg"] for each in error.errors()}
             # What is wrong inside a value says more than that the value is wrong.
@@ -221,55 +216,13 @@ def parameter_sets(config: MergeConfiguration) -> list[dict[str, Any]]:
     return [holder.parameters for holder in holders if holder.parameters is not None]
 
 
-class Tie(NamedTuple):
-    """The first of several templates that models have equally often, and what to say of it."""
+class OrderedConfig(MergeConfiguration):
+    """A config whose models have an order; MergeKit's is that of a set.
 
-    template: str
-    note: str
-
-
-def most_frequent(config: MergeConfiguration) -> Tie | None:
-    """Return the first of the most frequent templates, if MergeKit would choose one by chance.
-
-    MergeKit asks the models in the order of a set. The order here is that of the config, the base
-    first.
+    The order decides which of equally frequent templates ``chat_template: auto`` takes.
     """
-    if config.chat_template != "auto":
-        return None
-    entries = [entry.model for part in parts(config) for entry in part.inputs]
-    models = dict.fromkeys([*filter(None, [config.base_model]), *entries])
-    found = {model: template for model in models if (template := _template(model))}
-    counts = Counter(found.values())
-    tied = [model for model in found if counts[found[model]] == max(counts.values())]
-    different = len({found[model] for model in tied})
-    # MergeKit would take any other for a name.
-    model = next((it for it in tied if len(found[it]) >= 20 and "{" in found[it]), None)
-    if different < 2 or model is None:
-        return None
-    return Tie(
-        found[model],
-        f"chat_template: auto takes the most frequent template, but {different} are equally "
-        f"frequent; this package takes that of {model}, and mergekit-yaml any of them by "
-        "chance. To choose, set chat_template to one of MergeKit's names, or to a template.",
-    )
 
-
-def with_chosen_template(config: MergeConfiguration) -> MergeConfiguration:
-    """Return a config of which MergeKit chooses no chat template by chance; warn of a choice."""
-    if tie := most_frequent(config):
-        LOG.warning("%s", tie.note)
-        return config.model_copy(update={"chat_template": tie.template})
-    return config
-
-
-def _template(model: ModelReference) -> str | None:
-    """Return a model's chat template as MergeKit finds it."""
-    try:
-        tokenizer = load_tokenizer(model, None, trust_remote_code=False)
-    except BadInputError as error:  # MergeKit goes on, too
-        LOG.info("%s", error)
-        return None
-    template = tokenizer and tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template.strip() if template else None
+    def referenced_models(self) -> list[ModelReference]:
+        """Return the base, then the other models as they are listed."""
+        listed = [entry.model for part in parts(self) for entry in part.inputs]
+        return list(dict.fromkeys([self.base_model, *listed] if self.base_model else listed))

@@ -62,9 +62,8 @@ class Job:
     @cached_property
     def models(self) -> dict[ModelReference, ModelFiles]:
         """The models that the config names, the base first."""
-        base = self.parsed.base_model
-        named = sorted(self.parsed.referenced_models(), key=lambda it: (it != base, str(it)))
-        return {model: find_model_files(model, self.options) for model in named}
+        models = self.parsed.referenced_models()
+        return {model: find_model_files(model, self.options) for model in models}
 
     @cached_property
     def outputs(self) -> Outputs:

@@ -11,7 +11,6 @@ from mergekit.common import dtype_from_name
 
 from mergekit_metagpt.core.decision import Rule
 from mergekit_metagpt.core.directions import merge_directions
-from mergekit_metagpt.planning.config import most_frequent
 from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.planning.outputs import output_shards
 
@@ -115,5 +114,3 @@ def _notes(job: Job) -> Iterator[str]:
     for model, files in job.models.items():
         if files.to_apply:
             yield f"MergeKit first writes {model} with its adapter applied to {files.to_apply}."
-    if tie := most_frequent(job.parsed):
-        yield tie.note

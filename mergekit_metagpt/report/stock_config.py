@@ -9,7 +9,7 @@ from mergekit.merge_methods.base import ParameterScope
 
 from mergekit_metagpt import __version__
 from mergekit_metagpt.names import layer_of
-from mergekit_metagpt.planning.config import Part, most_frequent, parameter_sets, parts
+from mergekit_metagpt.planning.config import Part, parameter_sets, parts
 from mergekit_metagpt.planning.forecast import Forecast
 from mergekit_metagpt.planning.yaml_file import plain
 
@@ -34,9 +34,6 @@ def stock_config(forecast: Forecast) -> str:
         # Normalizing changes nothing in the plain method, but the stock one would round once more.
         config.parameters = {**(config.parameters or {}), "normalize": False}
     _set_dtypes(config, forecast)
-    if tie := most_frequent(config):
-        config.chat_template = tie.template
-
     for part in list(parts(config)):
         _set_weights(part, forecast)
     document = plain(config)
