@@ -36,14 +36,10 @@ class Checkpoints:
     """A base and its experts: model directories, or single files of tensors.
 
     MergeKit merges directories with ``mergekit-yaml``, and single files with ``mergekit-pytorch``.
-
-    Attributes:
-        base: θ_0.
-        experts: θ_t, in canonical order.
     """
 
-    base: ModelReference
-    experts: tuple[ModelReference, ...]
+    base: ModelReference  # θ_0
+    experts: tuple[ModelReference, ...]  # θ_t, in canonical order
 
     @classmethod
     def of(

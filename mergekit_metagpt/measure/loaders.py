@@ -31,13 +31,7 @@ LOG = logging.getLogger(__name__)
 
 
 class HubLoader(LazyTensorLoader):
-    """Stands in for MergeKit's loader of a model. It can be pickled.
-
-    Attributes:
-        model: the model as a config names it.
-        repository: where it is; all tensors are of one commit.
-        headers: those of its tensors, by name.
-    """
+    """Stands in for MergeKit's loader of a model, whose tensors are of one commit; for pickle."""
 
     def __init__(
         self, model: ModelReference, repository: Repository, headers: Mapping[str, Header]

@@ -132,7 +132,8 @@ class ModelsInMemory:
 
     def shape_of(self, tensor: str) -> Sequence[int] | None:
         """Return the shape of a tensor, or None if there is none of this name."""
-        return self._shapes.get(tensor)
+        stored = self._stored.get(tensor)
+        return stored.base.shape if stored else None
 
     def squared_norms(self, tensor: TensorInputs, granularity: str) -> Norms:
         """Return ‖τ_t‖² over a tensor's scope, T floats.
@@ -168,20 +169,24 @@ class ModelsInMemory:
         }
 
     @cached_property
-    def _shapes(self) -> dict[str | None, Sequence[int]]:
-        """The shapes of tensors that would be in a file, where tied ones are stored once."""
-        stored = [self.tensors[first] for first, *_ in self._alike.values()]
-        return {tensor.name: tensor.base.shape for tensor in stored}
+    def _stored(self) -> dict[str, TensorInputs]:
+        """The tensors that would be in a file, where tied ones are stored once."""
+        return {self._names[first]: self.tensors[first] for first, *_ in self._alike.values()}
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [tensor.name or f"#{number}" for number, tensor in enumerate(self.tensors)]
 
     @cached_property
     def _survey(self) -> Survey:
-        """The survey, in which tensors that are tied in memory count once."""
-        names = [tensor.name or f"#{number}" for number, tensor in enumerate(self.tensors)]
-        firsts = {names[first]: self.tensors[first] for first, *_ in self._alike.values()}
+        names, alike = self._names, self._alike.values()
         return Survey(
             self.tensors[0].ids,
-            {n: Measured(t.squared_norms, t.dtype, t.base.numel()) for n, t in firsts.items()},
-            {names[it]: names[first] for first, *tied in self._alike.values() for it in tied},
+            {
+                name: Measured(it.squared_norms, it.dtype, it.base.numel())
+                for name, it in self._stored.items()
+            },
+            {names[number]: names[first] for first, *tied in alike for number in tied},
         )
 
 

@@ -1,7 +1,7 @@
 """Surveys: the squared norms of whole models' task vectors, tensor by tensor."""
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -26,19 +26,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Survey:
-    """The task vectors τ_t = θ_t − θ_0 of T experts, measured per tensor.
+    """The task vectors τ_t = θ_t − θ_0 of T experts, measured per tensor."""
 
-    Attributes:
-        experts: T model ids, in the order of all figures.
-        tensors: what was measured, by name. Of a set of tied tensors, only one is listed.
-        tied: maps the other tied tensors to the listed one.
-        left_out: why vocabulary tensors could not be compared, by name.
-    """
-
-    experts: tuple[Hashable, ...]
-    tensors: Mapping[str, Measured]
-    tied: Mapping[str, str] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    experts: tuple[Hashable, ...]  # T model ids, in the order of all figures
+    tensors: Mapping[str, Measured]  # by name; of a set of tied tensors, only one is listed
+    tied: Mapping[str, str] = field(default_factory=dict)  # the others, and the listed one
+    left_out: Mapping[str, str] = field(default_factory=dict)  # vocabulary tensors, and why
 
     @property
     def parameters(self) -> int:
@@ -115,7 +108,7 @@ class Survey:
     @cached_property
     def model(self) -> Norms:
         """T floats: the squared norms over the whole model, as in Theorem 10."""
-        return self._sum(self.tensors)
+        return self._sum(self.tensors.values())
 
     @property
     def moved(self) -> list[float] | None:
@@ -126,17 +119,17 @@ class Survey:
     @cached_property
     def layers(self) -> dict[str, Norms]:
         """T floats for each layer. Tensors outside the layers are not included."""
-        members: dict[str, list[str]] = {}
-        for name in self.tensors:
+        members: dict[str, list[Measured]] = {}
+        for name, it in self.tensors.items():
             if (layer := layer_of(name)) is not None:
-                members.setdefault(layer, []).append(name)
-        return {layer: self._sum(names) for layer, names in members.items()}
+                members.setdefault(layer, []).append(it)
+        return {layer: self._sum(its) for layer, its in members.items()}
 
     @property
     def cosines(self) -> list[list[float]]:
-        """The T x T cosines between the task vectors; 0 for a zero vector.
+        """The T x T cosines between the task vectors; 0 for a zero vector, empty if not measured.
 
-        Property 6 assumes that they are 0 for i ≠ j. Empty without inner products.
+        Property 6 assumes that they are 0 for i ≠ j.
         """
         lengths = [math.sqrt(row[t]) for t, row in enumerate(self.products)]
         return [
@@ -144,7 +137,7 @@ class Survey:
             for row, a in zip(self.products, lengths, strict=True)
         ]
 
-    def _sum(self, names: Iterable[str]) -> Norms:
-        rows = [self.tensors[name].norms for name in names]
+    def _sum(self, tensors: Collection[Measured]) -> Norms:
         # fsum rounds only once, so the order of the tensors does not matter.
-        return tuple(math.fsum(row[t] for row in rows) for t in range(len(self.experts)))
+        count = len(self.experts)
+        return tuple(math.fsum(it.norms[t] for it in tensors) for t in range(count))

@@ -47,11 +47,7 @@ from mergekit_metagpt.method.summary import Entry
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.directory import Work
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.outputs import (
-    Outputs,
-    OutputTensor,
-    output_shards,
-)
+from mergekit_metagpt.planning.outputs import Outputs, OutputTensor
 from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
 
 LOG = logging.getLogger(__name__)
@@ -69,7 +65,7 @@ class Plan:
     def of(cls, job: Job) -> "Plan":
         """Plan a merge of models that are here, with their adapters applied."""
         outputs, options = job.outputs, job.options
-        shards = output_shards(outputs.tensors, outputs.rows, options.out_shard_size)
+        shards = outputs.shards(options.out_shard_size)
         stem, suffix = _only_file(options)
         if len(shards) == 1:
             return cls(outputs, {f"{stem}.{suffix}": shards[0]})

@@ -18,17 +18,11 @@ from mergekit_metagpt.wording import BadInputError, nearest, reason
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """A merge config as it was written.
+    """A merge config as it was written."""
 
-    Attributes:
-        name: the path of its file, for messages.
-        text: the contents of the file.
-        raw: the same as Python objects.
-    """
-
-    name: str
-    text: str
-    raw: dict[str, Any]
+    name: str  # the path of its file, for messages
+    text: str  # the contents of the file
+    raw: dict[str, Any]  # the same as Python objects
 
     def __str__(self) -> str:
         return self.name
@@ -147,23 +141,15 @@ def reference(model: str | os.PathLike[str] | ModelReference) -> ModelReference:
 
 @dataclass(frozen=True)
 class Part:
-    """A list of models that a config merges with each other.
+    """A list of models that a config merges with each other."""
 
-    Attributes:
-        path: where it is, such as ``slices[0]``.
-        module: the module that it is in; empty outside of modules.
-        number: the number of the slice; None if it is none.
-        holder: the object with the list: a slice, or a config or module without slices.
-        inputs: the entries of the list itself.
-        base: θ_0 there, if there is one.
-    """
-
-    path: str
-    module: str
-    number: int | None
+    path: str  # where it is, such as slices[0]
+    module: str  # that it is in; empty outside of modules
+    number: int | None  # of the slice; None if it is none
+    # What has the list: a slice, or a config or module without slices.
     holder: MergeConfiguration | OutputModuleDefinition | OutputSliceDefinition
-    inputs: list[Any]
-    base: ModelReference | None
+    inputs: list[Any]  # the entries of the list itself
+    base: ModelReference | None  # θ_0 there
 
     def holds(self, module: str, number: int) -> bool:
         """Return whether the models are merged in a slice of a module.

@@ -39,7 +39,7 @@ class Work:
 
     @property
     def complete(self) -> Path:
-        """The directory of the records of complete files."""
+        """The records of complete files."""
         return self.path / "complete"
 
     @property
@@ -138,14 +138,10 @@ class Output:
     renamed to an existing directory that is a mount point, and not every system says that it is
     one (a container's volume may be on the same disk). So a merge into an existing directory is
     always written inside it, which also uses the right disk.
-
-    Attributes:
-        path: the output, with links followed.
-        workplace: the output if it exists, or else its parent.
     """
 
-    path: Path
-    workplace: Path
+    path: Path  # with links followed
+    workplace: Path  # the output if it exists, or else its parent
 
     @classmethod
     def of(cls, out: Path | str) -> "Output":

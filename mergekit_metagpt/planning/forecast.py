@@ -35,25 +35,15 @@ from mergekit_metagpt.workers import Mapper, in_this_process
 
 @dataclass(frozen=True)
 class Forecast:
-    """The coefficients of a whole merge.
+    """The coefficients of a whole merge."""
 
-    Attributes:
-        config: the config, as it was given.
-        method: the method that it names.
-        base: θ_0.
-        experts: all T experts, in canonical order.
-        survey: the whole models, with inner products.
-        merges: what makes each tensor of the output, in the order of the architecture.
-        entries: the coefficients of each tensor, by its name, in the same order; buffers have none.
-    """
-
-    config: MergeConfiguration
-    method: MetaGPTMerge
-    base: ModelReference
-    experts: tuple[ModelReference, ...]
-    survey: Survey
-    merges: list[TensorMerge]
-    entries: dict[str, Entry]
+    config: MergeConfiguration  # as it was given
+    method: MetaGPTMerge  # that it names
+    base: ModelReference  # θ_0
+    experts: tuple[ModelReference, ...]  # all T experts, in canonical order
+    survey: Survey  # of the whole models, with inner products
+    merges: list[TensorMerge]  # of each tensor of the output, in the order of the architecture
+    entries: dict[str, Entry]  # by tensor, in the same order; buffers have none
 
     @cached_property
     def summary(self) -> Summary:

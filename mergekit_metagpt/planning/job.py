@@ -35,19 +35,12 @@ _ONE_AT_A_TIME = RLock()
 
 @dataclass
 class Job:
-    """A config and options, read once, and what comes of them.
-
-    Attributes:
-        config: the config as it was written.
-        options: MergeKit's; adapters are applied in a directory that belongs to their files.
-        progress: whether progress bars are shown.
-        entries: how each tensor was merged, by this job only.
-    """
+    """A config and options, read once, and what comes of them."""
 
     config: ConfigFile
-    options: MergeOptions
-    progress: bool = False
-    entries: list[Entry] = field(default_factory=list)
+    options: MergeOptions  # adapters are applied in a directory that belongs to their files
+    progress: bool = False  # whether progress bars are shown
+    entries: list[Entry] = field(default_factory=list)  # of each tensor, merged by this job
 
     @cached_property
     def parsed(self) -> MergeConfiguration:

@@ -20,24 +20,15 @@ from mergekit_metagpt.wording import BadInputError, instead, reason
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What can be known of a model without reading a tensor.
+    """What can be known of a model without reading a tensor."""
 
-    Attributes:
-        model: the reference that the config has.
-        config: the model's own config; None if it cannot be read.
-        weights: the headers. For an adapter that MergeKit has not applied yet, those of the model
-            that it will be applied to.
-        adapter: the adapter's weight file.
-        to_apply: where MergeKit will write the model with its adapter applied, before merging.
-        problems: what is wrong, one sentence each.
-    """
-
-    model: ModelReference
-    config: PretrainedConfig | None = None
+    model: ModelReference  # as the config names it
+    config: PretrainedConfig | None = None  # None if it cannot be read
+    # Of an adapter that MergeKit has not applied yet, those of the model that it is applied to.
     weights: Weights = field(default_factory=Weights)
-    adapter: str | None = None
-    to_apply: str | None = None
-    problems: tuple[str, ...] = ()
+    adapter: str | None = None  # its weight file
+    to_apply: str | None = None  # where MergeKit will first write the model with its adapter
+    problems: tuple[str, ...] = ()  # what is wrong, one sentence each
 
     @property
     def architecture(self) -> str:

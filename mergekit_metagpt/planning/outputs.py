@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
@@ -35,15 +35,12 @@ class PlannerError(BadInputError):
 class OutputTensor:
     """One tensor of the output.
 
-    Attributes:
-        merge: MergeKit's tasks that make it.
-        stored: the header of each input that exists, or that MergeKit makes from other tensors.
-        read: the names that each input is stored under; several if it is made from other tensors.
+    MergeKit makes some inputs from other tensors: these are read under several names.
     """
 
-    merge: TensorMerge
-    stored: Mapping[ModelReference, Header]
-    read: Mapping[ModelReference, tuple[str, ...]]
+    merge: TensorMerge  # MergeKit's tasks that make it
+    stored: Mapping[ModelReference, Header]  # of each input that exists or is made
+    read: Mapping[ModelReference, tuple[str, ...]]  # the names that each input is stored under
 
     @property
     def name(self) -> str:
@@ -77,20 +74,13 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Outputs:
-    """All tensors of the output.
+    """All tensors of the output."""
 
-    Attributes:
-        tensors: in the order in which they will be written.
-        architecture: MergeKit's description of the models' tensors.
-        tokenizer: the task that builds the output's tokenizer, if the config asks for one.
-        config: the config, and the path of its file, for messages.
-    """
-
-    tensors: tuple[OutputTensor, ...]
-    architecture: ModelArchitecture
-    tokenizer: BuildTokenizer | None
+    tensors: tuple[OutputTensor, ...]  # in the order in which they will be written
+    architecture: ModelArchitecture  # MergeKit's description of the models' tensors
+    tokenizer: BuildTokenizer | None  # builds the output's, if the config asks for one
     config: MergeConfiguration
-    file: str
+    file: str  # the path of the config, for messages
 
     @cached_property
     def tokenizer_info(self) -> TokenizerInfo | None:
@@ -112,6 +102,22 @@ class Outputs:
         rows, asked = len(self.tokenizer_info.tokenizer.get_vocab()), self.config.tokenizer
         multiple = (asked.pad_to_multiple_of if asked else None) or 1
         return -(-rows // multiple) * multiple
+
+    def shards(self, limit: int) -> list[list[OutputTensor]]:
+        """Return the tensors of each weight file, which MergeKit's writer fills one by one.
+
+        ``limit`` is in bytes, 0 for one file.
+        """
+        shards: list[list[OutputTensor]] = []
+        filled, rows = 0, self.rows
+        for tensor in self.tensors:
+            size = tensor.written_bytes(rows)
+            if not shards or (limit > 0 and filled + size > limit):
+                shards.append([])
+                filled = 0
+            shards[-1].append(tensor)
+            filled += size
+        return shards
 
 
 def plan_outputs(
@@ -209,22 +215,3 @@ def _found(files: ModelFiles, load: LoadTensor) -> tuple[Header, tuple[str, ...]
 def _without_data(source: str, header: Header, used: list[str]) -> torch.Tensor:
     used.append(source)
     return torch.empty(header.shape, dtype=header.torch_dtype, device="meta")
-
-
-def output_shards(
-    tensors: Sequence[OutputTensor], rows: int | None, limit: int
-) -> list[list[OutputTensor]]:
-    """Return the tensors of each weight file, which MergeKit's writer fills one after another.
-
-    The output's vocabulary has ``rows``, if that changes; ``limit`` is in bytes, 0 for one file.
-    """
-    shards: list[list[OutputTensor]] = []
-    filled = 0
-    for tensor in tensors:
-        size = tensor.written_bytes(rows)
-        if not shards or (limit > 0 and filled + size > limit):
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += size
-    return shards

@@ -12,7 +12,6 @@ from mergekit.common import dtype_from_name
 from mergekit_metagpt.core.decision import Rule
 from mergekit_metagpt.core.directions import merge_directions
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.outputs import output_shards
 
 _TRIAL = 4096, 1024  # rows and columns
 
@@ -69,7 +68,7 @@ def costs(job: Job) -> Costs:
         bytes_read=sum(held[model][name].bytes for model, name in used) + (passes - 1) * whole,
         bytes_written=sum(tensor.written_bytes(rows) for tensor in outputs),
         bytes_applied=applied,
-        shards=len(output_shards(outputs, rows, job.options.out_shard_size)),
+        shards=len(job.outputs.shards(job.options.out_shard_size)),
         arithmetic=_arithmetic(job),
         notes=tuple(_notes(job)),
     )
