@@ -58,8 +58,7 @@ class Header:
     @property
     def bytes(self) -> int:
         """The size of the tensor's data, if it is not quantized."""
-        dtype = self.torch_dtype
-        return math.prod(self.shape) * (dtype.itemsize if dtype else 1)
+        return math.prod(self.shape) * (self.torch_dtype or torch.int8).itemsize
 
 
 def unread(

@@ -15,8 +15,6 @@ from mergekit.options import MergeOptions
 from mergekit_metagpt.measure.headers import Header, read_header, require_file
 from mergekit_metagpt.wording import BadInputError, reason
 
-_SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
-
 
 @dataclass(frozen=True)
 class Directory:
@@ -25,7 +23,7 @@ class Directory:
     path: str
     model: str  # its name in messages
     # What MergeKit looks for, in this order; and the ways out if it is broken, or not there.
-    kinds: ClassVar[tuple[str, ...]] = (_SAFETENSORS, _PICKLE)
+    kinds: ClassVar[tuple[str, ...]] = ("model.safetensors", "pytorch_model.bin")
     if_broken: ClassVar[str] = "save or download it again"
     if_none: ClassVar[str] = "correct the path, or download it again"
 
@@ -56,7 +54,7 @@ class Repository:
     sizes: Mapping[str, int]  # of its files, in bytes
     model: str  # its name in messages
     path: ClassVar[str] = ""
-    kinds: ClassVar[tuple[str, ...]] = (_SAFETENSORS,)
+    kinds: ClassVar[tuple[str, ...]] = ("model.safetensors",)
     if_broken: ClassVar[str] = "choose another revision"
     if_none: ClassVar[str] = "run hf download first, so that other files can be checked"
 

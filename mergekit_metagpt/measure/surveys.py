@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 import torch
 
-from mergekit_metagpt.measure.identity import (
-    Stat,
-    changed_files,
-    digest,
-    require_unchanged,
-    stat_of,
-)
+from mergekit_metagpt.measure import identity
 from mergekit_metagpt.measure.survey import Measured, Survey
 from mergekit_metagpt.wording import counted
 from mergekit_metagpt.workers import Mapper, in_this_process
@@ -41,10 +35,10 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 
 @dataclass
 class _Begun:
-    """A merge that has begun: its weight files, when they were last looked at, its survey."""
+    """A merge that has begun."""
 
-    files: dict[str, Stat]
-    looked: float
+    files: dict[str, identity.Stat]  # its weight files
+    looked: float  # when they were last looked at, in seconds
     survey: Survey | None = None
 
 
@@ -62,7 +56,7 @@ class Surveys:
         """
         with self._lock:
             for known, begun in list(self._begun.items()):
-                changed = changed_files(begun.files)
+                changed = identity.changed_files(begun.files)
                 if changed:
                     known.forget_files()
                 if changed or known == checkpoints:
@@ -78,7 +72,7 @@ class Surveys:
             begun, now = self._begin(checkpoints), time.monotonic()
             if at_once or now - begun.looked >= _SECONDS_BETWEEN_LOOKS:
                 begun.looked = now
-                require_unchanged(begun.files)
+                identity.require_unchanged(begun.files)
 
     def survey_of(
         self,
@@ -118,7 +112,7 @@ class Surveys:
     def _begin(self, checkpoints: "Checkpoints") -> _Begun:
         begun = self._begun.get(checkpoints)
         if begun is None:
-            files = {path: stat_of(path) for path in checkpoints.files()}
+            files = {path: identity.stat_of(path) for path in checkpoints.files()}
             begun = self._begun[checkpoints] = _Begun(files, time.monotonic())
         return begun
 
@@ -133,10 +127,10 @@ def _place(checkpoints: "Checkpoints", device: str) -> tuple[Path, tuple[str, ..
     """
     packages = ("mergekit-metagpt", "mergekit", "torch", "transformers")
     base, *experts = map(checkpoints.identity, checkpoints.models)
-    around = digest(_LAYOUT, *map(version, packages), device, base)
-    names = tuple(map(digest, experts))
+    around = identity.digest(_LAYOUT, *map(version, packages), device, base)
+    names = tuple(map(identity.digest, experts))
     cache = platformdirs.user_cache_path("mergekit-metagpt")
-    return cache / "surveys" / around / f"{digest(sorted(names))}.json", names
+    return cache / "surveys" / around / f"{identity.digest(sorted(names))}.json", names
 
 
 def _read(place: Path, experts: tuple[str, ...], products: bool) -> Survey | None:

@@ -271,7 +271,7 @@ class Output:
 
 
 def _rank(name: str) -> int:
-    """Move last what a model cannot be loaded without."""
+    # What a model cannot be loaded without is moved last.
     return 2 if name == "config.json" else 1 if name.endswith(".index.json") else 0
 
 
