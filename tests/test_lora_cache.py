@@ -39,29 +39,31 @@ def test_every_command_finds_the_same_directory_and_the_record_names_the_adapter
     ]
 
 
-class TestTheDirectory:
-    def key(self, config: dict[str, Any], **options: Any) -> str | None:
-        given = MergeOptions(**{"lora_merge_cache": "cache", **options})
-        parsed = MergeConfiguration.model_validate(config)
-        found = with_own_adapters(given, parsed)
-        assert with_own_adapters(found, parsed) == found
-        return found.lora_merge_cache
+def directory(config: dict[str, Any], **options: Any) -> str | None:
+    """Return the cache that a merge uses."""
+    given = MergeOptions(**{"lora_merge_cache": "cache", **options})
+    parsed = MergeConfiguration.model_validate(config)
+    found = with_own_adapters(given, parsed)
+    assert with_own_adapters(found, parsed) == found
+    return found.lora_merge_cache
 
-    def test_it_depends_on_the_files_and_the_dtype(self, family, tmp_path, monkeypatch):
-        keys = set()
-        for project in ("one", "two"):
-            (tmp_path / project).mkdir()
-            monkeypatch.chdir(tmp_path / project)
-            save_adapter(family["base"], Path("lora"), seed=len(keys))
-            keys.add(self.key(config_of(family["base"], "./lora")))
-        keys.add(self.key(config_of(family["a"], "./lora")))
-        keys.add(self.key(config_of(family["base"], "./lora"), lora_merge_dtype="float16"))
-        save_adapter(family["base"], Path("lora"), lora(lora_alpha=80), seed=1)
-        keys.add(self.key(config_of(family["base"], "./lora")))
-        assert len(keys) == 5
-        assert all(Path(str(key)).parent == Path("cache") for key in keys)
 
-    def test_without_adapters_or_a_cache_nothing_changes(self, family):
-        plain = {**config_of(family["base"], "lora"), "models": [{"model": family["a"]}]}
-        assert self.key(plain) == "cache"
-        assert self.key(config_of(family["base"], "lora"), lora_merge_cache=None) is None
+def test_the_directory_depends_on_the_files_and_the_dtype(family, tmp_path, monkeypatch):
+    found = set()
+    for project in ("one", "two"):
+        (tmp_path / project).mkdir()
+        monkeypatch.chdir(tmp_path / project)
+        save_adapter(family["base"], Path("lora"), seed=len(found))
+        found.add(directory(config_of(family["base"], "./lora")))
+    found.add(directory(config_of(family["a"], "./lora")))
+    found.add(directory(config_of(family["base"], "./lora"), lora_merge_dtype="float16"))
+    save_adapter(family["base"], Path("lora"), lora(lora_alpha=80), seed=1)
+    found.add(directory(config_of(family["base"], "./lora")))
+    assert len(found) == 5
+    assert all(Path(str(place)).parent == Path("cache") for place in found)
+
+
+def test_without_adapters_or_a_cache_nothing_changes(family):
+    plain = {**config_of(family["base"], "lora"), "models": [{"model": family["a"]}]}
+    assert directory(plain) == "cache"
+    assert directory(config_of(family["base"], "lora"), lora_merge_cache=None) is None

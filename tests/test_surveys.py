@@ -192,10 +192,6 @@ def test_where_no_cache_can_be_written_models_are_measured(family, monkeypatch, 
     assert len(cached()) == 1
 
 
-def test_a_survey_of_something_that_is_no_model_is_refused(family, tmp_path):
-    assert str(tmp_path) in invoke("survey", family["base"], tmp_path, status=1).stderr
-
-
 def test_a_lora_expert_is_surveyed_as_it_is_merged_and_again_when_trained_again(
     family, tmp_path, passes
 ):
