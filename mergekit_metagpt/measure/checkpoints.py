@@ -112,25 +112,24 @@ class Checkpoints:
             )
             weights = [WeightInfo(name=name) for name in index.tensor_paths if name in common]
         else:
-            weights = self._architecture_weights()
-        stored = {weight.name: self._stored_name(self.base, weight) or "" for weight in weights}
-        weights.sort(key=lambda weight: index.tensor_paths.get(stored[weight.name], ""))
-        return {weight.name: weight for weight in weights}
+            trust_remote_code = LoaderCache().trust_remote_code
+            models = [{"model": model} for model in self.models]
+            config = MergeConfiguration.model_validate(
+                {"merge_method": "metagpt", "base_model": self.base, "models": models}
+            )
+            options = MergeOptions(
+                allow_crimes=True,  # the merge decides whether architectures may differ
+                trust_remote_code=trust_remote_code,
+                transformers_cache=LoaderCache().hf_cache_dir,
+                lazy_unpickle=LoaderCache().lazy_unpickle,
+            )
+            architecture = get_architecture_info(config, options)
+            weights = architecture.all_weights(self.base.config(trust_remote_code))
 
-    def _architecture_weights(self) -> list[WeightInfo]:
-        trust_remote_code = LoaderCache().trust_remote_code
-        models = [{"model": model} for model in self.models]
-        config = MergeConfiguration.model_validate(
-            {"merge_method": "metagpt", "base_model": self.base, "models": models}
-        )
-        options = MergeOptions(
-            allow_crimes=True,  # the merge decides whether architectures may differ
-            trust_remote_code=trust_remote_code,
-            transformers_cache=LoaderCache().hf_cache_dir,
-            lazy_unpickle=LoaderCache().lazy_unpickle,
-        )
-        architecture = get_architecture_info(config, options)
-        return architecture.all_weights(self.base.config(trust_remote_code))
+        def shard(weight: WeightInfo) -> str:
+            return index.tensor_paths.get(self._stored_name(self.base, weight) or "", "")
+
+        return {weight.name: weight for weight in sorted(weights, key=shard)}
 
     def unread(self) -> list[str]:
         """Return the weights of the base that MergeKit's own command loses without a word.
@@ -152,10 +151,7 @@ class Checkpoints:
         return sorted(unread(self.headers, read, architecture, is_tied))
 
     def _stored_name(self, model: ModelReference, weight: WeightInfo) -> str | None:
-        """Return the name under which a model stores a weight, or None if it lacks the weight.
-
-        This is the weight's own name, an alias, or the name of a weight tied to it.
-        """
+        # Its own name, an alias, or the name of a weight tied to it; None if the model lacks it.
         held = self.loader(model).index.tensor_paths
         names = (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
         return next((name for name in names if name in held), None)

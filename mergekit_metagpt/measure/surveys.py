@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import platformdirs
 import torch
@@ -137,7 +137,12 @@ def _read(place: Path, experts: tuple[str, ...], products: bool) -> Survey | Non
     """Return the survey of these experts, or what one of more experts says of them."""
     for file in sorted(place.parent.glob("*.json"), key=lambda file: (file != place, file)):
         try:
-            survey = _from_json(json.loads(file.read_text("utf-8"))).of_some(experts)
+            content = json.loads(file.read_text("utf-8"))
+            for its in content["tensors"].values():
+                its["norms"], its["dtype"] = tuple(its["norms"]), getattr(torch, its["dtype"][6:])
+            tensors = {name: Measured(**its) for name, its in content["tensors"].items()}
+            kept = Survey(tuple(content["experts"]), tensors, content["tied"], content["left_out"])
+            survey = kept.of_some(experts)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # it was damaged
         if survey and not (products and not survey.has_products):
@@ -155,10 +160,3 @@ def _write(place: Path, survey: Survey) -> None:
             os.replace(part, place)
     except OSError as error:
         LOG.info("The survey could not be kept in %s: %s", place, error)
-
-
-def _from_json(content: dict[str, Any]) -> Survey:
-    for its in content["tensors"].values():
-        its |= {"norms": tuple(its["norms"]), "dtype": getattr(torch, its["dtype"][6:])}  # torch.
-    tensors = {name: Measured(**its) for name, its in content["tensors"].items()}
-    return Survey(**{**content, "experts": tuple(content["experts"]), "tensors": tensors})

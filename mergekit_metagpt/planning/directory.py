@@ -202,7 +202,17 @@ class Output:
         merge; the facts, of JSON types, say the same to people.
         """
         work = Work(self.workplace / f"{self.path.name}.metagpt-{key[:16]}")
-        self._arrange(work)
+        for other in self.works():  # this merge's to its place, all others out of the output
+            place = work.path.parent if other.path.name == work.path.name else self.path.parent
+            with suppress(OSError):  # one of the two places is on another disk
+                os.rename(other.path, place / other.path.name)
+        for other in self.works():
+            if other != work:
+                LOG.warning(
+                    "%s holds another merge that has not been finished; remove it if you do not "
+                    "want to go on with that one.",
+                    other.path,
+                )
         work.prepare(facts)
         try:
             yield work
@@ -219,20 +229,6 @@ class Output:
                 work.remove()
             raise
         work.remove()
-
-    def _arrange(self, work: Work) -> None:
-        """Move the work directory of this merge to its place, and all others out of the output."""
-        for other in self.works():
-            place = work.path.parent if other.path.name == work.path.name else self.path.parent
-            with suppress(OSError):  # one of the two places is on another disk
-                os.rename(other.path, place / other.path.name)
-        for other in self.works():
-            if other != work:
-                LOG.warning(
-                    "%s holds another merge that has not been finished; remove it if you do not "
-                    "want to go on with that one.",
-                    other.path,
-                )
 
     def publish(self, work: Work) -> None:
         """Move a complete merge to the output; if that fails, it stays where it is."""

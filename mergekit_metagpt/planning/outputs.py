@@ -153,7 +153,16 @@ def plan_outputs(
             raise
         except Exception as error:  # MergeKit raises whatever its many parts raise
             LOG.info("MergeKit's planner failed", exc_info=True)
-            raise PlannerError(_refusal(error, models, file)) from error
+            is_described = all(files.description for files in models.values())
+            if is_described and isinstance(error, (ValueError, RuntimeError)):  # raised on purpose
+                raise PlannerError(
+                    f"MergeKit cannot plan the merge of {file} ({reason(error)}); correct that."
+                ) from error
+            kinds = one_of(sorted({files.architecture for files in models.values()}))
+            raise PlannerError(
+                f"MergeKit fails to plan a merge of {kinds} ({reason(error)}); merge the weight "
+                "files with mergekit-pytorch, which needs no plan."
+            ) from error
     tensors = []
     for merge in merges:
         found = {model: _found(models[model], load) for model, load in merge.loads.items()}
@@ -164,20 +173,9 @@ def plan_outputs(
     return Outputs(tuple(tensors), planner.arch_info, tokenizer, config, file)
 
 
-def _refusal(error: Exception, models: Mapping[ModelReference, ModelFiles], file: str) -> str:
-    is_described = all(files.description for files in models.values())
-    if is_described and isinstance(error, (ValueError, RuntimeError)):  # raised on purpose
-        return f"MergeKit cannot plan the merge of {file} ({reason(error)}); correct that."
-    kinds = one_of(sorted({files.architecture for files in models.values()}))
-    return (
-        f"MergeKit fails to plan a merge of {kinds} ({reason(error)}); merge the weight files "
-        "with mergekit-pytorch, which needs no plan."
-    )
-
-
 @contextmanager
 def _loaders_of(models: Mapping[ModelReference, ModelFiles]) -> Iterator[None]:
-    """Give these headers to MergeKit, so that it opens no models and applies no adapters."""
+    # From these headers MergeKit plans without opening models or applying adapters.
     before = {model: open_loaders[model] for model in models if model in open_loaders}
     open_loaders.update(
         {model: LazyTensorLoader(files.weights.index) for model, files in models.items()}
