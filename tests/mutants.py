@@ -72,7 +72,7 @@ MUTANTS = {
         "            vars(loading).update(settings)": "            pass",
         "            torch.set_num_threads(threads)": "            pass",
     },
-    ("planning/job.py", "test_lora_cache.py"): {
+    ("planning/job.py", "test_adapters.py"): {
         "digest(options.lora_merge_dtype, identity)": "digest(identity)",
     },
     ("planning/directory.py", "test_merging_directory.py"): {

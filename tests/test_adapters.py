@@ -1,4 +1,4 @@
-"""Adapters that do not fit their base: one sentence, never a merge of a part of them."""
+"""Adapters: those that do not fit their base get one sentence, the others a cache of their own."""
 
 import json
 import re
@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import (
+    invoke,
     lora,
     merge_config,
     problems_of,
@@ -23,10 +24,13 @@ from conftest import (
     write_yaml,
 )
 from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 import mergekit_metagpt
+from mergekit_metagpt.measure.identity import sha256_of
+from mergekit_metagpt.planning.job import with_own_adapters
 from mergekit_metagpt.planning.models import find_model_files
 from mergekit_metagpt.preflight import inspect
 from mergekit_metagpt.preflight.adapters import bad_adapters
@@ -201,3 +205,55 @@ def test_names_that_peft_knows_as_older_ones_are_no_problem(tmp_path):
     held.pop(f"{stem}.1.w2.lora_B.weight")
     save_file(held, adapter / WEIGHTS)
     assert len(bad_adapters(files, MergeOptions())) == 1
+
+
+def config_of(base: str, adapter: Path | str) -> dict[str, Any]:
+    return merge_config({"base": base, "adapted": f"{base}+{adapter}"})
+
+
+def test_every_command_finds_the_same_directory_and_the_record_names_the_adapter(family, tmp_path):
+    adapter = save_adapter(family["base"], tmp_path / "lora")
+    yml = write_yaml(tmp_path / "merge.yml", config_of(family["base"], adapter))
+    cache = tmp_path / "cache"
+    for out in ("first", "again"):
+        invoke("merge", yml, tmp_path / out, "--quiet", "--lora-merge-cache", cache)
+    before = sorted(cache.rglob("*"))
+    for command in ("coefficients", "resolve", "check"):
+        invoke(command, yml, "--quiet", "--lora-merge-cache", cache)
+    costs = inspect(str(yml), options=MergeOptions(lora_merge_cache=str(cache))).costs
+    assert costs is not None
+    assert costs.bytes_applied == 0
+    assert sorted(cache.rglob("*")) == before
+    record = json.loads((tmp_path / "first" / "metagpt.json").read_text())
+    recorded = [entry["adapter"] for entry in record["inputs"] if "adapter" in entry]
+    size, content = (adapter / WEIGHTS).stat().st_size, sha256_of(adapter / WEIGHTS)
+    assert recorded == [[{"name": WEIGHTS, "bytes": size, "sha256": content}]]
+
+
+def directory(config: dict[str, Any], **options: Any) -> str | None:
+    """Return the cache that a merge uses."""
+    given = MergeOptions(**{"lora_merge_cache": "cache", **options})
+    parsed = MergeConfiguration.model_validate(config)
+    found = with_own_adapters(given, parsed)
+    assert with_own_adapters(found, parsed) == found
+    return found.lora_merge_cache
+
+
+def test_the_directory_depends_on_the_files_and_the_dtype(family, tmp_path, monkeypatch):
+    found = set()
+    for project in ("one", "two"):
+        (tmp_path / project).mkdir()
+        monkeypatch.chdir(tmp_path / project)
+        save_adapter(family["base"], Path("lora"), seed=len(found))
+        found.add(directory(config_of(family["base"], "./lora")))
+    found.add(directory(config_of(family["a"], "./lora")))
+    found.add(directory(config_of(family["base"], "./lora"), lora_merge_dtype="float16"))
+    save_adapter(family["base"], Path("lora"), lora(lora_alpha=80), seed=1)
+    found.add(directory(config_of(family["base"], "./lora")))
+    assert len(found) == 5
+    assert all(Path(str(place)).parent == Path("cache") for place in found)
+
+
+def test_without_adapters_or_a_cache_nothing_changes(family):
+    assert directory(merge_config(family)) == "cache"
+    assert directory(config_of(family["base"], "lora"), lora_merge_cache=None) is None
