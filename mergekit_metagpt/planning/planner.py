@@ -24,19 +24,10 @@ from mergekit_metagpt.planning.config import parts
 class TensorMerge:
     """The task that writes one tensor of the output, and the place of the config it is from."""
 
+    name: str  # in the output
     save: SaveTensor
+    task: ExecuteMergeMethodTask  # merges it
     place: tuple[str, int]  # the module, and the number of the slice in it
-
-    @property
-    def name(self) -> str:
-        """The name in the output."""
-        return str(self.save.tensor_name)
-
-    @property
-    def task(self) -> ExecuteMergeMethodTask:
-        """The task that merges it."""
-        task: Any = self.save.tensor_task
-        return task  # type: ignore[no-any-return]
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
@@ -71,7 +62,7 @@ class TensorMerge:
     @property
     def vocabulary_is_aligned(self) -> bool:
         """Whether MergeKit gives all models the same rows before it merges."""
-        return self._gather is not self.task.gather_tensors
+        return not isinstance(self.task.gather_tensors, GatherTensors)
 
     @property
     def stays(self) -> bool:
@@ -81,14 +72,10 @@ class TensorMerge:
     @property
     def loads(self) -> dict[ModelReference, LoadTensor]:
         """The task that reads each model's tensor."""
-        loads: Any = self._gather.arguments().values()
-        return {load.model: load for load in loads}
-
-    @property
-    def _gather(self) -> GatherTensors:
-        """The task that loads the inputs, before any change of their vocabulary."""
-        task: Any = self.task.gather_tensors
-        return task if isinstance(task, GatherTensors) else task.gather_tensors
+        gather: Any = self.task.gather_tensors
+        if self.vocabulary_is_aligned:
+            gather = gather.gather_tensors
+        return {load.model: load for load in gather.arguments().values()}
 
 
 class Planner(MergePlanner):
@@ -127,10 +114,15 @@ class Planner(MergePlanner):
 
     def tensor_merges(self) -> list[TensorMerge]:
         """Return what makes each tensor of the output, in the order of the architecture."""
-        saves = [task for task in self.tasks if isinstance(task, SaveTensor)]
+        saves: list[Any] = [task for task in self.tasks if isinstance(task, SaveTensor)]
         # By now the planner has brought the config into the form of modules with slices.
         places = {id(it.holder): (it.module, it.number or 0) for it in parts(self.config)}
-        return [TensorMerge(save, places[id(self._slices[save.tensor_name])]) for save in saves]
+        return [
+            TensorMerge(
+                it.tensor_name, it, it.tensor_task, places[id(self._slices[it.tensor_name])]
+            )
+            for it in saves
+        ]
 
     def in_order_of_writing(self) -> list[TensorMerge]:
         """Return the same in the order in which MergeKit's executor will write them."""
