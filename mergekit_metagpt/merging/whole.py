@@ -21,9 +21,9 @@ from mergekit_metagpt.merging.record import deciding_options, merge_record, open
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Summary
+from mergekit_metagpt.planning.config import plain
 from mergekit_metagpt.planning.directory import Output, Work
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.yaml_file import plain
 from mergekit_metagpt.wording import BadInputError, reason
 from mergekit_metagpt.workers import RayMapper
 

@@ -9,9 +9,8 @@ from mergekit.merge_methods.base import ParameterScope
 
 from mergekit_metagpt import __version__
 from mergekit_metagpt.names import layer_of
-from mergekit_metagpt.planning.config import Part, parameter_sets, parts
+from mergekit_metagpt.planning.config import Part, parameter_sets, parts, plain
 from mergekit_metagpt.planning.forecast import Forecast
-from mergekit_metagpt.planning.yaml_file import plain
 
 Weight = float | list[ConditionalParameter]
 
