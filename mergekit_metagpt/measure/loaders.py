@@ -72,8 +72,23 @@ def find_on_hub(models: Iterable[ModelReference], options: MergeOptions) -> list
     Raises:
         BadInputError: if a model cannot be found, its files do not fit together, or are not sent.
     """
-    models = sorted(models, key=str)
-    found = [it for model in models if is_looked_up(model) and (it := _look_up(model, options))]
+    models, found = sorted(models, key=str), list[HubLoader]()
+    for model in filter(is_looked_up, models):
+        place = locate(model.model, options)
+        if isinstance(place, Directory):
+            continue
+        why = ""
+        if model.lora:
+            why = "has an adapter, which is applied to the whole model"
+        elif not any(file.startswith("model.safetensors") for file in place.sizes):
+            why = "has no safetensors files"
+        if why:
+            LOG.warning("Model %s %s, so MergeKit downloads it.", model, why)
+            continue
+        weights = read_weights(place)
+        if weights.problems:
+            raise BadInputError(*weights.problems)
+        found.append(HubLoader(model, place, weights.tensors))
     for model in models if found else []:
         if arch_info_for_config(model.config(options.trust_remote_code)) is None:
             LOG.warning(
@@ -84,23 +99,6 @@ def find_on_hub(models: Iterable[ModelReference], options: MergeOptions) -> list
             return []
     mergekit_private.open_loaders.update({loader.model: loader for loader in found})
     return found
-
-
-def _look_up(model: ModelReference, options: MergeOptions) -> HubLoader | None:
-    place = locate(model.model, options)
-    if isinstance(place, Directory):
-        return None
-    if model.lora:
-        why = "has an adapter, which is applied to the whole model"
-    elif not any(file.startswith("model.safetensors") for file in place.sizes):
-        why = "has no safetensors files"
-    else:
-        weights = read_weights(place)
-        if weights.problems:
-            raise BadInputError(*weights.problems)
-        return HubLoader(model, place, weights.tensors)
-    LOG.warning("Model %s %s, so MergeKit downloads it.", model, why)
-    return None
 
 
 def weight_files(loader: LazyTensorLoader) -> list[Path]:

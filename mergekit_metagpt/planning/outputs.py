@@ -131,7 +131,6 @@ def plan_outputs(
     Raises:
         PlannerError: if MergeKit refuses.
     """
-    models = {model: models[model] for model in config.referenced_models()}
     for files in models.values():
         if not (files.description or files.weights.directory):
             raise PlannerError(
