@@ -8,15 +8,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from conftest import (
-    edit,
-    llama_config,
-    merge_config,
-    read,
-    run,
-    save_family,
-    slices_config,
-)
+from conftest import edit, llama_config, merge_config, read, run, save_family, slices_config
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.merge_methods.base import TensorGroup
 from safetensors.torch import save_file
@@ -57,10 +49,8 @@ def test_norms_and_cosines_are_those_of_float64(family):
         for e in experts
     ]
     expected = torch.nn.functional.cosine_similarity(*vectors, dim=0).item()
-    assert found.cosines == [
-        pytest.approx([1, expected], rel=1e-5),
-        pytest.approx([expected, 1], rel=1e-5),
-    ]
+    rows = [1, expected], [expected, 1]
+    assert found.cosines == [pytest.approx(row, rel=1e-5) for row in rows]
     norms = reference.squared_norms(base, experts)
     plain = survey(family)
     assert found.parameters == sum(tensor.numel() for tensor in base.values())
@@ -82,8 +72,7 @@ def test_a_base_is_described_without_its_data(save, tmp_path):
     found = read_header(str(path), "some model")
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        header = found[name]
-        assert (header.shape, header.torch_dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert (found[name].shape, found[name].torch_dtype) == (tensor.shape, tensor.dtype)
     for base in (str(path), str(tmp_path)):
         models = StoredModels(Checkpoints.of(base, [base]), PROVIDER)
         assert models.parameters == 12 + 5 + 1

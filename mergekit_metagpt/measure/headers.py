@@ -31,8 +31,6 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-_LFS_POINTER = b"version https://git-lfs"
-
 
 @dataclass(frozen=True)
 class Header:
@@ -103,9 +101,8 @@ def require_file(path: str) -> None:
 def _read(path: str, _stat: Stat) -> dict[str, Header]:
     require_file(path)
     with open(path, "rb") as file:
-        start = file.read(len(_LFS_POINTER))
-    if start == _LFS_POINTER:
-        raise BadInputError("is only a pointer of Git LFS; run git lfs pull there")
+        if file.read(99).startswith(b"version https://git-lfs"):
+            raise BadInputError("is only a pointer of Git LFS; run git lfs pull there")
     try:
         if path.lower().endswith(".safetensors"):
             with safe_open(path, framework="pt") as opened:  # if the data fit its header
