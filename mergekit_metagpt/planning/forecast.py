@@ -151,15 +151,14 @@ def own_method(config: MergeConfiguration) -> MetaGPTMerge:
     Raises:
         BadInputError: if it is not this package's.
     """
-    methods = {m.spec.name: m for m in merge_methods.registered_methods()}
-    method = methods.get(config.merge_method)
-    if not isinstance(method, MetaGPTMerge):
-        ours = [name for name, m in methods.items() if isinstance(m, MetaGPTMerge)]
+    methods = merge_methods.registered_methods()
+    ours = {method.spec.name: method for method in methods if isinstance(method, MetaGPTMerge)}
+    if config.merge_method not in ours:
         raise BadInputError(
             f"merge_method {config.merge_method} has no coefficients to choose; set one of "
             f"{', '.join(ours)}."
         )
-    return method
+    return ours[config.merge_method]
 
 
 def _is_as_surveyed(merge: TensorMerge, survey: Survey, base: ModelReference) -> bool:
