@@ -1,4 +1,4 @@
-"""Adapters that do not fit their base: one sentence, never a merge of a part of them."""
+"""Adapters: those that do not fit their base get one sentence, the others a cache of their own."""
 
 import json
 import re
@@ -13,25 +13,30 @@ import pytest
 import torch
 import transformers
 from conftest import (
+    invoke,
     lora,
     merge_config,
+    problems_of,
     read,
     save_adapter,
     save_family,
+    the_only,
     write_yaml,
 )
 from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 import mergekit_metagpt
+from mergekit_metagpt.measure.identity import sha256_of
+from mergekit_metagpt.planning.job import with_own_adapters
 from mergekit_metagpt.planning.models import find_model_files
 from mergekit_metagpt.preflight import inspect
 from mergekit_metagpt.preflight.adapters import bad_adapters
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Damage = Callable[[Path], Any]
-Q = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +56,17 @@ def problems(family, tmp_path) -> Callable[[Path], list[str]]:
 
     def look(adapter: Path) -> list[str]:
         config = merge_config({**family, "b": f"{family['base']}+{adapter}"})
-        options = MergeOptions(lora_merge_cache=str(tmp_path / "cache"))
-        return inspect(str(write_yaml(tmp_path / "merge.yml", config)), options=options).problems
+        return problems_of(config, tmp_path, lora_merge_cache=str(tmp_path / "cache"))
 
     return look
 
 
-def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
-    """Change the tensors of an adapter."""
+def renamed(old: str, new: str) -> Damage:
+    """Rename tensors of an adapter."""
 
     def damage(adapter: Path) -> None:
-        held = load_file(adapter / "adapter_model.safetensors")
-        changed = change(held)
-        save_file(held if changed is None else changed, adapter / "adapter_model.safetensors")
+        held = load_file(adapter / WEIGHTS)
+        save_file({re.sub(old, new, name): t for name, t in held.items()}, adapter / WEIGHTS)
 
     return damage
 
@@ -77,10 +80,6 @@ def settings(**changes: Any) -> Damage:
         (adapter / CONFIG).write_text(json.dumps(raw))
 
     return damage
-
-
-def renamed(old: str, new: str) -> Damage:
-    return tensors(lambda held: {re.sub(old, new, name): t for name, t in held.items()})
 
 
 DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
@@ -111,12 +110,12 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         (CONFIG, "is corrupt (Expecting value: line 1", "save the adapter again"),
     ),
     "its weights are missing": (
-        lambda adapter: (adapter / "adapter_model.safetensors").unlink(),
-        ("has no weights (adapter_model.safetensors)",),
+        lambda adapter: (adapter / WEIGHTS).unlink(),
+        (f"has no weights ({WEIGHTS})",),
     ),
     "its weights are noise": (
-        lambda adapter: (adapter / "adapter_model.safetensors").write_bytes(bytes(999)),
-        ("adapter_model.safetensors", "corrupt"),
+        lambda adapter: (adapter / WEIGHTS).write_bytes(bytes(999)),
+        (WEIGHTS, "corrupt"),
     ),
 }
 
@@ -125,11 +124,7 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
 def test_an_adapter_is_refused_if(what, family, adapter, problems, tmp_path):
     damage, parts = DAMAGES[what]
     damage(adapter)
-    (sentence,) = problems(adapter)
-    assert sentence.endswith(".")
-    assert str(adapter) in sentence
-    for part in parts:
-        assert part in sentence
+    the_only(problems(adapter), str(adapter), *parts)
     options = MergeOptions(lora_merge_cache=str(tmp_path / "cache"), quiet=True)
     with pytest.raises(ValueError, match=re.escape(CONFIG) + "|adapter"):  # nor measured
         mergekit_metagpt.survey(family["base"], [f"{family['base']}+{adapter}"], options=options)
@@ -153,8 +148,7 @@ def test_whole_adapters_of_any_kind_are_no_problem(kind, family, problems, tmp_p
 def test_an_adapter_is_planned_without_being_applied_and_needs_a_cache(family, adapter, tmp_path):
     config = merge_config({**family, "b": f"{family['base']}+{adapter}"})
     yml, cache = str(write_yaml(tmp_path / "merge.yml", config)), tmp_path / "cache"
-    (sentence,) = inspect(yml).problems
-    assert "pass --lora-merge-cache DIRECTORY" in sentence
+    the_only(inspect(yml).problems, "pass --lora-merge-cache DIRECTORY")
     costs = inspect(yml, options=MergeOptions(lora_merge_cache=str(cache))).costs
     assert not cache.exists()
     assert costs.bytes_applied == sum(tensor.nbytes for tensor in read(family["base"]).values())
@@ -169,13 +163,12 @@ def test_an_adapter_is_planned_without_being_applied_and_needs_a_cache(family, a
     ],
 )
 def test_what_peft_cannot_merge_is_refused(kind, family, problems, tmp_path):
-    (sentence,) = problems(save_adapter(family["base"], tmp_path / "adapter", kind))
-    assert sentence.startswith("PEFT cannot apply adapter")
+    found = problems(save_adapter(family["base"], tmp_path / "adapter", kind))
+    the_only(found, "PEFT cannot apply adapter")
 
 
 def test_a_whole_model_is_no_adapter(family, problems):
-    (sentence,) = problems(Path(family["a"]))
-    assert sentence.endswith("or list it as a model of its own if it is a whole one.")
+    the_only(problems(Path(family["a"])), "or list it as a model of its own if it is a whole one.")
 
 
 def test_what_peft_once_applied_in_part_is_refused_from_the_cache_too(family, adapter, tmp_path):
@@ -186,8 +179,7 @@ def test_what_peft_once_applied_in_part_is_refused_from_the_cache_too(family, ad
     options = MergeOptions(lora_merge_cache=str(tmp_path / "cache"))
     files = find_model_files(model, options)
     assert (files.to_apply, files.problems) == (None, ())
-    (sentence,) = bad_adapters(files, options)
-    assert "self_attn.wq.lora_A" in sentence
+    the_only(bad_adapters(files, options), "self_attn.wq.lora_A")
 
 
 @pytest.mark.skipif(version("peft") < "0.19", reason="PEFT does not know them")
@@ -207,9 +199,61 @@ def test_names_that_peft_knows_as_older_ones_are_no_problem(tmp_path):
         for name, (out, inner) in shapes.items()
         for side, shape in (("A", (2, inner)), ("B", (out, 2)))
     }
-    tensors(lambda _: held)(adapter)
+    save_file(held, adapter / WEIGHTS)
     files = find_model_files(ModelReference.model_validate(f"{base}+{adapter}"), MergeOptions())
     assert list(bad_adapters(files, MergeOptions())) == []
     held.pop(f"{stem}.1.w2.lora_B.weight")
-    tensors(lambda _: held)(adapter)
+    save_file(held, adapter / WEIGHTS)
     assert len(bad_adapters(files, MergeOptions())) == 1
+
+
+def config_of(base: str, adapter: Path | str) -> dict[str, Any]:
+    return merge_config({"base": base, "adapted": f"{base}+{adapter}"})
+
+
+def test_every_command_finds_the_same_directory_and_the_record_names_the_adapter(family, tmp_path):
+    adapter = save_adapter(family["base"], tmp_path / "lora")
+    yml = write_yaml(tmp_path / "merge.yml", config_of(family["base"], adapter))
+    cache = tmp_path / "cache"
+    for out in ("first", "again"):
+        invoke("merge", yml, tmp_path / out, "--quiet", "--lora-merge-cache", cache)
+    before = sorted(cache.rglob("*"))
+    for command in ("coefficients", "resolve", "check"):
+        invoke(command, yml, "--quiet", "--lora-merge-cache", cache)
+    costs = inspect(str(yml), options=MergeOptions(lora_merge_cache=str(cache))).costs
+    assert costs is not None
+    assert costs.bytes_applied == 0
+    assert sorted(cache.rglob("*")) == before
+    record = json.loads((tmp_path / "first" / "metagpt.json").read_text())
+    recorded = [entry["adapter"] for entry in record["inputs"] if "adapter" in entry]
+    size, content = (adapter / WEIGHTS).stat().st_size, sha256_of(adapter / WEIGHTS)
+    assert recorded == [[{"name": WEIGHTS, "bytes": size, "sha256": content}]]
+
+
+def directory(config: dict[str, Any], **options: Any) -> str | None:
+    """Return the cache that a merge uses."""
+    given = MergeOptions(**{"lora_merge_cache": "cache", **options})
+    parsed = MergeConfiguration.model_validate(config)
+    found = with_own_adapters(given, parsed)
+    assert with_own_adapters(found, parsed) == found
+    return found.lora_merge_cache
+
+
+def test_the_directory_depends_on_the_files_and_the_dtype(family, tmp_path, monkeypatch):
+    found = set()
+    for project in ("one", "two"):
+        (tmp_path / project).mkdir()
+        monkeypatch.chdir(tmp_path / project)
+        save_adapter(family["base"], Path("lora"), seed=len(found))
+        found.add(directory(config_of(family["base"], "./lora")))
+    found.add(directory(config_of(family["a"], "./lora")))
+    found.add(directory(config_of(family["base"], "./lora"), lora_merge_dtype="float16"))
+    save_adapter(family["base"], Path("lora"), lora(lora_alpha=80), seed=1)
+    found.add(directory(config_of(family["base"], "./lora")))
+    assert len(found) == 5
+    assert all(Path(str(place)).parent == Path("cache") for place in found)
+
+
+def test_without_adapters_or_a_cache_nothing_changes(family):
+    assert directory(merge_config(family)) == "cache"
+    assert directory(config_of(family["base"], "lora"), lora_merge_cache=None) is None

@@ -18,7 +18,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 import mergekit_metagpt
-from mergekit_metagpt.planning.yaml_file import plain
+from mergekit_metagpt.planning.config import plain
 from mergekit_metagpt.wording import BadInputError
 
 QUIET = MergeOptions(copy_tokenizer=False, quiet=True)

@@ -11,15 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import (
-    invoke,
-    llama_config,
-    merge_config,
-    read,
-    save_adapter,
-    save_family,
-    write_yaml,
-)
+from conftest import invoke, llama_config, merge_config, read, save_adapter, save_family, write_yaml
 from hub_server import serving
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache

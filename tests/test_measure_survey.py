@@ -8,17 +8,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from conftest import (
-    VOCABULARY,
-    edit,
-    llama_config,
-    merge_config,
-    read,
-    run,
-    save_family,
-    save_tokenizer,
-    slices_config,
-)
+from conftest import edit, llama_config, merge_config, read, run, save_family, slices_config
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.merge_methods.base import TensorGroup
 from safetensors.torch import save_file
@@ -30,7 +20,8 @@ from mergekit_metagpt.measure import headers, surveys
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.headers import Header, read_header
 from mergekit_metagpt.measure.loaders import forget_files
-from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.measure.provider import PROVIDER, StoredModels
+from mergekit_metagpt.measure.survey import Measured, Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
@@ -58,18 +49,16 @@ def test_norms_and_cosines_are_those_of_float64(family):
         for e in experts
     ]
     expected = torch.nn.functional.cosine_similarity(*vectors, dim=0).item()
-    assert found.cosines == [
-        pytest.approx([1, expected], rel=1e-5),
-        pytest.approx([expected, 1], rel=1e-5),
-    ]
+    rows = [1, expected], [expected, 1]
+    assert found.cosines == [pytest.approx(row, rel=1e-5) for row in rows]
     norms = reference.squared_norms(base, experts)
     plain = survey(family)
-    assert found.squared_norms == plain.squared_norms
     assert found.parameters == sum(tensor.numel() for tensor in base.values())
-    for name, gram in found.grams.items():  # of each tensor alone; their sum is the model's
-        diagonal = [row[t] for t, row in enumerate(gram)]
+    for name, it in found.tensors.items():  # of each tensor alone; their sum is the model's
+        diagonal = [row[t] for t, row in enumerate(it.products)]
         assert diagonal == pytest.approx(norms[name], rel=1e-6)
-        assert found.sizes[name] == base[name].numel()
+        assert it.norms == plain.tensors[name].norms
+        assert it.size == base[name].numel()
 
 
 def nested(tensors, path):
@@ -83,13 +72,12 @@ def test_a_base_is_described_without_its_data(save, tmp_path):
     found = read_header(str(path), "some model")
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        header = found[name]
-        assert (header.shape, header.torch_dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert (found[name].shape, found[name].torch_dtype) == (tensor.shape, tensor.dtype)
     for base in (str(path), str(tmp_path)):
-        models = Checkpoints.of(base, [base])
-        assert models.parameters_of_base() == 12 + 5 + 1
-        assert models.shape_of_base("model.layers.7.w") == (3, 4)
-        assert models.shape_of_base("lost") is None
+        models = StoredModels(Checkpoints.of(base, [base]), PROVIDER)
+        assert models.parameters == 12 + 5 + 1
+        assert models.shape_of("model.layers.7.w") == (3, 4)
+        assert models.shape_of("lost") is None
     forget_files()
 
 
@@ -118,65 +106,34 @@ class TestTies:
             edit(path, lambda tensors: tensors.update({HEAD: tensors[TABLE].clone()}))
         found = survey(tied)
         assert found.tied == {HEAD: TABLE}
-        assert HEAD not in found.squared_norms
-        assert TABLE in found.squared_norms
+        assert HEAD not in found.tensors
+        assert TABLE in found.tensors
 
     def test_an_untied_expert_of_a_tied_base_counts_both(self, tied):
         edit(tied["a"], lambda tensors: tensors.update({HEAD: tensors[TABLE] + 0.5}))
-        assert HEAD in survey(tied).squared_norms
+        assert HEAD in survey(tied).tensors
 
     def test_frozen_tensors_are_not_taken_for_tied_ones(self, own):
         original = read(own["base"])
         for name in ("a", "b"):
             edit(own[name], lambda tensors: tensors.update({n: original[n] for n in (TABLE, HEAD)}))
-        assert survey(own).squared_norms[HEAD] == (0.0, 0.0)
+        assert survey(own).tensors[HEAD].norms == (0.0, 0.0)
 
-    def test_layers_that_share_their_weights_share_the_coefficients(self):
-        base = {"layers.0.w": torch.zeros(5), "layers.1.v": torch.zeros(3)}
-        experts = [{n: torch.full_like(t, c) for n, t in base.items()} for c in (1.0, 2.0)]
-        models = [{**m, "layers.1.w": m["layers.0.w"]} for m in (base, *experts)]
-        merged = merge_state_dicts(models, "metagpt", base=0, parameters={"granularity": "layer"})
-        assert torch.equal(merged["layers.1.w"], merged["layers.0.w"])
-        found = Survey(("a",), {"layers.0.w": (4.0,)}, {"layers.1.w": "layers.0.w"})
+    def test_a_layer_that_shares_its_weights_has_the_coefficients_of_the_first(self):
+        stored = {"layers.0.w": Measured((4.0,), torch.float32, 5)}
+        found = Survey(("a",), stored, {"layers.1.w": "layers.0.w"})
         alone = TensorInputs("layers.1.w", "base", torch.zeros(1), ("a",), (torch.ones(1),))
         assert found.norms_of(alone, "layer") == (4.0,)
 
 
-class TestVocabularies:
-    WORDS = tuple(f"t{n}" for n in range(VOCABULARY + 4))
-
-    def test_one_of_another_size_is_left_out_and_logged(self, own, caplog, merge):
-        def cut(path):
-            return {n: t[:VOCABULARY] if n in (TABLE, HEAD) else t for n, t in read(path).items()}
-
-        def grow(tensors):
-            for name in (TABLE, HEAD):
-                tensors[name] = torch.cat([tensors[name], torch.ones(4, 32)])
-
-        edit(own["a"], grow)
-        for name, path in own.items():
-            save_tokenizer(path, *self.WORDS[: None if name == "a" else VOCABULARY])
-        assert survey(own).left_out.keys() == {TABLE, HEAD}
-        settings = {"parameters": {"granularity": "model"}, "tokenizer": {"source": "base"}}
-        merged = merge(merge_config(own, **settings))
-        assert "has shape [68, 32]" in caplog.text
-        assert "does not count" in caplog.text
-        base, *experts = map(cut, own.values())
-        inner = [
-            {n: t for n, t in model.items() if n not in (TABLE, HEAD)} for model in (base, *experts)
-        ]
-        shared = reference.coefficients(inner[0], inner[1:], "model")["model.norm.weight"]
-        reference.assert_merged(merged, base, experts, dict.fromkeys(base, shared))
-
-    def test_one_with_other_tokens_is_left_out_and_logged(self, own, caplog):
-        words = self.WORDS[:VOCABULARY]
-        save_tokenizer(own["base"], *words)
-        save_tokenizer(own["a"], *words)
-        assert not survey(own).left_out
-        save_tokenizer(own["b"], *words[::-1])
-        found = SURVEYS.survey_of(Checkpoints.of(own["base"], [own["a"], own["b"]]))
-        assert found.left_out.keys() == {TABLE, HEAD}
-        assert "different meanings" in caplog.text
+def test_a_vocabulary_of_another_size_is_left_out_and_logged(own, caplog):
+    """One with other tokens is, too: see test_surveys.py."""
+    for name in (TABLE, HEAD):
+        edit(own["a"], lambda it, n=name: it.update({n: torch.cat([it[n], torch.ones(4, 32)])}))
+    found = SURVEYS.survey_of(Checkpoints.of(own["base"], [own["a"], own["b"]]))
+    assert found.left_out.keys() == {TABLE, HEAD}
+    assert "has shape [68, 32]" in caplog.text
+    assert "does not count" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -193,14 +150,6 @@ def test_a_tensor_that_does_not_fit_is_named(change, said, own):
     edit(own["b"], change)
     with pytest.raises(ValueError, match=said):
         survey(own)
-
-
-@pytest.mark.parametrize("granularity", ["layer", "model"])
-def test_values_beyond_the_range_of_dtype_are_named(granularity, own, merge):
-    name = "model.layers.1.mlp.up_proj.weight"
-    edit(own["a"], lambda tensors: tensors[name].view(-1)[:1].fill_(1e6))
-    with pytest.raises(ValueError, match=rf"{name} of model {own['a']} holds NaN or Inf in"):
-        merge(merge_config(own, parameters={"granularity": granularity}, dtype="float16"))
 
 
 class TestSlices:
@@ -237,28 +186,12 @@ class TestSlices:
         assert len(passes) == 1
 
 
-@pytest.mark.parametrize("granularity", ["layer", "model"])
-def test_checkpoints_are_surveyed_as_they_are_stored(granularity, tmp_path, merge):
-    """Even if `dtype` rounds the task vectors before the merge."""
-    paths = save_family(tmp_path, llama_config(), scales=(0.001, 0.002))
-    merged = merge(merge_config(paths, parameters={"granularity": granularity}, dtype="bfloat16"))
-    base, *experts = (read(path) for path in paths.values())
-    expected = reference.coefficients(base, experts, granularity)
-    rounded, *others = (
-        {name: tensor.bfloat16() for name, tensor in model.items()} for model in (base, *experts)
-    )
-    if granularity == "layer":  # a tensor outside the layers has its own scope
-        by_tensor = reference.coefficients(rounded, others, "tensor")
-        expected |= {n: c for n, c in by_tensor.items() if layer_of(n) is None}
-    reference.assert_merged(merged, rounded, others, expected)
-
-
 @pytest.mark.parametrize(
     ("granularity", "dtype"),
     [("layer", None), ("layer", "bfloat16"), ("model", "bfloat16"), ("model", "float64")],
 )
 def test_one_merge_has_one_set_of_coefficients(granularity, dtype, tmp_path, merge, passes):
-    """The first tensor to be merged and the stored dtypes make no difference."""
+    """That of the models as they are stored, even if `dtype` rounds them before the merge."""
     paths = save_family(tmp_path, llama_config(), scales=(0.001, 0.002), dtype=torch.bfloat16)
 
     def widen(tensors):
@@ -277,8 +210,11 @@ def test_one_merge_has_one_set_of_coefficients(granularity, dtype, tmp_path, mer
         used.setdefault(scope(entry.tensor), set()).add(entry.coefficients)
     assert all(len(rows) == 1 for rows in used.values())
     assert len(passes) == 1
-    if granularity == "model":
-        assert used == {"model": {tuple(scaling_coefficients(survey(paths).model))}}
+    found = survey(paths)
+    norms = {"layer": found.layers, "model": {"model": found.model}}[granularity]
+    for name, row in norms.items():
+        assert used.pop(name) == {tuple(scaling_coefficients(row))}
+    assert not [name for name in used if granularity == "model" or layer_of(name)]
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "model"])

@@ -26,8 +26,7 @@ from mergekit.tokenizer import BuildTokenizer
 
 from mergekit_metagpt.api import functions
 from mergekit_metagpt.merging import by_shard
-from mergekit_metagpt.planning.directory import Output
-from mergekit_metagpt.planning.work import Work
+from mergekit_metagpt.planning.directory import Output, Work
 from mergekit_metagpt.workers import RayMapper, in_this_process
 
 pytest.importorskip("ray")

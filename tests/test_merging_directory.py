@@ -30,7 +30,7 @@ from pathlib import Path
 from click.testing import CliRunner
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.merging import by_shard
-from mergekit_metagpt.planning import directory, work
+from mergekit_metagpt.planning import directory
 
 config, place = sys.argv[1], Path(sys.argv[2])
 
@@ -50,10 +50,10 @@ def before(module, name, number=1):
 
 moments = {
     "while the third file is written": lambda: before(by_shard, "require_in_range", 3),
-    "before the third file has its record": lambda: before(work, "_write_whole", 4),
+    "before the third file has its record": lambda: before(directory, "_write_whole", 4),
     "before it is published": lambda: before(directory.Output, "publish"),
-    "in the middle of its move": lambda: before(work.os, "rename", 12),
-    "while the rest goes": lambda: before(work.Work, "remove"),
+    "in the middle of its move": lambda: before(directory.os, "rename", 12),
+    "while the rest goes": lambda: before(directory.Work, "remove"),
 }
 merge(place / "whole")  # also imports for all children what a merge needs
 for moment, prepare in moments.items():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import lora, merge_config, problems_of, save_adapter
 
-from mergekit_metagpt.planning.work import Work
+from mergekit_metagpt.planning.directory import Work
 
 KEY = "0123456789abcdef"
 

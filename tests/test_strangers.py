@@ -130,13 +130,15 @@ def by_stock(merge: TensorMerge) -> np.ndarray | None:
         weights[model] = {merge.name: inputs[model]}
         if merge.parameters["granularity"] != "tensor":
             weights[model] = {it: loader.get_tensor(it) for it in loader.index.tensor_paths}
-    base, experts = weights.pop(merge.base), list(weights.values())
+    base, experts = weights.pop(merge.task.base_model), list(weights.values())
     priors = [merge.model_parameters[model]["weight"] for model in weights]
     granularity, k = (merge.parameters[key] for key in ("granularity", "exponent"))
     shares = reference.coefficients(base, experts, granularity, priors, 2.0 if k is None else k)
     of_tensor = shares.get(merge.name, next(iter(shares.values())))  # of the model: all the same
     each = {key: {m: merge.model_parameters[m].get(key) for m in weights} for key in EACH}
-    entries = (TensorEntry(model, it, model == merge.base) for model, it in inputs.items())
+    entries = (
+        TensorEntry(model, it, model == merge.task.base_model) for model, it in inputs.items()
+    )
     settings = {**merge.parameters, **each, "weight": dict(zip(weights, of_tensor, strict=True))}
     merged = merge_methods.get(name).merge_group(TensorGroup(tuple(entries)), **settings)
     return reference.as_float64(merged)

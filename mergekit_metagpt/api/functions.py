@@ -24,19 +24,17 @@ from mergekit_metagpt.measure.loaders import (
     HubLoader,
     find_on_hub,
     is_looked_up,
-    open_on_hub,
     set_up_worker,
 )
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.merging.record import hub_names
 from mergekit_metagpt.merging.whole import merge_whole
 from mergekit_metagpt.method.summary import Summary
-from mergekit_metagpt.planning.config import ConfigFile, read_config, reference
+from mergekit_metagpt.planning.config import ConfigFile, plain, read_config, reference
 from mergekit_metagpt.planning.forecast import Forecast, forecast, own_method
 from mergekit_metagpt.planning.job import Job, running
 from mergekit_metagpt.planning.models import find_model_files, require_models
 from mergekit_metagpt.planning.outputs import Outputs
-from mergekit_metagpt.planning.yaml_file import plain
 from mergekit_metagpt.preflight import ignored, inspect
 from mergekit_metagpt.preflight.adapters import bad_adapters
 from mergekit_metagpt.report.plots import comparison_figure
@@ -226,7 +224,6 @@ def _ready_to_measure(job: Job, ray: str | None) -> Mapper:
     except Exception:
         require_models(models, job.options)  # says what is wrong
         raise
-    open_on_hub(on_hub)
     return in_this_process if ray is None else _ray_mapper(ray, job, on_hub)
 
 

@@ -74,7 +74,7 @@ def measure_linearity(
         ValueError: if a model has a parameter that another lacks, or if outputs overflow.
     """
     known = options.transformers_cache, options.trust_remote_code
-    stored = reduce(torch.promote_types, survey.dtypes.values())
+    stored = reduce(torch.promote_types, (it.dtype for it in survey.tensors.values()))
     model = load(base, torch.float32, options).to(torch.device(options.device or "cpu"))
     start, measured = load(base, stored, options), []
     experts: tuple[Any, ...] = survey.experts

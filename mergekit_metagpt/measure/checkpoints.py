@@ -1,10 +1,8 @@
 """A base and its experts, read with MergeKit's architectures and loaders."""
 
-import math
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,18 +15,20 @@ from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.core.coefficients import Norms
-from mergekit_metagpt.measure.headers import Header, read_header
+from mergekit_metagpt.core.inputs import TensorInputs
+from mergekit_metagpt.core.task_vectors import inner_products, squared_norm
+from mergekit_metagpt.measure.headers import Header, read_header, unread
 from mergekit_metagpt.measure.identity import identity_of, on_hub, stat_of
 from mergekit_metagpt.measure.loaders import HubLoader, forget_models, weight_files
-from mergekit_metagpt.measure.survey import Survey
-from mergekit_metagpt.measure.tensors import Device, Measured, measure
+from mergekit_metagpt.measure.survey import Measured, Survey
 from mergekit_metagpt.measure.vocabularies import tokenizers_agree
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.workers import Mapper, in_this_process
+
+Device = torch.device | str
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,10 @@ class Checkpoints:
     """A base and its experts: model directories, or single files of tensors.
 
     MergeKit merges directories with ``mergekit-yaml``, and single files with ``mergekit-pytorch``.
-
-    Attributes:
-        base: θ_0.
-        experts: θ_t, in canonical order.
     """
 
-    base: ModelReference
-    experts: tuple[ModelReference, ...]
+    base: ModelReference  # θ_0
+    experts: tuple[ModelReference, ...]  # θ_t, in canonical order
 
     @classmethod
     def of(
@@ -62,10 +58,6 @@ class Checkpoints:
     def are_files(self) -> bool:
         """Whether the references name single files of tensors."""
         return os.path.isfile(self.base.model.path)
-
-    def config_of(self, model: ModelReference) -> PretrainedConfig:
-        """Return the config of a model, which is no single file."""
-        return model.config(LoaderCache().trust_remote_code)
 
     def loader(self, model: ModelReference) -> LazyTensorLoader:
         """Return the loader that MergeKit reads the model with."""
@@ -100,30 +92,14 @@ class Checkpoints:
             identity += identity_of(model.model.path)
         return [*identity, LoaderCache().trust_remote_code]
 
-    def header(self, model: ModelReference, tensor: str) -> Header | None:
-        """Return the header of a tensor of a model, or None if the model has no such tensor."""
-        loader = self.loader(model)
+    @cached_property
+    def headers(self) -> Mapping[str, Header]:
+        """The headers of the base's tensors, by name."""
+        loader = self.loader(self.base)
         if isinstance(loader, HubLoader):
-            return loader.headers.get(tensor)
-        file = loader.index.tensor_paths.get(tensor)
-        if file is None:
-            return None
-        return read_header(os.path.join(loader.index.base_path, file), model).get(tensor)
-
-    def shape_of_base(self, tensor: str) -> tuple[int, ...] | None:
-        """Return the shape of a tensor of the base, or None if the base has no such tensor.
-
-        A merge may have more layers than the base; then a tensor is like that of the first layer.
-        """
-        like = re.sub(r"(?<=\.)\d+(?=\.)", "0", tensor, count=1)
-        header = self.header(self.base, tensor) or self.header(self.base, like)
-        return header.shape if header else None
-
-    def parameters_of_base(self) -> int:
-        """Return how many numbers the base holds."""
-        names = self.loader(self.base).index.tensor_paths
-        headers = [self.header(self.base, name) for name in names]
-        return sum(math.prod(header.shape) for header in headers if header)
+            return loader.headers
+        held = [read_header(str(file), self.base) for file in weight_files(loader)]
+        return {name: it for each in held for name, it in each.items()}
 
     @cached_property
     def weights(self) -> dict[str, WeightInfo]:
@@ -136,33 +112,46 @@ class Checkpoints:
             )
             weights = [WeightInfo(name=name) for name in index.tensor_paths if name in common]
         else:
-            weights = self._architecture_weights()
-        stored = {weight.name: self._stored_name(self.base, weight) or "" for weight in weights}
-        weights.sort(key=lambda weight: index.tensor_paths.get(stored[weight.name], ""))
-        return {weight.name: weight for weight in weights}
+            trust_remote_code = LoaderCache().trust_remote_code
+            models = [{"model": model} for model in self.models]
+            config = MergeConfiguration.model_validate(
+                {"merge_method": "metagpt", "base_model": self.base, "models": models}
+            )
+            options = MergeOptions(
+                allow_crimes=True,  # the merge decides whether architectures may differ
+                trust_remote_code=trust_remote_code,
+                transformers_cache=LoaderCache().hf_cache_dir,
+                lazy_unpickle=LoaderCache().lazy_unpickle,
+            )
+            architecture = get_architecture_info(config, options)
+            weights = architecture.all_weights(self.base.config(trust_remote_code))
 
-    def _architecture_weights(self) -> list[WeightInfo]:
-        cache = LoaderCache()
-        config = MergeConfiguration.model_validate(
-            {
-                "merge_method": "metagpt",
-                "base_model": self.base,
-                "models": [{"model": model} for model in self.models],
-            }
-        )
-        options = MergeOptions(
-            allow_crimes=True,  # the merge decides whether architectures may differ
-            trust_remote_code=cache.trust_remote_code,
-            transformers_cache=cache.hf_cache_dir,
-            lazy_unpickle=cache.lazy_unpickle,
-        )
-        return get_architecture_info(config, options).all_weights(self.config_of(self.base))
+        def shard(weight: WeightInfo) -> str:
+            return index.tensor_paths.get(self._stored_name(self.base, weight) or "", "")
+
+        return {weight.name: weight for weight in sorted(weights, key=shard)}
+
+    def unread(self) -> list[str]:
+        """Return the weights of the base that MergeKit's own command loses without a word.
+
+        ``mergekit-metagpt merge`` knows its plan, and refuses to lose weights. ``mergekit-yaml``
+        shows its plan to no merge method, but a survey sees all tensors.
+        """
+        if self.are_files:
+            return []  # mergekit-pytorch takes every tensor
+        read = set[str]()
+        for weight in self.weights.values():
+            names = {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
+            if names.isdisjoint(self.headers) and not weight.optional:
+                return []  # MergeKit makes it from others, and a survey cannot tell which
+            read |= names
+        config = self.base.config(LoaderCache().trust_remote_code)
+        architecture = next(iter(config.architectures or []), "")
+        is_tied = getattr(config, "tie_word_embeddings", False)
+        return sorted(unread(self.headers, read, architecture, is_tied))
 
     def _stored_name(self, model: ModelReference, weight: WeightInfo) -> str | None:
-        """Return the name under which a model stores a weight, or None if it lacks the weight.
-
-        This is the weight's own name, an alias, or the name of a weight tied to it.
-        """
+        # Its own name, an alias, or the name of a weight tied to it; None if the model lacks it.
         held = self.loader(model).index.tensor_paths
         names = (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
         return next((name for name in names if name in held), None)
@@ -171,7 +160,7 @@ class Checkpoints:
         """Return a weight as it is stored, or None if the model lacks it."""
         if self.are_files:
             return self.loader(model).get_tensor(weight.name, device=str(device))
-        task = LoadTensor(
+        return LoadTensor(
             model=model,
             tensor=weight.name,
             dtype=weight.force_dtype,
@@ -179,8 +168,7 @@ class Checkpoints:
             optional=True,
             aliases=weight.aliases,
             tied_names=weight.tied_names,
-        )
-        return task.execute()
+        ).execute()
 
     def survey(
         self,
@@ -209,7 +197,7 @@ class Checkpoints:
         left_out: dict[str, str] = {}
         tieable: dict[Norms, list[WeightInfo]] = {}
         bar = tqdm.tqdm(
-            mapper(partial(measure, self.models, self.load, device, products), weights),
+            mapper(partial(self.measure, device, products), weights),
             "Measuring task vectors",
             len(weights),
             unit="tensor",
@@ -232,16 +220,56 @@ class Checkpoints:
                     continue
                 alike.append(weight)
             measured[weight.name] = tensor
-        return Survey(
-            self.experts,
-            squared_norms={name: tensor.norms for name, tensor in measured.items()},
-            tied=tied,
-            dtypes={name: tensor.dtype for name, tensor in measured.items()},
-            left_out=left_out,
-            sizes={name: tensor.size for name, tensor in measured.items()},
-            grams={name: t.products for name, t in measured.items()} if products else None,
-            bases={name: t.base for name, t in measured.items()} if products else {},
-        )
+        return Survey(self.experts, measured, tied, left_out)
+
+    def measure(self, device: Device, products: bool, weight: WeightInfo) -> Measured | str | None:
+        """Measure one tensor of the models, in any process.
+
+        Returns:
+            The reason if vocabularies differ; None if the base has no such floating-point tensor.
+        """
+        base = self.load(self.base, weight, device)
+        if base is None and not weight.optional:
+            raise ValueError(
+                f"The base {self.base} lacks tensor {weight.name}, which its architecture "
+                "requires; download the checkpoint again."
+            )
+        if base is None or not base.is_floating_point():
+            return None
+        experts = []
+        for model in self.experts:
+            expert = self.load(model, weight, device)
+            if expert is None:
+                raise ValueError(
+                    f"Expert {model} lacks tensor {weight.name}, which the base {self.base} "
+                    "holds; complete the checkpoint or leave the expert out of the merge."
+                )
+            alike = expert.shape == base.shape
+            if weight.vocabulary_axis is not None:
+                if not alike:
+                    return (
+                        f"Vocabulary tensor {weight.name} has shape {list(expert.shape)} in "
+                        f"{model} but {list(base.shape)} in {self.base}"
+                    )
+                cache = LoaderCache()
+                known = cache.hf_cache_dir, cache.trust_remote_code
+                if not tokenizers_agree(self.base, model, *known):
+                    return (
+                        f"The tokenizers of {model} and {self.base} give the rows of "
+                        f"{weight.name} different meanings"
+                    )
+            elif not alike:
+                raise ValueError(
+                    f"Tensor {weight.name} has shape {list(expert.shape)} in expert {model} but "
+                    f"{list(base.shape)} in the base {self.base}; merge fine-tunes of one base."
+                )
+            experts.append(expert)
+        inputs = TensorInputs(weight.name, self.base, base, self.experts, tuple(experts))
+        measured = Measured(inputs.squared_norms, inputs.dtype, base.numel())
+        if not products:
+            return measured
+        gram, length = inner_products(base, experts), squared_norm(base)
+        return replace(measured, products=gram, base=length)
 
     def _named_once(self) -> tuple[list[WeightInfo], dict[str, str]]:
         """Return each stored weight once, and a map from every tied name to that weight's name."""

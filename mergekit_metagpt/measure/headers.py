@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mergekit_metagpt.measure.identity import Stat, stat_of
-from mergekit_metagpt.mergekit_private import is_cut_short
+from mergekit_metagpt.mergekit_private import is_cut_short, is_ignored, tied_names
 from mergekit_metagpt.names import COMPUTED, MASKS
 from mergekit_metagpt.wording import BadInputError, reason
 
@@ -30,8 +30,6 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 # The same dtypes, as a merge config names them.
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,26 @@ class Header:
     @property
     def bytes(self) -> int:
         """The size of the tensor's data, if it is not quantized."""
-        dtype = self.torch_dtype
-        return math.prod(self.shape) * (dtype.itemsize if dtype else 1)
+        return math.prod(self.shape) * (self.torch_dtype or torch.int8).itemsize
 
 
-def is_computed(name: str, header: Header) -> bool:
-    """Return whether a tensor is no parameter, but a counter or a buffer that models compute."""
-    is_mask = name.endswith(MASKS) and len(header.shape) == 4
-    return header.dtype not in FLOATS or is_mask or name.endswith(COMPUTED)
+def unread(
+    held: Mapping[str, Header], read: set[str], architecture: str, is_tied: bool
+) -> list[str]:
+    """Return the parameters among a model's tensors that a merge would lose.
+
+    ``read`` are the names that the merge knows; ``is_tied``, whether the model's config says that
+    the head is the embeddings.
+    """
+    for pair in map(set, tied_names(architecture) if is_tied else ()):
+        read = read | pair if read & pair else read
+    return [
+        name
+        for name, header in held.items()
+        if header.dtype in FLOATS  # others are counters
+        and not (name.endswith(MASKS) and len(header.shape) == 4)
+        and not (name in read or name.endswith(COMPUTED) or is_ignored(architecture, name))
+    ]
 
 
 def read_header(path: str, model: Any) -> Mapping[str, Header]:
@@ -91,9 +101,8 @@ def require_file(path: str) -> None:
 def _read(path: str, _stat: Stat) -> dict[str, Header]:
     require_file(path)
     with open(path, "rb") as file:
-        start = file.read(len(_LFS_POINTER))
-    if start == _LFS_POINTER:
-        raise BadInputError("is only a pointer of Git LFS; run git lfs pull there")
+        if file.read(99).startswith(b"version https://git-lfs"):
+            raise BadInputError("is only a pointer of Git LFS; run git lfs pull there")
     try:
         if path.lower().endswith(".safetensors"):
             with safe_open(path, framework="pt") as opened:  # if the data fit its header

@@ -31,13 +31,7 @@ LOG = logging.getLogger(__name__)
 
 
 class HubLoader(LazyTensorLoader):
-    """Stands in for MergeKit's loader of a model. It can be pickled.
-
-    Attributes:
-        model: the model as a config names it.
-        repository: where it is; all tensors are of one commit.
-        headers: those of its tensors, by name.
-    """
+    """Stands in for MergeKit's loader of a model, whose tensors are of one commit; for pickle."""
 
     def __init__(
         self, model: ModelReference, repository: Repository, headers: Mapping[str, Header]
@@ -65,26 +59,36 @@ class HubLoader(LazyTensorLoader):
         return safetensors.torch.load(file)[key].to(device)
 
 
-def open_on_hub(loaders: Iterable[HubLoader]) -> None:
-    """Let MergeKit read these models from the hub, in every thread of this process."""
-    mergekit_private.open_loaders.update({loader.model: loader for loader in loaders})
-
-
 def is_looked_up(model: ModelReference) -> bool:
     """Return whether the hub is asked about a model: one that is no path, unless offline."""
     return not (huggingface_hub.constants.HF_HUB_OFFLINE or os.path.exists(model.model.path))
 
 
 def find_on_hub(models: Iterable[ModelReference], options: MergeOptions) -> list[HubLoader]:
-    """Return loaders of those of a config's models that are read from the hub.
+    """Let MergeKit read a config's models from the hub; return the loaders of those that it can.
 
     MergeKit downloads the others that are not on this machine. The log says which, and why.
 
     Raises:
         BadInputError: if a model cannot be found, its files do not fit together, or are not sent.
     """
-    models = sorted(models, key=str)
-    found = [it for model in models if is_looked_up(model) and (it := _look_up(model, options))]
+    models, found = sorted(models, key=str), list[HubLoader]()
+    for model in filter(is_looked_up, models):
+        place = locate(model.model, options)
+        if isinstance(place, Directory):
+            continue
+        why = ""
+        if model.lora:
+            why = "has an adapter, which is applied to the whole model"
+        elif not any(file.startswith("model.safetensors") for file in place.sizes):
+            why = "has no safetensors files"
+        if why:
+            LOG.warning("Model %s %s, so MergeKit downloads it.", model, why)
+            continue
+        weights = read_weights(place)
+        if weights.problems:
+            raise BadInputError(*weights.problems)
+        found.append(HubLoader(model, place, weights.tensors))
     for model in models if found else []:
         if arch_info_for_config(model.config(options.trust_remote_code)) is None:
             LOG.warning(
@@ -93,24 +97,8 @@ def find_on_hub(models: Iterable[ModelReference], options: MergeOptions) -> list
                 model,
             )
             return []
+    mergekit_private.open_loaders.update({loader.model: loader for loader in found})
     return found
-
-
-def _look_up(model: ModelReference, options: MergeOptions) -> HubLoader | None:
-    place = locate(model.model, options)
-    if isinstance(place, Directory):
-        return None
-    if model.lora:
-        why = "has an adapter, which is applied to the whole model"
-    elif not any(file.startswith("model.safetensors") for file in place.sizes):
-        why = "has no safetensors files"
-    else:
-        weights = read_weights(place)
-        if weights.problems:
-            raise BadInputError(*weights.problems)
-        return HubLoader(model, place, weights.tensors)
-    LOG.warning("Model %s %s, so MergeKit downloads it.", model, why)
-    return None
 
 
 def weight_files(loader: LazyTensorLoader) -> list[Path]:
@@ -138,5 +126,5 @@ def set_up_worker(options: MergeOptions, on_hub: Sequence[HubLoader] = ()) -> No
     Models ``on_hub`` are read from there.
     """
     forget_files()
-    open_on_hub(on_hub)
+    mergekit_private.open_loaders.update({loader.model: loader for loader in on_hub})
     LoaderCache().setup(options)

@@ -15,8 +15,6 @@ from mergekit.options import MergeOptions
 from mergekit_metagpt.measure.headers import Header, read_header, require_file
 from mergekit_metagpt.wording import BadInputError, reason
 
-_SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
-
 
 @dataclass(frozen=True)
 class Directory:
@@ -25,7 +23,7 @@ class Directory:
     path: str
     model: str  # its name in messages
     # What MergeKit looks for, in this order; and the ways out if it is broken, or not there.
-    kinds: ClassVar[tuple[str, ...]] = (_SAFETENSORS, _PICKLE)
+    kinds: ClassVar[tuple[str, ...]] = ("model.safetensors", "pytorch_model.bin")
     if_broken: ClassVar[str] = "save or download it again"
     if_none: ClassVar[str] = "correct the path, or download it again"
 
@@ -56,7 +54,7 @@ class Repository:
     sizes: Mapping[str, int]  # of its files, in bytes
     model: str  # its name in messages
     path: ClassVar[str] = ""
-    kinds: ClassVar[tuple[str, ...]] = (_SAFETENSORS,)
+    kinds: ClassVar[tuple[str, ...]] = ("model.safetensors",)
     if_broken: ClassVar[str] = "choose another revision"
     if_none: ClassVar[str] = "run hf download first, so that other files can be checked"
 
@@ -120,6 +118,11 @@ class Repository:
 def locate(model: ModelPath, options: MergeOptions) -> Directory | Repository:
     """Return where a model is; the hub is asked for its commit, unless it is in a directory."""
     path, cache = model.path, options.transformers_cache
+
+    def stored(file: str, revision: str | None) -> str | None:
+        it = huggingface_hub.try_to_load_from_cache(path, file, cache, revision)
+        return it if isinstance(it, str) else None
+
     if os.path.isdir(path):
         return Directory(path, str(model))
     if os.path.exists(path):
@@ -129,7 +132,17 @@ def locate(model: ModelPath, options: MergeOptions) -> Directory | Repository:
         )
     try:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
-            raise _offline(model, cache)
+            # MergeKit asks the hub for a list of files even if the model was downloaded.
+            names = ("config.json", "adapter_config.json")
+            here = next(filter(None, (stored(name, model.revision) for name in names)), None)
+            said, way = "is no directory here, and", "correct the name, or download the model first"
+            if here:
+                said = "is downloaded, but"
+                way = f"write its directory {os.path.dirname(here)} in the merge config"
+            raise BadInputError(
+                f"Model {model} {said} the hub cannot be asked for it offline (HF_HUB_OFFLINE is "
+                f"set); {way}."
+            )
         # Other requests are repeated for half a minute if they fail; this one is not.
         info = huggingface_hub.model_info(
             path, revision=model.revision, files_metadata=True, timeout=10
@@ -152,28 +165,7 @@ def locate(model: ModelPath, options: MergeOptions) -> Directory | Repository:
     # What MergeKit would download.
     weights = [file for file in sizes if file.endswith(".safetensors")]
     weights = weights or [file for file in sizes if file.endswith(".bin")]
-    stored = [_stored(path, file, cache, commit) for file in weights]
-    if stored and all(stored):
-        return Directory(str(Path(str(stored[0])).parents[weights[0].count("/")]), str(model))
+    found = [stored(file, commit) for file in weights]
+    if found and all(found):
+        return Directory(str(Path(str(found[0])).parents[weights[0].count("/")]), str(model))
     return Repository(info.id, commit, sizes, str(model))
-
-
-def _offline(model: ModelPath, cache: str | None) -> BadInputError:
-    for name in ("config.json", "adapter_config.json"):
-        if stored := _stored(model.path, name, cache, model.revision):
-            # MergeKit asks the hub for a list of files even then.
-            return BadInputError(
-                f"Model {model} is downloaded, but MergeKit looks it up on the hub, which it "
-                "cannot do offline (HF_HUB_OFFLINE is set); write its directory "
-                f"{os.path.dirname(stored)} in the merge config."
-            )
-    return BadInputError(
-        f"Model {model} is no directory here, and the hub cannot be asked for it offline "
-        "(HF_HUB_OFFLINE is set); correct the name, or download the model first."
-    )
-
-
-def _stored(model: str, file: str, cache: str | None, revision: str | None) -> str | None:
-    """Return where the cache of the hub holds a file, or None."""
-    found = huggingface_hub.try_to_load_from_cache(model, file, cache, revision)
-    return found if isinstance(found, str) else None

@@ -4,6 +4,8 @@ MergeKit calls a method with the tensors of one parameter at a time, from any th
 merge of the process. :data:`PROVIDER` finds the models that they are from.
 """
 
+import math
+import re
 import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from mergekit_metagpt.core.coefficients import Norms
 from mergekit_metagpt.core.granularities import GRANULARITIES, moved
 from mergekit_metagpt.core.inputs import TensorInputs, place_of
 from mergekit_metagpt.core.roles import is_table
-from mergekit_metagpt.measure.survey import Survey
+from mergekit_metagpt.measure.survey import Measured, Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.names import layer_of
 
@@ -76,12 +78,16 @@ class StoredModels:
 
     def shape_of(self, tensor: str) -> Sequence[int] | None:
         """Return the shape of a tensor of the base, or None if it has none of this name."""
-        return self.checkpoints.shape_of_base(tensor)
+        # A merge may have more layers than the base; then a tensor is like that of the first layer.
+        like = re.sub(r"(?<=\.)\d+(?=\.)", "0", tensor, count=1)
+        headers = self.checkpoints.headers
+        header = headers.get(tensor) or headers.get(like)
+        return header.shape if header else None
 
     @cached_property
     def parameters(self) -> int | None:
         """How many numbers the base holds."""
-        return self.checkpoints.parameters_of_base()
+        return sum(math.prod(header.shape) for header in self.checkpoints.headers.values())
 
     def squared_norms(self, tensor: TensorInputs, granularity: str) -> Norms:
         """Return ‖τ_t‖² over a tensor's scope, T floats; the models are surveyed only once.
@@ -126,7 +132,8 @@ class ModelsInMemory:
 
     def shape_of(self, tensor: str) -> Sequence[int] | None:
         """Return the shape of a tensor, or None if there is none of this name."""
-        return self._shapes.get(tensor)
+        stored = self._stored.get(tensor)
+        return stored.base.shape if stored else None
 
     def squared_norms(self, tensor: TensorInputs, granularity: str) -> Norms:
         """Return ‖τ_t‖² over a tensor's scope, T floats.
@@ -162,21 +169,24 @@ class ModelsInMemory:
         }
 
     @cached_property
-    def _shapes(self) -> dict[str | None, Sequence[int]]:
-        """The shapes of tensors that would be in a file, where tied ones are stored once."""
-        stored = [self.tensors[first] for first, *_ in self._alike.values()]
-        return {tensor.name: tensor.base.shape for tensor in stored}
+    def _stored(self) -> dict[str, TensorInputs]:
+        """The tensors that would be in a file, where tied ones are stored once."""
+        return {self._names[first]: self.tensors[first] for first, *_ in self._alike.values()}
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [tensor.name or f"#{number}" for number, tensor in enumerate(self.tensors)]
 
     @cached_property
     def _survey(self) -> Survey:
-        """The survey, in which tensors that are tied in memory count once."""
-        names = [tensor.name or f"#{number}" for number, tensor in enumerate(self.tensors)]
-        firsts = {names[first]: self.tensors[first] for first, *_ in self._alike.values()}
+        names, alike = self._names, self._alike.values()
         return Survey(
             self.tensors[0].ids,
-            {name: tensor.squared_norms for name, tensor in firsts.items()},
-            {names[it]: names[first] for first, *tied in self._alike.values() for it in tied},
-            {name: tensor.dtype for name, tensor in firsts.items()},
+            {
+                name: Measured(it.squared_norms, it.dtype, it.base.numel())
+                for name, it in self._stored.items()
+            },
+            {names[number]: names[first] for first, *tied in alike for number in tied},
         )
 
 

@@ -11,44 +11,34 @@ import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import platformdirs
 import torch
 
-from mergekit_metagpt.measure.headers import is_computed
-from mergekit_metagpt.measure.identity import (
-    Stat,
-    changed_files,
-    digest,
-    require_unchanged,
-    stat_of,
-)
-from mergekit_metagpt.measure.survey import Survey
-from mergekit_metagpt.mergekit_private import is_ignored, tied_names
+from mergekit_metagpt.measure import identity
+from mergekit_metagpt.measure.survey import Measured, Survey
 from mergekit_metagpt.wording import counted
 from mergekit_metagpt.workers import Mapper, in_this_process
 
 if TYPE_CHECKING:
-    from mergekit_metagpt.measure.checkpoints import Checkpoints
-    from mergekit_metagpt.measure.tensors import Device
+    from mergekit_metagpt.measure.checkpoints import Checkpoints, Device
 
 LOG = logging.getLogger(__name__)
 
-_LAYOUT = 2  # of the files in the cache
+_LAYOUT = 3  # of the files in the cache
 # A merge checks its files at each tensor. On a file server, each check costs a round trip.
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @dataclass
 class _Begun:
-    """A merge that has begun: its weight files, when they were last looked at, its survey."""
+    """A merge that has begun."""
 
-    files: dict[str, Stat]
-    looked: float
+    files: dict[str, identity.Stat]  # its weight files
+    looked: float  # when they were last looked at, in seconds
     survey: Survey | None = None
 
 
@@ -66,7 +56,7 @@ class Surveys:
         """
         with self._lock:
             for known, begun in list(self._begun.items()):
-                changed = changed_files(begun.files)
+                changed = identity.changed_files(begun.files)
                 if changed:
                     known.forget_files()
                 if changed or known == checkpoints:
@@ -82,7 +72,7 @@ class Surveys:
             begun, now = self._begin(checkpoints), time.monotonic()
             if at_once or now - begun.looked >= _SECONDS_BETWEEN_LOOKS:
                 begun.looked = now
-                require_unchanged(begun.files)
+                identity.require_unchanged(begun.files)
 
     def survey_of(
         self,
@@ -99,7 +89,7 @@ class Surveys:
         """
         with self._lock:
             begun = self._begin(checkpoints)
-            if begun.survey is None or (products and begun.survey.grams is None):
+            if begun.survey is None or (products and not begun.survey.has_products):
                 self.require_unchanged(checkpoints, at_once=True)
                 place, names = _place(checkpoints, torch.device(device).type)
                 survey = _read(place, names, products)
@@ -107,7 +97,7 @@ class Surveys:
                     survey = checkpoints.survey(device, progress, products, mapper)
                     self.require_unchanged(checkpoints, at_once=True)
                     _write(place, replace(survey, experts=names))
-                if not checkpoints.are_files and (unread := _unread(checkpoints)):
+                if unread := checkpoints.unread():
                     LOG.warning(
                         "Model %s holds %s, which MergeKit does not know of and the merge will "
                         "drop; stop it, and merge the weight files with mergekit-pytorch.",
@@ -122,7 +112,7 @@ class Surveys:
     def _begin(self, checkpoints: "Checkpoints") -> _Begun:
         begun = self._begun.get(checkpoints)
         if begun is None:
-            files = {path: stat_of(path) for path in checkpoints.files()}
+            files = {path: identity.stat_of(path) for path in checkpoints.files()}
             begun = self._begun[checkpoints] = _Begun(files, time.monotonic())
         return begun
 
@@ -137,20 +127,25 @@ def _place(checkpoints: "Checkpoints", device: str) -> tuple[Path, tuple[str, ..
     """
     packages = ("mergekit-metagpt", "mergekit", "torch", "transformers")
     base, *experts = map(checkpoints.identity, checkpoints.models)
-    around = digest(_LAYOUT, *map(version, packages), device, base)
-    names = tuple(map(digest, experts))
+    around = identity.digest(_LAYOUT, *map(version, packages), device, base)
+    names = tuple(map(identity.digest, experts))
     cache = platformdirs.user_cache_path("mergekit-metagpt")
-    return cache / "surveys" / around / f"{digest(sorted(names))}.json", names
+    return cache / "surveys" / around / f"{identity.digest(sorted(names))}.json", names
 
 
 def _read(place: Path, experts: tuple[str, ...], products: bool) -> Survey | None:
     """Return the survey of these experts, or what one of more experts says of them."""
     for file in sorted(place.parent.glob("*.json"), key=lambda file: (file != place, file)):
         try:
-            survey = _from_json(json.loads(file.read_text("utf-8"))).of_some(experts)
+            content = json.loads(file.read_text("utf-8"))
+            for its in content["tensors"].values():
+                its["norms"], its["dtype"] = tuple(its["norms"]), getattr(torch, its["dtype"][6:])
+            tensors = {name: Measured(**its) for name, its in content["tensors"].items()}
+            kept = Survey(tuple(content["experts"]), tensors, content["tied"], content["left_out"])
+            survey = kept.of_some(experts)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # it was damaged
-        if survey and not (products and survey.grams is None):
+        if survey and not (products and not survey.has_products):
             return survey
     return None
 
@@ -165,34 +160,3 @@ def _write(place: Path, survey: Survey) -> None:
             os.replace(part, place)
     except OSError as error:
         LOG.info("The survey could not be kept in %s: %s", place, error)
-
-
-def _from_json(content: dict[str, Any]) -> Survey:
-    dtypes = {name: getattr(torch, it[6:]) for name, it in content.pop("dtypes").items()}  # torch.
-    norms = {name: tuple(row) for name, row in content.pop("squared_norms").items()}
-    experts = tuple(content.pop("experts"))
-    return Survey(experts, squared_norms=norms, dtypes=dtypes, **content)
-
-
-def _unread(checkpoints: "Checkpoints") -> list[str]:
-    """Return the weights of the base that MergeKit's own command loses without a word.
-
-    ``mergekit-metagpt merge`` knows its plan, and refuses to lose weights. ``mergekit-yaml`` shows
-    its plan to no merge method, but a survey sees all tensors.
-    """
-    base = checkpoints.base
-    held = checkpoints.loader(base).index.tensor_paths
-    read: set[str] = set()
-    for weight in checkpoints.weights.values():
-        names = {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
-        if names.isdisjoint(held) and not weight.optional:
-            return []  # MergeKit makes it from others, and a survey cannot tell which
-        read |= names
-    headers = {name: checkpoints.header(base, name) for name in sorted(held.keys() - read)}
-    unread = [name for name, header in headers.items() if header and not is_computed(name, header)]
-    if not unread:
-        return []
-    config = checkpoints.config_of(base)
-    architecture = next(iter(config.architectures or []), "")
-    ties = tied_names(architecture) if getattr(config, "tie_word_embeddings", False) else []
-    return [n for n in unread if n not in chain(*ties) and not is_ignored(architecture, n)]

@@ -9,8 +9,6 @@ import huggingface_hub
 import transformers
 from huggingface_hub.errors import HFValidationError
 from mergekit.common import ModelPath, ModelReference
-from mergekit.io.tasks import LoaderCache
-from torch import Tensor
 
 from mergekit_metagpt.mergekit_private import wants_remote_code
 from mergekit_metagpt.wording import BadInputError, reason
@@ -73,22 +71,6 @@ def load_vocabulary(
 def first_difference(first: Vocabulary, second: Vocabulary) -> int | None:
     """Return the smallest id with a different token in each vocabulary, or None."""
     return next((i for i in sorted(first) if second.get(i, first[i]) != first[i]), None)
-
-
-def different_rows(
-    name: str, base: tuple[ModelReference, Tensor], expert: tuple[ModelReference, Tensor]
-) -> str | None:
-    """Say why the rows of a vocabulary tensor cannot be subtracted; None if they can."""
-    (origin, rows), (model, others) = base, expert
-    if others.shape != rows.shape:
-        return (
-            f"Vocabulary tensor {name} has shape {list(others.shape)} in {model} but "
-            f"{list(rows.shape)} in {origin}"
-        )
-    cache = LoaderCache()
-    if not tokenizers_agree(origin, model, cache.hf_cache_dir, cache.trust_remote_code):
-        return f"The tokenizers of {model} and {origin} give the rows of {name} different meanings"
-    return None
 
 
 @lru_cache(maxsize=256)

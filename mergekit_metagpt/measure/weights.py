@@ -56,47 +56,53 @@ class Weights:
 def read_weights(place: Directory | Repository) -> Weights:
     """Read the headers of a model, from the files that MergeKit would choose."""
     weights = Weights(place.path)
+    weights.problems.extend(_read(weights.tensors, place))
+    return weights
+
+
+def _read(tensors: dict[str, Header], place: Directory | Repository) -> Iterator[str]:
+    """Read headers into ``tensors``, and yield what is wrong."""
     for file in place.kinds:
         index = f"{file}.index.json"
         if place.holds(index):
             if place.path and place.holds(file):
-                weights.problems.append(
+                yield (
                     f"Model {place.model} holds both {place.file(file)} and {index}, and MergeKit "
                     "reads only the latter's files; remove whichever is out of date."
                 )
-            _read_shards(weights, place, index)
-            return weights
+            yield from _read_shards(tensors, place, index)
+            return
         if place.holds(file):
             try:
-                weights.tensors |= place.headers(file)
+                tensors |= place.headers(file)
             except BadInputError as error:
-                weights.problems += error.args
-            return weights
-    weights.problems.append(
+                yield from error.args
+            return
+    yield (
         f"Model {place.model} has no weights (no {' or '.join(place.kinds)}, nor an index of "
         f"shards); {place.if_none}."
     )
-    return weights
 
 
-def _read_shards(weights: Weights, place: Directory | Repository, name: str) -> None:
+def _read_shards(
+    tensors: dict[str, Header], place: Directory | Repository, name: str
+) -> Iterator[str]:
     """Read the headers of all files in an index, and check that the index matches them."""
     index = f"Index {place.file(name)} of model {place.model}"
+    shards: dict[str, set[str]] = {}
     try:
-        weight_map = json.loads(place.text(name))["weight_map"]
-        shards: dict[str, set[str]] = {}
-        for tensor, shard in weight_map.items():
+        for tensor, shard in json.loads(place.text(name))["weight_map"].items():
             shards.setdefault(Path(shard).as_posix(), set()).add(tensor)
     except BadInputError as error:
-        weights.problems += error.args
+        yield from error.args
         return
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        weights.problems.append(f"{index} is corrupt ({reason(error)}); {place.if_broken}.")
+        yield f"{index} is corrupt ({reason(error)}); {place.if_broken}."
         return
     # On Windows, /a is not absolute, but has an anchor.
     outside = [path for path in map(Path, shards) if path.anchor or ".." in path.parts]
     if outside:
-        weights.problems.append(
+        yield (
             f"{index} names {outside[0].as_posix()}, a file outside of the model; download it "
             "again from someone you trust."
         )
@@ -105,20 +111,17 @@ def _read_shards(weights: Weights, place: Directory | Repository, name: str) -> 
         try:
             held = place.headers(shard)
         except BadInputError as error:
-            weights.problems += error.args
+            yield from error.args
             continue
-        weights.tensors |= {tensor: it for tensor, it in held.items() if tensor in named}
-        weights.problems += (
-            f"{index} is stale: {fault}; {place.if_broken}."
-            for fault in _differences(os.path.basename(shard), named, set(held))
-        )
-
-
-def _differences(shard: str, named: set[str], held: set[str]) -> Iterator[str]:
-    if lost := sorted(named - held):
-        yield f"it puts {counted(lost)} in {shard}, which does not hold it"
-    if hidden := sorted(held - named):
-        yield (
-            f"{shard} holds {counted(hidden)}, which the index does not name and MergeKit would "
-            "not find"
-        )
+        tensors |= {tensor: it for tensor, it in held.items() if tensor in named}
+        file, stale = os.path.basename(shard), f"{index} is stale: "
+        if lost := sorted(named - held.keys()):
+            yield (
+                f"{stale}it puts {counted(lost)} in {file}, which does not hold it; "
+                f"{place.if_broken}."
+            )
+        if hidden := sorted(held.keys() - named):
+            yield (
+                f"{stale}{file} holds {counted(hidden)}, which the index does not name and "
+                f"MergeKit would not find; {place.if_broken}."
+            )

@@ -45,13 +45,9 @@ from mergekit_metagpt.merging.finished import require_in_range
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Entry
 from mergekit_metagpt.names import canonical
+from mergekit_metagpt.planning.directory import Work
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.outputs import (
-    Outputs,
-    OutputTensor,
-    output_shards,
-)
-from mergekit_metagpt.planning.work import Work
+from mergekit_metagpt.planning.outputs import Outputs, OutputTensor
 from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
 
 LOG = logging.getLogger(__name__)
@@ -69,7 +65,7 @@ class Plan:
     def of(cls, job: Job) -> "Plan":
         """Plan a merge of models that are here, with their adapters applied."""
         outputs, options = job.outputs, job.options
-        shards = output_shards(outputs.tensors, outputs.rows, options.out_shard_size)
+        shards = outputs.shards(options.out_shard_size)
         stem, suffix = _only_file(options)
         if len(shards) == 1:
             return cls(outputs, {f"{stem}.{suffix}": shards[0]})
@@ -229,9 +225,9 @@ def _take_surveys(
     """Take all surveys that the merge of some files will need."""
     wanted = set()
     for tensor in chain.from_iterable(files):
-        if not (tensor.merge.granularity and tensor.merge.granularity.needs_survey):
+        if not tensor.merge.granularity.needs_survey:
             continue
-        base = tensor.merge.base
+        base = tensor.merge.task.base_model
         experts = tuple(canonical(tensor.stored.keys() - {base}))
         if base in tensor.stored and experts and tensor.merged_dtype.is_floating_point:
             assert base is not None

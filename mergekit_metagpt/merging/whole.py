@@ -21,11 +21,9 @@ from mergekit_metagpt.merging.record import deciding_options, merge_record, open
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Summary
-from mergekit_metagpt.planning.config import with_chosen_template
-from mergekit_metagpt.planning.directory import Output
+from mergekit_metagpt.planning.config import plain
+from mergekit_metagpt.planning.directory import Output, Work
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.work import Work
-from mergekit_metagpt.planning.yaml_file import plain
 from mergekit_metagpt.wording import BadInputError, reason
 from mergekit_metagpt.workers import RayMapper
 
@@ -57,7 +55,6 @@ def merge_whole(
         The content of its metagpt.json.
     """
     output, started = Output.of(out), _now()
-    job.parsed = with_chosen_template(job.parsed)
     with output.locked(), opened(job) as inputs:
         plan = _plan(job, mapper)
         facts = _facts(job, inputs.identity, plan)

@@ -1,45 +1,31 @@
-"""Reads merge configs, walks through their parts, and makes MergeKit's choice of a template."""
+"""Reads merge configs, walks through their parts, and turns them into what YAML can hold."""
 
-import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from enum import Enum
+from typing import Any
 
+import click
+import numpy as np
+import torch
+import yaml
 from mergekit.common import ModelPath, ModelReference
-from mergekit.config import (
-    MergeConfiguration,
-    OutputModuleDefinition,
-    OutputSliceDefinition,
-)
-from pydantic import ValidationError
+from mergekit.config import MergeConfiguration, OutputModuleDefinition, OutputSliceDefinition
+from pydantic import BaseModel, ValidationError
 
-from mergekit_metagpt.measure.vocabularies import load_tokenizer
 from mergekit_metagpt.names import canonical
-from mergekit_metagpt.planning.yaml_file import read_yaml
 from mergekit_metagpt.wording import BadInputError, nearest, reason
-
-LOG = logging.getLogger(__name__)
-
-# The module of a config, and the number of the slice in it.
-Place = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """A merge config as it was written.
+    """A merge config as it was written."""
 
-    Attributes:
-        name: the path of its file, for messages.
-        text: the contents of the file.
-        raw: the same as Python objects.
-    """
-
-    name: str
-    text: str
-    raw: dict[str, Any]
+    name: str  # the path of its file, for messages
+    text: str  # the contents of the file
+    raw: dict[str, Any]  # the same as Python objects
 
     def __str__(self) -> str:
         return self.name
@@ -57,7 +43,7 @@ class ConfigFile:
             BadInputError: with a sentence for each value that MergeKit cannot read.
         """
         try:
-            return MergeConfiguration.model_validate(self.raw)
+            return OrderedConfig.model_validate(self.raw)
         except ValidationError as error:
             said = {_place(each, self.raw): each["msg"] for each in error.errors()}
             # What is wrong inside a value says more than that the value is wrong.
@@ -99,15 +85,45 @@ def read_config(file: str) -> ConfigFile:
     Pass on the result, since a pipe can be read only once.
 
     Raises:
-        BadInputError: if it cannot be read, or is not a mapping in which every key is set once.
+        BadInputError: if it cannot be read, or is not one YAML document in UTF-8, a mapping in
+            which every key is set once.
     """
-    text, raw = read_yaml(file)
-    if not isinstance(raw, dict):
-        raise BadInputError(
-            f"Merge config {file} is not a mapping of keys to values; start from one of "
-            "example_configs."
-        )
-    return ConfigFile(file, text, raw)
+    try:
+        with click.open_file(file, "rb") as stream:
+            text = re.sub("\r\n?", "\n", stream.read().decode("utf-8-sig"))
+        raw = yaml.load(text, _StrictLoader)
+        if isinstance(raw, dict):
+            return ConfigFile(file, text, raw)
+        fault = "is not a mapping of keys to values; start from one of example_configs"
+    except OSError as error:
+        fault = f"cannot be read ({error.strerror}); name a YAML file"
+    except UnicodeDecodeError as error:
+        at = f"{error.reason}, at byte {error.start + 1}"
+        fault = f"is not in UTF-8 ({at}); save it as UTF-8"
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "its text"
+        said = " ".join(filter(None, (error.context, error.problem)))
+        fault = f"is not YAML in {where} ({said}); correct it"
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of characters, dates, nesting
+        fault = f"is not YAML ({reason(error)}); correct it"
+    raise BadInputError(f"Merge config {file} {fault}.")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is set twice, of which PyYAML would forget the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        known: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                first = known.setdefault((key.tag, key.value), key)
+                if first is not key:
+                    line = first.start_mark.line + 1
+                    said = f"{key.value} is set twice, first in line {line}"
+                    raise yaml.MarkedYAMLError(problem=said, problem_mark=key.start_mark)
+        return node
 
 
 def reference(model: str | os.PathLike[str] | ModelReference) -> ModelReference:
@@ -128,38 +144,23 @@ def reference(model: str | os.PathLike[str] | ModelReference) -> ModelReference:
 
 @dataclass(frozen=True)
 class Part:
-    """A list of models that a config merges with each other.
+    """A list of models that a config merges with each other."""
 
-    Attributes:
-        path: where it is, such as ``slices[0]``.
-        place: the module (empty outside of modules), and the number of the slice.
-        holder: the object with the list: a slice, or a config or module without slices.
-        base: θ_0 there, if there is one.
-    """
-
-    path: str
-    place: Place
+    path: str  # where it is, such as slices[0]
+    module: str  # that it is in; empty outside of modules
+    number: int | None  # of the slice; None if it is none
+    # What has the list: a slice, or a config or module without slices.
     holder: MergeConfiguration | OutputModuleDefinition | OutputSliceDefinition
-    base: ModelReference | None
+    inputs: list[Any]  # the entries of the list itself
+    base: ModelReference | None  # θ_0 there
 
-    @property
-    def inputs(self) -> list[Any]:
-        """The entries of the list itself."""
-        return getattr(self.holder, "sources" if self._is_slice else "models")  # type: ignore[no-any-return]
-
-    def holds(self, place: Place) -> bool:
-        """Return whether the models are merged at a place.
+    def holds(self, module: str, number: int) -> bool:
+        """Return whether the models are merged in a slice of a module.
 
         MergeKit's planner puts tensors in modules even if the config has none. A part without a
         module therefore matches every module.
         """
-        module, number = self.place
-        everywhere = not (module or self._is_slice)
-        return everywhere or (place[1] == number and module in ("", place[0]))
-
-    @property
-    def _is_slice(self) -> bool:
-        return isinstance(self.holder, OutputSliceDefinition)
+        return self.module in ("", module) and self.number in (None, number)
 
 
 def parts(config: MergeConfiguration) -> Iterator[Part]:
@@ -169,10 +170,11 @@ def parts(config: MergeConfiguration) -> Iterator[Part]:
     for module, holder in holders.items():
         prefix = f"modules.{module}." if module else ""
         if holder.models:
-            yield Part(f"{prefix}models", (module, 0), holder, config.base_model)
+            yield Part(f"{prefix}models", module, None, holder, holder.models, config.base_model)
         for number, piece in enumerate(holder.slices or []):
             base = piece.base_model or config.base_model
-            yield Part(f"{prefix}slices[{number}]", (module, number), piece, base)
+            path = f"{prefix}slices[{number}]"
+            yield Part(path, module, number, piece, piece.sources, base)
 
 
 def base_and_experts(config: MergeConfiguration) -> tuple[ModelReference, list[ModelReference]]:
@@ -203,55 +205,69 @@ def parameter_sets(config: MergeConfiguration) -> list[dict[str, Any]]:
     return [holder.parameters for holder in holders if holder.parameters is not None]
 
 
-class Tie(NamedTuple):
-    """The first of several templates that models have equally often, and what to say of it."""
+class OrderedConfig(MergeConfiguration):
+    """A config whose models have an order; MergeKit's is that of a set.
 
-    template: str
-    note: str
-
-
-def most_frequent(config: MergeConfiguration) -> Tie | None:
-    """Return the first of the most frequent templates, if MergeKit would choose one by chance.
-
-    MergeKit asks the models in the order of a set. The order here is that of the config, the base
-    first.
+    The order decides which of equally frequent templates ``chat_template: auto`` takes.
     """
-    if config.chat_template != "auto":
-        return None
-    base = [config.base_model] if config.base_model else []
-    models = dict.fromkeys([*base, *(it.model for part in parts(config) for it in part.inputs)])
-    found = {model: template for model in models if (template := _template(model))}
-    counts = Counter(found.values())
-    tied = [model for model in found if counts[found[model]] == max(counts.values())]
-    different = len({found[model] for model in tied})
-    # MergeKit would take any other for a name.
-    model = next((it for it in tied if len(found[it]) >= 20 and "{" in found[it]), None)
-    if different < 2 or model is None:
-        return None
-    return Tie(
-        found[model],
-        f"chat_template: auto takes the most frequent template, but {different} are equally "
-        f"frequent; this package takes that of {model}, and mergekit-yaml any of them by "
-        "chance. To choose, set chat_template to one of MergeKit's names, or to a template.",
+
+    def referenced_models(self) -> list[ModelReference]:
+        """Return the base, then the other models as they are listed."""
+        listed = [entry.model for part in parts(self) for entry in part.inputs]
+        return list(dict.fromkeys([self.base_model, *listed] if self.base_model else listed))
+
+
+def plain(value: Any) -> Any:
+    """Return a config, or a part of one, as types that YAML holds, without MergeKit's defaults.
+
+    MergeKit's own serializer fails for a model path that contains a space. If the path contains
+    a + or @, the text that it writes is read back as a different model.
+
+    Raises:
+        BadInputError: if it holds something that no config can.
+
+    >>> plain({"weight": np.float32(0.5), "layer_range": (0, 2), "dtype": torch.bfloat16})
+    {'weight': 0.5, 'layer_range': [0, 2], 'dtype': 'bfloat16'}
+    """
+    if isinstance(value, ModelReference) and _reads_back(value):
+        return str(value)
+    if isinstance(value, BaseModel):
+        changed = {
+            name: getattr(value, name)
+            for name, field in type(value).model_fields.items()
+            if getattr(value, name) != field.default
+        }
+        return plain(changed)
+    if isinstance(value, Mapping):
+        return {
+            plain(key): os.fspath(member)
+            if key == "path" and isinstance(member, os.PathLike)
+            else plain(member)
+            for key, member in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [plain(member) for member in value]
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        return plain(value.tolist())  # of numpy and torch, the only way to Python's own numbers
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, os.PathLike):
+        return plain(ModelReference(model=ModelPath(path=os.fspath(value))))
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (str, int, float):  # subclasses of these, too
+        if isinstance(value, kind):
+            return kind(value)
+    raise BadInputError(
+        f"The config holds {value!r} of type {type(value).__name__}, which no merge config can; "
+        "write it as text, a number, a list or a mapping."
     )
 
 
-def with_chosen_template(config: MergeConfiguration) -> MergeConfiguration:
-    """Return a config of which MergeKit chooses no chat template by chance; warn of a choice."""
-    if tie := most_frequent(config):
-        LOG.warning("%s", tie.note)
-        return config.model_copy(update={"chat_template": tie.template})
-    return config
-
-
-def _template(model: ModelReference) -> str | None:
-    """Return a model's chat template as MergeKit finds it."""
+def _reads_back(model: ModelReference) -> bool:
     try:
-        tokenizer = load_tokenizer(model, None, trust_remote_code=False)
-    except BadInputError as error:  # MergeKit goes on, too
-        LOG.info("%s", error)
-        return None
-    template = tokenizer and tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template.strip() if template else None
+        return bool(ModelReference.model_validate(str(model)) == model)
+    except RuntimeError:  # more than one + or @
+        return False

@@ -1,13 +1,19 @@
 """The directory of a merge: complete or absent, for one merge at a time, and resumed by itself.
 
 A merge is written to a work directory that is named after everything its bytes depend on. So what
-is complete there is always part of this merge, and the same command, run again, goes on from it.
+is complete there is always part of this merge, and the same command, run again, goes on from it:
+
+- ``OUT.metagpt-KEY/merged``: what becomes OUT.
+- ``OUT.metagpt-KEY/complete``: a small record of each weight file that is complete.
+- ``OUT.metagpt-KEY/moved.json``: the files that are being moved into an OUT that existed before.
 """
 
+import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +21,113 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mergekit_metagpt.planning.work import Work
 from mergekit_metagpt.wording import BadInputError, reason
 
 LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work directory of a merge, at a path."""
+
+    path: Path
+
+    @property
+    def merged(self) -> Path:
+        """The directory that becomes the output."""
+        return self.path / "merged"
+
+    @property
+    def complete(self) -> Path:
+        """The records of complete files."""
+        return self.path / "complete"
+
+    @property
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The records of complete files, by name; JSON types."""
+        records = {}
+        for path in self.complete.glob("*.json"):
+            # If it is damaged, or a file is gone, it counts for nothing.
+            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+                record = json.loads(path.read_text("utf-8"))
+                sizes = record["bytes"].items()
+                if all((self.merged / name).stat().st_size == size for name, size in sizes):
+                    records[path.stem] = record
+        return records
+
+    def keep(self, name: str, record: dict[str, Any], files: Sequence[Path]) -> None:
+        """Move files to ``merged``; they count as complete once they and a record are on the disk.
+
+        The record is of JSON types, and files may be in ``merged`` already.
+        """
+        sizes = {}
+        for file in files:
+            its = file.relative_to(self.merged) if self.merged in file.parents else file.name
+            _sync(file)
+            os.replace(file, self.merged / its)
+            sizes[str(its)] = (self.merged / its).stat().st_size
+        _sync(self.merged)
+        _write_whole(self.complete / f"{name}.json", {**record, "bytes": sizes})
+
+    def prepare(self, facts: dict[str, Any]) -> None:
+        """Make the directory, or clear it of everything that is not complete."""
+        for directory in (self.merged, self.complete):
+            directory.mkdir(parents=True, exist_ok=True)
+        self.stopped.unlink(missing_ok=True)
+        for leftover in self.path.glob("unfinished-*"):  # of a process that was killed
+            shutil.rmtree(leftover)
+        records = self.records
+        complete = {self.complete / f"{name}.json" for name in records}
+        complete |= {self.merged / file for it in records.values() for file in it["bytes"]}
+        for file in (*self.complete.iterdir(), *self.merged.rglob("*")):
+            if file.is_file() and file not in complete:
+                file.unlink()
+        _write_whole(self.path / "merge.json", facts)
+
+    @property
+    def stopped(self) -> Path:
+        """A file that is there when tasks of a cluster that have not begun are to end at once."""
+        return self.path / "stopped"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the merge is, as ``prepare`` was told; empty if that has not been written."""
+        with suppress(OSError, ValueError):
+            return dict(json.loads((self.path / "merge.json").read_text("utf-8")))
+        return {}
+
+    @property
+    def moved(self) -> list[str]:
+        """The files that may be in the output already, moved there by a merge that was killed."""
+        with suppress(FileNotFoundError):
+            names = list(json.loads((self.path / "moved.json").read_text("utf-8")))
+            if (self.merged / "config.json").exists():  # it is moved last
+                return names
+        return []
+
+    def move_to(self, directory: Path) -> None:
+        """Move what is merged into a directory; if that fails, nothing is moved."""
+        files = sorted(self.merged.iterdir(), key=lambda file: (_rank(file.name), file.name))
+        _write_whole(self.path / "moved.json", [file.name for file in files])
+        try:
+            for file in files:
+                os.rename(file, directory / file.name)
+        except BaseException:
+            self.take_back(directory)
+            raise
+        (self.path / "moved.json").unlink()
+
+    def take_back(self, directory: Path) -> None:
+        """Undo what a merge had moved there when it was stopped."""
+        for name in self.moved:
+            with suppress(FileNotFoundError):  # not moved yet
+                os.rename(directory / name, self.merged / name)
+        (self.path / "moved.json").unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the directory; until the end it is one that a later merge recognizes."""
+        for path in (self.merged, self.path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -29,14 +138,10 @@ class Output:
     renamed to an existing directory that is a mount point, and not every system says that it is
     one (a container's volume may be on the same disk). So a merge into an existing directory is
     always written inside it, which also uses the right disk.
-
-    Attributes:
-        path: the output, with links followed.
-        workplace: the output if it exists, or else its parent.
     """
 
-    path: Path
-    workplace: Path
+    path: Path  # with links followed
+    workplace: Path  # the output if it exists, or else its parent
 
     @classmethod
     def of(cls, out: Path | str) -> "Output":
@@ -52,7 +157,7 @@ class Output:
         found = (*self.path.parent.glob("*.metagpt-*"), *self.path.glob("*.metagpt-*"))
         name = re.compile(re.escape(self.path.name) + r"\.metagpt-[0-9a-f]{16}")
         works = [Work(path) for path in sorted(found) if name.fullmatch(path.name)]
-        return [work for work in works if (work.path / "complete").is_dir()]
+        return [work for work in works if work.complete.is_dir()]
 
     def _lock(self, place: Path) -> Path:
         return place / f"{self.path.name}.metagpt-lock"
@@ -97,7 +202,17 @@ class Output:
         merge; the facts, of JSON types, say the same to people.
         """
         work = Work(self.workplace / f"{self.path.name}.metagpt-{key[:16]}")
-        self._arrange(work)
+        for other in self.works():  # this merge's to its place, all others out of the output
+            place = work.path.parent if other.path.name == work.path.name else self.path.parent
+            with suppress(OSError):  # one of the two places is on another disk
+                os.rename(other.path, place / other.path.name)
+        for other in self.works():
+            if other != work:
+                LOG.warning(
+                    "%s holds another merge that has not been finished; remove it if you do not "
+                    "want to go on with that one.",
+                    other.path,
+                )
         work.prepare(facts)
         try:
             yield work
@@ -114,20 +229,6 @@ class Output:
                 work.remove()
             raise
         work.remove()
-
-    def _arrange(self, work: Work) -> None:
-        """Move the work directory of this merge to its place, and all others out of the output."""
-        for other in self.works():
-            place = work.path.parent if other.path.name == work.path.name else self.path.parent
-            with suppress(OSError):  # one of the two places is on another disk
-                os.rename(other.path, place / other.path.name)
-        for other in self.works():
-            if other != work:
-                LOG.warning(
-                    "%s holds another merge that has not been finished; remove it if you do not "
-                    "want to go on with that one.",
-                    other.path,
-                )
 
     def publish(self, work: Work) -> None:
         """Move a complete merge to the output; if that fails, it stays where it is."""
@@ -156,11 +257,35 @@ class Output:
             LOG.warning(
                 "%s cannot be locked (%s); start no other merge into it.", self.path, reason(error)
             )
-            yield
-            return
         try:
             yield
         finally:
             with suppress(OSError):  # Windows keeps it until the release, which removes it
-                path.unlink()
+                if lock.is_locked:
+                    path.unlink()
             lock.release()
+
+
+def _rank(name: str) -> int:
+    # What a model cannot be loaded without is moved last.
+    return 2 if name == "config.json" else 1 if name.endswith(".index.json") else 0
+
+
+def _write_whole(path: Path, content: Any) -> None:
+    """Write JSON that is on the disk when this returns, and never half there."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content), encoding="utf-8")
+    _sync(part)
+    os.replace(part, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, would survive a power cut."""
+    if os.name != "posix" and path.is_dir():
+        return  # Windows opens no directories
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -22,7 +22,7 @@ from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import working_dtype
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.provider import PROVIDER
-from mergekit_metagpt.measure.survey import Survey, Surveyed
+from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.method.merge_method import MetaGPTMerge, by_directions
 from mergekit_metagpt.method.summary import Entry, Summary
@@ -35,25 +35,15 @@ from mergekit_metagpt.workers import Mapper, in_this_process
 
 @dataclass(frozen=True)
 class Forecast:
-    """The coefficients of a whole merge.
+    """The coefficients of a whole merge."""
 
-    Attributes:
-        config: the config, as it was given.
-        method: the method that it names.
-        base: θ_0.
-        experts: all T experts, in canonical order.
-        survey: the whole models, with inner products.
-        merges: what makes each tensor of the output, in the order of the architecture.
-        entries: the coefficients of each tensor, by its name, in the same order; buffers have none.
-    """
-
-    config: MergeConfiguration
-    method: MetaGPTMerge
-    base: ModelReference
-    experts: tuple[ModelReference, ...]
-    survey: Survey
-    merges: list[TensorMerge]
-    entries: dict[str, Entry]
+    config: MergeConfiguration  # as it was given
+    method: MetaGPTMerge  # that it names
+    base: ModelReference  # θ_0
+    experts: tuple[ModelReference, ...]  # all T experts, in canonical order
+    survey: Survey  # of the whole models, with inner products
+    merges: list[TensorMerge]  # of each tensor of the output, in the order of the architecture
+    entries: dict[str, Entry]  # by tensor, in the same order; buffers have none
 
     @cached_property
     def summary(self) -> Summary:
@@ -68,7 +58,7 @@ class Forecast:
         None with a sparsified method, by directions, or if slices move layers.
         """
         scales = {m.name: m.parameters["lambda"] for m in self.merges if m.stays}
-        grams = self.survey.grams or {}
+        grams = {name: it.products for name, it in self.survey.tensors.items()}
         known = scales.keys() & self.entries.keys()
         by_directions = any(entry.directions for entry in self.entries.values())
         if by_directions or not self.method.is_plain or grams.keys() - known:
@@ -113,7 +103,7 @@ def forecast(
             parameters.pop("granularity", None)
         config.parameters = {**(config.parameters or {}), "granularity": granularity}
     merges = Planner(config, options).tensor_merges()
-    if numbers_only and any(merge.by_direction for merge in merges):
+    if numbers_only and any(merge.granularity.by_direction for merge in merges):
         raise BadInputError(
             "A stock config has one weight per expert and tensor, so it cannot express "
             "granularity: direction; merge with mergekit-metagpt merge, or choose granularity: "
@@ -136,20 +126,21 @@ def forecast(
     to_load: dict[Task[Any], list[TensorMerge]] = {}
     for merge in merges:
         if _is_as_surveyed(merge, survey, base):
-            norms, dtype = survey.squared_norms[merge.name], survey.dtypes[merge.name]
-            surveyed = Surveyed(merge.name, experts, norms, dtype)
-            entries[merge.name] = _entry(merge, surveyed, survey.sizes[merge.name], survey_of)
+            known = survey.tensors[merge.name]
+            norms = survey.over_scope(merge.name, merge.parameters["granularity"]) or known.norms
+            parameters = merge.parameters_of(experts)
+            entries[merge.name] = Entry.of(merge.name, experts, norms, known.size, parameters)
         else:
             to_load.setdefault(merge.task.gather_tensors, []).append(merge)
     executor = Executor(list(to_load), math_device=torch.device(device))
-    quiet = not (progress and any(merge.by_direction for merge in merges))
+    quiet = not (progress and any(merge.granularity.by_direction for merge in merges))
     for task, tensors in executor.run(quiet=quiet):
         ids = tuple(canonical(tensors.keys() - {base}))
         if all(tensor.is_floating_point() for tensor in tensors.values()):  # others are copied
             for merge in to_load[task]:
                 its = tuple(tensors[expert] for expert in ids)
                 loaded = TensorInputs(merge.name, base, tensors[base], ids, its)
-                entries[merge.name] = _entry(merge, loaded, tensors[base].numel(), survey_of)
+                entries[merge.name] = _entry(merge, loaded, survey_of)
     in_order = {merge.name: entries[merge.name] for merge in merges if merge.name in entries}
     return Forecast(config, method, base, experts, survey, merges, in_order)
 
@@ -160,15 +151,14 @@ def own_method(config: MergeConfiguration) -> MetaGPTMerge:
     Raises:
         BadInputError: if it is not this package's.
     """
-    methods = {m.spec.name: m for m in merge_methods.registered_methods()}
-    method = methods.get(config.merge_method)
-    if not isinstance(method, MetaGPTMerge):
-        ours = [name for name, m in methods.items() if isinstance(m, MetaGPTMerge)]
+    methods = merge_methods.registered_methods()
+    ours = {method.spec.name: method for method in methods if isinstance(method, MetaGPTMerge)}
+    if config.merge_method not in ours:
         raise BadInputError(
             f"merge_method {config.merge_method} has no coefficients to choose; set one of "
             f"{', '.join(ours)}."
         )
-    return method
+    return ours[config.merge_method]
 
 
 def _is_as_surveyed(merge: TensorMerge, survey: Survey, base: ModelReference) -> bool:
@@ -176,12 +166,13 @@ def _is_as_surveyed(merge: TensorMerge, survey: Survey, base: ModelReference) ->
 
     Coefficients of directions follow from the tensors, so those are always loaded.
     """
-    stored = survey.dtypes.get(merge.name)
+    measured = survey.tensors.get(merge.name)
     is_whole = set(merge.task.model_order) - {base} == set(survey.experts)
-    if stored is None or not merge.stays or merge.vocabulary_is_aligned or not is_whole:
+    if not (measured and merge.stays and is_whole) or merge.vocabulary_is_aligned:
         return False
+    stored = measured.dtype
     dtypes = {dtype_from_name(load.dtype) or stored for load in merge.loads.values()}
-    return not merge.by_direction and all(
+    return not merge.granularity.by_direction and all(
         torch.promote_types(stored, dtype) == dtype
         and working_dtype(stored) == working_dtype(dtype)
         for dtype in dtypes
@@ -190,18 +181,17 @@ def _is_as_surveyed(merge: TensorMerge, survey: Survey, base: ModelReference) ->
 
 def _entry(
     merge: TensorMerge,
-    vectors: Any,
-    size: int,
+    loaded: TensorInputs,
     survey_of: Callable[[tuple[ModelReference, ...]], Survey],
 ) -> Entry:
-    """Choose the coefficients of one tensor, loaded or surveyed, as the merge will."""
-    priors = {expert: merge.model_parameters[expert]["weight"] for expert in vectors.ids}
-    parameters, found = {**merge.parameters, "weight": priors}, None
-    if merge.by_direction:
-        found = by_directions(vectors, PROVIDER.models_of([vectors]).shape_of, parameters)
+    """Choose the coefficients of one tensor as the merge will."""
+    experts: tuple[Any, ...] = loaded.ids
+    parameters, found = merge.parameters_of(experts), None
+    if merge.granularity.by_direction:
+        found = by_directions(loaded, PROVIDER.models_of([loaded]).shape_of, parameters)
         norms = found.squared_norms
-    elif merge.granularity and merge.granularity.needs_survey:
-        norms = survey_of(vectors.ids).norms_of(vectors, parameters["granularity"])
+    elif merge.granularity.needs_survey:
+        norms = survey_of(experts).norms_of(loaded, parameters["granularity"])
     else:
-        norms = vectors.squared_norms
-    return Entry.of(merge.name, vectors.ids, norms, size, parameters, found)
+        norms = loaded.squared_norms
+    return Entry.of(merge.name, experts, norms, loaded.base.numel(), parameters, found)

@@ -35,19 +35,12 @@ _ONE_AT_A_TIME = RLock()
 
 @dataclass
 class Job:
-    """A config and options, read once, and what comes of them.
-
-    Attributes:
-        config: the config as it was written.
-        options: MergeKit's; adapters are applied in a directory that belongs to their files.
-        progress: whether progress bars are shown.
-        entries: how each tensor was merged, by this job only.
-    """
+    """A config and options, read once, and what comes of them."""
 
     config: ConfigFile
-    options: MergeOptions
-    progress: bool = False
-    entries: list[Entry] = field(default_factory=list)
+    options: MergeOptions  # adapters are applied in a directory that belongs to their files
+    progress: bool = False  # whether progress bars are shown
+    entries: list[Entry] = field(default_factory=list)  # of each tensor, merged by this job
 
     @cached_property
     def parsed(self) -> MergeConfiguration:
@@ -62,9 +55,8 @@ class Job:
     @cached_property
     def models(self) -> dict[ModelReference, ModelFiles]:
         """The models that the config names, the base first."""
-        base = self.parsed.base_model
-        named = sorted(self.parsed.referenced_models(), key=lambda it: (it != base, str(it)))
-        return {model: find_model_files(model, self.options) for model in named}
+        models = self.parsed.referenced_models()
+        return {model: find_model_files(model, self.options) for model in models}
 
     @cached_property
     def outputs(self) -> Outputs:

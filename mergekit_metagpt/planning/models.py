@@ -20,24 +20,15 @@ from mergekit_metagpt.wording import BadInputError, instead, reason
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What can be known of a model without reading a tensor.
+    """What can be known of a model without reading a tensor."""
 
-    Attributes:
-        model: the reference that the config has.
-        config: the model's own config; None if it cannot be read.
-        weights: the headers. For an adapter that MergeKit has not applied yet, those of the model
-            that it will be applied to.
-        adapter: the adapter's weight file.
-        to_apply: where MergeKit will write the model with its adapter applied, before merging.
-        problems: what is wrong, one sentence each.
-    """
-
-    model: ModelReference
-    config: PretrainedConfig | None = None
+    model: ModelReference  # as the config names it
+    config: PretrainedConfig | None = None  # None if it cannot be read
+    # Of an adapter that MergeKit has not applied yet, those of the model that it is applied to.
     weights: Weights = field(default_factory=Weights)
-    adapter: str | None = None
-    to_apply: str | None = None
-    problems: tuple[str, ...] = ()
+    adapter: str | None = None  # its weight file
+    to_apply: str | None = None  # where MergeKit will first write the model with its adapter
+    problems: tuple[str, ...] = ()  # what is wrong, one sentence each
 
     @property
     def architecture(self) -> str:
@@ -62,8 +53,16 @@ def find_model_files(model: ModelReference, options: MergeOptions) -> ModelFiles
     if model.lora:
         return _with_adapter(model, model.lora, options)
     try:
-        weights = _weights(model.model, options)
-        config = _config(model, options)
+        place = locate(model.model, options)
+        if not place.holds("config.json"):
+            raise BadInputError(
+                f"Model {model} is a LoRA adapter, not a whole model; write it after the model "
+                f"that it was trained on, such as base+{model}."
+                if place.holds("adapter_config.json")
+                else f"Model {model} is no checkpoint: {place.file('config.json')} is missing; "
+                "correct the path, or download the model again."
+            )
+        weights, config = read_weights(place), _config(model, options)
     except BadInputError as error:
         return ModelFiles(model, problems=error.args)
     problems = tuple(weights.problems)
@@ -83,24 +82,7 @@ def require_models(models: Iterable[ModelReference], options: MergeOptions) -> N
         raise BadInputError(*problems)
 
 
-def _weights(model: ModelPath, options: MergeOptions) -> Weights:
-    """Read the headers of a model, wherever it is."""
-    place = locate(model, options)
-    if place.holds("config.json"):
-        return read_weights(place)
-    if place.holds("adapter_config.json"):
-        raise BadInputError(
-            f"Model {model} is a LoRA adapter, not a whole model; write it after the model that it "
-            f"was trained on, such as base+{model}."
-        )
-    raise BadInputError(
-        f"Model {model} is no checkpoint: {place.file('config.json')} is missing; correct the "
-        "path, or download the model again."
-    )
-
-
 def _with_adapter(model: ModelReference, lora: ModelPath, options: MergeOptions) -> ModelFiles:
-    """Look at a model whose adapter MergeKit applies first, unless it has done so before."""
     base = find_model_files(model.model_copy(update={"lora": None}), options)
     problems, weights = list(base.problems), base.weights
     adapter = to_apply = None

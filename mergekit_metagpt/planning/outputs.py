@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
@@ -35,15 +35,12 @@ class PlannerError(BadInputError):
 class OutputTensor:
     """One tensor of the output.
 
-    Attributes:
-        merge: MergeKit's tasks that make it.
-        stored: the header of each input that exists, or that MergeKit makes from other tensors.
-        read: the names that each input is stored under; several if it is made from other tensors.
+    MergeKit makes some inputs from other tensors: these are read under several names.
     """
 
-    merge: TensorMerge
-    stored: Mapping[ModelReference, Header]
-    read: Mapping[ModelReference, tuple[str, ...]]
+    merge: TensorMerge  # MergeKit's tasks that make it
+    stored: Mapping[ModelReference, Header]  # of each input that exists or is made
+    read: Mapping[ModelReference, tuple[str, ...]]  # the names that each input is stored under
 
     @property
     def name(self) -> str:
@@ -77,20 +74,13 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Outputs:
-    """All tensors of the output.
+    """All tensors of the output."""
 
-    Attributes:
-        tensors: in the order in which they will be written.
-        architecture: MergeKit's description of the models' tensors.
-        tokenizer: the task that builds the output's tokenizer, if the config asks for one.
-        config: the config, and the path of its file, for messages.
-    """
-
-    tensors: tuple[OutputTensor, ...]
-    architecture: ModelArchitecture
-    tokenizer: BuildTokenizer | None
+    tensors: tuple[OutputTensor, ...]  # in the order in which they will be written
+    architecture: ModelArchitecture  # MergeKit's description of the models' tensors
+    tokenizer: BuildTokenizer | None  # builds the output's, if the config asks for one
     config: MergeConfiguration
-    file: str
+    file: str  # the path of the config, for messages
 
     @cached_property
     def tokenizer_info(self) -> TokenizerInfo | None:
@@ -113,6 +103,22 @@ class Outputs:
         multiple = (asked.pad_to_multiple_of if asked else None) or 1
         return -(-rows // multiple) * multiple
 
+    def shards(self, limit: int) -> list[list[OutputTensor]]:
+        """Return the tensors of each weight file, which MergeKit's writer fills one by one.
+
+        ``limit`` is in bytes, 0 for one file.
+        """
+        shards: list[list[OutputTensor]] = []
+        filled, rows = 0, self.rows
+        for tensor in self.tensors:
+            size = tensor.written_bytes(rows)
+            if not shards or (limit > 0 and filled + size > limit):
+                shards.append([])
+                filled = 0
+            shards[-1].append(tensor)
+            filled += size
+        return shards
+
 
 def plan_outputs(
     config: MergeConfiguration,
@@ -125,7 +131,6 @@ def plan_outputs(
     Raises:
         PlannerError: if MergeKit refuses.
     """
-    models = {model: models[model] for model in config.referenced_models()}
     for files in models.values():
         if not (files.description or files.weights.directory):
             raise PlannerError(
@@ -147,7 +152,16 @@ def plan_outputs(
             raise
         except Exception as error:  # MergeKit raises whatever its many parts raise
             LOG.info("MergeKit's planner failed", exc_info=True)
-            raise PlannerError(_refusal(error, models, file)) from error
+            is_described = all(files.description for files in models.values())
+            if is_described and isinstance(error, (ValueError, RuntimeError)):  # raised on purpose
+                raise PlannerError(
+                    f"MergeKit cannot plan the merge of {file} ({reason(error)}); correct that."
+                ) from error
+            kinds = one_of(sorted({files.architecture for files in models.values()}))
+            raise PlannerError(
+                f"MergeKit fails to plan a merge of {kinds} ({reason(error)}); merge the weight "
+                "files with mergekit-pytorch, which needs no plan."
+            ) from error
     tensors = []
     for merge in merges:
         found = {model: _found(models[model], load) for model, load in merge.loads.items()}
@@ -158,20 +172,9 @@ def plan_outputs(
     return Outputs(tuple(tensors), planner.arch_info, tokenizer, config, file)
 
 
-def _refusal(error: Exception, models: Mapping[ModelReference, ModelFiles], file: str) -> str:
-    is_described = all(files.description for files in models.values())
-    if is_described and isinstance(error, (ValueError, RuntimeError)):  # raised on purpose
-        return f"MergeKit cannot plan the merge of {file} ({reason(error)}); correct that."
-    kinds = one_of(sorted({files.architecture for files in models.values()}))
-    return (
-        f"MergeKit fails to plan a merge of {kinds} ({reason(error)}); merge the weight files "
-        "with mergekit-pytorch, which needs no plan."
-    )
-
-
 @contextmanager
 def _loaders_of(models: Mapping[ModelReference, ModelFiles]) -> Iterator[None]:
-    """Give these headers to MergeKit, so that it opens no models and applies no adapters."""
+    # From these headers MergeKit plans without opening models or applying adapters.
     before = {model: open_loaders[model] for model in models if model in open_loaders}
     open_loaders.update(
         {model: LazyTensorLoader(files.weights.index) for model, files in models.items()}
@@ -209,22 +212,3 @@ def _found(files: ModelFiles, load: LoadTensor) -> tuple[Header, tuple[str, ...]
 def _without_data(source: str, header: Header, used: list[str]) -> torch.Tensor:
     used.append(source)
     return torch.empty(header.shape, dtype=header.torch_dtype, device="meta")
-
-
-def output_shards(
-    tensors: Sequence[OutputTensor], rows: int | None, limit: int
-) -> list[list[OutputTensor]]:
-    """Return the tensors of each weight file, which MergeKit's writer fills one after another.
-
-    The output's vocabulary has ``rows``, if that changes; ``limit`` is in bytes, 0 for one file.
-    """
-    shards: list[list[OutputTensor]] = []
-    filled = 0
-    for tensor in tensors:
-        size = tensor.written_bytes(rows)
-        if not shards or (limit > 0 and filled + size > limit):
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += size
-    return shards

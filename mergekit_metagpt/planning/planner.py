@@ -1,5 +1,6 @@
 """MergeKit's own plan of a merge: which tensors it writes, and from which it makes them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,31 +17,17 @@ from mergekit.plan import MergePlanner
 from mergekit_metagpt.core.granularities import GRANULARITIES, Granularity
 from mergekit_metagpt.mergekit_private import model_out_config
 from mergekit_metagpt.names import layer_of
-from mergekit_metagpt.planning.config import Place, parts
+from mergekit_metagpt.planning.config import parts
 
 
 @dataclass(frozen=True)
 class TensorMerge:
     """The task that writes one tensor of the output, and the place of the config it is from."""
 
+    name: str  # in the output
     save: SaveTensor
-    place: Place
-
-    @property
-    def name(self) -> str:
-        """The name in the output."""
-        return str(self.save.tensor_name)
-
-    @property
-    def task(self) -> ExecuteMergeMethodTask:
-        """The task that merges it."""
-        task: Any = self.save.tensor_task
-        return task  # type: ignore[no-any-return]
-
-    @property
-    def base(self) -> ModelReference | None:
-        """θ_0."""
-        return self.task.base_model
+    task: ExecuteMergeMethodTask  # merges it
+    place: tuple[str, int]  # the module, and the number of the slice in it
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
@@ -52,21 +39,20 @@ class TensorMerge:
         """The parameters of each model, by name."""
         return {model: dict(values.items()) for model, values in self.task.input_parameters.items()}
 
-    @property
-    def granularity(self) -> Granularity | None:
-        """Which tensors share its coefficients; None if its method has no coefficients."""
-        return GRANULARITIES.get(self.parameters.get("granularity", ""))
+    def parameters_of(self, experts: Iterable[Any]) -> dict[str, Any]:
+        """Return the parameters that all models share, and the priors of experts as weight."""
+        priors = {expert: self.model_parameters[expert]["weight"] for expert in experts}
+        return {**self.parameters, "weight": priors}
 
     @property
-    def by_direction(self) -> bool:
-        """Whether every direction has a coefficient."""
-        return self.granularity is not None and self.granularity.by_direction
+    def granularity(self) -> Granularity:
+        """Which tensors share its coefficients; a stock method chooses none by whole models."""
+        return GRANULARITIES[self.parameters.get("granularity", "tensor")]
 
     @property
     def moves_layers(self) -> bool:
         """Whether slices put tensors of another layer here, although it has to keep its place."""
-        keeps = self.granularity is not None and self.granularity.keeps_layers
-        return keeps and not self.stays and layer_of(self.name) is not None
+        return self.granularity.keeps_layers and not self.stays and bool(layer_of(self.name))
 
     @property
     def vocabulary_axis(self) -> int | None:
@@ -76,29 +62,20 @@ class TensorMerge:
     @property
     def vocabulary_is_aligned(self) -> bool:
         """Whether MergeKit gives all models the same rows before it merges."""
-        return self._gather is not self.task.gather_tensors
-
-    @property
-    def inputs(self) -> dict[ModelReference, str]:
-        """The name of the tensor that each model contributes."""
-        return {model: weight.name for model, weight in self._gather.weight_info.items()}
+        return not isinstance(self.task.gather_tensors, GatherTensors)
 
     @property
     def stays(self) -> bool:
         """Whether every model contributes its own tensor of this name."""
-        return set(self.inputs.values()) == {self.name}
+        return {load.tensor for load in self.loads.values()} == {self.name}
 
     @property
     def loads(self) -> dict[ModelReference, LoadTensor]:
         """The task that reads each model's tensor."""
-        loads: Any = self._gather.arguments().values()
-        return {load.model: load for load in loads}
-
-    @property
-    def _gather(self) -> GatherTensors:
-        """The task that loads the inputs, before any change of their vocabulary."""
-        task: Any = self.task.gather_tensors
-        return task if isinstance(task, GatherTensors) else task.gather_tensors
+        gather: Any = self.task.gather_tensors
+        if self.vocabulary_is_aligned:
+            gather = gather.gather_tensors
+        return {load.model: load for load in gather.arguments().values()}
 
 
 class Planner(MergePlanner):
@@ -137,10 +114,15 @@ class Planner(MergePlanner):
 
     def tensor_merges(self) -> list[TensorMerge]:
         """Return what makes each tensor of the output, in the order of the architecture."""
-        saves = [task for task in self.tasks if isinstance(task, SaveTensor)]
+        saves: list[Any] = [task for task in self.tasks if isinstance(task, SaveTensor)]
         # By now the planner has brought the config into the form of modules with slices.
-        places = {id(part.holder): part.place for part in parts(self.config)}
-        return [TensorMerge(save, places[id(self._slices[save.tensor_name])]) for save in saves]
+        places = {id(it.holder): (it.module, it.number or 0) for it in parts(self.config)}
+        return [
+            TensorMerge(
+                it.tensor_name, it, it.tensor_task, places[id(self._slices[it.tensor_name])]
+            )
+            for it in saves
+        ]
 
     def in_order_of_writing(self) -> list[TensorMerge]:
         """Return the same in the order in which MergeKit's executor will write them."""

@@ -177,8 +177,9 @@ def idle_filters(job: Job) -> Iterator[str]:
     for level, name, setting in _settings(job):
         at = level.path
         here = [p for p in parts(job.parsed) if is_within(p.path, at) or is_within(at, p.path)]
-        near = [merge for merge in merges if any(part.holds(merge.place) for part in here)]
-        names = sorted({name for merge in near for name in (merge.name, *merge.inputs.values())})
+        near = [merge for merge in merges if any(part.holds(*merge.place) for part in here)]
+        loads = [load for merge in near for load in merge.loads.values()]
+        names = sorted({merge.name for merge in near} | {load.tensor for load in loads})
         for entry in _entries(setting):
             if names and not any(_fits(entry, name) for name in names):
                 yield (

@@ -11,9 +11,7 @@ from mergekit.common import dtype_from_name
 
 from mergekit_metagpt.core.decision import Rule
 from mergekit_metagpt.core.directions import merge_directions
-from mergekit_metagpt.planning.config import most_frequent
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.outputs import output_shards
 
 _TRIAL = 4096, 1024  # rows and columns
 
@@ -49,7 +47,7 @@ def costs(job: Job) -> Costs:
     """Add up what a merge will cost."""
     outputs, rows, models = job.outputs.tensors, job.outputs.rows, job.models.values()
     chosen = [tensor.merge.granularity for tensor in outputs]
-    passes = 2 if any(granularity and granularity.needs_survey for granularity in chosen) else 1
+    passes = 2 if any(granularity.needs_survey for granularity in chosen) else 1
     # A survey measures whole models, even if slices take only a few of their layers.
     held = {it.model: it.weights.tensors for it in models}
     used = {(model, name) for it in outputs for model, names in it.read.items() for name in names}
@@ -70,7 +68,7 @@ def costs(job: Job) -> Costs:
         bytes_read=sum(held[model][name].bytes for model, name in used) + (passes - 1) * whole,
         bytes_written=sum(tensor.written_bytes(rows) for tensor in outputs),
         bytes_applied=applied,
-        shards=len(output_shards(outputs, rows, job.options.out_shard_size)),
+        shards=len(job.outputs.shards(job.options.out_shard_size)),
         arithmetic=_arithmetic(job),
         notes=tuple(_notes(job)),
     )
@@ -80,7 +78,7 @@ def _arithmetic(job: Job) -> float:
     """Return the seconds that directions take, from a trial on this machine."""
     numbers: Counter[tuple[int, torch.dtype]] = Counter()
     for tensor in job.outputs.tensors:
-        if tensor.merge.by_direction and len(tensor.stored) > 1:
+        if tensor.merge.granularity.by_direction and len(tensor.stored) > 1:
             kind = (len(tensor.stored) - 1, tensor.merged_dtype)
             numbers[kind] += tensor.written_parameters(None)
     device = torch.device(job.options.device or "cpu")
@@ -115,5 +113,3 @@ def _notes(job: Job) -> Iterator[str]:
     for model, files in job.models.items():
         if files.to_apply:
             yield f"MergeKit first writes {model} with its adapter applied to {files.to_apply}."
-    if tie := most_frequent(job.parsed):
-        yield tie.note

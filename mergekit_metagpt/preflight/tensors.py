@@ -13,8 +13,7 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoadTensor
 from mergekit.merge_methods.base import OptionalTensorPolicy
 
-from mergekit_metagpt.measure.headers import FLOATS, is_computed
-from mergekit_metagpt.mergekit_private import is_ignored, tied_names
+from mergekit_metagpt.measure.headers import FLOATS, unread
 from mergekit_metagpt.names import layer_of
 from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.planning.models import ModelFiles
@@ -52,8 +51,8 @@ def _fails_without(tensor: OutputTensor, model: ModelReference) -> bool:
     """Whether the merge fails if a model lacks a tensor; some tensors are optional."""
     if not tensor.merge.loads[model].optional:
         return True
-    base, granularity = tensor.merge.base, tensor.merge.granularity
-    if granularity and granularity.needs_survey:
+    base = tensor.merge.task.base_model
+    if tensor.merge.granularity.needs_survey:
         return base in tensor.stored  # the survey compares each expert with it
     spec = merge_methods.get(tensor.merge.task.method_name).spec
     if spec.optional_tensor_policy != OptionalTensorPolicy.ERROR:
@@ -217,17 +216,11 @@ def _unread(job: Job, files: ModelFiles, read: set[str], loads: list[LoadTensor]
     # layer that it does not take all that is in it.
     described = {weight.name for weight in job.outputs.architecture.all_weights(config)}
     left_out = {layer_of(name) for name in described} - {layer_of(name) for name in taken} - {None}
-    unread = [
-        name
+    held = {
+        name: header
         for name, header in files.weights.tensors.items()
-        if not (name in read or name in described or layer_of(name) in left_out)
-        and not is_computed(name, header)
-        and not is_ignored(files.architecture, name)
-    ]
-    if not unread:
-        return []
+        if name not in described and layer_of(name) not in left_out
+    }
     # Names under which a model may hold a tensor that is read under another name.
     others = {name for load in loads for name in load.tied_names or ()}
-    for pair in tied_names(files.architecture) if files.is_tied else ():
-        others |= set(pair) if read & set(pair) else set()
-    return [name for name in unread if name not in others]
+    return unread(held, read | others, files.architecture, bool(files.is_tied))

@@ -9,9 +9,8 @@ from mergekit.merge_methods.base import ParameterScope
 
 from mergekit_metagpt import __version__
 from mergekit_metagpt.names import layer_of
-from mergekit_metagpt.planning.config import Part, most_frequent, parameter_sets, parts
+from mergekit_metagpt.planning.config import Part, parameter_sets, parts, plain
 from mergekit_metagpt.planning.forecast import Forecast
-from mergekit_metagpt.planning.yaml_file import plain
 
 Weight = float | list[ConditionalParameter]
 
@@ -34,9 +33,6 @@ def stock_config(forecast: Forecast) -> str:
         # Normalizing changes nothing in the plain method, but the stock one would round once more.
         config.parameters = {**(config.parameters or {}), "normalize": False}
     _set_dtypes(config, forecast)
-    if tie := most_frequent(config):
-        config.chat_template = tie.template
-
     for part in list(parts(config)):
         _set_weights(part, forecast)
     document = plain(config)
@@ -47,15 +43,15 @@ def _set_weights(part: Part, forecast: Forecast) -> None:
     """Set the weights of every expert in a part; sort its models into canonical order."""
     entries: dict[Any, Any] = {entry.model: entry for entry in part.inputs}
     chosen = forecast.entries
-    merges = [m for m in forecast.merges if m.name in chosen and part.holds(m.place)]
+    merges = [m for m in forecast.merges if m.name in chosen and part.holds(*m.place)]
     # If no expert differs from the base, any weights give the base, but not all may be 0.
     moves = any(any(entry.squared_norms) for entry in chosen.values())
     buffers = [merge.name for merge in forecast.merges if merge.name not in chosen]
     for expert in entries.keys() & set(forecast.experts):
         weights = {
-            merge.inputs[expert]: chosen[merge.name].row([expert])[0] if moves else 1.0
+            merge.loads[expert].tensor: chosen[merge.name].row([expert])[0] if moves else 1.0
             for merge in merges
-            if expert in merge.inputs
+            if expert in merge.loads
         }
         setting = _setting(weights, buffers)
         entries[expert].parameters = {"weight": setting, **(entries[expert].parameters or {})}
@@ -93,7 +89,7 @@ def _setting(weights: dict[str, float], buffers: list[str]) -> Weight:
 
 def _set_dtypes(config: Any, forecast: Forecast) -> None:
     """Make the stock method calculate in float32 and round once, as this package does."""
-    stored = set(forecast.survey.dtypes.values())
+    stored = {it.dtype for it in forecast.survey.tensors.values()}
     if len(stored) != 1 or not stored <= {torch.bfloat16, torch.float16}:
         return
     name = str(stored.pop()).removeprefix("torch.")
