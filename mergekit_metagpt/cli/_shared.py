@@ -3,11 +3,9 @@
 import logging
 import os
 import shutil
-import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +16,7 @@ from mergekit.common import parse_kmb
 from mergekit.options import MergeOptions
 from rich.console import Console
 
-from mergekit_metagpt.api.functions import forecasts
 from mergekit_metagpt.mergekit_private import MERGE_LOGGER, add_merge_options
-from mergekit_metagpt.planning.config import ConfigFile, read_config
-from mergekit_metagpt.planning.forecast import Forecast
-from mergekit_metagpt.planning.job import Job, running
 from mergekit_metagpt.wording import BadInputError
 
 if TYPE_CHECKING:
@@ -91,7 +85,9 @@ class MergeCommand(click.Command):
             logging.getLogger(MERGE_LOGGER).addFilter(_without_traceback)
         try:
             ctx.params = self._collect(**ctx.params)
-            _require_device(ctx.params["merge_options"])
+            options = ctx.params["merge_options"]
+            _require_device(options)
+            options.apply_global_options()
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -103,11 +99,13 @@ class MergeCommand(click.Command):
 
 def _told(error: Exception) -> str | None:
     """Return the text of an exception that this package wrote for the user, or None."""
+    if isinstance(error, BadInputError):
+        return "\nError: ".join(error.args)
     said = " ".join(str(error).split())
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     own = frame.f_globals.get("__name__", "").startswith(f"{_PACKAGE}.")
     whole = said.endswith(".") or "pip install" in said or isinstance(error, ConnectionError)
-    return said if isinstance(error, BadInputError) or (own and whole) else None
+    return said if own and whole else None
 
 
 def _failure(ctx: click.Context, error: Exception) -> str:
@@ -156,32 +154,6 @@ def warn(sentences: Iterable[str]) -> None:
     """Print warnings to standard error."""
     for sentence in sentences:
         click.secho(f"Warning: {sentence}", fg="yellow", err=True)
-
-
-def wants_progress(options: MergeOptions) -> bool:
-    """Return whether progress bars are shown: on a terminal, unless ``--quiet`` is given."""
-    return sys.stderr.isatty() and not options.quiet
-
-
-@contextmanager
-def job_of(config: str | ConfigFile, options: MergeOptions) -> Iterator[Job]:
-    """Run a job with MergeKit's options; a config that is not read yet is given by its path."""
-    options.apply_global_options()  # type: ignore[no-untyped-call]
-    written = read_config(config) if isinstance(config, str) else config
-    with running(written, options, wants_progress(options)) as job:
-        yield job
-
-
-def forecast_config(
-    config: str,
-    options: MergeOptions,
-    ray: str | None,
-    granularities: Sequence[str | None] = (None,),
-    numbers_only: bool = False,
-) -> list[Forecast]:
-    """Return what ``forecasts`` does for the config at a path, and print its warnings."""
-    with job_of(config, options) as job:
-        return forecasts(job, granularities, numbers_only=numbers_only, ray=ray, warn=warn)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -1,16 +1,13 @@
 """``mergekit-metagpt check``: find the problems of a merge before it runs."""
 
-import logging
-
 import click
-import transformers
 from mergekit.options import MergeOptions
 from rich.filesize import decimal
 from rich.table import Table
 
 from mergekit_metagpt import preflight
 from mergekit_metagpt.cli import _shared
-from mergekit_metagpt.planning.config import ConfigFile
+from mergekit_metagpt.wording import BadInputError
 
 
 @click.command(cls=_shared.MergeCommand)
@@ -28,24 +25,12 @@ def check(config: str, out: str | None, merge_options: MergeOptions) -> None:
     Example:
       mergekit-metagpt check metagpt.yml merged/
     """
-    logging.basicConfig(level=logging.INFO if merge_options.verbosity else logging.ERROR)
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    found = require_sound(config, out, merge_options)
+    found = preflight.inspect(config, out, merge_options)
+    if found.problems:
+        raise BadInputError(*found.problems)
+    _shared.warn(found.warnings)
     if found.costs and not merge_options.quiet:
         _show(found.costs)
-
-
-def require_sound(
-    config: ConfigFile | str, out: str | None, options: MergeOptions
-) -> preflight.Preflight:
-    """Warn, and return what was found; if there are problems, print them and exit with 1."""
-    found = preflight.inspect(config, out, options)
-    for problem in found.problems:
-        click.echo(problem, err=True)
-    if found.problems:
-        raise click.exceptions.Exit(1)
-    _shared.warn(found.warnings)
-    return found
 
 
 def _show(costs: preflight.Costs) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt.api.functions import forecasts
 from mergekit_metagpt.api.results import Plan
 from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.core.granularities import GRANULARITIES
@@ -39,7 +40,7 @@ def coefficients(
       mergekit-metagpt coefficients metagpt.yml --granularity layer --plot coefficients.png
     """
     require_plotting(plot)
-    plan = Plan(*_shared.forecast_config(config, merge_options, ray, [granularity]))
+    plan = Plan(*forecasts(config, merge_options, [granularity], ray=ray, warn=_shared.warn))
     if as_json:
         click.echo(json.dumps(plan.as_json()))
     else:

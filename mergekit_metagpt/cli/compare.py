@@ -9,6 +9,7 @@ import click
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt.api.functions import forecasts
 from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.names import short_names
@@ -66,9 +67,10 @@ def compare(
       mergekit-metagpt compare metagpt.yml --weights math=2,code=1 --plot compare.png
     """
     plots.require_plotting(plot)
-    forecasts = _shared.forecast_config(config, merge_options, ray, granularities or _NUMBERS)
-    priors = [_priors(given, forecasts[0].experts) for given in weights]
-    compared = comparison.choices(forecasts, exponents, priors)
+    chosen = granularities or _NUMBERS
+    found = forecasts(config, merge_options, chosen, ray=ray, warn=_shared.warn)
+    priors = [_priors(given, found[0].experts) for given in weights]
+    compared = comparison.choices(found, exponents, priors)
     if as_json:
         rows = [choice.as_json() for choice in compared]
         click.echo(json.dumps({"choices": rows, "advice": comparison.advice(compared)}))
@@ -76,7 +78,7 @@ def compare(
         _shared.console().print(comparison.comparison_tables(compared))
     if plot is not None:
         panels = [(choice.title, choice.summary) for choice in compared]
-        title = plots.titled(forecasts[0].method.spec.name, forecasts[0].base)
+        title = plots.titled(found[0].method.spec.name, found[0].base)
         _shared.save_figure(plots.comparison_figure(panels, title), plot)
 
 

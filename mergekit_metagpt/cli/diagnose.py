@@ -12,6 +12,8 @@ from mergekit_metagpt.api.functions import measured
 from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.diagnosis import linearity
 from mergekit_metagpt.names import short_names
+from mergekit_metagpt.planning.config import read_config
+from mergekit_metagpt.planning.job import running
 from mergekit_metagpt.planning.models import require_models
 from mergekit_metagpt.report import plots, tables
 
@@ -46,7 +48,7 @@ def diagnose(
     """
     plots.require_plotting(plot)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one for all models is enough
-    with _shared.job_of(config, merge_options) as job:
+    with running(read_config(config), merge_options) as job:
         options, (base, experts) = job.options, job.base_and_experts
         require_models((base, *experts), options)
         for model in (*experts, base):
