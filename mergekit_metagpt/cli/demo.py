@@ -34,13 +34,13 @@ _SHOWN = "metagpt-direction"
 def demo(directory: Path) -> None:
     """Train small models, merge them and show the scores.
 
-    Trains a base and three experts, which takes a minute or two on a CPU, and merges them with
-    the stock mergekit-yaml command. Writes the models, the merge configs and the merges to DIR,
-    which must be new or empty. The default is metagpt-demo.
+    Trains a base and three experts, which takes a minute or two on a CPU, and merges them as
+    mergekit-yaml does. Writes the models, the merge configs and the merges to DIR, which must be
+    new or empty. The default is metagpt-demo.
     """
     is_new = not directory.exists()
     _require_usable(directory)
-    # All models are on this disk: neither this process nor mergekit-yaml need ask the hub.
+    # All models are on this disk: nobody need ask the hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
@@ -62,29 +62,26 @@ def demo(directory: Path) -> None:
 
 
 def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
-    """Train, merge and score models in an empty directory, given by its absolute path.
-
-    Raises:
-        FileNotFoundError: if there is no ``mergekit-yaml``.
-        RuntimeError: if ``mergekit-yaml`` fails.
-    """
+    """Train, merge and score models in an empty directory, given by its absolute path."""
+    import yaml
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
     from tqdm import tqdm
 
     from mergekit_metagpt.api.functions import survey
-    from mergekit_metagpt.demo import merges, models
+    from mergekit_metagpt.demo import models
     from mergekit_metagpt.report.tables import table
 
-    command = merges.stock_command()
+    tasks, options = models.TASKS, MergeOptions(quiet=True)
     models.train_family(directory, scale)
-    files = merges.write_configs(directory)
-    merged = {name: directory / "merged" / name for name in files}
-    for name in tqdm(files, "Merging with mergekit-yaml", unit="merge"):
-        merges.merge_with_mergekit(command, files[name], merged[name])
+    rows = {"base": directory / "base", **{f"expert {task}": directory / task for task in tasks}}
+    for name, config in tqdm(models.merge_configs(directory).items(), "Merging", unit="merge"):
+        content = yaml.safe_dump(config, sort_keys=False)
+        (directory / f"{name}.yml").write_text(content, encoding="utf-8")
+        rows[name] = directory / "merged" / name
+        run_merge(MergeConfiguration.model_validate(config), str(rows[name]), options)
 
-    tasks = models.TASKS
-    rows = {"base": directory / "base"}
-    rows |= {f"expert {task}": directory / task for task in tasks} | merged
     results = [models.scores(path, scale) for path in tqdm(rows.values(), "Scoring", unit="model")]
     columns = {"model": list(rows)}
     columns |= {task: [f"{own[task]:.1f}" for own in results] for task in tasks}
@@ -93,11 +90,11 @@ def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
     show(f"Right answers to {scale.held_out} held-out prompts per task, in %", style="bold")
     show(table(columns), _LEGEND)
     experts = [str(directory / task) for task in sorted(tasks)]
-    found = survey(str(rows["base"]), experts, options=MergeOptions(quiet=True))
+    found = survey(str(rows["base"]), experts, options=options)
     show("Scaling coefficients at granularity model", style="bold")
     show(found.shown()[-1])
-    words = [command, str(files[_SHOWN]), str(merged[_SHOWN])]
-    console.out(f"\n{_SHOWN} was merged with:\n{shlex.join(words)}", highlight=False)
+    words = ["mergekit-yaml", str(directory / f"{_SHOWN}.yml"), str(rows[_SHOWN])]
+    console.out(f"\n{_SHOWN} is what this writes:\n{shlex.join(words)}", highlight=False)
 
 
 def _require_usable(directory: Path) -> None:
