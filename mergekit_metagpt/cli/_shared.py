@@ -1,26 +1,21 @@
-"""What the commands share: MergeKit's options, how one fails, and what is printed and written."""
+"""What the commands share: MergeKit's options, how one fails, and what is printed."""
 
 import logging
-import os
-import shutil
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import torch
 from mergekit.common import parse_kmb
-from mergekit.options import MergeOptions
+from mergekit.options import MergeOptions, PrettyPrintHelp
 from rich.console import Console
 
 from mergekit_metagpt.mergekit_private import MERGE_LOGGER, add_merge_options
+from mergekit_metagpt.report.plots import require_plotting
 from mergekit_metagpt.wording import BadInputError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _PACKAGE = __name__.partition(".")[0]
 _ISSUES = "https://github.com/mergekit-metagpt/mergekit-metagpt/issues"
@@ -43,7 +38,7 @@ ray_option = click.option(
 
 
 def plot_option(what: str) -> Callable[[Any], Any]:
-    """Return the option ``--plot``; the command calls ``require_plotting`` before it works."""
+    """Return the option ``--plot``; a file that cannot be written is refused before the work."""
     return click.option(
         "--plot",
         type=click.Path(dir_okay=False, path_type=Path),
@@ -51,7 +46,7 @@ def plot_option(what: str) -> Callable[[Any], Any]:
     )
 
 
-class MergeCommand(click.Command):
+class MergeCommand(PrettyPrintHelp):
     """A command that also takes every option of MergeKit, as ``mergekit-yaml`` does.
 
     Its function gets them as ``merge_options``, of MergeKit's own class. If it raises an
@@ -62,19 +57,11 @@ class MergeCommand(click.Command):
         super().__init__(*args, **settings)
         mergekits = click.command()(add_merge_options(dict))
         self._collect: Any = mergekits.callback
-        self._merge_options = mergekits.params
-        for option in self._merge_options:
+        for option in mergekits.params:
             if option.name == "out_shard_size":
                 option.type = click.types.convert_type(size)
         verbose = click.Option(["--verbose"], is_flag=True, help="Show the traceback of a failure.")
-        self.params += [verbose, *self._merge_options]
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Show the command's own options, and MergeKit's below them."""
-        own = [option for option in self.get_params(ctx) if option not in self._merge_options]
-        for title, shown in (("Options", own), ("MergeKit's options", self._merge_options)):
-            with formatter.section(title):
-                formatter.write_dl(list(filter(None, (it.get_help_record(ctx) for it in shown))))
+        self.params += [verbose, *mergekits.params]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command with ``merge_options``."""
@@ -88,6 +75,7 @@ class MergeCommand(click.Command):
             options = ctx.params["merge_options"]
             _require_device(options)
             options.apply_global_options()
+            require_plotting(ctx.params.get("plot"))
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -154,32 +142,3 @@ def warn(sentences: Iterable[str]) -> None:
     """Print warnings to standard error."""
     for sentence in sentences:
         click.secho(f"Warning: {sentence}", fg="yellow", err=True)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, which appears whole or not at all; ``-`` is standard output.
-
-    Raises:
-        OSError: if it cannot be written; names ``path``.
-    """
-    if str(path) == "-" or path.is_symlink() or (path.exists() and not path.is_file()):
-        with click.open_file(path, "wb") as stream:  # a link, a device or a pipe stays what it is
-            stream.write(content)
-        return
-    part = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        part.write_bytes(content)
-        if path.exists():
-            shutil.copymode(path, part)
-        part.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure; the suffix sets the format."""
-    drawn = BytesIO()
-    figure.savefig(drawn, format=path.suffix.removeprefix("."))
-    write_whole(path, drawn.getvalue())

@@ -10,7 +10,6 @@ from mergekit_metagpt.api.functions import forecasts
 from mergekit_metagpt.api.results import Plan
 from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.core.granularities import GRANULARITIES
-from mergekit_metagpt.report.plots import require_plotting
 
 
 @click.command(cls=_shared.MergeCommand)
@@ -39,7 +38,6 @@ def coefficients(
     Example:
       mergekit-metagpt coefficients metagpt.yml --granularity layer --plot coefficients.png
     """
-    require_plotting(plot)
     plan = Plan(*forecasts(config, merge_options, [granularity], ray=ray, warn=_shared.warn))
     if as_json:
         click.echo(json.dumps(plan.as_json()))
@@ -48,4 +46,4 @@ def coefficients(
         _shared.console().print(title, "", shown, sep="\n")
     _shared.warn(plan.warnings)
     if plot is not None:
-        _shared.save_figure(plan.plot(), plot)
+        plan.plot().savefig(plot)

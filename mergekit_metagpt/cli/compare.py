@@ -66,7 +66,6 @@ def compare(
     Example:
       mergekit-metagpt compare metagpt.yml --weights math=2,code=1 --plot compare.png
     """
-    plots.require_plotting(plot)
     chosen = granularities or _NUMBERS
     found = forecasts(config, merge_options, chosen, ray=ray, warn=_shared.warn)
     priors = [_priors(given, found[0].experts) for given in weights]
@@ -79,7 +78,7 @@ def compare(
     if plot is not None:
         panels = [(choice.title, choice.summary) for choice in compared]
         title = plots.titled(found[0].method.spec.name, found[0].base)
-        _shared.save_figure(plots.comparison_figure(panels, title), plot)
+        plots.comparison_figure(panels, title).savefig(plot)
 
 
 def _priors(given: str, experts: Sequence[ModelReference]) -> dict[ModelReference, float]:

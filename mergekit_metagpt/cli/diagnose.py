@@ -46,7 +46,6 @@ def diagnose(
     Example:
       mergekit-metagpt diagnose metagpt.yml --prompts questions.txt --plot assumptions.png
     """
-    plots.require_plotting(plot)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one for all models is enough
     with running(read_config(config), merge_options) as job:
         options, (base, experts) = job.options, job.base_and_experts
@@ -81,7 +80,7 @@ def diagnose(
     title, cosines = "Orthogonality (Property 6)", tables.cosines_table(survey)
     show(title, cosines, _verdict(survey.cosines), sep="\n")
     if plot is not None:
-        _shared.save_figure(plots.diagnosis_figure(names, lines, survey.cosines), plot)
+        plots.diagnosis_figure(names, lines, survey.cosines).savefig(plot)
 
 
 def _verdict(cosines: Sequence[Sequence[float]]) -> str:
