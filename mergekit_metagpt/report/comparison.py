@@ -13,12 +13,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from mergekit_metagpt.method.advice import DOMINANT, dominated_part
-from mergekit_metagpt.method.summary import Expert, Summary
+from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.names import short_names
 from mergekit_metagpt.planning.forecast import Forecast
 from mergekit_metagpt.report.tables import LONGEST_NAME, bounds, table
-
-_MOST_WITH_RANGES = 3  # experts; 80 columns have no room for the ranges of more
 
 
 @dataclass(frozen=True)
@@ -100,31 +98,29 @@ def choices(
 def comparison_tables(compared: Sequence[Choice]) -> RenderableType:
     """Return what ``mergekit-metagpt compare`` shows: a row for each choice, and advice."""
     first = compared[0].forecast
-    names = list(enumerate(short_names(first.experts), 1))
-    with_ranges = len(names) <= _MOST_WITH_RANGES
-    experts = [[_coefficient(it, with_ranges) for it in one.summary.experts] for one in compared]
+    names = short_names(first.experts)
+    digits = 3 if len(names) < 4 else 2  # 80 columns have no room for more
+    rows = [[f"{it.mean:.{digits}f}" for it in choice.summary.experts] for choice in compared]
     columns = {
         "granularity": [choice.summary.granularity for choice in compared],
         "k": [choice.summary.exponent for choice in compared],
         "weights": [choice.weights for choice in compared],
-        **{str(number): [row[number - 1] for row in experts] for number, _ in names},
+        **{str(n): cells for n, cells in enumerate(map(list, zip(*rows, strict=True)), 1)},
         "bound": ["" if it.bound is None else f"{it.bound:.3f}" for it in compared],
         "kept": ["" if it.mean_kept is None else f"{it.mean_kept:.1%}" for it in compared],
         "dom.": [f"{dominated_part(choice.summary):.0%}" for choice in compared],
     }
     if not any(columns["weights"]):
         del columns["weights"]
-    ranges = "; below it the least and the largest of any tensor" if with_ranges else ""
     return Group(
         Text(f"{first.method.spec.name}; base {first.base}\n"),
-        Text("\n".join(f"{number}  {name}" for number, name in names)),
+        Text("\n".join(f"{number}  {name}" for number, name in enumerate(names, 1))),
         table(columns),
         Text(
             "k: the exponent. 1, 2, …: the mean coefficient of each expert; at direction, how much "
-            f"of it is kept{ranges}. bound: the paper's, relative to granularity model with "
-            "exponent 2. kept: how much of the task vectors is in the merge, on average. dom.: the "
-            "part of the parameters in tensors where one expert dominates, with over "
-            f"{DOMINANT:.0%}.\n"
+            "of it is kept. bound: the paper's, relative to granularity model with exponent 2. "
+            "kept: how much of the task vectors is in the merge, on average. dom.: the part of the "
+            f"parameters in tensors where one expert dominates, with over {DOMINANT:.0%}.\n"
         ),
         Text(advice(compared), "bold"),
     )
@@ -153,16 +149,3 @@ def advice(compared: Sequence[Choice]) -> str:
         "direction keeps"
     )
     return f"No expert dominates in these choices{more if most else ''}."
-
-
-def _coefficient(expert: Expert, with_range: bool) -> str:
-    """Write a mean, with the range below it; without room for that, in short."""
-    if not with_range:
-        return _in_short(expert.mean)
-    if expert.least == expert.largest:
-        return f"{expert.mean:.3f}"
-    return f"{expert.mean:.3f}\n{_in_short(expert.least)}-{_in_short(expert.largest)}"
-
-
-def _in_short(number: float) -> str:
-    return f"{number:.2f}".removeprefix("0")
