@@ -71,8 +71,7 @@ def compare(
     priors = [_priors(given, found[0].experts) for given in weights]
     compared = comparison.choices(found, exponents, priors)
     if as_json:
-        rows = [choice.as_json() for choice in compared]
-        click.echo(json.dumps({"choices": rows, "advice": comparison.advice(compared)}))
+        click.echo(json.dumps({"choices": [choice.as_json() for choice in compared]}))
     else:
         _shared.console().print(comparison.comparison_tables(compared))
     if plot is not None:

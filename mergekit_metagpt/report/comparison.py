@@ -50,17 +50,19 @@ class Choice:
         return bounds(self.forecast).get("merge")
 
     @property
-    def mean_kept(self) -> float | None:
-        """How much of the task vectors is in the merge, on average, if it is known."""
+    def cells(self) -> dict[str, str]:
+        """The row of a table, by the titles of its columns."""
         kept = [expert.kept for expert in self.summary.experts if expert.kept is not None]
-        return fmean(kept) if kept else None
-
-    @property
-    def is_dominated(self) -> bool:
-        """Whether one of several experts has nearly all of the merge, or of most tensors."""
-        means = [expert.mean for expert in self.summary.experts]
-        dominated = dominated_part(self.summary) > 0.5 or max(means) > DOMINANT
-        return not self.summary.by_direction and len(means) > 1 and dominated
+        digits = 3 if len(self.summary.ids) < 4 else 2  # 80 columns have no room for more
+        return {
+            "granularity": self.summary.granularity,
+            "k": self.summary.exponent,
+            "weights": self.weights,
+            **{str(n): f"{it.mean:.{digits}f}" for n, it in enumerate(self.summary.experts, 1)},
+            "bound": "" if self.bound is None else f"{self.bound:.3f}",
+            "kept": f"{fmean(kept):.1%}" if kept else "",
+            "dom.": f"{dominated_part(self.summary):.0%}",
+        }
 
     def as_json(self) -> dict[str, Any]:
         """Return the choice and its figures as JSON types."""
@@ -96,56 +98,20 @@ def choices(
 
 
 def comparison_tables(compared: Sequence[Choice]) -> RenderableType:
-    """Return what ``mergekit-metagpt compare`` shows: a row for each choice, and advice."""
-    first = compared[0].forecast
-    names = short_names(first.experts)
-    digits = 3 if len(names) < 4 else 2  # 80 columns have no room for more
-    rows = [[f"{it.mean:.{digits}f}" for it in choice.summary.experts] for choice in compared]
-    columns = {
-        "granularity": [choice.summary.granularity for choice in compared],
-        "k": [choice.summary.exponent for choice in compared],
-        "weights": [choice.weights for choice in compared],
-        **{str(n): cells for n, cells in enumerate(map(list, zip(*rows, strict=True)), 1)},
-        "bound": ["" if it.bound is None else f"{it.bound:.3f}" for it in compared],
-        "kept": ["" if it.mean_kept is None else f"{it.mean_kept:.1%}" for it in compared],
-        "dom.": [f"{dominated_part(choice.summary):.0%}" for choice in compared],
-    }
+    """Return what ``mergekit-metagpt compare`` shows: a row for each choice."""
+    first, rows = compared[0].forecast, [choice.cells for choice in compared]
+    names = enumerate(short_names(first.experts), 1)
+    columns = {title: [row[title] for row in rows] for title in rows[0]}
     if not any(columns["weights"]):
         del columns["weights"]
     return Group(
         Text(f"{first.method.spec.name}; base {first.base}\n"),
-        Text("\n".join(f"{number}  {name}" for number, name in enumerate(names, 1))),
+        Text("\n".join(f"{number}  {name}" for number, name in names)),
         table(columns),
         Text(
             "k: the exponent. 1, 2, …: the mean coefficient of each expert; at direction, how much "
             "of it is kept. bound: the paper's, relative to granularity model with exponent 2. "
             "kept: how much of the task vectors is in the merge, on average. dom.: the part of the "
-            f"parameters in tensors where one expert dominates, with over {DOMINANT:.0%}.\n"
+            f"parameters in tensors where one expert dominates, with over {DOMINANT:.0%}."
         ),
-        Text(advice(compared), "bold"),
     )
-
-
-def advice(compared: Sequence[Choice]) -> str:
-    """Return one sentence that follows from the figures, and from nothing else."""
-    numbers = [choice for choice in compared if not choice.summary.by_direction]
-    even = [choice for choice in numbers if not choice.is_dominated]
-    most = max((choice.mean_kept or 0.0 for choice in numbers), default=0.0)
-    for choice in compared:
-        if choice.summary.by_direction and choice.mean_kept:
-            others = f", and no other choice more than {most:.0%}" if most else ""
-            kept = f"{choice.mean_kept:.0%} of the task vectors on average"
-            return f"Granularity direction keeps {kept}{others}."
-    if not even:
-        return "One expert dominates in each of these choices; give it a smaller weight."
-    if dominated := len(numbers) - len(even):
-        best = min(even, key=lambda choice: round(choice.bound or 0.0, 6)).title
-        return (
-            f"One expert dominates in {dominated} of these {len(numbers)} choices; choose another, "
-            f"such as {best}."
-        )
-    more = (
-        f", and none keeps more than {most:.0%} of the task vectors; see how much --granularity "
-        "direction keeps"
-    )
-    return f"No expert dominates in these choices{more if most else ''}."
