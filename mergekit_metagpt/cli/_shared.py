@@ -82,29 +82,26 @@ class MergeCommand(PrettyPrintHelp):
         except Exception as error:
             if verbose:
                 raise
-            raise click.ClickException(_told(error) or _failure(ctx, error)) from error
+            raise click.ClickException(_explained(error, ctx.command_path)) from error
 
 
-def _told(error: Exception) -> str | None:
-    """Return the text of an exception that this package wrote for the user, or None."""
+def _explained(error: Exception, command: str) -> str:
+    """Return what this package wrote for the user, or else say what failed."""
     if isinstance(error, BadInputError):
         return "\nError: ".join(error.args)
     said = " ".join(str(error).split())
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     own = frame.f_globals.get("__name__", "").startswith(f"{_PACKAGE}.")
     whole = said.endswith(".") or "pip install" in said or isinstance(error, ConnectionError)
-    return said if own and whole else None
-
-
-def _failure(ctx: click.Context, error: Exception) -> str:
-    """Say what failed, if nobody has foreseen it."""
+    if own and whole:
+        return said
     if isinstance(error, OSError) and error.strerror:
         of = f": {error.filename}" if error.filename else ""
-        return f"{ctx.command_path} failed ({error.strerror}{of}); correct that, and run it again."
+        return f"{command} failed ({error.strerror}{of}); correct that, and run it again."
     why = textwrap.shorten(f"{type(error).__name__}: {error}", _LONGEST).rstrip(".: ")
     return (
-        f"{ctx.command_path} failed ({why}); run it again with --verbose for the traceback, and if "
-        f"that does not help, report it at {_ISSUES}."
+        f"{command} failed ({why}); run it again with --verbose for the traceback, and if that "
+        f"does not help, report it at {_ISSUES}."
     )
 
 

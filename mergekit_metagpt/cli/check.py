@@ -1,5 +1,8 @@
 """``mergekit-metagpt check``: find the problems of a merge before it runs."""
 
+import math
+from datetime import timedelta
+
 import click
 from mergekit.options import MergeOptions
 from rich.filesize import decimal
@@ -47,7 +50,8 @@ def _show(costs: preflight.Costs) -> None:
         ("Output shards", str(costs.shards)),
     ]
     if costs.arithmetic:
-        rows.append(("Arithmetic on this machine", _duration(costs.arithmetic)))
+        hours = timedelta(seconds=math.ceil(costs.arithmetic))
+        rows.append(("Arithmetic on this machine", f"{hours} hours"))
     if costs.bytes_applied:
         rows.append(("Bytes written to the LoRA cache", decimal(costs.bytes_applied)))
     table = Table(title="No problems found", show_header=False)
@@ -55,17 +59,4 @@ def _show(costs: preflight.Costs) -> None:
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
-    _shared.console().print(table)
-    for note in costs.notes:
-        click.echo(note)
-
-
-def _duration(seconds: float) -> str:
-    """Write a duration for people.
-
-    >>> _duration(0.4), _duration(42.3), _duration(3900)
-    ('under 2 seconds', 'about 42 seconds', 'about 65 minutes')
-    """
-    if seconds < 2:
-        return "under 2 seconds"
-    return f"about {seconds:.0f} seconds" if seconds < 120 else f"about {seconds / 60:.0f} minutes"
+    _shared.console().print(table, *costs.notes, sep="\n")
