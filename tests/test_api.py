@@ -98,16 +98,16 @@ def test_the_caller_keeps_its_loader_options_and_threads(family):
 
 
 def test_bad_input_is_one_error_with_a_sentence(family, tmp_path):
-    raw = merge_config(family, parameters={"granularity": "tensr"})
-    with pytest.raises(BadInputError, match="granularity"):
-        mergekit_metagpt.merge(raw, tmp_path / "out")
-    with pytest.raises(ValueError, match="granularity"):
-        mergekit_metagpt.plan(raw, options=QUIET)
+    raw, missing = merge_config(family, parameters={"granularity": "tensr"}), tmp_path / "none.yml"
+    for call, sentence in (
+        (lambda: mergekit_metagpt.merge(raw, tmp_path / "out"), "granularity"),
+        (lambda: mergekit_metagpt.plan(raw), "granularity"),
+        (lambda: mergekit_metagpt.plan(missing), "cannot be read"),
+        (lambda: mergekit_metagpt.survey(family["base"], [missing]), str(missing)),
+    ):
+        with pytest.raises(BadInputError, match=sentence):
+            call()
     assert not (tmp_path / "out").exists()
-    with pytest.raises(BadInputError, match="cannot be read"):
-        mergekit_metagpt.plan(tmp_path / "none.yml")
-    with pytest.raises(BadInputError, match=str(tmp_path / "none")):
-        mergekit_metagpt.survey(family["base"], [str(tmp_path / "none")])
 
 
 def test_notebooks_show_tables_with_escaped_names_and_plots(family, tmp_path):

@@ -165,7 +165,10 @@ def test_a_bad_config_is_one_sentence(family, tmp_path):
     bad = tmp_path / "bad.yml"
     for text, sentence in (
         ("models: []", "bad.yml is wrong at merge_method: Field required"),
-        ("merge_method: linear\nmodels: [{model: x}]", "merge_method linear has no coefficients"),
+        (
+            "merge_method: linear\nmodels: [{model: x}]",
+            "linear has no coefficients to choose; set one of metagpt, metagpt_",
+        ),
         (yaml.safe_dump(merge_config(family, base_model=None)), "Merge method requires a base"),
     ):
         bad.write_text(text)

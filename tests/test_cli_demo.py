@@ -31,14 +31,6 @@ MERGES = [*(f"metagpt-{name}" for name in GRANULARITIES), "task-arithmetic", "av
 EXAMPLE = Path(__file__).parents[1] / "example_configs" / "demo.yml"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with a base and its experts."""
-    folder = tmp_path_factory.mktemp("trained")
-    train_family(folder, SMALL)
-    return folder
-
-
 def test_a_demo_scores_every_model_and_leaves_merges_that_load(tmp_path):
     console = Console(file=io.StringIO(), width=120)
     run_demo(tmp_path, SMALL, console)
@@ -68,12 +60,10 @@ def test_a_demo_scores_every_model_and_leaves_merges_that_load(tmp_path):
         "merged", *MODELS, *(f"{name}.yml" for name in MERGES)
     }  # fmt: skip
 
-
-def test_a_demo_trains_the_same_models_again(trained, tmp_path):
-    torch.manual_seed(5)  # whatever was drawn before
-    train_family(tmp_path, SMALL)
+    torch.manual_seed(5)  # whatever was drawn before, the same models are trained again
+    train_family(tmp_path / "again", SMALL)
     for model in MODELS:
-        first, second = read(trained / model), read(tmp_path / model)
+        first, second = read(tmp_path / model), read(tmp_path / "again" / model)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -88,19 +78,15 @@ def test_training_lowers_the_loss_of_an_experts_own_task(tmp_path):
     assert losses[0] < losses[1]
 
 
-def test_a_task_has_one_right_answer_and_no_held_out_example_is_trained_on():
+def test_a_task_has_one_right_answer_and_no_held_out_example_is_trained_on(tmp_path):
     answers = {task: answer("709056") for task, answer in TASKS.items()}
     assert answers == {"reverse": "650907", "sort": "005679", "double": "418112"}
     for task in TASKS:
         drawn = examples(task, SMALL)
         assert list(map(len, drawn)) == [20, 6, 18]
         assert len(set().union(*drawn)) == 44
-
-
-def test_the_tokenizer_keeps_every_word_and_digit(tmp_path):
-    tokenizer = make_tokenizer()
+    tokenizer, line = make_tokenizer(), drawn[0][0]
     tokenizer.save_pretrained(tmp_path)
-    line = examples("double", SMALL)[0][0]
     for known in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path)):
         ids = known(line)["input_ids"]
         assert (len(ids), known.decode(ids)) == (16, f"<s> {line}")
