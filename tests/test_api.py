@@ -38,13 +38,12 @@ def test_a_survey_gives_theorem_10(family):
     ("form", "granularity"),
     [(str, "model"), (MergeConfiguration.model_validate, "direction"), (dict, None)],
 )
-def test_a_plan_has_the_figures_of_the_command(form, granularity, family, tmp_path):
+def test_a_plan_has_the_figures_of_the_command(form, granularity, family, config):
     raw = merge_config(family)
-    yml = write_yaml(tmp_path / "metagpt.yml", raw)
-    config = form(yml if form is str else raw)
-    found = mergekit_metagpt.plan(config, granularity=granularity, options=QUIET)
+    given = form(config if form is str else raw)
+    found = mergekit_metagpt.plan(given, granularity=granularity, options=QUIET)
     words = ["--granularity", granularity] if granularity else []
-    shown = json.loads(invoke("coefficients", yml, "--json", *words).stdout)
+    shown = json.loads(invoke("coefficients", config, "--json", *words).stdout)
     assert found.as_json() == shown
     assert found.coefficients == {e["model"]: e["coefficient"] for e in shown["experts"]}
     assert raw == merge_config(family)
@@ -153,7 +152,6 @@ def test_values_that_yaml_does_not_hold_are_written_as_what_they_stand_for(tmp_p
     assert {type(value) for value in found.values()} == {str, float}
 
 
-def test_commands_run_in_other_threads(family, tmp_path):
-    yml = write_yaml(tmp_path / "m.yml", merge_config(family))
+def test_commands_run_in_other_threads(config):
     with ThreadPoolExecutor(1) as pool:
-        assert "No problems found" in pool.submit(invoke, "check", yml).result().stdout
+        assert "No problems found" in pool.submit(invoke, "check", config).result().stdout

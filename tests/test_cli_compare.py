@@ -16,11 +16,6 @@ def coefficients(folder, config):
     return json.loads(invoke("coefficients", yml, "--json").stdout)
 
 
-@pytest.fixture
-def config(family, tmp_path):
-    return write_yaml(tmp_path / "metagpt.yml", merge_config(family))
-
-
 def test_every_row_says_what_coefficients_says_of_that_choice(family, config, tmp_path, passes):
     found = compared(config)
     assert len(passes) == 1

@@ -70,8 +70,7 @@ def test_models_are_printed_as_they_are_called(tmp_path, monkeypatch):
         assert "m/[/x]" in shown
 
 
-def test_an_output_that_is_not_unicode_is_no_reason_to_fail(family, tmp_path):
-    config = write_yaml(tmp_path / "metagpt.yml", merge_config(family))
+def test_an_output_that_is_not_unicode_is_no_reason_to_fail(config):
     for words, shown in (
         (["coefficients", str(config)], b"granularity tensor"),
         (["diagnose", "--help"], b"Linearity"),

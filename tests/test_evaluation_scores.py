@@ -103,10 +103,3 @@ def test_the_averages_of_every_row_of_the_paper_are_the_printed_ones(number):
         else:
             digits = NORMALIZED_DIGITS.get(number, 0.005)
             assert found == pytest.approx(printed[0], rel=0, abs=digits + 1e-9)
-
-
-def test_averages_of_other_figures():
-    assert normalized_average([62.67, 47.16], [62.67, 47.16]) == 1
-    assert math.isnan(normalized_average([50.0, 1.0], [40.0, 0.0]))
-    with pytest.raises(ValueError, match="shorter"):
-        normalized_average([50.0, 1.0], [40.0])
