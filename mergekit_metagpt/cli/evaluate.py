@@ -78,8 +78,8 @@ def evaluate(
             )
         merge = ModelReference(model=ModelPath(path=str(out.absolute())))
         chosen = list(dict.fromkeys(filter(None, tasks.split(","))))
-        scores = Path(f"{out.absolute()}.scores")
-        bench = Bench(job, scores, chosen, include_path, deciding, batch_size)
+        run = (job.options, job.progress, Path(f"{out.absolute()}.scores"))
+        bench = Bench(*run, chosen, include_path, deciding, batch_size)
         names = [f"expert {name}" for name in short_names(experts)]
         models = dict(zip(("base", *names, "merge"), (base, *experts, merge), strict=True))
         scored = {name: bench.score(name, model) for name, model in models.items()}

@@ -22,11 +22,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
 
 from mergekit_metagpt.evaluation.scores import Score
 from mergekit_metagpt.measure.identity import sha256_of
 from mergekit_metagpt.measure.loaders import weight_files
-from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.wording import BadInputError, instead, reason
 
 
@@ -74,7 +74,8 @@ def _task_manager(folder: Path | None, with_own: bool) -> TaskManager:
 class Bench:
     """Tasks, how they are run, and where the results are."""
 
-    job: Job
+    options: MergeOptions
+    progress: bool
     folder: Path  # of the results, laid out as by ``lm_eval --output_path``
     tasks: Sequence[str]
     task_folder: Path | None
@@ -87,7 +88,7 @@ class Bench:
         missing = [task for task in self.tasks if task not in known]
         if not missing:
             return known
-        options = self.job.options
+        options = self.options
         if not options.quiet:
             click.echo(f"Scoring {name}", err=True)
         named = {
@@ -100,7 +101,7 @@ class Bench:
         hardware = {"batch_size": self.batch_size, "device": options.device or "cpu"}
         tracker = EvaluationTracker(output_path=str(self.folder))
         tracker.general_config_tracker.log_experiment_args("hf", model_args, None, None, False)
-        shown = sys.stderr if self.job.progress else io.StringIO()
+        shown = sys.stderr if self.progress else io.StringIO()
         try:
             with redirect_stderr(shown), redirect_stdout(shown):
                 loaded = load_tasks(missing, self.task_folder)
