@@ -18,15 +18,10 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt import preflight
 from mergekit_metagpt.api.results import Merged, Plan, Survey
+from mergekit_metagpt.measure import loaders
 from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.measure.loaders import (
-    HubLoader,
-    find_on_hub,
-    is_looked_up,
-    open_on_hub,
-    set_up_worker,
-)
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.merging.record import hub_names
 from mergekit_metagpt.merging.whole import merge_whole
@@ -36,7 +31,6 @@ from mergekit_metagpt.planning.forecast import Forecast, forecast, own_method
 from mergekit_metagpt.planning.job import Job, running
 from mergekit_metagpt.planning.models import find_model_files, require_models
 from mergekit_metagpt.planning.yaml_file import plain
-from mergekit_metagpt.preflight import ignored, inspect
 from mergekit_metagpt.preflight.adapters import bad_adapters
 from mergekit_metagpt.report.plots import comparison_figure
 from mergekit_metagpt.wording import BadInputError
@@ -124,7 +118,7 @@ def forecasts(
     and a failure is explained by the problems that ``check`` finds.
     """
     with running(_read(config), options) as job:
-        known = ignored(job.config)
+        known = preflight.ignored(job.config)
         warn(known)
         try:
             own_method(job.parsed)  # before the hub is asked for anything
@@ -137,7 +131,7 @@ def forecasts(
         except BadInputError:
             raise
         except Exception as error:
-            problems = inspect(job.config, options=job.options).problems
+            problems = preflight.inspect(job.config, options=job.options).problems
             if set(problems) - set(known):
                 raise BadInputError(*problems) from error
             raise
@@ -160,7 +154,7 @@ def _read(config: Config) -> ConfigFile:
 def measured(job: Job, ray: str | None = None) -> Survey:
     """Return the survey of the base and the experts of a job, with inner products."""
     models = job.parsed.referenced_models()
-    require_models([model for model in models if not is_looked_up(model)], job.options)
+    require_models([model for model in models if not loaders.is_looked_up(model)], job.options)
     base, experts = job.base_and_experts
     checkpoints = Checkpoints(base, tuple(experts))
     mapper = _ready_to_measure(job, ray)
@@ -180,7 +174,7 @@ def merged(
 ) -> Merged:
     """Do what :func:`merge` does. ``names`` are PATH=USER/NAME, for paths in the config."""
     written = _read(config)
-    found = inspect(written, str(out), options)
+    found = preflight.inspect(written, str(out), options)
     if found.problems:
         raise BadInputError(*found.problems)
     warn(found.warnings)
@@ -197,10 +191,10 @@ def merged(
         return Merged(out, Summary(job.entries), record)
 
 
-def _ray_mapper(ray: str, job: Job, on_hub: Sequence[HubLoader] = ()) -> RayMapper:
+def _ray_mapper(ray: str, job: Job, on_hub: Sequence[loaders.HubLoader] = ()) -> RayMapper:
     """Return a cluster, whose workers read the models ``on_hub`` from there."""
     on_cuda = torch.device(job.options.device or "cpu").type == "cuda"
-    return RayMapper(ray or None, partial(set_up_worker, job.options, on_hub), int(on_cuda))
+    return RayMapper(ray or None, partial(loaders.set_up_worker, job.options, on_hub), int(on_cuda))
 
 
 def _ready_to_measure(job: Job, ray: str | None) -> Mapper:
@@ -214,13 +208,13 @@ def _ready_to_measure(job: Job, ray: str | None) -> Mapper:
     if problems:
         raise BadInputError(*problems)
     try:
-        on_hub = find_on_hub(models, job.options)
+        on_hub = loaders.find_on_hub(models, job.options)
     except BadInputError:
         raise
     except Exception:
         require_models(models, job.options)  # says what is wrong
         raise
-    open_on_hub(on_hub)
+    loaders.open_on_hub(on_hub)
     return in_this_process if ray is None else _ray_mapper(ray, job, on_hub)
 
 
