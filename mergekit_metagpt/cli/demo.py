@@ -1,17 +1,24 @@
 """``mergekit-metagpt demo``: train a small base and experts, merge and score them."""
 
-import os
 import shlex
 import shutil
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import click
+import huggingface_hub
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from rich.console import Console
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from mergekit_metagpt.demo.models import Scale
+from mergekit_metagpt.api.functions import survey
+from mergekit_metagpt.cli import _shared
+from mergekit_metagpt.demo import models
+from mergekit_metagpt.report.tables import table
 
 _LEGEND = """\
 metagpt-*: merge_method metagpt, by granularity
@@ -20,8 +27,6 @@ average: stock linear, the plain average of the experts
 One small run: an illustration, not a benchmark
 """
 _SHOWN = "metagpt-direction"
-
-# Imports of torch and MergeKit are inside functions: help and refusals do not wait for them.
 
 
 @click.command(epilog="Example: mergekit-metagpt demo my-demo")
@@ -40,18 +45,12 @@ def demo(directory: Path) -> None:
     """
     is_new = not directory.exists()
     _require_usable(directory)
-    # All models are on this disk: nobody need ask the hub.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-
-    from mergekit_metagpt.cli._shared import console
-    from mergekit_metagpt.demo.models import Scale
-
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # all models are on this disk
     # With more threads, the scores would depend on their number, and such small models would
     # train no faster.
     torch.set_num_threads(1)
     try:
-        run_demo(directory, Scale(), console())
+        run_demo(directory, models.Scale(), _shared.console())
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
         if not is_new:
@@ -61,18 +60,8 @@ def demo(directory: Path) -> None:
         raise
 
 
-def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
+def run_demo(directory: Path, scale: models.Scale, console: Console) -> None:
     """Train, merge and score models in an empty directory, given by its absolute path."""
-    import yaml
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-    from tqdm import tqdm
-
-    from mergekit_metagpt.api.functions import survey
-    from mergekit_metagpt.demo import models
-    from mergekit_metagpt.report.tables import table
-
     tasks, options = models.TASKS, MergeOptions(quiet=True)
     models.train_family(directory, scale)
     rows = {"base": directory / "base", **{f"expert {task}": directory / task for task in tasks}}
@@ -86,13 +75,13 @@ def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
     columns = {"model": list(rows)}
     columns |= {task: [f"{own[task]:.1f}" for own in results] for task in tasks}
     columns["average"] = [f"{fmean(own.values()):.1f}" for own in results]
-    show = console.print
-    show(f"Right answers to {scale.held_out} held-out prompts per task, in %", style="bold")
-    show(table(columns), _LEGEND)
-    experts = [str(directory / task) for task in sorted(tasks)]
-    found = survey(str(rows["base"]), experts, options=options)
-    show("Scaling coefficients at granularity model", style="bold")
-    show(found.shown()[-1])
+    console.print(
+        f"Right answers to {scale.held_out} held-out prompts per task, in %", style="bold"
+    )
+    console.print(table(columns), _LEGEND)
+    found = survey(str(rows["base"]), [str(directory / task) for task in tasks], options=options)
+    console.print("Scaling coefficients at granularity model", style="bold")
+    console.print(found.shown()[-1])
     words = ["mergekit-yaml", str(directory / f"{_SHOWN}.yml"), str(rows[_SHOWN])]
     console.out(f"\n{_SHOWN} is what this writes:\n{shlex.join(words)}", highlight=False)
 
