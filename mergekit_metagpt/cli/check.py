@@ -37,7 +37,6 @@ def check(config: str, out: str | None, merge_options: MergeOptions) -> None:
 
 
 def _show(costs: preflight.Costs) -> None:
-    """Print what a merge will cost as a table, and the notes."""
     rows = [("Method", costs.method)]
     rows += [("Base", costs.base)] if costs.base else []
     rows += [("Expert" if costs.base else "Model", expert) for expert in costs.experts]

@@ -154,7 +154,6 @@ class Choice:
 
 
 def _show(compared: Sequence[Choice]) -> None:
-    """Print a row for each choice."""
     first, rows = compared[0].forecast, [choice.cells for choice in compared]
     columns = {title: [row[title] for row in rows] for title in rows[0]}
     if not any(columns["weights"]):

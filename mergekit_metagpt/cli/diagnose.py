@@ -84,7 +84,6 @@ def diagnose(
 
 
 def _verdict(cosines: Sequence[Sequence[float]]) -> str:
-    """Say what the cosines mean for the merge."""
     largest = max((abs(row[j]) for i, row in enumerate(cosines) for j in range(i)), default=None)
     if largest is None:
         return "With one expert there is no pair to compare."

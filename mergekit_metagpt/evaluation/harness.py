@@ -88,17 +88,16 @@ class Bench:
         missing = [task for task in self.tasks if task not in known]
         if not missing:
             return known
-        options = self.options
-        if not options.quiet:
+        if not self.options.quiet:
             click.echo(f"Scoring {name}", err=True)
         named = {
             "pretrained": model.model.path,
             "revision": model.model.revision,
             "peft": model.lora and model.lora.path,
-            "trust_remote_code": options.trust_remote_code,
+            "trust_remote_code": self.options.trust_remote_code,
         }
         model_args = {key: value for key, value in named.items() if value}
-        hardware = {"batch_size": self.batch_size, "device": options.device or "cpu"}
+        hardware = {"batch_size": self.batch_size, "device": self.options.device or "cpu"}
         tracker = EvaluationTracker(output_path=str(self.folder))
         tracker.general_config_tracker.log_experiment_args("hf", model_args, None, None, False)
         shown = sys.stderr if self.progress else io.StringIO()
