@@ -19,7 +19,6 @@ from pathlib import Path
 import click
 import ray
 import torch
-import yaml
 from mergekit.options import MergeOptions
 
 from benchmarks.cluster_costs import Line, Machines, Model, Times, Work
@@ -30,8 +29,6 @@ from benchmarks.timing import weight_bytes
 from mergekit_metagpt.api.functions import merged
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.loaders import set_up_worker
-from mergekit_metagpt.planning.config import ConfigFile
-from mergekit_metagpt.planning.job import running
 from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
 
 EXPERTS = 3
@@ -76,12 +73,8 @@ class Family:
             "models": [{"model": str(path)} for path in self.models[1:]],
             "out_dtype": "bfloat16",
         }
-        config = ConfigFile("the config", yaml.safe_dump(raw), raw)
-        with (
-            tempfile.TemporaryDirectory(dir=self.models[0].parent) as out,
-            running(config, self.options) as job,
-        ):
-            merged(job, Path(out, "merged"), ray=ray)
+        with tempfile.TemporaryDirectory(dir=self.models[0].parent) as out:
+            merged(raw, Path(out, "merged"), self.options, ray=ray)
 
     @property
     def options(self) -> MergeOptions:

@@ -50,7 +50,9 @@ def register() -> None:
     The start-up file of this package calls this when MergeKit is imported. Call it yourself
     only where Python does not read start-up files: ``pip install --target``, ``python -S``.
     """
-    registry = _registry()
+    # Here and below at each call, since MergeKit may be reloaded or imported anew.
+    from mergekit.merge_methods import registry
+
     known = {method.spec.name for method in registry.registered_methods()}
     for method in _methods():
         if method.spec.name not in known:
@@ -60,21 +62,15 @@ def register() -> None:
 def _methods() -> "list[MetaGPTMerge]":
     """Return a counterpart for every task-vector method of MergeKit."""
     # Submodules only: at registration the package `mergekit.merge_methods` is half imported.
+    from mergekit.merge_methods import registry
     from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 
     from mergekit_metagpt.measure.provider import PROVIDER
     from mergekit_metagpt.method.merge_method import MetaGPTMerge
 
-    stock = _registry().registered_methods()
+    stock = registry.registered_methods()
     own = [method for method in stock if isinstance(method, GeneralizedTaskArithmeticMerge)]
     return [MetaGPTMerge(method, PROVIDER) for method in own]
-
-
-def _registry() -> "Any":
-    """Return MergeKit's registry: at each call, since it may be reloaded or imported anew."""
-    from importlib import import_module
-
-    return import_module(_REGISTRY)
 
 
 class _Finder:

@@ -207,6 +207,12 @@ def merge_config(paths: dict[str, str], method: str = "metagpt", **changes: Any)
     return {**config, **changes}
 
 
+@pytest.fixture
+def config(family: dict[str, str], tmp_path: Path) -> Path:
+    """The file of a config that merges every expert of the family."""
+    return write_yaml(tmp_path / "metagpt.yml", merge_config(family))
+
+
 def problems_of(
     config: dict[str, Any], directory: Path, out: Path | None = None, **options: Any
 ) -> list[str]:

@@ -38,13 +38,12 @@ def test_a_survey_gives_theorem_10(family):
     ("form", "granularity"),
     [(str, "model"), (MergeConfiguration.model_validate, "direction"), (dict, None)],
 )
-def test_a_plan_has_the_figures_of_the_command(form, granularity, family, tmp_path):
+def test_a_plan_has_the_figures_of_the_command(form, granularity, family, config):
     raw = merge_config(family)
-    yml = write_yaml(tmp_path / "metagpt.yml", raw)
-    config = form(yml if form is str else raw)
-    found = mergekit_metagpt.plan(config, granularity=granularity, options=QUIET)
+    given = form(config if form is str else raw)
+    found = mergekit_metagpt.plan(given, granularity=granularity, options=QUIET)
     words = ["--granularity", granularity] if granularity else []
-    shown = json.loads(invoke("coefficients", yml, "--json", *words).stdout)
+    shown = json.loads(invoke("coefficients", config, "--json", *words).stdout)
     assert found.as_json() == shown
     assert found.coefficients == {e["model"]: e["coefficient"] for e in shown["experts"]}
     assert raw == merge_config(family)
@@ -98,16 +97,16 @@ def test_the_caller_keeps_its_loader_options_and_threads(family):
 
 
 def test_bad_input_is_one_error_with_a_sentence(family, tmp_path):
-    raw = merge_config(family, parameters={"granularity": "tensr"})
-    with pytest.raises(BadInputError, match="granularity"):
-        mergekit_metagpt.merge(raw, tmp_path / "out")
-    with pytest.raises(ValueError, match="granularity"):
-        mergekit_metagpt.plan(raw, options=QUIET)
+    raw, missing = merge_config(family, parameters={"granularity": "tensr"}), tmp_path / "none.yml"
+    for call, sentence in (
+        (lambda: mergekit_metagpt.merge(raw, tmp_path / "out"), "granularity"),
+        (lambda: mergekit_metagpt.plan(raw), "granularity"),
+        (lambda: mergekit_metagpt.plan(missing), "cannot be read"),
+        (lambda: mergekit_metagpt.survey(family["base"], [missing]), str(missing)),
+    ):
+        with pytest.raises(BadInputError, match=sentence):
+            call()
     assert not (tmp_path / "out").exists()
-    with pytest.raises(BadInputError, match="cannot be read"):
-        mergekit_metagpt.plan(tmp_path / "none.yml")
-    with pytest.raises(BadInputError, match=str(tmp_path / "none")):
-        mergekit_metagpt.survey(family["base"], [str(tmp_path / "none")])
 
 
 def test_notebooks_show_tables_with_escaped_names_and_plots(family, tmp_path):
@@ -153,7 +152,6 @@ def test_values_that_yaml_does_not_hold_are_written_as_what_they_stand_for(tmp_p
     assert {type(value) for value in found.values()} == {str, float}
 
 
-def test_commands_run_in_other_threads(family, tmp_path):
-    yml = write_yaml(tmp_path / "m.yml", merge_config(family))
+def test_commands_run_in_other_threads(config):
     with ThreadPoolExecutor(1) as pool:
-        assert "No problems found" in pool.submit(invoke, "check", yml).result().stdout
+        assert "No problems found" in pool.submit(invoke, "check", config).result().stdout

@@ -18,11 +18,6 @@ from conftest import (
 )
 
 
-@pytest.fixture
-def config(family, tmp_path):
-    return write_yaml(tmp_path / "metagpt.yml", merge_config(family))
-
-
 def measured(config, *words):
     return json.loads(invoke("coefficients", config, "--json", *words).stdout)
 
@@ -125,7 +120,8 @@ def test_an_expert_that_has_no_part_in_a_slice_has_no_norm_there(family, tmp_pat
 
 
 def test_people_see_tables_and_a_picture(config, tmp_path):
-    output = invoke("coefficients", config, "--plot", tmp_path / "coefficients.png").stdout
+    picture = tmp_path / "coefficients.png"
+    output = invoke("coefficients", config, "--plot", picture).stdout
     for text in (
         "Scaling coefficients", "λ by layer", "Cosines of the task vectors",
         "bound on the average loss difference", "this merge", "least", "mean",
@@ -134,9 +130,7 @@ def test_people_see_tables_and_a_picture(config, tmp_path):
     assert "▇" in output or "█" in output
     one_set = invoke("coefficients", config, "--granularity", "model").stdout
     assert not any(word in one_set for word in ("least", "by layer", "mean"))
-    assert (tmp_path / "coefficients.png").read_bytes().startswith(b"\x89PNG")
-    failed = invoke("coefficients", config, "--plot", tmp_path / "coefficients.doc", status=1)
-    assert "cannot be written as coefficients.doc" in failed.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_warnings_go_to_standard_error(tmp_path):
@@ -165,7 +159,10 @@ def test_a_bad_config_is_one_sentence(family, tmp_path):
     bad = tmp_path / "bad.yml"
     for text, sentence in (
         ("models: []", "bad.yml is wrong at merge_method: Field required"),
-        ("merge_method: linear\nmodels: [{model: x}]", "merge_method linear has no coefficients"),
+        (
+            "merge_method: linear\nmodels: [{model: x}]",
+            "linear has no coefficients to choose; set one of metagpt, metagpt_",
+        ),
         (yaml.safe_dump(merge_config(family, base_model=None)), "Merge method requires a base"),
     ):
         bad.write_text(text)

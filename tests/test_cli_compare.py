@@ -1,13 +1,14 @@
 """``mergekit-metagpt compare``: other parameters of a config, from one survey."""
 
 import json
+import re
 
 import pytest
 from conftest import invoke, llama_config, merge_config, save_family, write_yaml
 
 
 def compared(config, *words):
-    return json.loads(invoke("compare", config, "--json", *words).stdout)
+    return json.loads(invoke("compare", config, "--json", *words).stdout)["choices"]
 
 
 def coefficients(folder, config):
@@ -15,13 +16,8 @@ def coefficients(folder, config):
     return json.loads(invoke("coefficients", yml, "--json").stdout)
 
 
-@pytest.fixture
-def config(family, tmp_path):
-    return write_yaml(tmp_path / "metagpt.yml", merge_config(family))
-
-
 def test_every_row_says_what_coefficients_says_of_that_choice(family, config, tmp_path, passes):
-    found = compared(config)["choices"]
+    found = compared(config)
     assert len(passes) == 1
     assert [(c["granularity"], c["exponent"]) for c in found] == [
         (granularity, exponent)
@@ -38,9 +34,8 @@ def test_every_row_says_what_coefficients_says_of_that_choice(family, config, tm
 
 def test_priors_are_given_by_short_names_or_paths(family, config, tmp_path):
     words = ["--granularity", "model", "--exponent", "2"]
-    own, first, second = compared(
-        config, *words, "--weights", "a=4", "--weights", f"{family['b']}=0,a=1"
-    )["choices"]
+    words += ["--weights", "a=4", "--weights", f"{family['b']}=0,a=1"]
+    own, first, second = compared(config, *words)
     assert own["weights"] is None
     assert first["weights"] == {family["a"]: 4}
     assert second["weights"] == {family["a"]: 1, family["b"]: 0}
@@ -49,30 +44,20 @@ def test_priors_are_given_by_short_names_or_paths(family, config, tmp_path):
     assert four_a == pytest.approx(4 * a / (4 * a + b))
 
 
-def test_direction_has_a_row_of_its_own_when_it_is_asked_for(family, config, tmp_path):
-    found = compared(config, "--granularity", "direction", "--granularity", "model")
-    *_, last = found["choices"]
-    first = found["choices"][0]
+def test_direction_has_a_row_of_its_own_when_it_is_asked_for(config):
+    first, *_, last = compared(config, "--granularity", "direction", "--granularity", "model")
     assert (first["granularity"], first["exponent"], first["bound"]) == ("direction", "0", None)
+    assert all(expert["kept"] == expert["coefficient"] for expert in first["experts"])
     assert last["granularity"] == "model"
-    assert found["advice"].startswith("Granularity direction keeps ")
-    assert "no other choice more than" in found["advice"]
-    alone = compared(config, "--granularity", "direction")["advice"]
-    assert alone == found["advice"].partition(",")[0] + "."
 
 
-def test_the_advice_follows_from_the_figures(family, config, tmp_path):
-    assert compared(config)["advice"].startswith("No expert dominates in these choices")
+def test_it_shows_how_much_one_expert_dominates(tmp_path):
     paths = save_family(tmp_path, llama_config(), scales=(0.001, 0.01))
-    far = write_yaml(tmp_path / "far.yml", merge_config(paths))
-    assert compared(far)["advice"] == (
-        "One expert dominates in 6 of these 9 choices; choose another, such as tensor, exponent 0."
-    )
-    assert compared(far, "--exponent", "2")["advice"] == (
-        "One expert dominates in each of these choices; give it a smaller weight."
-    )
-    ties = write_yaml(tmp_path / "ties.yml", merge_config(family, "metagpt_ties"))
-    assert compared(ties)["advice"] == "No expert dominates in these choices."
+    config = write_yaml(tmp_path / "far.yml", merge_config(paths))
+    found = compared(config, "--granularity", "model")
+    assert [choice["dominated"] for choice in found] == [1, 1, 0]
+    shown = invoke("compare", config, "--granularity", "model", "--exponent", 1).stdout
+    assert re.search(r"^ model .* 100% *$", shown, re.MULTILINE)
 
 
 def test_the_table_and_the_figure_show_every_choice(config, tmp_path):

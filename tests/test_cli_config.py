@@ -8,11 +8,6 @@ import torch
 from conftest import invoke, invoke_merge, merge_config, on_posix, slices_config, write_yaml
 
 
-@pytest.fixture
-def config(family, tmp_path):
-    return write_yaml(tmp_path / "metagpt.yml", merge_config(family))
-
-
 def test_standard_input_is_a_config(config, tmp_path):
     text = config.read_text()
     invoke_merge("-", tmp_path / "out", input=text)

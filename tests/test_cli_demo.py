@@ -2,7 +2,6 @@
 
 import io
 import sys
-import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,21 +10,18 @@ import torch
 import transformers
 import yaml
 from conftest import invoke, read, run
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
 from rich.console import Console
 
 import mergekit_metagpt
 from mergekit_metagpt.cli.demo import run_demo
 from mergekit_metagpt.core.granularities import GRANULARITIES
-from mergekit_metagpt.demo import merges
 from mergekit_metagpt.demo.models import (
     TASKS,
     Scale,
     encode,
     examples,
     make_tokenizer,
+    merge_configs,
     train_family,
 )
 
@@ -35,21 +31,8 @@ MERGES = [*(f"metagpt-{name}" for name in GRANULARITIES), "task-arithmetic", "av
 EXAMPLE = Path(__file__).parents[1] / "example_configs" / "demo.yml"
 
 
-def output() -> Console:
-    return Console(file=io.StringIO(), width=120)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with a base and its experts."""
-    folder = tmp_path_factory.mktemp("trained")
-    train_family(folder, SMALL)
-    return folder
-
-
-def test_a_demo_scores_every_model_and_leaves_merges_that_load(tmp_path, monkeypatch):
-    monkeypatch.setattr(merges, "merge_with_mergekit", merge_here)
-    console = output()
+def test_a_demo_scores_every_model_and_leaves_merges_that_load(tmp_path):
+    console = Console(file=io.StringIO(), width=120)
     run_demo(tmp_path, SMALL, console)
     text = console.file.getvalue()
     experts = [f"expert {task}" for task in TASKS]
@@ -77,21 +60,25 @@ def test_a_demo_scores_every_model_and_leaves_merges_that_load(tmp_path, monkeyp
         "merged", *MODELS, *(f"{name}.yml" for name in MERGES)
     }  # fmt: skip
 
-
-def merge_here(command: str, config: Path, out: Path) -> None:
-    """Merge in this process; test_cli_resolve.py runs the command itself."""
-    assert Path(command).name == "mergekit-yaml"
-    parsed = MergeConfiguration.model_validate(yaml.safe_load(config.read_text()))
-    run_merge(parsed, str(out), MergeOptions(quiet=True))
-
-
-def test_a_demo_trains_the_same_models_again(trained, tmp_path):
-    torch.manual_seed(5)  # whatever was drawn before
-    train_family(tmp_path, SMALL)
+    torch.manual_seed(5)  # whatever was drawn before, the same models are trained again
+    train_family(tmp_path / "again", SMALL)
     for model in MODELS:
-        first, second = read(trained / model), read(tmp_path / model)
+        first, second = read(tmp_path / model), read(tmp_path / "again" / model)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_stock_command_that_fails_is_told_in_its_own_words(tmp_path, monkeypatch):
+    (tmp_path / "mergekit-yaml").write_text(
+        f"#!{sys.executable}\nraise SystemExit('no such model')"
+    )
+    (tmp_path / "mergekit-yaml").chmod(0o755)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr("mergekit_metagpt.demo.models.Scale", lambda: SMALL)
+    said = invoke("demo", tmp_path / "demo", status=1).output
+    assert "mergekit-yaml" in said
+    assert said.endswith("no such model\n\n")
+    assert not (tmp_path / "demo").exists()
 
 
 def test_training_lowers_the_loss_of_an_experts_own_task(tmp_path):
@@ -104,19 +91,15 @@ def test_training_lowers_the_loss_of_an_experts_own_task(tmp_path):
     assert losses[0] < losses[1]
 
 
-def test_a_task_has_one_right_answer_and_no_held_out_example_is_trained_on():
+def test_a_task_has_one_right_answer_and_no_held_out_example_is_trained_on(tmp_path):
     answers = {task: answer("709056") for task, answer in TASKS.items()}
     assert answers == {"reverse": "650907", "sort": "005679", "double": "418112"}
     for task in TASKS:
         drawn = examples(task, SMALL)
         assert list(map(len, drawn)) == [20, 6, 18]
         assert len(set().union(*drawn)) == 44
-
-
-def test_the_tokenizer_keeps_every_word_and_digit(tmp_path):
-    tokenizer = make_tokenizer()
+    tokenizer, line = make_tokenizer(), drawn[0][0]
     tokenizer.save_pretrained(tmp_path)
-    line = examples("double", SMALL)[0][0]
     for known in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path)):
         ids = known(line)["input_ids"]
         assert (len(ids), known.decode(ids)) == (16, f"<s> {line}")
@@ -124,7 +107,7 @@ def test_the_tokenizer_keeps_every_word_and_digit(tmp_path):
 
 def test_the_example_config_is_what_the_demo_merges():
     example = yaml.safe_load(EXAMPLE.read_text().replace("./metagpt-demo", "metagpt-demo"))
-    assert example == merges.merge_configs(Path("metagpt-demo"))["metagpt-direction"]
+    assert example == merge_configs(Path("metagpt-demo"))["metagpt-direction"]
 
 
 def test_directories_that_cannot_be_used_are_refused_and_kept(tmp_path):
@@ -138,20 +121,6 @@ def test_directories_that_cannot_be_used_are_refused_and_kept(tmp_path):
     said = invoke("demo", tmp_path / "mine.txt" / "inside", status=1).output
     assert "cannot be used (Not a directory)" in said
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_a_merge_that_fails_shows_what_it_said(tmp_path):
-    config = tmp_path / "wrong.yml"
-    config.write_text("raise SystemExit('of no such model')")
-    with pytest.raises(RuntimeError, match=r"could not merge .*wrong\.yml:\nof no such model\n"):
-        merges.merge_with_mergekit(sys.executable, config, tmp_path / "out")
-
-
-def test_an_interpreter_without_mergekit_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
-    with pytest.raises(FileNotFoundError, match="no mergekit-yaml"):
-        run_demo(tmp_path / "demo", SMALL, output())
-    assert not any(tmp_path.iterdir())
 
 
 def test_the_list_of_commands_imports_neither_torch_nor_mergekit():

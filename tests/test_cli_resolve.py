@@ -5,9 +5,7 @@ import stat
 
 import pytest
 import torch
-from conftest import invoke, merge_config, on_posix, read, write_yaml
-
-from mergekit_metagpt.demo.merges import merge_with_mergekit, stock_command
+from conftest import command, invoke, merge_config, on_posix, read, run, write_yaml
 
 
 @pytest.fixture
@@ -17,15 +15,12 @@ def resolve(family, tmp_path):
     return lambda *words: invoke("resolve", yml, *words, "--quiet").stdout
 
 
-def test_stock_mergekit_merges_it_to_the_same_bytes_without_this_package(
-    family, merge, tmp_path, monkeypatch
-):
+def test_stock_mergekit_merges_it_to_the_same_bytes_without_this_package(family, merge, tmp_path):
     config = merge_config(family, "metagpt_ties", parameters={"density": 0.5})
     stock = tmp_path / "stock.yml"
     invoke("resolve", write_yaml(tmp_path / "metagpt.yml", config), "-o", stock)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("MERGEKIT_METAGPT_AUTOLOAD", "0")
-    merge_with_mergekit(stock_command(), stock, tmp_path / "out")
+    done = run(command("mergekit-yaml"), stock, tmp_path / "out", MERGEKIT_METAGPT_AUTOLOAD="0")
+    assert done.returncode == 0, done.stderr
     ours, theirs = merge(config), read(tmp_path / "out")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -32,8 +32,7 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
-def test_mergekit_yaml_merges_to_a_model_that_loads_and_generates(family, out, tmp_path):
-    config = write_yaml(tmp_path / "metagpt.yml", merge_config(family))
+def test_mergekit_yaml_merges_to_a_model_that_loads_and_generates(family, config, out):
     done = run(command("mergekit-yaml"), config, out)
     assert done.returncode == 0, done.stderr
     assert_merge_of(out, family, "tensor")

@@ -1,9 +1,7 @@
 """The example configs, planned and merged on tiny stand-ins for the models they name."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from zlib import crc32
 
 import pytest
@@ -26,20 +24,18 @@ EXAMPLES = Path(__file__).parents[1] / "example_configs"
 # Tokens that these have and their base has not: 1, 1 and 23296 of them in the originals.
 ADDED_TOKENS = {"TIGER-Lab/MAmmoTH-7B": 1, "TIGER-Lab/MAmmoTH-13B": 1, "hfl/chinese-llama-2-7b": 46}
 
-StandIn = Callable[[str], str]
-
 
 @pytest.fixture(params=sorted(EXAMPLES.glob("*.yml")), ids=lambda path: path.stem)
-def example(request: pytest.FixtureRequest) -> Path:
+def example(request):
     return request.param
 
 
 @pytest.fixture(scope="session")
-def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
+def stand_in(tmp_path_factory):
     """Return the path of a tiny model, made when its name is first asked for."""
     directory = tmp_path_factory.mktemp("hub")
 
-    def make(name: str) -> str:
+    def make(name):
         base, _, adapter = name.partition("+")
         path = directory / (adapter or base).replace("/", "--")
         if adapter:
@@ -56,14 +52,14 @@ def merges(text: str, stages: Path) -> dict[str | None, MergeConfiguration]:
     return load_config(text, str(stages))[0]
 
 
-def localized(example: Path, stand_in: StandIn, stages: Path) -> dict[str | None, Any]:
+def localized(example, stand_in, stages):
     """Return the merges of an example with a stand-in for every model."""
     text = example.read_text()
     configs = merges(text, stages)
     models = {str(model) for config in configs.values() for model in config.referenced_models()}
     models -= {str(stages / name) for name in configs if name}
 
-    def replace(node: Any) -> Any:
+    def replace(node):
         if isinstance(node, dict):
             return {key: replace(value) for key, value in node.items()}
         if isinstance(node, list):
@@ -74,9 +70,7 @@ def localized(example: Path, stand_in: StandIn, stages: Path) -> dict[str | None
     return merges(yaml.safe_dump_all(documents), stages)
 
 
-def test_an_example_starts_with_its_command_and_a_merge_of_this_package(
-    example: Path, tmp_path: Path
-) -> None:
+def test_an_example_starts_with_its_command_and_a_merge_of_this_package(example, tmp_path):
     text = example.read_text()
     header = text.split("\n\n")[0]
     assert all(line.startswith("#") for line in header.splitlines())
@@ -90,21 +84,13 @@ def test_an_example_starts_with_its_command_and_a_merge_of_this_package(
         assert str(tmp_path / name) in map(str, config.referenced_models())
 
 
-def test_an_example_merges_every_tensor_into_a_model_that_loads(
-    example: Path, stand_in: StandIn, tmp_path: Path
-) -> None:
+def test_an_example_merges_every_tensor_into_a_model_that_loads(example, stand_in, tmp_path):
+    cache = {"lora_merge_dtype": "float32", "lora_merge_cache": str(tmp_path / "lora-cache")}
     for name, config in localized(example, stand_in, tmp_path).items():
         dtype = config.out_dtype or config.dtype
         base = read(config.base_model.model.path)
         out = tmp_path / (name or "merged")
-        options = MergeOptions(
-            quiet=True,
-            random_seed=0,
-            lora_merge_dtype="float32",
-            lora_merge_cache=str(tmp_path / "lora-cache"),
-        )
-        run_merge(config, str(out), options)
-
+        run_merge(config, str(out), MergeOptions(quiet=True, random_seed=0, **cache))
         model = transformers.AutoModelForCausalLM.from_pretrained(out)
         tokenizer = transformers.AutoTokenizer.from_pretrained(out)
         assert dtype is None or str(model.dtype) == f"torch.{dtype}"
@@ -115,7 +101,7 @@ def test_an_example_merges_every_tensor_into_a_model_that_loads(
         assert any(not torch.equal(merged[key], base[key].to(model.dtype)) for key in base)
 
 
-def test_the_annotated_example_spells_out_the_defaults(tmp_path: Path) -> None:
+def test_the_annotated_example_spells_out_the_defaults(tmp_path):
     config = merges((EXAMPLES / "metagpt.yml").read_text(), tmp_path)[None]
     spec = merge_methods.get(config.merge_method).spec
     defaults = {parameter.name: parameter.default for parameter in spec.parameters}

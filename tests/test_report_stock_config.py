@@ -146,8 +146,3 @@ def test_what_is_written_passes_the_check_and_merges_to_the_same(
     text = resolved(config)
     assert inspect(ConfigFile("stock.yml", text, yaml.safe_load(text))).problems == []
     assert_same(merge, config, steps=2)
-
-
-def test_another_method_is_refused(family):
-    with pytest.raises(ValueError, match=r"merge_method linear has no coefficients.*metagpt_ties"):
-        resolved(merge_config(family, "linear"))

@@ -16,7 +16,6 @@ from twine.commands.check import check
 ROOT = Path(__file__).parents[1]
 
 MODULES = "import sys; print(*sys.modules)"
-
 FINDERS = "import sys; print([type(f).__name__ for f in sys.meta_path].count('_Finder'))"
 
 SPAWN = """

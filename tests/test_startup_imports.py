@@ -103,23 +103,23 @@ importlib.reload(sys.modules["mergekit.merge_methods.generalized_task_arithmetic
 importlib.reload(sys.modules["mergekit.merge_methods.registry"])
 """
 
-IMPORTS_ANEW = """
+FORGETS = """
 import sys
-import mergekit.merge_methods, mergekit_metagpt.planning.forecast
 for name in [name for name in sys.modules if name.split(".")[0] == "mergekit"]:
     del sys.modules[name]
 """
 
-COPIES_THE_LOADER = """
+IMPORTS_ANEW = "import mergekit.merge_methods, mergekit_metagpt.planning.forecast" + FORGETS
+
+COPIES_THE_LOADER = (
+    """
 import copy, importlib.util
 import mergekit
 spec = copy.deepcopy(importlib.util.find_spec("mergekit.merge_methods"))
 assert spec.loader.get_source(spec.name).startswith("# Copyright")
-import sys
-for name in [name for name in sys.modules if name.split(".")[0] == "mergekit"]:
-    del sys.modules[name]
 """
-
+    + FORGETS
+)
 
 # MergeKit's evolution does so, in its workers too. Modules keep their own loaders.
 IMPORTS_GENOMES_FIRST = """

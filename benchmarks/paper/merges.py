@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import click
 import yaml
 
 from benchmarks.paper.tables import Row
-from mergekit_metagpt.demo.merges import stock_command
 
 
 def with_local_models(row: Row, folder: Path) -> Row:
@@ -65,7 +65,8 @@ def merge(row: Row, path: Path) -> None:
     file = path.with_name("merge.yml")
     file.write_text(config, "utf-8")
     options = ["--random-seed", "0", "--device", "auto"]
-    status = subprocess.run([stock_command(), str(file), str(partial), *options]).returncode
+    command = Path(sysconfig.get_path("scripts"), "mergekit-yaml")
+    status = subprocess.run([command, str(file), str(partial), *options]).returncode
     if status:
         shutil.rmtree(partial, ignore_errors=True)
         raise click.ClickException(

@@ -18,14 +18,10 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt import preflight
 from mergekit_metagpt.api.results import Merged, Plan, Survey
+from mergekit_metagpt.measure import loaders
 from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.measure.loaders import (
-    HubLoader,
-    find_on_hub,
-    is_looked_up,
-    set_up_worker,
-)
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.merging.record import hub_names
 from mergekit_metagpt.merging.whole import merge_whole
@@ -34,8 +30,6 @@ from mergekit_metagpt.planning.config import ConfigFile, plain, read_config, ref
 from mergekit_metagpt.planning.forecast import Forecast, forecast, own_method
 from mergekit_metagpt.planning.job import Job, running
 from mergekit_metagpt.planning.models import find_model_files, require_models
-from mergekit_metagpt.planning.outputs import Outputs
-from mergekit_metagpt.preflight import ignored, inspect
 from mergekit_metagpt.preflight.adapters import bad_adapters
 from mergekit_metagpt.report.plots import comparison_figure
 from mergekit_metagpt.wording import BadInputError
@@ -65,8 +59,7 @@ def survey(
         ValueError: if models are missing or cannot be compared, or if a tensor holds NaN or Inf.
             The message names the model and the tensor.
     """
-    options = options or MergeOptions()
-    with running(comparing(base, experts), options, not options.quiet) as job:
+    with running(comparing(base, experts), options or MergeOptions()) as job:
         found = measured(job)
     return replace(found, figures=found.figures.in_order_of(list(map(reference, experts))))
 
@@ -84,10 +77,7 @@ def plan(
     Raises:
         ValueError: if the merge would refuse the config or its models; says why.
     """
-    options = options or MergeOptions()
-    with running(_read(config), options, not options.quiet) as job:
-        (foreseen,) = forecasts(job, [granularity], warn=_log)
-    return Plan(foreseen)
+    return Plan(*forecasts(config, options or MergeOptions(), [granularity]))
 
 
 def merge(config: Config, out: str | Path, *, options: MergeOptions | None = None) -> Merged:
@@ -103,17 +93,7 @@ def merge(config: Config, out: str | Path, *, options: MergeOptions | None = Non
     Raises:
         ValueError: if the merge has problems; names all of them.
     """
-    file, options = _read(config), options or MergeOptions()
-    looked_at = inspect(file, str(out), options)
-    if looked_at.problems:
-        raise BadInputError(*looked_at.problems)
-    _log(looked_at.warnings)
-    with running(file, options, not options.quiet) as job:
-        return merged(job, Path(out), outputs=looked_at.outputs)
-
-
-def _read(config: Config) -> ConfigFile:
-    return read_config(str(config)) if isinstance(config, str | Path) else written(config)
+    return merged(config, Path(out), options or MergeOptions())
 
 
 def _log(sentences: Iterable[str]) -> None:
@@ -122,12 +102,13 @@ def _log(sentences: Iterable[str]) -> None:
 
 
 def forecasts(
-    job: Job,
-    granularities: Sequence[str | None],
+    config: Config,
+    options: MergeOptions,
+    granularities: Sequence[str | None] = (None,),
     *,
     numbers_only: bool = False,
     ray: str | None = None,
-    warn: Callable[[Iterable[str]], None],
+    warn: Callable[[Iterable[str]], None] = _log,
 ) -> list[Forecast]:
     """Return the coefficients that a merge will use.
 
@@ -135,39 +116,44 @@ def forecasts(
     None; ``numbers_only`` refuses direction. What MergeKit ignores in the config is warned of,
     and a failure is explained by the problems that ``check`` finds.
     """
-    known = ignored(job.config)
-    warn(known)
-    try:
-        own_method(job.parsed)  # before the hub is asked for anything
-        mapper = _ready_to_measure(job, ray)
-        settings: Any = {"numbers_only": numbers_only, "progress": job.progress, "mapper": mapper}
-        return [forecast(job.parsed, job.options, granularity=g, **settings) for g in granularities]
-    except BadInputError:
-        raise
-    except Exception as error:
-        problems = inspect(job.config, options=job.options).problems
-        if set(problems) - set(known):
-            raise BadInputError(*problems) from error
-        raise
+    with running(_read(config), options) as job:
+        known = preflight.ignored(job.config)
+        warn(known)
+        try:
+            own_method(job.parsed)  # before the hub is asked for anything
+            mapper = _ready_to_measure(job, ray)
+            settings: Any = {"numbers_only": numbers_only, "progress": job.progress}
+            return [
+                forecast(job.parsed, job.options, granularity=each, mapper=mapper, **settings)
+                for each in granularities
+            ]
+        except BadInputError:
+            raise
+        except Exception as error:
+            problems = preflight.inspect(job.config, options=job.options).problems
+            if set(problems) - set(known):
+                raise BadInputError(*problems) from error
+            raise
 
 
 def comparing(base: str | ModelReference, experts: Sequence[str | ModelReference]) -> ConfigFile:
     """Return a config that compares models, named as MergeKit writes them."""
     models = [{"model": reference(model)} for model in experts]
-    its = {"merge_method": "metagpt", "base_model": reference(base), "models": models}
-    return written(its, "the command")
+    return _read({"merge_method": "metagpt", "base_model": reference(base), "models": models})
 
 
-def written(config: Any, name: str = "the config") -> ConfigFile:
-    """Return the content of a config as if it had been read from a file."""
-    raw = plain(config)
-    return ConfigFile(name, yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), raw)
+def _read(config: Config) -> ConfigFile:
+    """Read a file, or the content of one as if it had been read."""
+    if isinstance(config, str | Path):
+        return read_config(str(config))
+    raw: Any = plain(config)
+    return ConfigFile("the config", yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), raw)
 
 
 def measured(job: Job, ray: str | None = None) -> Survey:
     """Return the survey of the base and the experts of a job, with inner products."""
     models = job.parsed.referenced_models()
-    require_models([model for model in models if not is_looked_up(model)], job.options)
+    require_models([model for model in models if not loaders.is_looked_up(model)], job.options)
     base, experts = job.base_and_experts
     checkpoints = Checkpoints(base, tuple(experts))
     mapper = _ready_to_measure(job, ray)
@@ -177,34 +163,37 @@ def measured(job: Job, ray: str | None = None) -> Survey:
 
 
 def merged(
-    job: Job,
+    config: Config,
     out: Path,
+    options: MergeOptions,
     *,
     names: Sequence[str] = (),
-    outputs: Outputs | None = None,
     ray: str | None = None,
+    warn: Callable[[Iterable[str]], None] = _log,
 ) -> Merged:
-    """Merge a job without problems into a new directory.
+    """Do what :func:`merge` does. ``names`` are PATH=USER/NAME, for paths in the config."""
+    written = _read(config)
+    found = preflight.inspect(written, str(out), options)
+    if found.problems:
+        raise BadInputError(*found.problems)
+    warn(found.warnings)
+    with running(written, options) as job:
+        if found.outputs:
+            job.outputs = found.outputs
+        record = merge_whole(
+            job,
+            out,
+            names=hub_names(written.raw, names),
+            draw=_draw if find_spec("matplotlib") else None,
+            mapper=None if ray is None else _ray_mapper(ray, job),
+        )
+        return Merged(out, Summary(job.entries), record)
 
-    ``names`` are PATH=USER/NAME, for paths in the config; ``outputs`` are what will be written, if
-    that is known.
-    """
-    if outputs:
-        job.outputs = outputs
-    record = merge_whole(
-        job,
-        out,
-        names=hub_names(job.config.raw, names),
-        draw=_draw if find_spec("matplotlib") else None,
-        mapper=None if ray is None else _ray_mapper(ray, job),
-    )
-    return Merged(out, Summary(job.entries), record)
 
-
-def _ray_mapper(ray: str, job: Job, on_hub: Sequence[HubLoader] = ()) -> RayMapper:
+def _ray_mapper(ray: str, job: Job, on_hub: Sequence[loaders.HubLoader] = ()) -> RayMapper:
     """Return a cluster, whose workers read the models ``on_hub`` from there."""
     on_cuda = torch.device(job.options.device or "cpu").type == "cuda"
-    return RayMapper(ray or None, partial(set_up_worker, job.options, on_hub), int(on_cuda))
+    return RayMapper(ray or None, partial(loaders.set_up_worker, job.options, on_hub), int(on_cuda))
 
 
 def _ready_to_measure(job: Job, ray: str | None) -> Mapper:
@@ -218,7 +207,7 @@ def _ready_to_measure(job: Job, ray: str | None) -> Mapper:
     if problems:
         raise BadInputError(*problems)
     try:
-        on_hub = find_on_hub(models, job.options)
+        on_hub = loaders.find_on_hub(models, job.options)
     except BadInputError:
         raise
     except Exception:

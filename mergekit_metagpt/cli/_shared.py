@@ -1,32 +1,21 @@
-"""What the commands share: MergeKit's options, how one fails, and what is printed and written."""
+"""What the commands share: MergeKit's options, how one fails, and what is printed."""
 
 import logging
-import os
-import shutil
-import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from io import BytesIO
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import torch
 from mergekit.common import parse_kmb
-from mergekit.options import MergeOptions
+from mergekit.options import MergeOptions, PrettyPrintHelp
 from rich.console import Console
 
-from mergekit_metagpt.api.functions import forecasts
 from mergekit_metagpt.mergekit_private import MERGE_LOGGER, add_merge_options
-from mergekit_metagpt.planning.config import ConfigFile, read_config
-from mergekit_metagpt.planning.forecast import Forecast
-from mergekit_metagpt.planning.job import Job, running
+from mergekit_metagpt.report.plots import require_plotting
 from mergekit_metagpt.wording import BadInputError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _PACKAGE = __name__.partition(".")[0]
 _ISSUES = "https://github.com/mergekit-metagpt/mergekit-metagpt/issues"
@@ -49,7 +38,7 @@ ray_option = click.option(
 
 
 def plot_option(what: str) -> Callable[[Any], Any]:
-    """Return the option ``--plot``; the command calls ``require_plotting`` before it works."""
+    """Return the option ``--plot``; a file that cannot be written is refused before the work."""
     return click.option(
         "--plot",
         type=click.Path(dir_okay=False, path_type=Path),
@@ -57,7 +46,7 @@ def plot_option(what: str) -> Callable[[Any], Any]:
     )
 
 
-class MergeCommand(click.Command):
+class MergeCommand(PrettyPrintHelp):
     """A command that also takes every option of MergeKit, as ``mergekit-yaml`` does.
 
     Its function gets them as ``merge_options``, of MergeKit's own class. If it raises an
@@ -68,19 +57,11 @@ class MergeCommand(click.Command):
         super().__init__(*args, **settings)
         mergekits = click.command()(add_merge_options(dict))
         self._collect: Any = mergekits.callback
-        self._merge_options = mergekits.params
-        for option in self._merge_options:
+        for option in mergekits.params:
             if option.name == "out_shard_size":
                 option.type = click.types.convert_type(size)
         verbose = click.Option(["--verbose"], is_flag=True, help="Show the traceback of a failure.")
-        self.params += [verbose, *self._merge_options]
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Show the command's own options, and MergeKit's below them."""
-        own = [option for option in self.get_params(ctx) if option not in self._merge_options]
-        for title, shown in (("Options", own), ("MergeKit's options", self._merge_options)):
-            with formatter.section(title):
-                formatter.write_dl(list(filter(None, (it.get_help_record(ctx) for it in shown))))
+        self.params += [verbose, *mergekits.params]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command with ``merge_options``."""
@@ -91,34 +72,36 @@ class MergeCommand(click.Command):
             logging.getLogger(MERGE_LOGGER).addFilter(_without_traceback)
         try:
             ctx.params = self._collect(**ctx.params)
-            _require_device(ctx.params["merge_options"])
+            options = ctx.params["merge_options"]
+            _require_device(options)
+            options.apply_global_options()
+            require_plotting(ctx.params.get("plot"))
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
             if verbose:
                 raise
-            raise click.ClickException(_told(error) or _failure(ctx, error)) from error
+            raise click.ClickException(_explained(error, ctx.command_path)) from error
 
 
-def _told(error: Exception) -> str | None:
-    """Return the text of an exception that this package wrote for the user, or None."""
+def _explained(error: Exception, command: str) -> str:
+    """Return what this package wrote for the user, or else say what failed."""
+    if isinstance(error, BadInputError):
+        return "\nError: ".join(error.args)
     said = " ".join(str(error).split())
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     own = frame.f_globals.get("__name__", "").startswith(f"{_PACKAGE}.")
     whole = said.endswith(".") or "pip install" in said or isinstance(error, ConnectionError)
-    return said if isinstance(error, BadInputError) or (own and whole) else None
-
-
-def _failure(ctx: click.Context, error: Exception) -> str:
-    """Say what failed, if nobody has foreseen it."""
+    if own and whole:
+        return said
     if isinstance(error, OSError) and error.strerror:
         of = f": {error.filename}" if error.filename else ""
-        return f"{ctx.command_path} failed ({error.strerror}{of}); correct that, and run it again."
+        return f"{command} failed ({error.strerror}{of}); correct that, and run it again."
     why = textwrap.shorten(f"{type(error).__name__}: {error}", _LONGEST).rstrip(".: ")
     return (
-        f"{ctx.command_path} failed ({why}); run it again with --verbose for the traceback, and if "
-        f"that does not help, report it at {_ISSUES}."
+        f"{command} failed ({why}); run it again with --verbose for the traceback, and if that "
+        f"does not help, report it at {_ISSUES}."
     )
 
 
@@ -156,58 +139,3 @@ def warn(sentences: Iterable[str]) -> None:
     """Print warnings to standard error."""
     for sentence in sentences:
         click.secho(f"Warning: {sentence}", fg="yellow", err=True)
-
-
-def wants_progress(options: MergeOptions) -> bool:
-    """Return whether progress bars are shown: on a terminal, unless ``--quiet`` is given."""
-    return sys.stderr.isatty() and not options.quiet
-
-
-@contextmanager
-def job_of(config: str | ConfigFile, options: MergeOptions) -> Iterator[Job]:
-    """Run a job with MergeKit's options; a config that is not read yet is given by its path."""
-    options.apply_global_options()  # type: ignore[no-untyped-call]
-    written = read_config(config) if isinstance(config, str) else config
-    with running(written, options, wants_progress(options)) as job:
-        yield job
-
-
-def forecast_config(
-    config: str,
-    options: MergeOptions,
-    ray: str | None,
-    granularities: Sequence[str | None] = (None,),
-    numbers_only: bool = False,
-) -> list[Forecast]:
-    """Return what ``forecasts`` does for the config at a path, and print its warnings."""
-    with job_of(config, options) as job:
-        return forecasts(job, granularities, numbers_only=numbers_only, ray=ray, warn=warn)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, which appears whole or not at all; ``-`` is standard output.
-
-    Raises:
-        OSError: if it cannot be written; names ``path``.
-    """
-    if str(path) == "-" or path.is_symlink() or (path.exists() and not path.is_file()):
-        with click.open_file(path, "wb") as stream:  # a link, a device or a pipe stays what it is
-            stream.write(content)
-        return
-    part = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        part.write_bytes(content)
-        if path.exists():
-            shutil.copymode(path, part)
-        part.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure; the suffix sets the format."""
-    drawn = BytesIO()
-    figure.savefig(drawn, format=path.suffix.removeprefix("."))
-    write_whole(path, drawn.getvalue())

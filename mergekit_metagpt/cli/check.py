@@ -1,16 +1,16 @@
 """``mergekit-metagpt check``: find the problems of a merge before it runs."""
 
-import logging
+import math
+from datetime import timedelta
 
 import click
-import transformers
 from mergekit.options import MergeOptions
 from rich.filesize import decimal
 from rich.table import Table
 
 from mergekit_metagpt import preflight
 from mergekit_metagpt.cli import _shared
-from mergekit_metagpt.planning.config import ConfigFile
+from mergekit_metagpt.wording import BadInputError
 
 
 @click.command(cls=_shared.MergeCommand)
@@ -28,28 +28,15 @@ def check(config: str, out: str | None, merge_options: MergeOptions) -> None:
     Example:
       mergekit-metagpt check metagpt.yml merged/
     """
-    logging.basicConfig(level=logging.INFO if merge_options.verbosity else logging.ERROR)
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    found = require_sound(config, out, merge_options)
+    found = preflight.inspect(config, out, merge_options)
+    if found.problems:
+        raise BadInputError(*found.problems)
+    _shared.warn(found.warnings)
     if found.costs and not merge_options.quiet:
         _show(found.costs)
 
 
-def require_sound(
-    config: ConfigFile | str, out: str | None, options: MergeOptions
-) -> preflight.Preflight:
-    """Warn, and return what was found; if there are problems, print them and exit with 1."""
-    found = preflight.inspect(config, out, options)
-    for problem in found.problems:
-        click.echo(problem, err=True)
-    if found.problems:
-        raise click.exceptions.Exit(1)
-    _shared.warn(found.warnings)
-    return found
-
-
 def _show(costs: preflight.Costs) -> None:
-    """Print what a merge will cost as a table, and the notes."""
     rows = [("Method", costs.method)]
     rows += [("Base", costs.base)] if costs.base else []
     rows += [("Expert" if costs.base else "Model", expert) for expert in costs.experts]
@@ -62,7 +49,8 @@ def _show(costs: preflight.Costs) -> None:
         ("Output shards", str(costs.shards)),
     ]
     if costs.arithmetic:
-        rows.append(("Arithmetic on this machine", _duration(costs.arithmetic)))
+        hours = timedelta(seconds=math.ceil(costs.arithmetic))
+        rows.append(("Arithmetic on this machine", f"{hours} hours"))
     if costs.bytes_applied:
         rows.append(("Bytes written to the LoRA cache", decimal(costs.bytes_applied)))
     table = Table(title="No problems found", show_header=False)
@@ -70,17 +58,4 @@ def _show(costs: preflight.Costs) -> None:
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
-    _shared.console().print(table)
-    for note in costs.notes:
-        click.echo(note)
-
-
-def _duration(seconds: float) -> str:
-    """Write a duration for people.
-
-    >>> _duration(0.4), _duration(42.3), _duration(3900)
-    ('under 2 seconds', 'about 42 seconds', 'about 65 minutes')
-    """
-    if seconds < 2:
-        return "under 2 seconds"
-    return f"about {seconds:.0f} seconds" if seconds < 120 else f"about {seconds / 60:.0f} minutes"
+    _shared.console().print(table, *costs.notes, sep="\n")

@@ -6,10 +6,10 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt.api.functions import forecasts
 from mergekit_metagpt.api.results import Plan
 from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.core.granularities import GRANULARITIES
-from mergekit_metagpt.report.plots import require_plotting
 
 
 @click.command(cls=_shared.MergeCommand)
@@ -38,8 +38,7 @@ def coefficients(
     Example:
       mergekit-metagpt coefficients metagpt.yml --granularity layer --plot coefficients.png
     """
-    require_plotting(plot)
-    plan = Plan(*_shared.forecast_config(config, merge_options, ray, [granularity]))
+    plan = Plan(*forecasts(config, merge_options, [granularity], ray=ray, warn=_shared.warn))
     if as_json:
         click.echo(json.dumps(plan.as_json()))
     else:
@@ -47,4 +46,4 @@ def coefficients(
         _shared.console().print(title, "", shown, sep="\n")
     _shared.warn(plan.warnings)
     if plot is not None:
-        _shared.save_figure(plan.plot(), plot)
+        plan.plot().savefig(plot)

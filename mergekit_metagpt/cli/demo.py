@@ -3,15 +3,25 @@
 import os
 import shlex
 import shutil
+import subprocess
+import sysconfig
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import click
+import huggingface_hub
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from rich.console import Console
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from mergekit_metagpt.demo.models import Scale
+from mergekit_metagpt.api.functions import survey
+from mergekit_metagpt.cli import _shared
+from mergekit_metagpt.demo import models
+from mergekit_metagpt.report.tables import table
 
 _LEGEND = """\
 metagpt-*: merge_method metagpt, by granularity
@@ -20,8 +30,6 @@ average: stock linear, the plain average of the experts
 One small run: an illustration, not a benchmark
 """
 _SHOWN = "metagpt-direction"
-
-# Imports of torch and MergeKit are inside functions: help and refusals do not wait for them.
 
 
 @click.command(epilog="Example: mergekit-metagpt demo my-demo")
@@ -34,24 +42,18 @@ _SHOWN = "metagpt-direction"
 def demo(directory: Path) -> None:
     """Train small models, merge them and show the scores.
 
-    Trains a base and three experts, which takes a minute or two on a CPU, and merges them with
-    the stock mergekit-yaml command. Writes the models, the merge configs and the merges to DIR,
-    which must be new or empty. The default is metagpt-demo.
+    Trains a base and three experts, which takes a minute or two on a CPU, and merges them; the
+    last merge is a run of the stock mergekit-yaml command. Writes the models, the merge configs and
+    the merges to DIR, which must be new or empty. The default is metagpt-demo.
     """
     is_new = not directory.exists()
     _require_usable(directory)
-    # All models are on this disk: neither this process nor mergekit-yaml need ask the hub.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-
-    from mergekit_metagpt.cli._shared import console
-    from mergekit_metagpt.demo.models import Scale
-
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # all models are on this disk
     # With more threads, the scores would depend on their number, and such small models would
     # train no faster.
     torch.set_num_threads(1)
     try:
-        run_demo(directory, Scale(), console())
+        run_demo(directory, models.Scale(), _shared.console())
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
         if not is_new:
@@ -61,42 +63,39 @@ def demo(directory: Path) -> None:
         raise
 
 
-def run_demo(directory: Path, scale: "Scale", console: Console) -> None:
+def run_demo(directory: Path, scale: models.Scale, console: Console) -> None:
     """Train, merge and score models in an empty directory, given by its absolute path.
 
     Raises:
-        FileNotFoundError: if there is no ``mergekit-yaml``.
-        RuntimeError: if ``mergekit-yaml`` fails.
+        OSError, RuntimeError: if there is no ``mergekit-yaml``, or it fails.
     """
-    from mergekit.options import MergeOptions
-    from tqdm import tqdm
-
-    from mergekit_metagpt.api.functions import survey
-    from mergekit_metagpt.demo import merges, models
-    from mergekit_metagpt.report.tables import table
-
-    command = merges.stock_command()
+    tasks, options = models.TASKS, MergeOptions(quiet=True)
     models.train_family(directory, scale)
-    files = merges.write_configs(directory)
-    merged = {name: directory / "merged" / name for name in files}
-    for name in tqdm(files, "Merging with mergekit-yaml", unit="merge"):
-        merges.merge_with_mergekit(command, files[name], merged[name])
+    rows = {"base": directory / "base", **{f"expert {task}": directory / task for task in tasks}}
+    for name, config in tqdm(models.merge_configs(directory).items(), "Merging", unit="merge"):
+        content = yaml.safe_dump(config, sort_keys=False)
+        (directory / f"{name}.yml").write_text(content, encoding="utf-8")
+        rows[name] = directory / "merged" / name
+        if name != _SHOWN:
+            run_merge(MergeConfiguration.model_validate(config), str(rows[name]), options)
+    command = shutil.which("mergekit-yaml", path=sysconfig.get_path("scripts")) or "mergekit-yaml"
+    words = [command, str(directory / f"{_SHOWN}.yml"), str(rows[_SHOWN])]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, env=offline, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(words)} failed:\n{done.stderr}")
 
-    tasks = models.TASKS
-    rows = {"base": directory / "base"}
-    rows |= {f"expert {task}": directory / task for task in tasks} | merged
     results = [models.scores(path, scale) for path in tqdm(rows.values(), "Scoring", unit="model")]
     columns = {"model": list(rows)}
     columns |= {task: [f"{own[task]:.1f}" for own in results] for task in tasks}
     columns["average"] = [f"{fmean(own.values()):.1f}" for own in results]
-    show = console.print
-    show(f"Right answers to {scale.held_out} held-out prompts per task, in %", style="bold")
-    show(table(columns), _LEGEND)
-    experts = [str(directory / task) for task in sorted(tasks)]
-    found = survey(str(rows["base"]), experts, options=MergeOptions(quiet=True))
-    show("Scaling coefficients at granularity model", style="bold")
-    show(found.shown()[-1])
-    words = [command, str(files[_SHOWN]), str(merged[_SHOWN])]
+    console.print(
+        f"Right answers to {scale.held_out} held-out prompts per task, in %", style="bold"
+    )
+    console.print(table(columns), _LEGEND)
+    found = survey(str(rows["base"]), [str(directory / task) for task in tasks], options=options)
+    console.print("Scaling coefficients at granularity model", style="bold")
+    console.print(found.shown()[-1])
     console.out(f"\n{_SHOWN} was merged with:\n{shlex.join(words)}", highlight=False)
 
 

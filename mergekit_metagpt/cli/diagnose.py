@@ -12,6 +12,8 @@ from mergekit_metagpt.api.functions import measured
 from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.diagnosis import linearity
 from mergekit_metagpt.names import short_names
+from mergekit_metagpt.planning.config import read_config
+from mergekit_metagpt.planning.job import running
 from mergekit_metagpt.planning.models import require_models
 from mergekit_metagpt.report import plots, tables
 
@@ -44,9 +46,8 @@ def diagnose(
     Example:
       mergekit-metagpt diagnose metagpt.yml --prompts questions.txt --plot assumptions.png
     """
-    plots.require_plotting(plot)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one for all models is enough
-    with _shared.job_of(config, merge_options) as job:
+    with running(read_config(config), merge_options) as job:
         options, (base, experts) = job.options, job.base_and_experts
         require_models((base, *experts), options)
         for model in (*experts, base):
@@ -79,11 +80,10 @@ def diagnose(
     title, cosines = "Orthogonality (Property 6)", tables.cosines_table(survey)
     show(title, cosines, _verdict(survey.cosines), sep="\n")
     if plot is not None:
-        _shared.save_figure(plots.diagnosis_figure(names, lines, survey.cosines), plot)
+        plots.diagnosis_figure(names, lines, survey.cosines).savefig(plot)
 
 
 def _verdict(cosines: Sequence[Sequence[float]]) -> str:
-    """Say what the cosines mean for the merge."""
     largest = max((abs(row[j]) for i, row in enumerate(cosines) for j in range(i)), default=None)
     if largest is None:
         return "With one expert there is no pair to compare."

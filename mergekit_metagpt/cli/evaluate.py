@@ -13,6 +13,8 @@ from mergekit.options import MergeOptions
 from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.evaluation.scores import Score, averages
 from mergekit_metagpt.names import short_names
+from mergekit_metagpt.planning.config import read_config
+from mergekit_metagpt.planning.job import running
 from mergekit_metagpt.planning.models import require_models
 from mergekit_metagpt.report.tables import table
 from mergekit_metagpt.wording import BadInputError
@@ -67,7 +69,7 @@ def evaluate(
         )
     from mergekit_metagpt.evaluation.harness import Bench  # which needs lm-eval
 
-    with _shared.job_of(config, merge_options) as job:
+    with running(read_config(config), merge_options) as job:
         base, experts = job.base_and_experts
         require_models((base, *experts), job.options)
         if not (out / "config.json").exists():

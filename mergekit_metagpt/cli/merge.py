@@ -8,9 +8,6 @@ from mergekit.options import MergeOptions
 
 from mergekit_metagpt.api.functions import merged
 from mergekit_metagpt.cli import _shared
-from mergekit_metagpt.cli.check import require_sound
-from mergekit_metagpt.planning.config import read_config
-from mergekit_metagpt.planning.job import running
 
 
 @click.command(cls=_shared.MergeCommand)
@@ -41,11 +38,7 @@ def merge(
     Example:
       mergekit-metagpt merge metagpt.yml merged/
     """
-    merge_options.apply_global_options()  # type: ignore[no-untyped-call]
-    written = read_config(config)
-    sound = require_sound(written, str(out), merge_options)
-    with running(written, merge_options, _shared.wants_progress(merge_options)) as job:
-        found = merged(job, out, names=names_of, outputs=sound.outputs, ray=ray)
+    found = merged(config, out, merge_options, names=names_of, ray=ray, warn=_shared.warn)
     _shared.warn(found.warnings)
     if not merge_options.quiet:
         if found.summary.entries:

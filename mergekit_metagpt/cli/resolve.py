@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions
 
+from mergekit_metagpt.api.functions import forecasts
 from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.report.stock_config import stock_config
 
@@ -32,5 +33,8 @@ def resolve(config: str, output: Path, ray: str | None, merge_options: MergeOpti
       mergekit-metagpt resolve metagpt.yml -o stock.yml
       mergekit-yaml stock.yml merged/
     """
-    (forecast,) = _shared.forecast_config(config, merge_options, ray, numbers_only=True)
-    _shared.write_whole(output, stock_config(forecast).encode())
+    (forecast,) = forecasts(config, merge_options, numbers_only=True, ray=ray, warn=_shared.warn)
+    # A file appears whole or not at all; a link, a device or a pipe stays what it is.
+    whole = not output.is_symlink() and (output.is_file() or not output.exists())
+    with click.open_file(output, "wb", atomic=whole) as file:
+        file.write(stock_config(forecast).encode())

@@ -7,6 +7,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_metagpt.api.functions import comparing, measured
 from mergekit_metagpt.cli import _shared
+from mergekit_metagpt.planning.job import running
 
 
 @click.command(cls=_shared.MergeCommand)
@@ -31,7 +32,7 @@ def survey(
     Example:
       mergekit-metagpt survey path/to/base path/to/math path/to/code
     """
-    with _shared.job_of(comparing(base, experts), merge_options) as job:
+    with running(comparing(base, experts), merge_options) as job:
         found = measured(job, ray)
     if as_json:
         click.echo(json.dumps(found.as_json()))

@@ -1,4 +1,4 @@
-"""The models of the demo: a base that partly knows three tasks on numbers, and its experts.
+"""The demo's models, and merges: a base that partly knows three tasks on numbers, and its experts.
 
 An example is a line such as ``reverse 1 2 3 4 5 6 = 6 5 4 3 2 1``. The base is trained briefly
 on all tasks. Each expert is a copy of the base that is trained further on its own task.
@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
 import tqdm
 import transformers
 from torch import Tensor
+
+from mergekit_metagpt.core.granularities import GRANULARITIES
 
 _DIGITS = 6
 # The token ids of an example are <s>, the task, the digits, "=", the answer's digits, </s>.
@@ -96,6 +99,22 @@ def train_family(directory: Path, scale: Scale) -> None:
     for name, model in models.items():
         model.save_pretrained(directory / name)
         tokenizer.save_pretrained(directory / name)
+
+
+def merge_configs(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return the merge configs by name, for the base and experts in ``directory``."""
+    models = [{"model": str(directory / task)} for task in TASKS]
+    on_base = {"base_model": str(directory / "base"), "models": models}
+
+    def config(method: str, given: dict[str, Any], **parameters: Any) -> dict[str, Any]:
+        return {"merge_method": method, **given, "parameters": parameters}
+
+    return {
+        **{f"metagpt-{it}": config("metagpt", on_base, granularity=it) for it in GRANULARITIES},
+        "task-arithmetic": config("task_arithmetic", on_base, weight=0.3),
+        # linear divides by the sum of the weights.
+        "average": config("linear", {"models": models}, weight=1.0),
+    }
 
 
 def scores(model_directory: Path, scale: Scale) -> dict[str, float]:

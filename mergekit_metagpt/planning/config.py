@@ -132,8 +132,9 @@ def reference(model: str | os.PathLike[str] | ModelReference) -> ModelReference:
     Raises:
         BadInputError: if it can be neither.
     """
-    if isinstance(model, str | os.PathLike) and os.path.exists(model):
-        return ModelReference(model=ModelPath(path=os.fspath(model)))
+    model = model if isinstance(model, ModelReference) else os.fspath(model)
+    if isinstance(model, str) and os.path.exists(model):
+        return ModelReference(model=ModelPath(path=model))
     try:
         return ModelReference.model_validate(model)
     except RuntimeError:

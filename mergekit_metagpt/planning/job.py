@@ -6,6 +6,7 @@ run one at a time, each with loaders of its own, and leave the process as they f
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -39,8 +40,12 @@ class Job:
 
     config: ConfigFile
     options: MergeOptions  # adapters are applied in a directory that belongs to their files
-    progress: bool = False  # whether progress bars are shown
     entries: list[Entry] = field(default_factory=list)  # of each tensor, merged by this job
+
+    @property
+    def progress(self) -> bool:
+        """Whether progress bars are shown: on a terminal, and in a notebook."""
+        return not self.options.quiet and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
     @cached_property
     def parsed(self) -> MergeConfiguration:
@@ -65,14 +70,14 @@ class Job:
 
 
 @contextmanager
-def running(config: ConfigFile, options: MergeOptions, progress: bool = False) -> Iterator[Job]:
+def running(config: ConfigFile, options: MergeOptions) -> Iterator[Job]:
     """Run a job. Another thread's job waits until it ends.
 
     Raises:
         BadInputError: if MergeKit cannot read the config.
     """
     with alone():
-        job = Job(config, options, progress)
+        job = Job(config, options)
         job.options = with_own_adapters(options, job.parsed)
         if options.num_threads:
             torch.set_num_threads(options.num_threads)

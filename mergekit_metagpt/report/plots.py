@@ -165,7 +165,6 @@ def _draw_cosines(ax: "Axes", names: Sequence[str], values: Sequence[Sequence[fl
 
 
 def _colours(count: int) -> Sequence[str | tuple[float, ...]]:
-    """Return a colour for each expert."""
     from matplotlib import colormaps
 
     if count <= len(_COLOURS):
@@ -174,7 +173,6 @@ def _colours(count: int) -> Sequence[str | tuple[float, ...]]:
 
 
 def _panels(count: int, columns: int) -> "tuple[Figure, list[Axes]]":
-    """Return a figure, and panels of equal size in it."""
     columns = min(count, columns)
     rows = -(-count // columns)
     figure = _figure(columns, rows)
