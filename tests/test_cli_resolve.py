@@ -1,11 +1,13 @@
 """What ``mergekit-metagpt resolve`` writes, and where to."""
 
+import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, invoke, merge_config, on_posix, read, run, write_yaml
+from conftest import command, invoke, merge_config, names, on_posix, read, run, write_yaml
 
 
 @pytest.fixture
@@ -35,6 +37,26 @@ def test_a_file_is_replaced_as_a_whole(resolve, tmp_path):
         resolve("-o", file)
         assert reader.read() == file.read_text() == expected
     assert file.stat().st_ino != before
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "name"),
+    [("resolve", "-o", "stock.yml"), ("coefficients", "--plot", "figure.png")],
+)
+def test_a_file_that_cannot_be_written_is_named_and_stays_as_it_was(
+    command, option, name, config, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = tmp_path / name
+    file.write_text("mine")
+    before = names(tmp_path)
+    monkeypatch.setattr(Path, "replace", full)
+    said = invoke(command, config, option, file, status=1).stderr
+    assert f"(No space left on device: {file})" in said
+    assert names(tmp_path) == before
+    assert file.read_text() == "mine"
 
 
 @on_posix

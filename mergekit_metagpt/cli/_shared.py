@@ -1,9 +1,12 @@
-"""What the commands share: MergeKit's options, how one fails, and what is printed."""
+"""What the commands share: MergeKit's options, how one fails, and what is printed and written."""
 
 import logging
+import os
+import shutil
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +142,24 @@ def warn(sentences: Iterable[str]) -> None:
     """Print warnings to standard error."""
     for sentence in sentences:
         click.secho(f"Warning: {sentence}", fg="yellow", err=True)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which becomes ``path`` at the end, if nothing fails until then.
+
+    A link, a device, a pipe and ``-`` stay what they are.
+    """
+    if str(path) == "-" or path.is_symlink() or (path.exists() and not path.is_file()):
+        yield path
+        return
+    part = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield part
+        if path.exists():
+            shutil.copymode(path, part)
+        part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -49,8 +49,8 @@ def _show(costs: preflight.Costs) -> None:
         ("Output shards", str(costs.shards)),
     ]
     if costs.arithmetic:
-        hours = timedelta(seconds=math.ceil(costs.arithmetic))
-        rows.append(("Arithmetic on this machine", f"{hours} hours"))
+        time = timedelta(seconds=math.ceil(costs.arithmetic))
+        rows.append(("Arithmetic on this machine", f"{time} (h:mm:ss)"))
     if costs.bytes_applied:
         rows.append(("Bytes written to the LoRA cache", decimal(costs.bytes_applied)))
     table = Table(title="No problems found", show_header=False)
@@ -58,4 +58,6 @@ def _show(costs: preflight.Costs) -> None:
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
-    _shared.console().print(table, *costs.notes, sep="\n")
+    _shared.console().print(table)
+    for note in costs.notes:  # rich would break paths in two
+        click.echo(note)

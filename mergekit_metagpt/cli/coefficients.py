@@ -46,4 +46,5 @@ def coefficients(
         _shared.console().print(title, "", shown, sep="\n")
     _shared.warn(plan.warnings)
     if plot is not None:
-        plan.plot().savefig(plot)
+        with _shared.whole(plot) as path:
+            plan.plot().savefig(path)

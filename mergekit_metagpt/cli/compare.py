@@ -91,7 +91,8 @@ def compare(
     if plot is not None:
         panels = [(choice.title, choice.summary) for choice in compared]
         title = plots.titled(found[0].method.spec.name, found[0].base)
-        plots.comparison_figure(panels, title).savefig(plot)
+        with _shared.whole(plot) as path:
+            plots.comparison_figure(panels, title).savefig(path)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ def diagnose(
     title, cosines = "Orthogonality (Property 6)", tables.cosines_table(survey)
     show(title, cosines, _verdict(survey.cosines), sep="\n")
     if plot is not None:
-        plots.diagnosis_figure(names, lines, survey.cosines).savefig(plot)
+        with _shared.whole(plot) as path:
+            plots.diagnosis_figure(names, lines, survey.cosines).savefig(path)
 
 
 def _verdict(cosines: Sequence[Sequence[float]]) -> str:

@@ -34,7 +34,5 @@ def resolve(config: str, output: Path, ray: str | None, merge_options: MergeOpti
       mergekit-yaml stock.yml merged/
     """
     (forecast,) = forecasts(config, merge_options, numbers_only=True, ray=ray, warn=_shared.warn)
-    # A file appears whole or not at all; a link, a device or a pipe stays what it is.
-    whole = not output.is_symlink() and (output.is_file() or not output.exists())
-    with click.open_file(output, "wb", atomic=whole) as file:
+    with _shared.whole(output) as path, click.open_file(path, "wb") as file:
         file.write(stock_config(forecast).encode())
