@@ -5,6 +5,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ QUIET = MergeOptions(copy_tokenizer=False, quiet=True)
 
 
 def test_a_survey_gives_theorem_10(family):
-    base, *experts = (ModelReference.model_validate(family[name]) for name in ("base", "b", "a"))
+    base: Any = {"model": {"path": family["base"]}}  # as in a config
+    experts = [ModelReference.model_validate(family[name]) for name in ("b", "a")]
     found = mergekit_metagpt.survey(base, experts, options=QUIET)
     assert str(found.base) == family["base"]
     assert found.experts == [family["b"], family["a"]]

@@ -54,6 +54,8 @@ def test_a_demo_scores_every_model_and_leaves_merges_that_load(tmp_path):
     base = read(tmp_path / "base")["lm_head.weight"]
     for name in MERGES:
         assert not torch.equal(read(tmp_path / "merged" / name)["lm_head.weight"], base)
+        recorded = tmp_path / "merged" / name / "mergekit_config.yml"
+        assert recorded.read_text() == (tmp_path / f"{name}.yml").read_text()
     words = f"{tmp_path}/metagpt-direction.yml {tmp_path}/merged/metagpt-direction"
     assert f"mergekit-yaml {words}" in text
     assert {path.name for path in tmp_path.iterdir()} == {

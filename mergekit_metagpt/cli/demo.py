@@ -77,7 +77,8 @@ def run_demo(directory: Path, scale: models.Scale, console: Console) -> None:
         (directory / f"{name}.yml").write_text(content, encoding="utf-8")
         rows[name] = directory / "merged" / name
         if name != _SHOWN:
-            run_merge(MergeConfiguration.model_validate(config), str(rows[name]), options)
+            parsed = MergeConfiguration.model_validate(config)
+            run_merge(parsed, str(rows[name]), options, config_source=content)
     command = shutil.which("mergekit-yaml", path=sysconfig.get_path("scripts")) or "mergekit-yaml"
     words = [command, str(directory / f"{_SHOWN}.yml"), str(rows[_SHOWN])]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}

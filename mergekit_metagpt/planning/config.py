@@ -132,7 +132,7 @@ def reference(model: str | os.PathLike[str] | ModelReference) -> ModelReference:
     Raises:
         BadInputError: if it can be neither.
     """
-    model = model if isinstance(model, ModelReference) else os.fspath(model)
+    model = os.fspath(model) if isinstance(model, os.PathLike) else model
     if isinstance(model, str) and os.path.exists(model):
         return ModelReference(model=ModelPath(path=model))
     try:
