@@ -50,10 +50,7 @@ def require_sound(
 
 def _show(costs: preflight.Costs) -> None:
     """Print what a merge will cost as a table, and the notes."""
-    rows = [("Method", costs.method)]
-    rows += [("Base", costs.base)] if costs.base else []
-    rows += [("Expert" if costs.base else "Model", expert) for expert in costs.experts]
-    rows += [
+    rows = [
         ("Tensors", f"{costs.tensors:,}"),
         ("Parameters", f"{costs.parameters:,}"),
         ("Passes over the models", str(costs.passes)),
@@ -61,26 +58,11 @@ def _show(costs: preflight.Costs) -> None:
         ("Bytes written", decimal(costs.bytes_written)),
         ("Output shards", str(costs.shards)),
     ]
-    if costs.arithmetic:
-        rows.append(("Arithmetic on this machine", _duration(costs.arithmetic)))
     if costs.bytes_applied:
         rows.append(("Bytes written to the LoRA cache", decimal(costs.bytes_applied)))
     table = Table(title="No problems found", show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
     _shared.console().print(table)
     for note in costs.notes:
         click.echo(note)
-
-
-def _duration(seconds: float) -> str:
-    """Write a duration for people.
-
-    >>> _duration(0.4), _duration(42.3), _duration(3900)
-    ('under 2 seconds', 'about 42 seconds', 'about 65 minutes')
-    """
-    if seconds < 2:
-        return "under 2 seconds"
-    return f"about {seconds:.0f} seconds" if seconds < 120 else f"about {seconds / 60:.0f} minutes"

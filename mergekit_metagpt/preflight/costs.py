@@ -1,21 +1,14 @@
 """What a merge will cost: bytes, passes and files."""
 
 import math
-import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from mergekit.common import dtype_from_name
 
-from mergekit_metagpt.core.decision import Rule
-from mergekit_metagpt.core.directions import merge_directions
 from mergekit_metagpt.planning.config import most_frequent
 from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.planning.outputs import output_shards
-
-_TRIAL = 4096, 1024  # rows and columns
 
 
 @dataclass(frozen=True)
@@ -23,17 +16,16 @@ class Costs:
     """What a merge will cost.
 
     Attributes:
+        tensors: how many tensors the output will have.
+        parameters: how many numbers these hold together.
         passes: how often the models are read.
         bytes_read: the bytes of tensors that all passes read together.
         bytes_written: the bytes of tensors in the output.
         bytes_applied: the bytes of models that MergeKit first writes to the LoRA cache.
-        arithmetic: the seconds that directions take on this machine; 0 if there are none.
+        shards: how many weight files the output will have.
         notes: what else is worth knowing, one sentence each.
     """
 
-    method: str
-    base: str | None
-    experts: tuple[str, ...]
     tensors: int
     parameters: int
     passes: int
@@ -41,7 +33,6 @@ class Costs:
     bytes_written: int
     bytes_applied: int
     shards: int
-    arithmetic: float
     notes: tuple[str, ...]
 
 
@@ -61,9 +52,6 @@ def costs(job: Job) -> Costs:
         for header in (held[it.model].values() if it.to_apply else ())
     )
     return Costs(
-        method=job.parsed.merge_method,
-        base=str(job.parsed.base_model) if job.parsed.base_model else None,
-        experts=tuple(sorted(str(model) for model in job.models if model != job.parsed.base_model)),
         tensors=len(outputs),
         parameters=sum(tensor.written_parameters(rows) for tensor in outputs),
         passes=passes,
@@ -71,37 +59,8 @@ def costs(job: Job) -> Costs:
         bytes_written=sum(tensor.written_bytes(rows) for tensor in outputs),
         bytes_applied=applied,
         shards=len(output_shards(outputs, rows, job.options.out_shard_size)),
-        arithmetic=_arithmetic(job),
         notes=tuple(_notes(job)),
     )
-
-
-def _arithmetic(job: Job) -> float:
-    """Return the seconds that directions take, from a trial on this machine."""
-    numbers: Counter[tuple[int, torch.dtype]] = Counter()
-    for tensor in job.outputs.tensors:
-        if tensor.merge.by_direction and len(tensor.stored) > 1:
-            kind = (len(tensor.stored) - 1, tensor.merged_dtype)
-            numbers[kind] += tensor.written_parameters(None)
-    device = torch.device(job.options.device or "cpu")
-    return math.fsum(count * _trial(*kind, device) for kind, count in numbers.items())
-
-
-def _trial(experts: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the seconds per number of a matrix, from merges of less than a second each."""
-    own = torch.Generator("cpu").manual_seed(0)  # the caller's random numbers stay as they were
-    base, *others = (
-        torch.randn(_TRIAL, generator=own, dtype=torch.float32, device="cpu").to(device, dtype)
-        for _ in range(experts + 1)
-    )
-    out, rule = torch.empty_like(base), Rule([1.0] * experts)
-    seconds: list[float] = []
-    for _ in range(2):
-        start = time.perf_counter()
-        merge_directions(base, others, rule, out=out)
-        float(out[0, 0])  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) / math.prod(_TRIAL)
 
 
 def _notes(job: Job) -> Iterator[str]:

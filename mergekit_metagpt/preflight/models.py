@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from mergekit.common import ModelReference
+from transformers import PretrainedConfig
 
 from mergekit_metagpt.measure.vocabularies import Vocabulary, first_difference, load_vocabulary
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.preflight.adapters import bad_adapters
 from mergekit_metagpt.preflight.tensors import tokenizer_way
 from mergekit_metagpt.wording import BadInputError, reason
@@ -40,9 +40,7 @@ def same_models(job: Job) -> Iterator[str]:
     for model, files in job.models.items():
         if model.lora and not files.adapter:
             continue  # the adapter is on the hub
-        paths = [
-            path for path in (*files.weights.files, files.adapter or "") if os.path.isfile(path)
-        ]
+        paths = [it for it in (*files.weights.files, files.adapter or "") if os.path.isfile(it)]
         stats = frozenset((it.st_dev, it.st_ino) for it in map(os.stat, paths))
         first = seen.setdefault(stats, model) if stats else model
         if first is not model:
@@ -55,31 +53,31 @@ def same_models(job: Job) -> Iterator[str]:
 
 def different_heads(job: Job) -> Iterator[str]:
     """Find models whose attention is split otherwise than that of the base, or of the first."""
-    for files, first in _beside_first(job):
-        expected = _heads(first)
-        for key, value in _heads(files).items():
+    for (model, own), (first, others) in _beside_first(job):
+        expected = _heads(others)
+        for key, value in _heads(own).items():
             if value != expected.get(key, value):
                 yield (
-                    f"The config.json of model {files.model} says {key}: {value}, but that of "
-                    f"{first.model} says {expected[key]}, so that tensors of one shape mean "
-                    "different things; merge fine-tunes of one base."
+                    f"The config.json of model {model} says {key}: {value}, but that of {first} "
+                    f"says {expected[key]}, so that tensors of one shape mean different things; "
+                    "merge fine-tunes of one base."
                 )
                 break  # the others mostly follow from it
 
 
 def different_settings(job: Job) -> Iterator[str]:
     """Find models that compute otherwise than the base, or the first, with weights of one shape."""
-    for files, first in _beside_first(job):
-        own, others = dict(_settings(_text(files))), dict(_settings(_text(first)))
+    for (model, config), (first, its) in _beside_first(job):
+        own, others = dict(_settings(config.to_dict())), dict(_settings(its.to_dict()))
         differ = [
             f"{key} ({_short(own.get(key, 'unset'))}, not {_short(others.get(key, 'unset'))})"
             for key in sorted(own.keys() | others.keys())
             if own.get(key) != others.get(key)
         ]
         if differ:
-            whose = f", that of {first.model}" if first.model == job.parsed.base_model else ""
+            whose = f", that of {first}" if first == job.parsed.base_model else ""
             yield (
-                f"The config.json of model {files.model} differs from that of {first.model} in "
+                f"The config.json of model {model} differs from that of {first} in "
                 f"{', '.join(differ)}, so that the two compute otherwise, but a merge has only one "
                 f"config.json{whose}; test the result."
             )
@@ -89,23 +87,21 @@ def _short(value: Any) -> str:
     return textwrap.shorten(str(value), 60)
 
 
-def _beside_first(job: Job) -> Iterator[tuple[ModelFiles, ModelFiles]]:
-    """Yield each model beside the base, or beside the first, if both are of one architecture."""
-    known = [files for files in job.models.values() if files.config]
-    for files in known[1:]:
-        if files.architecture == known[0].architecture:
-            yield files, known[0]
+# A model, and what its config.json says of the language model.
+Said = tuple[ModelReference, PretrainedConfig]
 
 
-def _text(files: ModelFiles) -> dict[str, Any]:
-    """Return what config.json says of the language model."""
+def _beside_first(job: Job) -> Iterator[tuple[Said, Said]]:
+    """Yield each model beside the base, or beside the first, if their configs are of one kind."""
+    said = [(it.model, it.config.get_text_config()) for it in job.models.values() if it.config]
+    for own in said[1:]:
+        if type(own[1]) is type(said[0][1]):
+            yield own, said[0]
+
+
+def _heads(config: PretrainedConfig) -> dict[str, int]:
     # Of some models, attributes of the config itself differ by layer and raise.
-    return files.config.get_text_config().to_dict() if files.config else {}
-
-
-def _heads(files: ModelFiles) -> dict[str, int]:
-    said = _text(files)
-    names: dict[str, str] = getattr(type(files.config), "attribute_map", {})  # such as n_head
+    said, names = config.to_dict(), dict(type(config).attribute_map)  # such as n_head
     keys = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
     heads, shared, width, size = (said.get(key, said.get(names.get(key, key))) for key in keys)
     if not (isinstance(heads, int) and heads > 0):

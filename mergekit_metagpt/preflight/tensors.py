@@ -13,6 +13,7 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoadTensor
 from mergekit.merge_methods.base import OptionalTensorPolicy
 
+from mergekit_metagpt.core.granularities import moved
 from mergekit_metagpt.measure.headers import FLOATS, is_computed
 from mergekit_metagpt.mergekit_private import is_ignored, tied_names
 from mergekit_metagpt.names import layer_of
@@ -36,7 +37,7 @@ def missing(job: Job) -> Iterator[str]:
     for tensor in job.outputs.tensors:
         for model, load in tensor.merge.loads.items():
             is_known = model in tensor.stored or job.models[model].weights.problems
-            if not is_known and _fails_without(tensor, model):
+            if not is_known and _fails_without(tensor, load):
                 lacking.setdefault(model, []).append(load.tensor)
     for model, names in lacking.items():
         way = "complete it, correct its layer_range, or merge only fine-tunes of one base"
@@ -48,20 +49,18 @@ def missing(job: Job) -> Iterator[str]:
         yield f"Model {model} lacks {counted(names)}, which this merge needs of it; {way}."
 
 
-def _fails_without(tensor: OutputTensor, model: ModelReference) -> bool:
+def _fails_without(tensor: OutputTensor, load: LoadTensor) -> bool:
     """Whether the merge fails if a model lacks a tensor; some tensors are optional."""
-    if not tensor.merge.loads[model].optional:
-        return True
     base, granularity = tensor.merge.base, tensor.merge.granularity
+    if not load.optional:
+        return True
     if granularity and granularity.needs_survey:
         return base in tensor.stored  # the survey compares each expert with it
     spec = merge_methods.get(tensor.merge.task.method_name).spec
-    if spec.optional_tensor_policy != OptionalTensorPolicy.ERROR:
-        return False
     try:
         spec.contract.validate_ids(list(tensor.stored), base)
     except ValueError:
-        return True
+        return bool(spec.optional_tensor_policy == OptionalTensorPolicy.ERROR)
     return False
 
 
@@ -151,32 +150,16 @@ def quantized(job: Job) -> Iterator[str]:
 
 def bad_values(job: Job) -> Iterator[str]:
     """Find parameters that are valid alone, but not together or with the slices."""
-    tensors = job.outputs.tensors
-    each = [values for tensor in tensors for values in tensor.merge.model_parameters.values()]
+    merges = [tensor.merge for tensor in job.outputs.tensors]
+    each = [values for merge in merges for values in merge.model_parameters.values()]
     weights = [values["weight"] for values in each if "weight" in values]
     if weights and not any(weights):
         yield (
             f"{job.config} gives every model the weight 0 for every tensor, so that nothing is "
             "merged; give at least one a weight above 0."
         )
-    moved = next((tensor.name for tensor in tensors if tensor.merge.moves_layers), None)
-    if moved:
-        yield (
-            f"{job.config} sets granularity: layer, but its slices put tensors of another layer "
-            f"at {moved}; use granularity: tensor or granularity: model."
-        )
-    # DELLA keeps entries with probabilities from density − epsilon to density + epsilon.
-    for tensor in tensors if "della" in job.parsed.merge_method else ():
-        for model, values in tensor.merge.model_parameters.items():
-            density, epsilon = values.get("density"), values.get("epsilon")
-            limit = min(density, 1 - density) if density else 0
-            if epsilon is not None and 0 < limit <= epsilon:
-                yield (
-                    f"{job.config} gives model {model} density {density} and epsilon {epsilon} for "
-                    f"tensor {tensor.name}, but density ± epsilon has to stay between 0 and 1; "
-                    f"set an epsilon below {limit:g}."
-                )
-                return
+    if not_there := next((merge.name for merge in merges if merge.moves_layers), None):
+        yield str(moved(not_there))
 
 
 def lost(job: Job) -> Iterator[str]:
