@@ -95,7 +95,7 @@ MUTANTS = {
         "if self._lock(self.path.parent).exists():": "if False:",
     },
     ("merging/whole.py", "test_merging_whole.py"): {
-        '"tokenizer": plan and plan.tokenizer,': "",
+        '"tokenizer": tokenizer,': "",
     },
     ("merging/whole.py", "test_merging_directory.py"): {
         '"inputs": inputs,': "",

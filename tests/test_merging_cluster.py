@@ -165,11 +165,7 @@ def test_the_work_that_all_tasks_share_is_done_once(own, tmp_path, monkeypatch, 
     monkeypatch.setattr(
         BuildTokenizer, "execute", lambda self, **_: built.append(self) or build(self)
     )
-
-    def here(function, items, **_):
-        return in_this_process(function, items)
-
-    monkeypatch.setattr(functions, "RayMapper", lambda *_: here)
+    monkeypatch.setattr(functions, "RayMapper", lambda *_: in_this_process)
     for path in own.values():
         save_tokenizer(path, *(f"w{number}" for number in range(64)))
         edit(path, lambda it: it["lm_head.weight"].copy_(it["model.embed_tokens.weight"]))

@@ -25,8 +25,9 @@ from conftest import (
 from conftest import invoke_merge as merge
 from mergekit.tokenizer import BuildTokenizer
 
+from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.measure.identity import sha256_of
-from mergekit_metagpt.merging import by_shard, whole
+from mergekit_metagpt.merging import whole
 
 
 def failing(error: BaseException):
@@ -150,7 +151,7 @@ class TestACompleteMerge:
         ("module", "step", "error"),
         [
             (whole, "merge_record", RuntimeError("no such luck")),
-            (by_shard, "copy_tagalong_files", KeyboardInterrupt()),
+            (mergekit_private, "copy_tagalong_files", KeyboardInterrupt()),
         ],
     )
     def test_it_is_kept_if_a_step_after_it_fails_or_is_stopped(
