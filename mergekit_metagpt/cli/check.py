@@ -49,7 +49,7 @@ def require_sound(
 
 
 def _show(costs: preflight.Costs) -> None:
-    """Print what a merge will cost as a table, and the notes."""
+    """Print what a merge will cost as a table, and what else there is to know."""
     rows = [
         ("Tensors", f"{costs.tensors:,}"),
         ("Parameters", f"{costs.parameters:,}"),
@@ -64,5 +64,9 @@ def _show(costs: preflight.Costs) -> None:
     for row in rows:
         table.add_row(*row)
     _shared.console().print(table)
-    for note in costs.notes:
-        click.echo(note)
+    click.echo(
+        "Headers do not show NaN, Inf or experts that equal the base: mergekit-metagpt "
+        "coefficients and the merge itself find those."
+    )
+    if costs.note:
+        click.echo(costs.note)

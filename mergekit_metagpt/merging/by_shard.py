@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 import tqdm
-from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, TaskUniverse
 from mergekit.io.tasks import FinalizeModel, SaveTensor, TensorWriterTask
 from mergekit.io.tensor_writer import TensorWriter
@@ -142,14 +141,9 @@ def as_json(entries: Iterable[Entry]) -> list[dict[str, Any]]:
     return [asdict(replace(it, experts=tuple(map(str, it.experts)))) for it in entries]
 
 
-def entries_of(records: Iterable[Mapping[str, Any]], config: MergeConfiguration) -> list[Entry]:
-    """Return the entries in the records of files, with the models of a config."""
-    models = {str(model): model for model in config.referenced_models()}
-    return [
-        replace(entry, experts=tuple(models[str(name)] for name in entry.experts))
-        for record in records
-        for entry in _ENTRIES.validate_python(record["entries"])
-    ]
+def entries_of(records: Iterable[Mapping[str, Any]]) -> list[Entry]:
+    """Return the entries in the records of files; their experts are names."""
+    return [entry for record in records for entry in _ENTRIES.validate_python(record["entries"])]
 
 
 def merge_by_shard(
@@ -191,7 +185,7 @@ def merge_by_shard(
             records[shard.file] = record
             bar.update()
     in_order = {name: records[name] for name in files}
-    job.entries.extend(entries_of(in_order.values(), job.parsed))
+    job.entries.extend(entries_of(in_order.values()))
     if len(in_order) > 1:
         _write_index(work.merged / f"{_only_file(job.options)}.index.json", in_order)
     _write_model_files(job, work.merged)

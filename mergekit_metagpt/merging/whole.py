@@ -151,7 +151,7 @@ def _merge_at_once(job: Job, work: Work, inputs: dict[str, Stat]) -> None:
         own = [entry for entry in entries if experts.issuperset(entry.experts)]  # of no other merge
         record = {"entries": as_json(own)}
         work.keep("all", record, [path for path in work.merged.rglob("*") if path.is_file()])
-    job.entries.extend(entries_of([record], job.parsed))
+    job.entries.extend(entries_of([record]))
 
 
 def _describe(work: Work, job: Job) -> None:

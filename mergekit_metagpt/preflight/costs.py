@@ -1,7 +1,6 @@
 """What a merge will cost: bytes, passes and files."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mergekit.common import dtype_from_name
@@ -23,7 +22,7 @@ class Costs:
         bytes_written: the bytes of tensors in the output.
         bytes_applied: the bytes of models that MergeKit first writes to the LoRA cache.
         shards: how many weight files the output will have.
-        notes: what else is worth knowing, one sentence each.
+        note: what the merge will choose by itself, in one sentence; empty if nothing.
     """
 
     tensors: int
@@ -33,7 +32,7 @@ class Costs:
     bytes_written: int
     bytes_applied: int
     shards: int
-    notes: tuple[str, ...]
+    note: str
 
 
 def costs(job: Job) -> Costs:
@@ -45,7 +44,7 @@ def costs(job: Job) -> Costs:
     held = {it.model: it.weights.tensors for it in models}
     used = {(model, name) for it in outputs for model, names in it.read.items() for name in names}
     whole = sum(header.bytes for headers in held.values() for header in headers.values())
-    dtype = dtype_from_name(job.options.lora_merge_dtype)
+    dtype, tie = dtype_from_name(job.options.lora_merge_dtype), most_frequent(job.parsed)
     applied = sum(
         math.prod(header.shape) * dtype.itemsize if dtype else header.bytes
         for it in models
@@ -59,20 +58,5 @@ def costs(job: Job) -> Costs:
         bytes_written=sum(tensor.written_bytes(rows) for tensor in outputs),
         bytes_applied=applied,
         shards=len(output_shards(outputs, rows, job.options.out_shard_size)),
-        notes=tuple(_notes(job)),
+        note=tie.note if tie else "",
     )
-
-
-def _notes(job: Job) -> Iterator[str]:
-    yield (
-        "Headers do not show NaN, Inf or experts that equal the base: mergekit-metagpt "
-        "coefficients and the merge itself find those."
-    )
-    dtypes = sorted({h.dtype for tensor in job.outputs.tensors for h in tensor.stored.values()})
-    if len(dtypes) > 1:
-        yield f"The models are stored as {', '.join(dtypes)}; each tensor is merged in the widest."
-    for model, files in job.models.items():
-        if files.to_apply:
-            yield f"MergeKit first writes {model} with its adapter applied to {files.to_apply}."
-    if tie := most_frequent(job.parsed):
-        yield tie.note
