@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,25 @@ def write_card(directory: Path, name: str, record: dict[str, Any], names: Iterab
     MergeKit's own function would ask the hub about each path with one slash. ``names`` are on
     the hub, even if there is such a path.
     """
-    config = MergeConfiguration.model_validate(yaml.safe_load(record["config"]))
-    models = canonical(config.referenced_models())  # so that two runs write the same card
-    base = None if config.merge_method == "slerp" else config.base_model
     known = {name.partition("@")[0] for name in names}
-    paths = dict.fromkeys(path for model in models for path in _paths(model))
-    on_hub = [path for path in paths if _is_on_hub(path, known)]
-    shown = {model: " + ".join(_md(path, on_hub) for path in _paths(model)) for model in models}
+    on_hub: list[str] = []
+
+    def shown(model: ModelReference) -> str:
+        """Return the Markdown of a model, and remember which of its paths are on the hub."""
+        words = []
+        for path in (part.path for part in (model.model, model.lora) if part):
+            words.append(_escaped(path))
+            if path in known or (HUB_NAME.fullmatch(path) and not os.path.exists(path)):
+                on_hub.append(path)
+                words[-1] = f"[{words[-1]}](https://huggingface.co/{path})"
+        return " + ".join(words)
+
+    config = MergeConfiguration.model_validate(yaml.safe_load(record["config"]))
+    # Their order is canonical, so that two runs write the same card.
+    models = {model: shown(model) for model in canonical(config.referenced_models())}
+    base = None if config.merge_method == "slerp" else config.base_model
     data = ModelCardData(
-        base_model=on_hub or None,  # the hub accepts no empty list
+        base_model=list(dict.fromkeys(on_hub)) or None,  # the hub accepts no empty list
         base_model_relation="merge",
         library_name="transformers",
         tags=["mergekit", "merge", *(["metagpt-merge"] if record["experts"] else [])],
@@ -84,31 +94,17 @@ def write_card(directory: Path, name: str, record: dict[str, Any], names: Iterab
         metadata=data.to_yaml(),
         name=_escaped(name),
         merge_method=method_md(config.merge_method),
-        base_text=f" using {shown[base]} as a base" if base else "",
-        model_list="\n".join(f"* {md}" for model, md in shown.items() if model != base),
+        base_text=f" using {models[base]} as a base" if base else "",
+        model_list="\n".join(f"* {md}" for model, md in models.items() if model != base),
         config_yaml=record["config"],
     )
     sections = [f"{text.rstrip()}\n"]
     if _is_language_model(directory):
         sections.append(_USAGE)
     if record["experts"]:
-        by_name = {str(model): md for model, md in shown.items()}
+        by_name = {str(model): md for model, md in models.items()}
         sections.append(_coefficients(directory, by_name, record))
     ModelCard("\n".join(sections)).save(directory / "README.md")
-
-
-def _paths(model: ModelReference) -> list[str]:
-    return [path.path for path in (model.model, model.lora) if path]
-
-
-def _is_on_hub(path: str, known: set[str]) -> bool:
-    """Return whether a path is one of the hub, without asking it."""
-    return path in known or (bool(HUB_NAME.fullmatch(path)) and not os.path.exists(path))
-
-
-def _md(path: str, on_hub: Sequence[str]) -> str:
-    shown = _escaped(path)
-    return f"[{shown}](https://huggingface.co/{path})" if path in on_hub else shown
 
 
 def _escaped(name: str) -> str:

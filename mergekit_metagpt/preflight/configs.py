@@ -17,7 +17,7 @@ from mergekit_metagpt.mergekit_private import compile_template, set_chat_templat
 from mergekit_metagpt.method.parameters import with_priors
 from mergekit_metagpt.planning.config import is_within, parts
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.wording import BadInputError, instead, nearest, reason
+from mergekit_metagpt.wording import instead, nearest, reason
 
 # Keys that MergeKit reads but never uses.
 _UNUSED = {"residual_weight"}
@@ -220,15 +220,14 @@ def no_experts(job: Job) -> Iterator[str]:
             )
 
 
-def no_layers(job: Job) -> list[str]:
-    """Refuse ranges of layers that are empty: MergeKit would plan a model without these layers."""
-    found = [(part.path, entry) for part in parts(job.parsed) for entry in part.inputs]
-    problems = [
-        f"{job.config} takes the layer_range {list(its)} of model {entry.model} at {path}, which "
-        "holds no layer; write the first layer, from 0, and the one after the last, such as [0, 3]."
-        for path, entry in found
-        if not 0 <= (its := getattr(entry, "layer_range", (0, 1)))[0] < its[1]
-    ]
-    if problems:
-        raise BadInputError(*problems)
-    return []
+def no_layers(job: Job) -> Iterator[str]:
+    """Find ranges of layers that are empty: MergeKit would plan a model without these layers."""
+    for part in parts(job.parsed):
+        for entry in part.inputs:
+            its = getattr(entry, "layer_range", (0, 1))
+            if not 0 <= its[0] < its[1]:
+                yield (
+                    f"{job.config} takes the layer_range {list(its)} of model {entry.model} at "
+                    f"{part.path}, which holds no layer; write the first layer, from 0, and the "
+                    "one after the last, such as [0, 3]."
+                )

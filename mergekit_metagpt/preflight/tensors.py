@@ -6,6 +6,7 @@ description, it guesses them. All other tensors of a model never reach the outpu
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice, zip_longest
 from typing import Any
 
 from mergekit import merge_methods
@@ -92,15 +93,14 @@ def left_out(job: Job) -> Iterator[str]:
 
     For those tensors it takes the models of the last slice, but only as many as the first has.
     """
-    for merge in (tensor.merge for tensor in job.outputs.tensors):
-        forgotten = [model for model in merge.task.model_order if model not in merge.loads]
-        if forgotten:
-            yield (
-                f"{job.config} lists more models in the last slice than in the first, and MergeKit "
-                f"would leave model {forgotten[0]} out of tensor {merge.name}; list as many models "
-                "in the first slice."
-            )
-            return
+    merges = [tensor.merge for tensor in job.outputs.tensors]
+    found = ((it, model) for it in merges for model in it.task.model_order if model not in it.loads)
+    for merge, model in islice(found, 1):
+        yield (
+            f"{job.config} lists more models in the last slice than in the first, and MergeKit "
+            f"would leave model {model} out of tensor {merge.name}; list as many models in the "
+            "first slice."
+        )
 
 
 def different_shapes(job: Job) -> Iterator[str]:
@@ -109,26 +109,21 @@ def different_shapes(job: Job) -> Iterator[str]:
     for tensor in job.outputs.tensors:
         shapes = {model: list(header.shape) for model, header in tensor.stored.items()}
         first = next((model for model in (job.parsed.base_model, *shapes) if model in shapes), None)
-        axis = tensor.merge.vocabulary_axis
+        expected = shapes[first] if first else []
         for model, shape in shapes.items():
-            if first is None or shape == (expected := shapes[first]):
-                continue
-            is_vocabulary = axis is not None and _beside(axis, shape) == _beside(axis, expected)
-            if is_vocabulary and tensor.merge.vocabulary_is_aligned:
-                continue
-            found.setdefault((model, is_vocabulary), []).append(
-                f"{'Vocabulary tensor' if is_vocabulary else 'Tensor'} "
-                f"{tensor.merge.loads[model].tensor} has shape {shape} in model {model} but "
-                f"{expected} in {first}"
-            )
+            pairs = enumerate(zip_longest(shape, expected))
+            differing = [axis for axis, (own, others) in pairs if own != others]
+            is_vocabulary = differing == [tensor.merge.vocabulary_axis]
+            if differing and not (is_vocabulary and tensor.merge.vocabulary_is_aligned):
+                found.setdefault((model, is_vocabulary), []).append(
+                    f"{'Vocabulary tensor' if is_vocabulary else 'Tensor'} "
+                    f"{tensor.merge.loads[model].tensor} has shape {shape} in model {model} but "
+                    f"{expected} in {first}"
+                )
     for (_, is_vocabulary), said in found.items():
         more = f" (and {len(said) - 1} more differ)" if len(said) > 1 else ""
         way = tokenizer_way(job) if is_vocabulary else "merge fine-tunes of one base"
         yield f"{said[0]}{more}; {way}."
-
-
-def _beside(axis: int, shape: list[int]) -> list[int]:
-    return shape[:axis] + shape[axis + 1 :]
 
 
 def quantized(job: Job) -> Iterator[str]:
