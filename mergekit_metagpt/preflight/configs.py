@@ -204,7 +204,8 @@ def bad_template(job: Job) -> Iterator[str]:
             at = f", in its line {line}" if line else ""
             yield (
                 f"{job.config} has a chat_template that is neither a Jinja template nor the name "
-                f"of one of MergeKit's ({reason(error)}{at}); correct it."
+                f"of one of MergeKit's ({reason(error)}{at}); correct it, or name one, such as "
+                "chatml."
             )
 
 

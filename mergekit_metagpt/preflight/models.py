@@ -4,7 +4,6 @@ The output gets the config.json of the base, so it computes as the base does. Eq
 show that an expert was trained to compute otherwise.
 """
 
-import os
 import re
 import textwrap
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import torch
 from mergekit.common import ModelReference
 from transformers import PretrainedConfig
 
+from mergekit_metagpt.measure.identity import Stat, stat_of
 from mergekit_metagpt.measure.vocabularies import Vocabulary, first_difference, load_vocabulary
 from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.preflight.adapters import bad_adapters
@@ -36,18 +36,16 @@ def unusable(job: Job) -> Iterator[str]:
 
 def same_models(job: Job) -> Iterator[str]:
     """Find models that are listed under two names, which their weight files show."""
-    seen: dict[frozenset[tuple[int, int]], ModelReference] = {}
+    seen: dict[frozenset[Stat], ModelReference] = {}
     for model, files in job.models.items():
         if model.lora and not files.adapter:
             continue  # the adapter is on the hub
-        paths = [it for it in (*files.weights.files, files.adapter or "") if os.path.isfile(it)]
-        stats = frozenset((it.st_dev, it.st_ino) for it in map(os.stat, paths))
+        stats = frozenset(map(stat_of, (*files.weights.files, files.adapter or ""))) - {None}
         first = seen.setdefault(stats, model) if stats else model
         if first is not model:
-            role = "the base" if first == job.parsed.base_model else "model"
             yield (
-                f"Model {model} is {role} {first} under another name, with the same weight files; "
-                "leave one of them out, or use one name for both."
+                f"Model {model} is {first} under another name, with the same weight files; leave "
+                "one of them out, or use one name for both."
             )
 
 

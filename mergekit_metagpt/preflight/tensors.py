@@ -155,6 +155,15 @@ def bad_values(job: Job) -> Iterator[str]:
         )
     if not_there := next((merge.name for merge in merges if merge.moves_layers), None):
         yield str(moved(not_there))
+    # DELLA keeps entries with probabilities from density − epsilon to density + epsilon.
+    for values in each if "della" in job.parsed.merge_method else ():
+        density, epsilon = values.get("density", 1), values.get("epsilon", 0)
+        if 0 < (limit := min(density, 1 - density)) <= epsilon:
+            yield (
+                f"{job.config} gives a tensor the density {density} and the epsilon {epsilon}, but "
+                f"density ± epsilon has to stay between 0 and 1; set an epsilon below {limit:g}."
+            )
+            return
 
 
 def lost(job: Job) -> Iterator[str]:
