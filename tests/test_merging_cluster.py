@@ -96,8 +96,12 @@ def mapper(monkeypatch):
         ("metagpt_ties", {"granularity": "layer", "density": 0.5}),
     ],
 )
-def test_every_file_is_that_of_a_local_merge(method, parameters, family, same_bytes):
-    found = same_bytes(merge_config(family, method, parameters=parameters), *SHARDS)
+def test_every_file_is_that_of_a_local_merge(method, parameters, family, same_bytes, tmp_path):
+    """The adapter is applied once for all workers."""
+    adapter = save_adapter(family["base"], tmp_path / "lora")
+    models = {**family, "lora": f"{family['base']}+{adapter}"}
+    words = (*SHARDS, "--lora-merge-cache", tmp_path / "cache")
+    found = same_bytes(merge_config(models, method, parameters=parameters), *words)
     assert len([name for name in found if name.endswith(".safetensors")]) > 3
     assert "model.safetensors.index.json" in found
 
@@ -114,12 +118,6 @@ def test_slices_in_one_file_are_those_of_a_local_merge(tied, same_bytes):
     config = slices_config(tied, [[0, 2]], [[1, 3]], parameters=parameters)
     found = same_bytes(config)
     assert {"model.safetensors", "tokenizer.json"} <= found  # copied from the base
-
-
-def test_adapters_are_applied_once_for_all_workers(family, same_bytes, tmp_path):
-    adapter = save_adapter(family["base"], tmp_path / "lora")
-    config = merge_config({**family, "lora": f"{family['base']}+{adapter}"})
-    same_bytes(config, *SHARDS, "--lora-merge-cache", tmp_path / "cache")
 
 
 def test_a_worker_that_is_killed_is_replaced_and_changes_nothing(
