@@ -7,7 +7,6 @@ import shlex
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -157,19 +156,6 @@ class TestACompleteMerge:
 
 
 class TestTheCard:
-    def test_the_hub_is_not_asked_for_it(self, family, out, tmp_path, monkeypatch):
-        """Also where relative paths with one slash might be names on the hub."""
-        paths = {name: f"models/{name}" for name in family}
-        for name, path in family.items():
-            shutil.copytree(path, tmp_path / paths[name])
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(huggingface_hub, "repo_exists", None)
-        merge(write_yaml(tmp_path / "metagpt.yml", merge_config(paths)), out)
-        assert names(out) == WHOLE
-        card = huggingface_hub.ModelCard.load(out / "README.md")
-        assert card.data.base_model is None
-        assert "\n* models/a\n" in card.text
-
     @pytest.mark.parametrize(
         ("step", "file", "warning"),
         [
@@ -299,7 +285,3 @@ def test_the_cards_command_repeats_the_merge_to_the_byte(family, tmp_path):
     ]
     assert len(weights[0]) > 1
     assert weights[0] == weights[1] != weights[2]
-    card = huggingface_hub.ModelCard.load(one / "README.md").text
-    assert "# one" in card
-    assert "created using [mergekit]" in card
-    assert f"| {family['a']} | " in card
