@@ -25,7 +25,7 @@ from mergekit.tokenizer import BuildTokenizer
 
 from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.measure.identity import sha256_of
-from mergekit_metagpt.merging import whole
+from mergekit_metagpt.merging import by_shard, whole
 
 
 def failing(error: BaseException):
@@ -189,7 +189,7 @@ def test_a_weight_file_that_changes_while_it_is_merged_is_named_and_nothing_stay
 ):
     """Also where the merge could not see it, after the last tensor was read."""
     config = write_yaml(tmp_path / "metagpt.yml", merge_config(own))
-    merge_by_shard = whole.merge_by_shard
+    merge_by_shard = by_shard.merge_by_shard
 
     def then_replace(*args):
         merge_by_shard(*args)
@@ -197,7 +197,7 @@ def test_a_weight_file_that_changes_while_it_is_merged_is_named_and_nothing_stay
         shutil.copy(file, tmp_path / "copy")
         os.replace(tmp_path / "copy", file)
 
-    monkeypatch.setattr(whole, "merge_by_shard", then_replace)
+    monkeypatch.setattr(by_shard, "merge_by_shard", then_replace)
     done = merge(config, out, status=1)
     assert f"Weight file {own['b']}/model.safetensors has changed since this merge" in done.stderr
     assert not names(out.parent)

@@ -1,6 +1,7 @@
 """A merge, read back: numbers that overflowed, and what MergeKit copies from the base made true."""
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,17 +20,32 @@ from mergekit_metagpt.measure.vocabularies import load_vocabulary
 from mergekit_metagpt.measure.weights import Weights, read_weights
 from mergekit_metagpt.mergekit_private import tied_names
 from mergekit_metagpt.planning.models import ModelFiles
-from mergekit_metagpt.wording import BadInputError
+from mergekit_metagpt.wording import BadInputError, reason
 
+LOG = logging.getLogger(__name__)
 _GENERATION = "generation_config.json"
 
 
-def describe(directory: Path, config: MergeConfiguration, options: MergeOptions) -> list[str]:
+def describe(directory: Path, config: MergeConfiguration, options: MergeOptions) -> None:
     """Make ``config.json`` describe the written weights, and keep the base's generation config.
 
-    A file that is right already is not written again. Returns a sentence for each thing that
-    somebody has to decide.
+    A file that is right already is not written again. What somebody has to decide is a warning,
+    as is a failure: the weights are complete, and may have taken hours.
     """
+    try:
+        for sentence in _corrections(directory, config, options):
+            LOG.warning("%s", sentence)
+    except Exception as error:
+        LOG.warning(
+            "What MergeKit wrote beside the weights could not be checked (%s); compare the "
+            "config.json of the merge with that of the base before you use it.",
+            reason(error),
+        )
+
+
+def _corrections(
+    directory: Path, config: MergeConfiguration, options: MergeOptions
+) -> Iterator[str]:
     base = config.base_model or config.referenced_models()[0]  # whose config MergeKit takes
     model = ModelFiles(base, base.config(options.trust_remote_code))
     file = directory / "config.json"
@@ -38,12 +54,11 @@ def describe(directory: Path, config: MergeConfiguration, options: MergeOptions)
     weights = read_weights(Directory(str(directory), str(directory)))
     _untie(said, model, weights)
     _correct_dtypes(said, weights)
-    warnings = list(_correct_vocabulary(said, model, weights))
+    yield from _correct_vocabulary(said, model, weights)
     if said != json.loads(text):
         file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     if options.copy_tokenizer or (directory / "tokenizer_config.json").exists():
-        warnings += _keep_generation(directory, base, options)
-    return warnings
+        yield from _keep_generation(directory, base, options)
 
 
 def _untie(said: dict[str, Any], model: ModelFiles, weights: Weights) -> None:

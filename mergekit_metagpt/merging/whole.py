@@ -14,12 +14,7 @@ from mergekit.merge import run_merge
 
 from mergekit_metagpt import register
 from mergekit_metagpt.measure.identity import Stat, changed_files, digest, require_unchanged
-from mergekit_metagpt.merging.by_shard import (
-    as_json,
-    entries_of,
-    merge_by_shard,
-    planned_files,
-)
+from mergekit_metagpt.merging import by_shard
 from mergekit_metagpt.merging.card import PICTURE, write_card
 from mergekit_metagpt.merging.finished import describe, require_in_range
 from mergekit_metagpt.merging.record import deciding_options, merge_record, opened, versions
@@ -73,8 +68,8 @@ def merge_whole(
         facts["seed"] = job.options.random_seed
         with output.work(digest(facts), facts, lambda: not changed_files(inputs.stats)) as work:
             if files:
-                merge_by_shard(job, files, work, inputs.stats, mapper)
-                _describe(work, job)
+                by_shard.merge_by_shard(job, files, work, inputs.stats, mapper)
+                describe(work.merged, job.parsed, job.options)
             else:
                 _merge_at_once(job, work, inputs.stats)
             require_unchanged(inputs.stats)
@@ -85,9 +80,7 @@ def merge_whole(
                         draw(work.merged / PICTURE, Summary(job.entries))
                 source = work.merged / "mergekit_config.yml"
                 source.write_text(record["config"], encoding="utf-8")
-                with _at_worst(
-                    "The model card could not be written (%s); the merge goes on without it."
-                ):
+                with _at_worst("The model card could not be written (%s)."):
                     write_card(work.merged, out.absolute().name, record, names.values())
             record["times"] = {"started": started, "finished": _now()}
             text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -111,7 +104,7 @@ def _files(job: Job, mapper: RayMapper | None) -> dict[str, list[OutputTensor]] 
             f"{job.parsed.merge_method}, or merge without --ray."
         )
     by_file = mapper or (own and not (options.multi_gpu or options.async_write))
-    return planned_files(job) if by_file else None
+    return by_shard.planned_files(job) if by_file else None
 
 
 def _is_own(config: MergeConfiguration) -> bool:
@@ -146,21 +139,12 @@ def _merge_at_once(job: Job, work: Work, inputs: dict[str, Stat]) -> None:
         with noted(in_all_threads=_is_own(config)) as entries:
             run_merge(config, str(work.merged), job.options.model_copy(update=options))
         require_in_range(work.merged, job.parsed.out_dtype)
-        _describe(work, job)
+        describe(work.merged, config, job.options)
         require_unchanged(inputs)
         own = [entry for entry in entries if experts.issuperset(entry.experts)]  # of no other merge
-        record = {"entries": as_json(own)}
+        record = {"entries": by_shard.as_json(own)}
         work.keep("all", record, [path for path in work.merged.rglob("*") if path.is_file()])
-    job.entries.extend(entries_of([record]))
-
-
-def _describe(work: Work, job: Job) -> None:
-    with _at_worst(
-        "What MergeKit wrote beside the weights could not be checked (%s); compare the config.json "
-        "of the merge with that of the base before you use it."
-    ):
-        for sentence in describe(work.merged, job.parsed, job.options):
-            LOG.warning("%s", sentence)
+    job.entries.extend(by_shard.entries_of([record]))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ show that an expert was trained to compute otherwise.
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,9 +51,8 @@ def same_models(job: Job) -> Iterator[str]:
 
 def different_heads(job: Job) -> Iterator[str]:
     """Find models whose attention is split otherwise than that of the base, or of the first."""
-    for (model, own), (first, others) in _beside_first(job):
-        expected = _heads(others)
-        for key, value in _heads(own).items():
+    for model, said, first, expected in _beside_first(job, _heads):
+        for key, value in said.items():
             if value != expected.get(key, value):
                 yield (
                     f"The config.json of model {model} says {key}: {value}, but that of {first} "
@@ -65,13 +64,12 @@ def different_heads(job: Job) -> Iterator[str]:
 
 def different_settings(job: Job) -> Iterator[str]:
     """Find models that compute otherwise than the base, or the first, with weights of one shape."""
-    for (model, config), (first, its) in _beside_first(job):
-        own, others = dict(_settings(config.to_dict())), dict(_settings(its.to_dict()))
-        differ = [
-            f"{key} ({_short(own.get(key, 'unset'))}, not {_short(others.get(key, 'unset'))})"
-            for key in sorted(own.keys() | others.keys())
-            if own.get(key) != others.get(key)
-        ]
+    for model, said, first, others in _beside_first(job, lambda it: dict(_settings(it.to_dict()))):
+        differ = []
+        for key in sorted(said.keys() | others.keys()):
+            values = [textwrap.shorten(str(it.get(key, "unset")), 60) for it in (said, others)]
+            if said.get(key) != others.get(key):
+                differ.append(f"{key} ({values[0]}, not {values[1]})")
         if differ:
             whose = f", that of {first}" if first == job.parsed.base_model else ""
             yield (
@@ -81,20 +79,15 @@ def different_settings(job: Job) -> Iterator[str]:
             )
 
 
-def _short(value: Any) -> str:
-    return textwrap.shorten(str(value), 60)
-
-
-# A model, and what its config.json says of the language model.
-Said = tuple[ModelReference, PretrainedConfig]
-
-
-def _beside_first(job: Job) -> Iterator[tuple[Said, Said]]:
-    """Yield each model beside the base, or beside the first, if their configs are of one kind."""
-    said = [(it.model, it.config.get_text_config()) for it in job.models.values() if it.config]
-    for own in said[1:]:
-        if type(own[1]) is type(said[0][1]):
-            yield own, said[0]
+def _beside_first(
+    job: Job, read: Callable[[PretrainedConfig], dict[str, Any]]
+) -> Iterator[tuple[ModelReference, dict[str, Any], ModelReference, dict[str, Any]]]:
+    """Yield what is read of each model and of the base, or of the first, if of one kind."""
+    known = [(it.model, it.config.get_text_config()) for it in job.models.values() if it.config]
+    for model, config in known[1:]:
+        first, its = known[0]
+        if type(config) is type(its):
+            yield model, read(config), first, read(its)
 
 
 def _heads(config: PretrainedConfig) -> dict[str, int]:
