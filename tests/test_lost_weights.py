@@ -237,15 +237,6 @@ def test_only_layers_that_a_slice_names_are_missed(tmp_path):
     assert f"base holds tensor {biases[2]}," in problem
 
 
-def test_ends_of_models_that_a_frankenmerge_takes_from_one(tmp_path):
-    paths = save_family(tmp_path, llama_config(tie_word_embeddings=True))
-    slices = [
-        {"sources": [{"model": paths[name], "layer_range": layers}]}
-        for name, layers in (("a", [0, 2]), ("b", [1, 3]))
-    ]
-    assert problems_of({"merge_method": "passthrough", "slices": slices}, tmp_path) == []
-
-
 def test_modules_that_the_config_does_not_name(tmp_path):
     config = merge_config(save_family(tmp_path, T5, auto=AutoModelForSeq2SeqLM))
     parsed = MergeConfiguration.model_validate(config)

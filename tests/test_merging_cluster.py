@@ -18,7 +18,6 @@ from conftest import (
     save_adapter,
     save_family,
     save_tokenizer,
-    slices_config,
     write_yaml,
 )
 from mergekit.plan import MergePlanner
@@ -111,13 +110,6 @@ def test_vocabularies_and_tokenizers_are_those_of_a_local_merge(tied, same_bytes
     config = merge_config(tied, tokenizer=tokenizer, dtype="float32", out_dtype="bfloat16")
     found = same_bytes(config, *SHARDS)
     assert {"tokenizer.json", "model.safetensors.index.json"} <= found
-
-
-def test_slices_in_one_file_are_those_of_a_local_merge(tied, same_bytes):
-    parameters = {"granularity": "model", "weight": [0.2, 1.0]}
-    config = slices_config(tied, [[0, 2]], [[1, 3]], parameters=parameters)
-    found = same_bytes(config)
-    assert {"model.safetensors", "tokenizer.json"} <= found  # copied from the base
 
 
 def test_a_worker_that_is_killed_is_replaced_and_changes_nothing(

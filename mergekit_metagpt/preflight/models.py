@@ -6,12 +6,11 @@ show that an expert was trained to compute otherwise.
 
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from mergekit.common import ModelReference
-from transformers import PretrainedConfig
 
 from mergekit_metagpt.measure.identity import Stat, stat_of
 from mergekit_metagpt.measure.vocabularies import Vocabulary, first_difference, load_vocabulary
@@ -20,6 +19,8 @@ from mergekit_metagpt.preflight.adapters import bad_adapters
 from mergekit_metagpt.preflight.tensors import tokenizer_way
 from mergekit_metagpt.wording import BadInputError, reason
 
+# The names of settings that split tensors of one shape in other ways.
+_HEADS = re.compile("heads?$|head_dim$")
 # Parts of the names of settings that change what a model computes, but no shape.
 _COMPUTES = re.compile(
     "rope|rotary|hidden_act|activation|_eps|window|softcap|scal|multiplier|per_tok|topk|layer_types"
@@ -51,63 +52,52 @@ def same_models(job: Job) -> Iterator[str]:
 
 def different_heads(job: Job) -> Iterator[str]:
     """Find models whose attention is split otherwise than that of the base, or of the first."""
-    for model, said, first, expected in _beside_first(job, _heads):
-        for key, value in said.items():
-            if value != expected.get(key, value):
-                yield (
-                    f"The config.json of model {model} says {key}: {value}, but that of {first} "
-                    f"says {expected[key]}, so that tensors of one shape mean different things; "
-                    "merge fine-tunes of one base."
-                )
-                break  # the others mostly follow from it
+    for model, first, differ in _differing(job, _HEADS):
+        if said := [it for it in differ if "unset" not in it]:
+            yield (
+                f"The config.json of model {model} differs from that of {first} in "
+                f"{', '.join(said)}, so that tensors of one shape mean different things; merge "
+                "fine-tunes of one base."
+            )
 
 
 def different_settings(job: Job) -> Iterator[str]:
     """Find models that compute otherwise than the base, or the first, with weights of one shape."""
-    for model, said, first, others in _beside_first(job, lambda it: dict(_settings(it.to_dict()))):
-        differ = []
-        for key in sorted(said.keys() | others.keys()):
-            values = [textwrap.shorten(str(it.get(key, "unset")), 60) for it in (said, others)]
-            if said.get(key) != others.get(key):
-                differ.append(f"{key} ({values[0]}, not {values[1]})")
-        if differ:
-            whose = f", that of {first}" if first == job.parsed.base_model else ""
-            yield (
-                f"The config.json of model {model} differs from that of {first} in "
-                f"{', '.join(differ)}, so that the two compute otherwise, but a merge has only one "
-                f"config.json{whose}; test the result."
-            )
+    for model, first, differ in _differing(job, _COMPUTES):
+        whose = f", that of {first}" if first == job.parsed.base_model else ""
+        yield (
+            f"The config.json of model {model} differs from that of {first} in "
+            f"{', '.join(differ)}, so that the two compute otherwise, but a merge has only one "
+            f"config.json{whose}; test the result."
+        )
 
 
-def _beside_first(
-    job: Job, read: Callable[[PretrainedConfig], dict[str, Any]]
-) -> Iterator[tuple[ModelReference, dict[str, Any], ModelReference, dict[str, Any]]]:
-    """Yield what is read of each model and of the base, or of the first, if of one kind."""
+def _differing(
+    job: Job, names: re.Pattern[str]
+) -> Iterator[tuple[ModelReference, ModelReference, list[str]]]:
+    """Yield each model, the base or else the first, and what their configs set differently."""
     known = [(it.model, it.config.get_text_config()) for it in job.models.values() if it.config]
     for model, config in known[1:]:
         first, its = known[0]
-        if type(config) is type(its):
-            yield model, read(config), first, read(its)
+        own, others = (dict(_settings(it.to_dict(), names)) for it in (config, its))
+        differ = []
+        for key in sorted(own.keys() | others.keys()):
+            values = [textwrap.shorten(str(it.get(key, "unset")), 60) for it in (own, others)]
+            if own.get(key) != others.get(key):
+                differ.append(f"{key} ({values[0]}, not {values[1]})")
+        if differ and type(config) is type(its):
+            yield model, first, differ
 
 
-def _heads(config: PretrainedConfig) -> dict[str, int]:
-    # Of some models, attributes of the config itself differ by layer and raise.
-    said, names = config.to_dict(), dict(type(config).attribute_map)  # such as n_head
-    keys = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
-    heads, shared, width, size = (said.get(key, said.get(names.get(key, key))) for key in keys)
-    if not (isinstance(heads, int) and heads > 0):
-        return {}
-    width = width or (size or 0) // heads
-    return {"num_attention_heads": heads, "num_key_value_heads": shared or heads, "head_dim": width}
-
-
-def _settings(said: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the settings that change what a model computes; those within others with a dot."""
+def _settings(
+    said: dict[str, Any], names: re.Pattern[str], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield the settings with such names; those within others with a dot."""
     for key, value in said.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _settings(value, f"{name}.")
-        elif _COMPUTES.search(name) and value is not None:
+            yield from _settings(value, names, f"{name}.")
+        elif names.search(name) and value is not None:
             yield name, value
 
 
