@@ -139,7 +139,7 @@ def _merge_at_once(job: Job, work: Work, inputs: dict[str, Stat]) -> None:
         with noted(in_all_threads=_is_own(config)) as entries:
             run_merge(config, str(work.merged), job.options.model_copy(update=options))
         require_in_range(work.merged, job.parsed.out_dtype)
-        describe(work.merged, config, job.options)
+        describe(work.merged, job.parsed, job.options)
         require_unchanged(inputs)
         own = [entry for entry in entries if experts.issuperset(entry.experts)]  # of no other merge
         record = {"entries": by_shard.as_json(own)}
