@@ -19,7 +19,27 @@ from mergekit_metagpt.wording import BadInputError
 
 __all__ = ["Costs", "Preflight", "ignored", "inspect"]
 
-Check = Callable[[Job], Iterable[str]]
+# In the order in which their sentences are printed. The first that cannot look any further,
+# because of a problem, raises it.
+_CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
+    configs.ignored_parameters,
+    configs.bad_parameters,
+    configs.bad_dtypes,
+    configs.bad_template,
+    configs.empty_parts,
+    models.unusable,
+    models.same_models,
+    models.different_heads,
+    tensors.missing,
+    tensors.missing_heads,
+    tensors.left_out,
+    tensors.different_shapes,
+    tensors.quantized,
+    tensors.lost,
+    tensors.bad_values,
+    configs.unused_values,
+    models.bad_vocabularies,
+)
 
 
 @dataclass(frozen=True)
@@ -58,24 +78,15 @@ def inspect(
     """
     register()
     problems: list[str] = []
-
-    def look(*checks: Check) -> None:
-        """Ask one after another; the first that can look no further for a problem raises it."""
-        for check in checks:
-            problems.extend(check(job))
-
     try:
         written = read_config(config) if isinstance(config, str) else config
         with alone():
             job = Job(written, options or MergeOptions())
-            look(configs.unknown_keys, configs.ignored_parameters, configs.bad_parameters)
-            look(configs.bad_dtypes, configs.bad_template, configs.no_experts)
+            problems += configs.unknown_keys(job)  # also if MergeKit cannot read the rest
             job.options = with_own_adapters(job.options, job.parsed)
-            look(models.unusable, models.same_models, models.different_heads)
             problems += output.bad_output(job, out) if out else ()
-            look(configs.no_layers, tensors.missing, tensors.missing_heads, tensors.left_out)
-            look(tensors.different_shapes, tensors.quantized, tensors.lost, tensors.bad_values)
-            look(configs.unused_values, models.bad_vocabularies)
+            for check in _CHECKS:
+                problems += check(job)
             if not problems:
                 total = costs(job)
                 problems += output.no_room(job, out, total)

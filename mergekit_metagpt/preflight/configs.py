@@ -209,21 +209,16 @@ def bad_template(job: Job) -> Iterator[str]:
             )
 
 
-def no_experts(job: Job) -> Iterator[str]:
-    """Find lists of nothing but the base, which MergeKit would write as it is."""
+def empty_parts(job: Job) -> Iterator[str]:
+    """Find lists without an expert and ranges without a layer, which MergeKit would merge so."""
     method = _method(job)
     needs_base = method is not None and method.spec.contract.base == BasePolicy.REQUIRED
-    for part in parts(job.parsed) if needs_base else ():
-        if part.base and all(entry.model == part.base for entry in part.inputs):
+    for part in parts(job.parsed):
+        if needs_base and part.base and all(entry.model == part.base for entry in part.inputs):
             yield (
                 f"{job.config} merges no expert at {part.path}, which lists nothing but the base "
                 f"{part.base}; add the models that were fine-tuned from it."
             )
-
-
-def no_layers(job: Job) -> Iterator[str]:
-    """Find ranges of layers that are empty: MergeKit would plan a model without these layers."""
-    for part in parts(job.parsed):
         for entry in part.inputs:
             its = getattr(entry, "layer_range", (0, 1))
             if not 0 <= its[0] < its[1]:
