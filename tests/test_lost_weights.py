@@ -10,12 +10,11 @@ from zlib import crc32
 import pytest
 import torch
 import transformers
-from conftest import edit, llama_config, merge_config, problems_of, read, save_family, slices_config
+from conftest import edit, merge_config, problems_of, read, save_family, slices_config, the_only
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -187,21 +186,16 @@ def test_other_models_hold_every_weight_or_are_refused(config, auto, refusal, tm
     assert all(refusal in problem for problem in problems)
 
 
-def problems_with(config: dict[str, Any], directory: Path, **tensors: torch.Tensor) -> list[str]:
-    """Return the problems of a merge after tensors are added to the checkpoints beside it."""
-    for file in directory.glob("*/model.safetensors"):
-        edit(file.parent, lambda held: held.update(tensors))
-    return problems_of(config, directory)
-
-
 LLAMA, GPT2 = "model.layers.0.attn", "transformer.h.0.attn"
+BIASES = [f"model.layers.{number}.self_attn.q_proj.bias" for number in range(3)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "computed", "lost"),
+    ("kind", "slices", "computed", "lost"),
     [
         (
             "llama",
+            (),
             {
                 "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
                 f"{LLAMA}.masked_bias": torch.ones(2),
@@ -210,31 +204,30 @@ LLAMA, GPT2 = "model.layers.0.attn", "transformer.h.0.attn"
             },
             f"{LLAMA}.bias",
         ),
-        ("gpt2", {f"{GPT2}.bias": torch.ones(4)}, f"{GPT2}.d_attn.bias"),
+        ("gpt2", (), {f"{GPT2}.bias": torch.ones(4)}, f"{GPT2}.d_attn.bias"),
+        # Layers that a slice does not name are left out on purpose.
+        ("llama", ([[0, 1]], [[2, 3]]), {BIASES[1]: torch.ones(32)}, BIASES[2]),
     ],
 )
-def test_only_weights_are_missed(kind, computed, lost, tmp_path):
-    config = merge_config(save_family(tmp_path, tiny_config(kind)))
-    assert problems_with(config, tmp_path, **computed) == []
-    (problem,) = problems_with(config, tmp_path, **{lost: torch.ones(4)})
-    assert f"holds tensor {lost}," in problem
+def test_only_weights_are_missed(kind, slices, computed, lost, tmp_path):
+    paths = save_family(tmp_path, tiny_config(kind, num_hidden_layers=3))
+    config = slices_config(paths, *slices) if slices else merge_config(paths)
+
+    def problems_with(**tensors: torch.Tensor) -> list[str]:
+        for path in paths.values():
+            edit(path, lambda held: held.update(tensors))
+        return problems_of(config, tmp_path)
+
+    assert problems_with() == []
+    assert problems_with(**computed) == []
+    the_only(problems_with(**{lost: torch.ones(4)}), f"base holds tensor {lost},")
 
 
 def test_a_head_that_is_tied_to_the_embeddings_under_a_name_of_its_own(tmp_path):
-    paths = save_family(tmp_path, tiny_config("gpt2"), scales=(0.0, 0.0))
-    weights = load_file(Path(paths["base"], "model.safetensors"))
-    head = {"lm_head.weight": weights["transformer.wte.weight"].clone()}
-    assert problems_with(merge_config(paths), tmp_path, **head) == []
-
-
-def test_only_layers_that_a_slice_names_are_missed(tmp_path):
-    paths = save_family(tmp_path, llama_config(tie_word_embeddings=True))
-    config = slices_config(paths, [[0, 1]], [[2, 3]])
-    assert problems_of(config, tmp_path) == []
-    biases = [f"model.layers.{n}.self_attn.q_proj.bias" for n in range(3)]
-    assert problems_with(config, tmp_path, **{biases[1]: torch.ones(32)}) == []
-    (problem,) = problems_with(config, tmp_path, **{biases[2]: torch.ones(32)})
-    assert f"base holds tensor {biases[2]}," in problem
+    paths = save_family(tmp_path, tiny_config("gpt2"))
+    for path in paths.values():
+        edit(path, lambda it: it.update({"lm_head.weight": it["transformer.wte.weight"].clone()}))
+    assert problems_of(merge_config(paths), tmp_path) == []
 
 
 def test_modules_that_the_config_does_not_name(tmp_path):
