@@ -125,7 +125,7 @@ def _correct_dtypes(said: dict[str, Any], weights: Weights) -> None:
     for header in weights.tensors.values():
         if header.dtype in FLOATS:
             sizes[str(header.torch_dtype).removeprefix("torch.")] += header.bytes
-    main = max(sizes, key=lambda name: sizes[name])
+    main = max(sizes, key=sizes.__getitem__)
     for part in (said, *(value for value in said.values() if isinstance(value, dict))):
         for key in part.keys() & {"dtype", "torch_dtype"}:
             named = str(part[key]).removeprefix("torch.")  # with which no model can be loaded

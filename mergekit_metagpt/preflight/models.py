@@ -20,7 +20,7 @@ from mergekit_metagpt.preflight.tensors import tokenizer_way
 from mergekit_metagpt.wording import BadInputError, reason
 
 # The names of settings that split tensors of one shape in other ways.
-_HEADS = re.compile("heads?$|head_dim$")
+_HEADS = re.compile("heads$|n_head$|head_dim$")
 # Parts of the names of settings that change what a model computes, but no shape.
 _COMPUTES = re.compile(
     "rope|rotary|hidden_act|activation|_eps|window|softcap|scal|multiplier|per_tok|topk|layer_types"
