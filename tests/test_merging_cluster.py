@@ -36,20 +36,6 @@ pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("cluster")
 SHARDS = ("--out-shard-size", "30000")
 
 
-@pytest.fixture(scope="module")
-def tied(tmp_path_factory):
-    """Tied embeddings, several shards, and tokenizers of which one has a word of its own."""
-    paths = save_family(
-        tmp_path_factory.mktemp("tied"),
-        llama_config(tie_word_embeddings=True),
-        max_shard_size="60KB",
-    )
-    words = [f"w{number}" for number in range(63)]
-    for name, path in paths.items():
-        save_tokenizer(path, *words, *(["new"] if name == "b" else []))
-    return paths
-
-
 def merge(config: dict, out: Path, *words, status: int = 0):
     out.parent.mkdir(exist_ok=True)
     yml = write_yaml(out.parent / "metagpt.yml", config)
@@ -105,9 +91,14 @@ def test_every_file_is_that_of_a_local_merge(method, parameters, family, same_by
     assert "model.safetensors.index.json" in found
 
 
-def test_vocabularies_and_tokenizers_are_those_of_a_local_merge(tied, same_bytes):
+def test_tied_vocabularies_and_tokenizers_are_those_of_a_local_merge(same_bytes, tmp_path):
+    model = llama_config(tie_word_embeddings=True)
+    paths = save_family(tmp_path / "tied", model, max_shard_size="60KB")
+    for name, path in paths.items():
+        words = [f"w{number}" for number in range(63)]
+        save_tokenizer(path, *words, *(["new"] if name == "b" else []))
     tokenizer = {"source": "union", "pad_to_multiple_of": 6}
-    config = merge_config(tied, tokenizer=tokenizer, dtype="float32", out_dtype="bfloat16")
+    config = merge_config(paths, tokenizer=tokenizer, dtype="float32", out_dtype="bfloat16")
     found = same_bytes(config, *SHARDS)
     assert {"tokenizer.json", "model.safetensors.index.json"} <= found
 
