@@ -91,7 +91,7 @@ MUTANTS = {
         "complete = len(work.records) if is_valid() else 0": "complete = len(work.records)",
     },
     ("merging/whole.py", "test_merging_whole.py"): {
-        '"tokenizer": plan and plan.tokenizer,': "",
+        '"tokenizer": tokenizer,': "",
     },
     ("merging/whole.py", "test_merging_directory.py"): {
         '"inputs": inputs,': "",

@@ -3,7 +3,6 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,17 +20,16 @@ class Costs:
     """What a merge will cost.
 
     Attributes:
+        tensors: how many tensors the output will have.
+        parameters: how many numbers these hold together.
         passes: how often the models are read.
         bytes_read: the bytes of tensors that all passes read together.
         bytes_written: the bytes of tensors in the output.
         bytes_applied: the bytes of models that MergeKit first writes to the LoRA cache.
+        shards: how many weight files the output will have.
         arithmetic: the seconds that directions take on this machine; 0 if there are none.
-        notes: what else is worth knowing, one sentence each.
     """
 
-    method: str
-    base: str | None
-    experts: tuple[str, ...]
     tensors: int
     parameters: int
     passes: int
@@ -40,7 +38,6 @@ class Costs:
     bytes_applied: int
     shards: int
     arithmetic: float
-    notes: tuple[str, ...]
 
 
 def costs(job: Job) -> Costs:
@@ -59,9 +56,6 @@ def costs(job: Job) -> Costs:
         for header in (held[it.model].values() if it.to_apply else ())
     )
     return Costs(
-        method=job.parsed.merge_method,
-        base=str(job.parsed.base_model) if job.parsed.base_model else None,
-        experts=tuple(sorted(str(model) for model in job.models if model != job.parsed.base_model)),
         tensors=len(outputs),
         parameters=sum(tensor.written_parameters(rows) for tensor in outputs),
         passes=passes,
@@ -70,7 +64,6 @@ def costs(job: Job) -> Costs:
         bytes_applied=applied,
         shards=len(job.outputs.shards(job.options.out_shard_size)),
         arithmetic=_arithmetic(job),
-        notes=tuple(_notes(job)),
     )
 
 
@@ -100,16 +93,3 @@ def _trial(experts: int, dtype: torch.dtype, device: torch.device) -> float:
         float(out[0, 0])  # waits for the device
         seconds.append(time.perf_counter() - start)
     return min(seconds) / math.prod(_TRIAL)
-
-
-def _notes(job: Job) -> Iterator[str]:
-    yield (
-        "Headers do not show NaN, Inf or experts that equal the base: mergekit-metagpt "
-        "coefficients and the merge itself find those."
-    )
-    dtypes = sorted({h.dtype for tensor in job.outputs.tensors for h in tensor.stored.values()})
-    if len(dtypes) > 1:
-        yield f"The models are stored as {', '.join(dtypes)}; each tensor is merged in the widest."
-    for model, files in job.models.items():
-        if files.to_apply:
-            yield f"MergeKit first writes {model} with its adapter applied to {files.to_apply}."
