@@ -61,7 +61,7 @@ def _show(costs: preflight.Costs) -> None:
         ("Bytes written", decimal(costs.bytes_written)),
         ("Output shards", str(costs.shards)),
     ]
-    if costs.arithmetic:
+    if costs.by_direction:
         rows.append(("Arithmetic on this machine", _duration(costs.arithmetic)))
     if costs.bytes_applied:
         rows.append(("Bytes written to the LoRA cache", decimal(costs.bytes_applied)))
