@@ -1,6 +1,5 @@
 """Helpers that make tiny checkpoints and merge them."""
 
-import filecmp
 import json
 import os
 import shutil
@@ -50,12 +49,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Refuse to test another copy of the package than the one beside the tests."""
     (tested,) = map(Path, mergekit_metagpt.__path__)
-    differing = differing_files(Path(__file__).parents[1] / "mergekit_metagpt", tested)
-    if differing:
+    its, own = map(sources, (tested, Path(__file__).parents[1] / "mergekit_metagpt"))
+    if differing := sorted(name for name, _ in its.items() ^ own.items()):
         raise pytest.UsageError(
             f"The tests would run {tested}, where {differing[0]} is not as it is here. Install the "
             "package again: pip install '.[test]'"
         )
+
+
+def sources(package: Path) -> dict[str, bytes]:
+    """Return the contents of a package's modules by name."""
+    return {str(path.relative_to(package)): path.read_bytes() for path in package.rglob("*.py")}
 
 
 def invoke(*words: object, status: int = 0, **settings: Any) -> Result:
@@ -63,18 +67,6 @@ def invoke(*words: object, status: int = 0, **settings: Any) -> Result:
     done = CliRunner().invoke(main, [str(word) for word in words], **settings)
     assert done.exit_code == status, done.output
     return done
-
-
-def differing_files(tree: Path, installed: Path) -> list[str]:
-    """Return the files that an installed package lacks, has besides, or has with other bytes."""
-
-    def files(directory: Path) -> set[str]:
-        found = {str(path.relative_to(directory)) for path in directory.rglob("*.*")}
-        return {name for name in found if name.endswith((".py", ".typed"))}
-
-    names = sorted(files(tree) | files(installed))
-    _, differing, missing = filecmp.cmpfiles(tree, installed, names, shallow=False)
-    return sorted(differing + missing)
 
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
