@@ -19,8 +19,6 @@ from conftest import write_yaml
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
 from mergekit.scripts import run_yaml
 from paper_stand_ins import save_models, save_tasks
 
@@ -58,9 +56,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Paper = Callable[..., Result]
-
-
 @pytest.fixture(scope="session")
 def of_lm_eval() -> TaskManager:
     """lm-eval's own tasks that the tables name. To index all of them takes half a minute."""
@@ -69,30 +64,32 @@ def of_lm_eval() -> TaskManager:
     return TaskManager(include_path=folders, include_defaults=False)
 
 
-def in_this_process(words: list[str]) -> SimpleNamespace:
+@pytest.fixture(scope="session", autouse=True)
+def _in_this_process():
     """Run mergekit-yaml here."""
-    return SimpleNamespace(returncode=CliRunner().invoke(run_yaml.main, words[1:]).exit_code)
+
+    def run(words):
+        return SimpleNamespace(returncode=CliRunner().invoke(run_yaml.main, words[1:]).exit_code)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.paper.merges.subprocess", SimpleNamespace(run=run))
+        yield
 
 
 @pytest.fixture(scope="session")
-def paper(models: Path, tasks: Path) -> Paper:
+def paper(models: Path, tasks: Path) -> Callable[..., Result]:
     """Run the command on the stand-ins, with the words and the options that a test wants."""
 
     def invoke(*words: str | Path, **changes: Path) -> Result:
         folders = {"models": models, "tasks": tasks, **changes}
         options = [f"--{name}={folder}" for name, folder in folders.items()]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("HF_HUB_OFFLINE", "1")
-            patch.setenv("OMP_NUM_THREADS", "1")
-            patch.setenv("HF_ALLOW_CODE_EVAL", "0")
-            patch.setattr("benchmarks.paper.merges.subprocess.run", in_this_process)
-            return CliRunner().invoke(main, [*map(str, words), *options])
+        return CliRunner(env={"HF_ALLOW_CODE_EVAL": "0"}).invoke(main, [*map(str, words), *options])
 
     return invoke
 
 
 @pytest.fixture(scope="session")
-def first_run(paper: Paper, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+def first_run(paper, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """The experts and two merges of table 1: the output directory, and what the command said.
 
     Another run has died in the middle of one merge; of the other there is an older config's.
@@ -109,17 +106,6 @@ def first_run(paper: Paper, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def local_row(number: int, name: str, models: Path) -> Row:
     (row,) = (row for row in read_table(number).rows if row.name == name)
     return with_local_models(row, models)
-
-
-def merged_here(row: Row, out: Path) -> Path:
-    """Merge a row with MergeKit in this process."""
-    run_merge(
-        MergeConfiguration.model_validate(row.source),
-        str(out),
-        MergeOptions(quiet=True, random_seed=0),
-        config_source=yaml.safe_dump(row.source, sort_keys=False),
-    )
-    return out
 
 
 def results(out: Path) -> dict[str, dict[str, Any]]:
@@ -182,8 +168,8 @@ def test_a_row_is_measured_on_its_own_merge_and_printed_beside_the_papers_figure
     first_run, models, tasks, tmp_path
 ):
     out, first = first_run
-    row = local_row(1, "DARE", models)
-    checkpoint = merged_here(row, tmp_path / "merged")
+    row, checkpoint = local_row(1, "DARE", models), tmp_path / "merged"
+    merge(row, checkpoint)
     measured, published = printed(first.stdout, "DARE")
     for number, column in enumerate(SAFE_COLUMNS):
         wanted = {"shots": column.shots, "shot_answer": column.shot_answer}
@@ -236,11 +222,10 @@ def test_code_is_run_only_when_asked_for(first_run, paper, tmp_path):
 def test_a_whole_merge_is_not_made_again_and_one_that_fails_leaves_its_config(
     models, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("benchmarks.paper.merges.subprocess.run", in_this_process)
     row = local_row(2, "MetaGPT", models)
-    whole = merged_here(row, tmp_path / "whole" / "merged")
+    merge(row, tmp_path / "whole")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    merge(row, whole)
+    merge(row, tmp_path / "whole")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     broken = replace(row, source={**row.source, "merge_method": "no_such_method"})
     (tmp_path / "broken").mkdir()

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,9 +25,7 @@ def drawn(*shape, seed=0):
 
 
 def fine_tunes(shape, scales=(1.0, 0.1, 3.0), dtype=torch.float64):
-    base = drawn(*shape)
-    experts = [s * drawn(*shape, seed=n) for n, s in enumerate(scales, 1)]
-    return base.to(dtype), [(base + tau).to(dtype) for tau in experts]
+    return reference.fine_tunes(shape, dtype, scales)
 
 
 def of_low_rank(shape, ranks, dtype=torch.float64):

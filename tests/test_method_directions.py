@@ -1,7 +1,6 @@
 """``granularity: direction`` in MergeKit's executor and in the commands."""
 
 import json
-import logging
 from dataclasses import replace
 
 import peft
@@ -301,26 +300,3 @@ def test_a_warning_waits_for_enough_parameters(caplog):
         watch.look_at(stretched, enough=10)
         (record,) = caplog.records
         assert "moves 2.0 times as far" in record.getMessage()
-
-
-def test_the_stock_command_warns_once_of_what_dominates_or_is_hardly_kept(
-    family, merge, tmp_path, caplog
-):
-    def warned(config):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "mergekit_metagpt"):
-            merge(config)
-        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-
-    assert warned(config_of(family)) == []
-    uneven = save_family(tmp_path, llama_config(), scales=(0.01, 0.2))
-    for granularity in ("tensor", "layer"):
-        (sentence,) = warned(merge_config(uneven, parameters={"granularity": granularity}))
-        assert sentence.startswith("In tensors with at least a tenth of the parameters, as in ")
-        assert f"{uneven['b']} has 99." in sentence
-        assert "set exponent: 1" in sentence
-    config = config_of(uneven, exponent=6)
-    for model, prior in zip(config["models"], (1e-4, 1.0), strict=True):
-        model["parameters"] = {"weight": prior}
-    (sentence,) = warned(config)
-    assert f"% of the task vector of {uneven['a']}; set exponent: 0, or" in sentence

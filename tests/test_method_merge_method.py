@@ -168,27 +168,38 @@ def test_one_group_may_be_merged_directly():
 
 
 def test_a_stock_merge_logs_once_what_it_uses_and_nothing_that_it_cannot_know(
-    merge, tmp_path, caplog
+    merge, family, tmp_path, caplog
 ):
-    logger = "mergekit_metagpt.method.notes"
-    caplog.set_level(logging.INFO, logger=logger)
-    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.1, 0.0))
+    caplog.set_level(logging.INFO, logger="mergekit_metagpt")
 
-    def told(granularity):
+    def told(paths, granularity, priors=(1.0, 1.0, 1.0), **parameters):
         caplog.clear()
-        merge(merge_config(paths, parameters={"granularity": granularity}))
-        records = [record for record in caplog.records if record.name == logger]
+        config = merge_config(paths, parameters={"granularity": granularity, **parameters})
+        for number, model in enumerate(config["models"]):
+            model["parameters"] = {"weight": priors[number]}
+        merge(config)
+        records = [it for it in caplog.records if it.name == "mergekit_metagpt.method.notes"]
         return [(record.levelname, record.getMessage()) for record in records]
 
+    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.1, 0.0))
     for _ in range(2):  # two merges in one process, as mergekit-multi makes them
-        (info, uses), *warned = told("model")
+        (info, uses), *warned = told(paths, "model")
         assert info == "INFO"
         assert f"{paths['b']} 0.9" in uses
         assert [level for level, _ in warned] == ["WARNING", "WARNING"]
         assert f"{paths['b']} has 99.0% of the merge" in warned[0][1]
         assert f"{paths['c']} is equal to the base" in warned[1][1]
     with noted() as entries:
-        assert told("model") == []
+        assert told(paths, "model") == []
     assert entries
-    save_family(tmp_path, llama_config(), scales=(0.01, 0.012, 0.011))
-    assert told("tensor") == told("layer") == []
+    even = save_family(tmp_path, llama_config(), scales=(0.01, 0.012, 0.011))
+    for models, granularity in ((even, "tensor"), (even, "layer"), (family, "direction")):
+        assert told(models, granularity) == []
+    uneven = save_family(tmp_path, llama_config(), scales=(0.01, 0.2))
+    for granularity in ("tensor", "layer"):
+        ((_, sentence),) = told(uneven, granularity)
+        assert sentence.startswith("In tensors with at least a tenth of the parameters, as in ")
+        assert f"{uneven['b']} has 99." in sentence
+        assert "set exponent: 1" in sentence
+    ((_, sentence),) = told(uneven, "direction", priors=(1e-4, 1.0), exponent=6)
+    assert f"% of the task vector of {uneven['a']}; set exponent: 0, or" in sentence

@@ -269,16 +269,9 @@ def test_dtypes_may_be_mixed(rule):
     assert torch.equal(bits(merge_sparsified(get("ties"), inputs, bound)), bits(theirs))
 
 
-@pytest.fixture
-def set_threads():
-    """Set how many threads torch has, until the test ends."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @every_method
-def test_threads_chunks_modes_and_devices_of_the_caller_do_not_matter(method, set_threads):
+def test_threads_chunks_modes_and_devices_of_the_caller_do_not_matter(method, request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     base, experts = family((101, 1023), torch.bfloat16, experts=4)
 
     def merge(_=None):
@@ -291,13 +284,12 @@ def test_threads_chunks_modes_and_devices_of_the_caller_do_not_matter(method, se
 
     expected = merge()
     for threads, size in ((1, 1 << 13), (3, 1 << 16), (8, 1 << 20)):
-        set_threads(threads)
+        torch.set_num_threads(threads)
         with in_chunks(size):
             assert torch.equal(bits(merge()), bits(expected))
     with ThreadPoolExecutor(4) as pool:
-        assert all(
-            torch.equal(merged, expected) for merged in pool.map(merge_in_inference_mode, "abcd")
-        )
+        for merged in pool.map(merge_in_inference_mode, "abcd"):
+            assert torch.equal(merged, expected)
     with torch.device("meta"):
         assert torch.equal(merge(), expected)
 

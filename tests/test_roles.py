@@ -80,8 +80,8 @@ BY_ELEMENT = re.compile(
     r".*(bias|A_log|\.D|\.time_mix_\w+|\.probe|\.mask_emb|\.pos_embed|_extensor|\.r_[rsw]_bias|"
     r"GluPointWiseConv\.b[12]|ShortConvolution\.static_weight|L2Clip\.scale|ParameterList\.[01])"
 )
-KINDS_WITH_THEM = """deepseekv4 ernie45moe falconmamba gotocr2 gptoss inkling2 jamba kimilinear mamba
-    phi4multimodal recurrentgemma reformer rwkv zamba"""
+KINDS_WITH_THEM = """deepseekv4 ernie45moe falconmamba gotocr2 gptoss inkling2 jamba kimilinear
+    mamba phi4multimodal recurrentgemma reformer rwkv zamba"""
 # What the modelling code does with the others, unless _product reads it there.
 RAW: dict[str, Role] = {
     "AriaGroupedExpertsGemm.weight": TRANSPOSED,  # matmul(tokens, expert_weights[expert])
