@@ -13,6 +13,7 @@ from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskAr
 from mergekit_metagpt import register
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
+from mergekit_metagpt.method.parameters import RULES
 
 STOCK = [m for m in registered_methods() if isinstance(m, GeneralizedTaskArithmeticMerge)]
 OURS = [m for m in registered_methods() if isinstance(m, MetaGPTMerge)]
@@ -61,6 +62,7 @@ def test_every_task_vector_method_has_a_counterpart_with_its_parameters():
             assert ours[parameter.name].scope == parameter.scope
             assert parameter.required or ours[parameter.name].default == parameter.default
         assert ours["weight"].default == 1
+    assert RULES.keys() <= {parameter.name for its in STOCK for parameter in its.spec.parameters}
     before = registered_methods()
     register()
     assert registered_methods() == before

@@ -247,25 +247,6 @@ def test_an_architecture_has_the_roles_that_its_code_gives_them(label):
     }
 
 
-def block(prefix: str, **layers: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of layers of GPT-2, inputs × outputs, and of their biases."""
-    names = {f"{prefix}{layer.replace('__', '.')}": shape for layer, shape in layers.items()}
-    weights = {f"{name}.weight": shape for name, shape in names.items()}
-    return {**weights, **{f"{name}.bias": shape[1:] for name, shape in names.items()}}
-
-
-@pytest.mark.parametrize("prefix", ["", "h.0.", "transformer.h.0.", "model.decoder.layers.11."])
-def test_gpt2_and_gpt_bigcode_share_names_and_differ_in_shapes(prefix):
-    attention = block(prefix, attn__c_attn=(64, 192), attn__c_proj=(64, 64))
-    other = block(prefix + "crossattention.", c_attn=(64, 128), q_attn=(64, 64))
-    gpt2 = {**attention, **other, **block(prefix + "mlp.", c_fc=(64, 256), c_proj=(256, 64))}
-    big_code = {name: shape[::-1] for name, shape in gpt2.items()}
-    for shapes, role in ((gpt2, TRANSPOSED), (big_code, LINEAR)):
-        assert roles(shapes) == {
-            name: role if len(shape) == 2 else ELEMENTS for name, shape in shapes.items()
-        }
-
-
 @pytest.mark.parametrize("prefix", ["", "layers.0.mlp.experts.", "layers.3.feed_forward.experts."])
 @pytest.mark.parametrize(
     ("gate_up", "down"), [("gate_up_proj", "down_proj"), ("fc1.weight", "fc2.weight")]
