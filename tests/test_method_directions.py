@@ -1,7 +1,6 @@
 """``granularity: direction`` in MergeKit's executor and in the commands."""
 
 import json
-from dataclasses import replace
 
 import peft
 import pytest
@@ -21,11 +20,11 @@ from conftest import (
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.scripts import merge_raw_pytorch
 
-from mergekit_metagpt.core.directions import Directions, Rule, merge_directions
+from mergekit_metagpt.core.directions import Rule, merge_directions
 from mergekit_metagpt.core.roles import Role
 from mergekit_metagpt.method.advice import warnings
-from mergekit_metagpt.method.notes import Watch, noted
-from mergekit_metagpt.method.summary import Entry, Summary
+from mergekit_metagpt.method.notes import noted
+from mergekit_metagpt.method.summary import Summary
 
 SETTINGS = {"granularity": "direction", "exponent": 1.0}
 
@@ -243,60 +242,3 @@ def test_an_adapter_is_merged_as_the_same_weights_that_were_merged_before(family
         assert not [w for w in warnings(Summary(entries)) if "times as far" in w]
     for name, tensor in found[0].items():
         torch.testing.assert_close(tensor, found[1][name], rtol=0, atol=1e-6)
-
-
-# What a summary says
-
-
-def entry(tensor="w", norms=(1.0, 9.0), kept=(1.0, 1.0), length=None, scale=1.0, **changes):
-    found = Directions(norms, kept, sum(norms) if length is None else length, scale, 2, 4)
-    its = Entry(tensor, "direction", ("a", "b"), norms, (1.0, 1.0), 0.0, 4, found)
-    return replace(its, **changes)
-
-
-def test_what_is_summed_up_is_weighted_by_what_was_moved():
-    rows = [((1.0, 4.0), (1.0, 0.5)), ((3.0, 0.0), (0.2, 0.0))]
-    summary = Summary(entry(f"layers.{n}.w", *row) for n, row in enumerate(rows))
-    assert [expert.kept for expert in summary.experts] == pytest.approx([0.4, 0.5])
-    assert [expert.least for expert in summary.experts] == [0.2, 0.5]  # where an expert moves
-    assert [expert.largest for expert in summary.experts] == [1.0, 0.5]
-    first, second = summary.kept_by_layer
-    assert first == [1.0, 0.5]
-    assert second == pytest.approx([0.2, 0.0])
-    assert summary.decided == (4, 8)
-
-
-def test_a_sum_of_experts_at_right_angles_has_stretch_1():
-    entries = [entry("w", (1.0, 3.0)), entry("v", (0.0, 0.0), directions=None)]
-    assert Summary(entries).stretch == 1.0
-    assert Summary([*entries, entry("u", (1.0, 3.0), directions=None)]).stretch is None
-    assert Summary(entries[1:]).stretch is None
-
-
-@pytest.mark.parametrize(
-    ("its", "said"),
-    [
-        (entry(kept=(0.04, 1.0), exponent=2.0), "keeps only 4.0% of the task vector of a; set exp"),
-        (entry(length=40.0), "moves 2.0 times as far as orthogonal experts would together"),
-        (entry(length=40.0, scale=2.0, kept=(2.0, 2.0)), None),  # a large lambda is no stretch
-        (entry(length=0.1, scale=0.1, kept=(0.09, 0.09)), None),  # nor a small one a small share
-        (entry(kept=(0.0, 1.0), priors=(0.0, 1.0)), None),  # an expert without a prior
-        (entry(norms=(1.0, 0.0), directions=None, granularity="tensor"), None),  # a single mover
-    ],
-)
-def test_an_expert_that_is_hardly_kept_and_a_stretched_merge_are_warned_of(its, said, caplog):
-    sentences = [w for w in warnings(Summary([its])) if its.directions]
-    assert len(sentences) == bool(said)
-    assert all(said in sentence for sentence in sentences)
-    Watch().look_at(its, enough=1)
-    assert len(caplog.records) == bool(said)
-
-
-def test_a_warning_waits_for_enough_parameters(caplog):
-    watch, stretched = Watch(), entry(length=40.0, size=6)
-    watch.look_at(stretched, enough=10)
-    assert not caplog.records
-    for _ in range(2):
-        watch.look_at(stretched, enough=10)
-        (record,) = caplog.records
-        assert "moves 2.0 times as far" in record.getMessage()

@@ -9,6 +9,7 @@ from conftest import llama_config, merge_config, read, save_family
 from mergekit.merge_methods import get, merge_state_dicts, merge_tensors, registered_methods
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+from reference import fine_tunes
 
 from mergekit_metagpt import register
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
@@ -25,23 +26,15 @@ def name_of(method):
     return method.spec.name
 
 
-def state_dicts(dtype=torch.float32, seed=0, scales=(0.1, 0.3)):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "embed.weight": (11, 6),
-        "layers.0.w": (6, 7),
-        "layers.0.b": (7,),
-        "layers.1.w": (6, 7),
-        "layers.1.b": (7,),
-    }
-    base = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
-    experts = {
-        f"expert-{number}": {
-            n: (t + scale * (1 + i) * torch.randn(t.shape, generator=generator)).to(dtype)
-            for i, (n, t) in enumerate(base.items())
-        }
-        for number, scale in enumerate(scales)
-    }
+def state_dicts():
+    shapes = {"embed.weight": (11, 6)}
+    shapes |= {f"layers.{n}.{w}": its for n in "01" for w, its in (("w", (6, 7)), ("b", (7,)))}
+    base, experts = {}, {"expert-0": {}, "expert-1": {}}
+    for number, (name, shape) in enumerate(shapes.items(), 1):
+        scales = (0.1 * number, 0.3 * number)
+        base[name], tuned = fine_tunes(shape, torch.float32, scales, seed=number)
+        for expert, tensor in zip(experts.values(), tuned, strict=True):
+            expert[name] = tensor
     return base, experts
 
 
