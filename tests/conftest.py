@@ -11,6 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import huggingface_hub
+import peft
 import pytest
 import reference
 import tokenizers
@@ -29,6 +30,7 @@ import mergekit_metagpt
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.surveys import SURVEYS
+from mergekit_metagpt.preflight import inspect
 
 # Each xdist worker uses one thread, so that workers do not compete for cores.
 torch.set_num_threads(1)
@@ -126,10 +128,8 @@ def save_tokenizer(model: Path | str, *words: str, **special: str) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(model)
 
 
-def lora(**changes: Any) -> Any:
+def lora(**changes: Any) -> peft.LoraConfig:
     """Return settings of a LoRA adapter."""
-    import peft
-
     return peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj", "down_proj"], **changes})
 
 
@@ -141,8 +141,6 @@ def save_adapter(
     auto: Any = transformers.AutoModelForCausalLM,
 ) -> Path:
     """Write an adapter of a base that changes it."""
-    import peft
-
     torch.manual_seed(seed)
     model = peft.get_peft_model(auto.from_pretrained(base), settings or lora())
     with torch.no_grad():
@@ -203,8 +201,6 @@ def problems_of(
     config: dict[str, Any], directory: Path, out: Path | None = None, **options: Any
 ) -> list[str]:
     """Check a merge; return what is wrong with it."""
-    from mergekit_metagpt.preflight import inspect
-
     yml = write_yaml(directory / "m.yml", config)
     return inspect(str(yml), out and str(out), MergeOptions(**options)).problems
 

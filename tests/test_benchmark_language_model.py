@@ -80,9 +80,6 @@ def family(bench: Bench) -> LanguageFamily:
     return FamilyBench(bench, "even", 0).results("tiny", FEW_ROWS)
 
 
-# The data
-
-
 def test_splits_are_disjoint_the_same_each_time_and_fair(tmp_path):
     first, second = (splits("add", TASKS["add"], tmp_path, 10, 20) for _ in range(2))
     assert first == second
@@ -95,9 +92,6 @@ def test_splits_are_disjoint_the_same_each_time_and_fair(tmp_path):
         splits("add", TASKS["add"], tmp_path, 40, 50)
 
 
-# The models
-
-
 def test_only_answers_are_trained_on(work):
     tokenizer = transformers.AutoTokenizer.from_pretrained(work / "base")
     examples = [Example("ab", "cd"), Example("a", "bcd")]
@@ -107,9 +101,6 @@ def test_only_answers_are_trained_on(work):
         assert tokenizer.decode(ids[mask == 1]) == f"{example.prompt} {example.answer}"
         assert tokenizer.decode(labels[labels >= 0]) == f" {example.answer}"
         assert labels[-1] >= 0  # all answers end in the last column
-
-
-# The scores
 
 
 def test_every_model_is_scored(bench, family):
@@ -141,9 +132,6 @@ def test_adapters_are_merged_by_mergekit(bench):
     assert all(norm > 0 for norm in family.norms.values())
     assert all(family.gain(task) > 0 for task in TASKS)
     assert all(math.isfinite(family.loss_difference(row)) for row in ("MetaGPT, tensor", "TSV-M"))
-
-
-# Rules and variants
 
 
 def test_a_rule_writes_a_whole_checkpoint(bench, tmp_path):
@@ -185,9 +173,6 @@ def test_a_run_continues_where_it_stopped(bench, family, monkeypatch):
         again.results("tiny", [FEW_ROWS[0]._replace(parameters={"weight": 2.0})])
 
 
-# The report
-
-
 def made_up_families() -> Iterator[LanguageFamily]:
     """Yield two recipes and two seeds; ``good`` is better than ``bad`` by the seed + 1 nats."""
     for recipe in ("even", "uneven"):
@@ -213,9 +198,6 @@ def test_the_report_says_what_wins_by_how_much_and_how_often():
     assert "| bad | 4 of 4, -1.500 |" in text
     for recipe in ("even", "uneven"):
         assert f"### tiny, {recipe}, 2 seeds" in text
-
-
-# The command
 
 
 @pytest.mark.parametrize(

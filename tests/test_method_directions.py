@@ -158,8 +158,8 @@ def test_bad_numbers_and_results_are_refused_by_name(merge, tmp_path):
         merge(config_of(paths))
 
 
-def test_the_command_shows_what_the_merge_records(family, tmp_path):
-    yml = write_yaml(tmp_path / "metagpt.yml", config_of(family))
+def test_the_commands_show_what_is_kept_and_the_merge_records_it(family, tmp_path):
+    yml, plot = write_yaml(tmp_path / "metagpt.yml", config_of(family)), tmp_path / "kept.png"
     shown = json.loads(invoke("coefficients", yml, "--json", "--quiet").stdout)
     invoke("merge", yml, tmp_path / "merged", "--quiet")
     record = json.loads((tmp_path / "merged" / "metagpt.json").read_text())
@@ -175,13 +175,9 @@ def test_the_command_shows_what_the_merge_records(family, tmp_path):
     assert "--num-threads" in record["options"]  # the last bits of matrix products depend on it
     assert "granularity `direction`" in (tmp_path / "merged" / "README.md").read_text()
 
-
-def test_the_commands_show_how_much_is_kept_and_how_long_it_takes(family, tmp_path):
     def words(text):
         return " ".join(text.replace("│", " ").split())
 
-    yml = write_yaml(tmp_path / "metagpt.yml", config_of(family))
-    plot = tmp_path / "coefficients.png"
     text = words(invoke("coefficients", yml, "--plot", plot, "--quiet").stdout)
     for said in (
         "kept", "of 2 in all", "directions; elsewhere the experts are added up",
@@ -193,6 +189,8 @@ def test_the_commands_show_how_much_is_kept_and_how_long_it_takes(family, tmp_pa
     refused = invoke("resolve", yml, status=1)
     assert "cannot express granularity: direction" in refused.stderr
 
+
+def test_what_numbers_keep_is_shown_where_it_has_a_meaning(family, tmp_path):
     # λ and what is kept have no mean.
     mixed = [{"filter": "mlp", "value": "direction"}, {"value": "model"}]
     mixed = write_yaml(
