@@ -35,7 +35,7 @@ MUTANTS = {
     },
     ("core/arrays.py", "test_method_sparsified.py"): {
         "np.partition(array, place)[place]": "array[place]",
-        "np.argsort(high, kind=\"stable\")": "np.argsort(high)",
+        'np.argsort(high, kind="stable")': "np.argsort(high)",
     },
     ("core/task_vectors.py", "test_task_vectors.py"): {
         "chosen.sort(key=lambda pair: -pair[1])": "chosen.sort(key=lambda pair: pair[1])",
@@ -117,19 +117,13 @@ def survives(copy: Path, file: str, old: str, new: str, tests: str) -> bool:
     if right.count(old) != 1:
         raise SystemExit(f"{file} has {old!r} {right.count(old)} times, not once; mend its mutant.")
     path.write_text(right.replace(old, new), encoding="utf-8")
-    try:
-        return not _fails(copy, tests)
-    finally:
-        path.write_text(right, encoding="utf-8")
-
-
-def _fails(copy: Path, tests: str) -> bool:
     words = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", f"tests/{tests}"]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True)
+    path.write_text(right, encoding="utf-8")
     if done.returncode not in (0, 1):  # the tests have not run
         raise SystemExit(f"{tests} cannot run:\n{done.stdout}{done.stderr}")
-    return done.returncode == 1
+    return done.returncode == 0
 
 
 def main(word: str = "") -> int:

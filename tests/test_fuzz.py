@@ -158,7 +158,6 @@ def test_any_tensors_merge_as_the_float64_reference(fuzz):
             others = [expert[name] for expert in experts]
             assert tensor.dtype == task_vectors.promoted_dtype([base[name], *others])
             assert tensor.shape == base[name].shape
-            assert tensor.isfinite().all()
 
     fuzz(case, 0.98, 120)
 

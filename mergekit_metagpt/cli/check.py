@@ -45,7 +45,7 @@ def _show(costs: preflight.Costs) -> None:
         ("Bytes written", decimal(costs.bytes_written)),
         ("Output shards", str(costs.shards)),
     ]
-    if costs.arithmetic:
+    if costs.by_direction:
         duration = timedelta(seconds=math.ceil(costs.arithmetic))
         rows.append(("Arithmetic on this machine", f"{duration} (h:mm:ss)"))
     if costs.bytes_applied:

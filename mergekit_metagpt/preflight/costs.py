@@ -27,7 +27,8 @@ class Costs:
         bytes_written: the bytes of tensors in the output.
         bytes_applied: the bytes of models that MergeKit first writes to the LoRA cache.
         shards: how many weight files the output will have.
-        arithmetic: the seconds that directions take on this machine; 0 if there are none.
+        by_direction: how many numbers are merged by direction, by experts and dtype.
+        device: where.
     """
 
     tensors: int
@@ -37,7 +38,14 @@ class Costs:
     bytes_written: int
     bytes_applied: int
     shards: int
-    arithmetic: float
+    by_direction: Counter[tuple[int, torch.dtype]]
+    device: torch.device
+
+    @property
+    def arithmetic(self) -> float:
+        """The seconds that directions take, from trials on this machine; 0 if there are none."""
+        trials = (count * _trial(*kind, self.device) for kind, count in self.by_direction.items())
+        return math.fsum(trials)
 
 
 def costs(job: Job) -> Costs:
@@ -49,6 +57,11 @@ def costs(job: Job) -> Costs:
     held = {it.model: it.weights.tensors for it in models}
     used = {(model, name) for it in outputs for model, names in it.read.items() for name in names}
     whole = sum(header.bytes for headers in held.values() for header in headers.values())
+    by_direction: Counter[tuple[int, torch.dtype]] = Counter()
+    for tensor in outputs:
+        if tensor.merge.granularity.by_direction and len(tensor.stored) > 1:
+            kind = (len(tensor.stored) - 1, tensor.merged_dtype)
+            by_direction[kind] += tensor.written_parameters(None)
     dtype = dtype_from_name(job.options.lora_merge_dtype)
     applied = sum(
         math.prod(header.shape) * dtype.itemsize if dtype else header.bytes
@@ -63,19 +76,9 @@ def costs(job: Job) -> Costs:
         bytes_written=sum(tensor.written_bytes(rows) for tensor in outputs),
         bytes_applied=applied,
         shards=len(job.outputs.shards(job.options.out_shard_size)),
-        arithmetic=_arithmetic(job),
+        by_direction=by_direction,
+        device=torch.device(job.options.device or "cpu"),
     )
-
-
-def _arithmetic(job: Job) -> float:
-    """Return the seconds that directions take, from a trial on this machine."""
-    numbers: Counter[tuple[int, torch.dtype]] = Counter()
-    for tensor in job.outputs.tensors:
-        if tensor.merge.granularity.by_direction and len(tensor.stored) > 1:
-            kind = (len(tensor.stored) - 1, tensor.merged_dtype)
-            numbers[kind] += tensor.written_parameters(None)
-    device = torch.device(job.options.device or "cpu")
-    return math.fsum(count * _trial(*kind, device) for kind, count in numbers.items())
 
 
 def _trial(experts: int, dtype: torch.dtype, device: torch.device) -> float:
