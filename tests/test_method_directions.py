@@ -185,7 +185,7 @@ def test_the_commands_show_what_is_kept_and_the_merge_records_it(family, tmp_pat
     ):  # fmt: skip
         assert said in text
     assert plot.stat().st_size > 10_000
-    assert "Arithmetic on this machine 0:00:01 hours" in words(invoke("check", yml).stdout)
+    assert "Arithmetic on this machine 0:00:01 (h:mm:ss)" in words(invoke("check", yml).stdout)
     refused = invoke("resolve", yml, status=1)
     assert "cannot express granularity: direction" in refused.stderr
 
