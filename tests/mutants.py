@@ -37,6 +37,11 @@ MUTANTS = {
         "np.partition(array, place)[place]": "array[place]",
         'np.argsort(high, kind="stable")': "np.argsort(high)",
     },
+    ("core/order_statistics.py", "test_method_sparsified.py"): {
+        "if None not in found:": "if any(found):",
+        "self.place >= to_high": "self.place > to_high",
+        "self.place < self.to_low": "self.place <= self.to_low",
+    },
     ("core/task_vectors.py", "test_task_vectors.py"): {
         "chosen.sort(key=lambda pair: -pair[1])": "chosen.sort(key=lambda pair: pair[1])",
         "_LEAST_MEAN_SQUARE * size <= squared_norm": "squared_norm",
@@ -49,7 +54,6 @@ MUTANTS = {
         "size - max(1, int(density * size))": "size - int(density * size)",
         "majority = votes.sum(dim=0).ge_(0)": "majority = votes.sum(dim=0).gt_(0)",
         "min(end.stop, stop) - max(end.start, start)": "end.stop - end.start",
-        "if None not in found:": "if any(found):",
         "magnitudes.reshape(-1, length).flip(1)": "magnitudes.reshape(-1, length)",
     },
     ("measure/identity.py", "test_surveys.py"): {

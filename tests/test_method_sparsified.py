@@ -1,14 +1,14 @@
 """Sparsified merges against MergeKit's own code. Of equal magnitudes the first are kept."""
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.merge_methods import (
     generalized_task_arithmetic,
@@ -23,6 +23,7 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 )
 from mergekit.sparsify import SparsificationMethod, rescaled_masked_tensor, sparsify
 
+from mergekit_metagpt.core import order_statistics
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import working_dtype
 from mergekit_metagpt.method import sparsified
@@ -38,7 +39,10 @@ every_method = pytest.mark.parametrize("method", OURS, ids=lambda method: method
 
 @contextmanager
 def in_chunks(size, **patches):
-    with mock.patch.multiple(sparsified, chunk_size=lambda device: size, **patches):
+    with (
+        mock.patch.multiple(sparsified, chunk_size=lambda device: size, **patches),
+        mock.patch.multiple(order_statistics, **patches) if patches else nullcontext(),
+    ):
         yield
 
 
@@ -192,7 +196,7 @@ SHAPES = [(2,), (17,), (5000,), (61, 83), (3, 40, 50), (5, 1100), (2, 3, 4, 5)]
         optional={"normalize": st.booleans(), "int8_mask": st.booleans()},
     ),
 )
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120)
 def test_the_bytes_are_those_of_mergekit(
     way, rule, method, shape, dtype, layout, magnitude, densities, settings_
 ):
@@ -220,7 +224,7 @@ def test_the_bytes_are_those_of_mergekit(
     density=st.one_of(st.sampled_from([0.0, 1.0, "one"]), st.floats(0, 1)),
     gamma=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1)),
 )
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120)
 def test_of_equal_ones_the_first_are_kept(way, rule, name, kind, size, seed, density, gamma):
     tensor = KINDS[kind](size, torch.Generator().manual_seed(seed))
     density = 1 / size if density == "one" else density
@@ -232,7 +236,7 @@ def test_of_equal_ones_the_first_are_kept(way, rule, name, kind, size, seed, den
 def test_a_sample_may_mislead_but_keeps_nothing_wrong(name, rule, monkeypatch):
     for wrong in ((1e-9, 2e-9), (1.0, 1.0), (1.0, 2.0)):
         both = [wrong, (3.0, 4.0)]
-        monkeypatch.setattr(sparsified, "_limits", lambda *it, both=both: both[: len(it[-1])])
+        monkeypatch.setattr(order_statistics, "_limits", lambda *it, both=both: both[: len(it[-1])])
         for kind in KINDS.values():
             tensor = kind(3000, torch.Generator().manual_seed(3))
             assert_same_bytes(get(name), torch.zeros(3000), [tensor], density=0.5)

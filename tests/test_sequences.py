@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import read
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -316,7 +316,6 @@ def test_no_sequence_goes_wrong(part, request):
             max_examples=wanted // PARTS if wanted else 6,
             stateful_step_count=12,
             derandomize=False,
-            suppress_health_check=list(HealthCheck),
             phases=[Phase.generate, Phase.shrink],
         ),
     )
