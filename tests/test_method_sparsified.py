@@ -190,7 +190,7 @@ SHAPES = [(2,), (17,), (5000,), (61, 83), (3, 40, 50), (5, 1100), (2, 3, 4, 5)]
     settings_=st.fixed_dictionaries(
         {
             "gamma": st.sampled_from([0.01, 0.05, 0.5]),
-            "epsilon": st.floats(0, 1),
+            "epsilon": st.floats(0, 0.99),
             "lambda": st.sampled_from([1.0, -0.7, 0.0]),
         },
         optional={"normalize": st.booleans(), "int8_mask": st.booleans()},
