@@ -37,7 +37,6 @@ PRIVATE = {
     "SimpleLoaderCache": "mergekit.scripts.merge_raw_pytorch:SimpleLoaderCache",
     "convert_checkpoint_tensors": "mergekit.architecture.conversion:convert_checkpoint_tensors",
     "compile_template": "transformers.utils.chat_template_utils:_compile_jinja_template",
-    "chat_templates": "mergekit._data:chat_templates",
     # The parameters that mergekit-evolve searches, by method.
     "METHOD_PARAM_MAPS": "mergekit.evo.genome:METHOD_PARAM_MAPS",
     "add_merge_options": "mergekit.options:add_merge_options",

@@ -11,12 +11,12 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 # Applies a function to items; yields the results in the order of the items.
-Mapper = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
+Mapper = Callable[..., Generator[Any, None, None]]
 
 # Tensors per task: enough to pay for its scheduling, few enough to keep many machines busy.
 _RUN = 4
@@ -26,9 +26,12 @@ _PATIENCE = 10  # seconds
 
 
 def in_this_process(
-    function: Callable[[Any], Any], items: Sequence[Any]
+    function: Callable[[Any], Any], items: Sequence[Any], **_: Any
 ) -> Generator[Any, None, None]:
-    """Apply the function to the items one by one, each only when its result is needed."""
+    """Apply the function to the items one by one, each only when its result is needed.
+
+    The settings of a cluster make no difference.
+    """
     for item in items:
         yield function(item)
 

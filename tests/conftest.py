@@ -1,6 +1,5 @@
 """Helpers that make tiny checkpoints and merge them."""
 
-import filecmp
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import huggingface_hub
+import peft
 import pytest
 import reference
 import tokenizers
@@ -19,7 +19,7 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner, Result
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
@@ -30,6 +30,7 @@ import mergekit_metagpt
 from mergekit_metagpt.cli import main
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.surveys import SURVEYS
+from mergekit_metagpt.preflight import inspect
 
 # Each xdist worker uses one thread, so that workers do not compete for cores.
 torch.set_num_threads(1)
@@ -50,12 +51,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Refuse to test another copy of the package than the one beside the tests."""
     (tested,) = map(Path, mergekit_metagpt.__path__)
-    differing = differing_files(Path(__file__).parents[1] / "mergekit_metagpt", tested)
-    if differing:
+    its, own = map(sources, (tested, Path(__file__).parents[1] / "mergekit_metagpt"))
+    if differing := sorted(name for name, _ in its.items() ^ own.items()):
         raise pytest.UsageError(
             f"The tests would run {tested}, where {differing[0]} is not as it is here. Install the "
             "package again: pip install '.[test]'"
         )
+
+
+def sources(package: Path) -> dict[str, bytes]:
+    """Return the contents of a package's modules by name."""
+    return {str(path.relative_to(package)): path.read_bytes() for path in package.rglob("*.py")}
 
 
 def invoke(*words: object, status: int = 0, **settings: Any) -> Result:
@@ -65,19 +71,13 @@ def invoke(*words: object, status: int = 0, **settings: Any) -> Result:
     return done
 
 
-def differing_files(tree: Path, installed: Path) -> list[str]:
-    """Return the files that an installed package lacks, has besides, or has with other bytes."""
-
-    def files(directory: Path) -> set[str]:
-        found = {str(path.relative_to(directory)) for path in directory.rglob("*.*")}
-        return {name for name in found if name.endswith((".py", ".typed"))}
-
-    names = sorted(files(tree) | files(installed))
-    _, differing, missing = filecmp.cmpfiles(tree, installed, names, shallow=False)
-    return sorted(differing + missing)
-
-
-settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+settings.register_profile(  # a slow machine must not decide
+    "deterministic",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 settings.load_profile("deterministic")
 
 VOCABULARY = 64
@@ -134,10 +134,8 @@ def save_tokenizer(model: Path | str, *words: str, **special: str) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(model)
 
 
-def lora(**changes: Any) -> Any:
+def lora(**changes: Any) -> peft.LoraConfig:
     """Return settings of a LoRA adapter."""
-    import peft
-
     return peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj", "down_proj"], **changes})
 
 
@@ -149,8 +147,6 @@ def save_adapter(
     auto: Any = transformers.AutoModelForCausalLM,
 ) -> Path:
     """Write an adapter of a base that changes it."""
-    import peft
-
     torch.manual_seed(seed)
     model = peft.get_peft_model(auto.from_pretrained(base), settings or lora())
     with torch.no_grad():
@@ -217,8 +213,6 @@ def problems_of(
     config: dict[str, Any], directory: Path, out: Path | None = None, **options: Any
 ) -> list[str]:
     """Check a merge; return what is wrong with it."""
-    from mergekit_metagpt.preflight import inspect
-
     yml = write_yaml(directory / "m.yml", config)
     return inspect(str(yml), out and str(out), MergeOptions(**options)).problems
 

@@ -34,7 +34,13 @@ MUTANTS = {
         "sums.addmm_((tau @ drawn.T).T, tau)": "sums.addmm_(drawn @ tau.T, tau * 0)",
     },
     ("core/arrays.py", "test_method_sparsified.py"): {
-        "np.partition(array, (first, last))": "np.partition(array, first)",
+        "np.partition(array, place)[place]": "array[place]",
+        'np.argsort(high, kind="stable")': "np.argsort(high)",
+    },
+    ("core/order_statistics.py", "test_method_sparsified.py"): {
+        "if None not in found:": "if any(found):",
+        "self.place >= to_high": "self.place > to_high",
+        "self.place < self.to_low": "self.place <= self.to_low",
     },
     ("core/task_vectors.py", "test_task_vectors.py"): {
         "chosen.sort(key=lambda pair: -pair[1])": "chosen.sort(key=lambda pair: pair[1])",
@@ -47,6 +53,8 @@ MUTANTS = {
     ("method/sparsified.py", "test_method_sparsified.py"): {
         "size - max(1, int(density * size))": "size - int(density * size)",
         "majority = votes.sum(dim=0).ge_(0)": "majority = votes.sum(dim=0).gt_(0)",
+        "min(end.stop, stop) - max(end.start, start)": "end.stop - end.start",
+        "magnitudes.reshape(-1, length).flip(1)": "magnitudes.reshape(-1, length)",
     },
     ("measure/identity.py", "test_surveys.py"): {
         "return stat.st_ino, stat.st_size, stat.st_mtime_ns": "return stat.st_ino, stat.st_size, 0",
@@ -91,7 +99,7 @@ MUTANTS = {
         "complete = len(work.records) if is_valid() else 0": "complete = len(work.records)",
     },
     ("merging/whole.py", "test_merging_whole.py"): {
-        '"tokenizer": plan and plan.tokenizer,': "",
+        '"tokenizer": tokenizer,': "",
     },
     ("merging/whole.py", "test_merging_directory.py"): {
         '"inputs": inputs,': "",
@@ -113,19 +121,13 @@ def survives(copy: Path, file: str, old: str, new: str, tests: str) -> bool:
     if right.count(old) != 1:
         raise SystemExit(f"{file} has {old!r} {right.count(old)} times, not once; mend its mutant.")
     path.write_text(right.replace(old, new), encoding="utf-8")
-    try:
-        return not _fails(copy, tests)
-    finally:
-        path.write_text(right, encoding="utf-8")
-
-
-def _fails(copy: Path, tests: str) -> bool:
     words = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", f"tests/{tests}"]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True)
+    path.write_text(right, encoding="utf-8")
     if done.returncode not in (0, 1):  # the tests have not run
         raise SystemExit(f"{tests} cannot run:\n{done.stdout}{done.stderr}")
-    return done.returncode == 1
+    return done.returncode == 0
 
 
 def main(word: str = "") -> int:

@@ -1,12 +1,25 @@
 """The formula of the paper in plain float64 numpy, independent of the package."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 Weights = Mapping[str, torch.Tensor]
+
+
+def fine_tunes(
+    shape: tuple[int, ...], dtype: torch.dtype, scales: Sequence[float], seed: int = 0
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return a base of random numbers, and an expert for each scale of a task vector."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise() -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    base = noise()
+    return base.to(dtype), [(base + scale * noise()).to(dtype) for scale in scales]
 
 
 def as_float64(tensor: torch.Tensor) -> np.ndarray:

@@ -152,7 +152,6 @@ def test_an_adapter_is_planned_without_being_applied_and_needs_a_cache(family, a
     costs = inspect(yml, options=MergeOptions(lora_merge_cache=str(cache))).costs
     assert not cache.exists()
     assert costs.bytes_applied == sum(tensor.nbytes for tensor in read(family["base"]).values())
-    assert any(str(cache) in note for note in costs.notes)
 
 
 @pytest.mark.parametrize(

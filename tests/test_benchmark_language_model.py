@@ -80,10 +80,7 @@ def family(bench: Bench) -> LanguageFamily:
     return FamilyBench(bench, "even", 0).results("tiny", FEW_ROWS)
 
 
-# The data
-
-
-def test_splits_are_disjoint_the_same_each_time_and_fair(tmp_path: Path) -> None:
+def test_splits_are_disjoint_the_same_each_time_and_fair(tmp_path):
     first, second = (splits("add", TASKS["add"], tmp_path, 10, 20) for _ in range(2))
     assert first == second
     assert [len(split) for split in first] == [10, 20, 81 - 30]
@@ -95,10 +92,7 @@ def test_splits_are_disjoint_the_same_each_time_and_fair(tmp_path: Path) -> None
         splits("add", TASKS["add"], tmp_path, 40, 50)
 
 
-# The models
-
-
-def test_only_answers_are_trained_on(work: Path) -> None:
+def test_only_answers_are_trained_on(work):
     tokenizer = transformers.AutoTokenizer.from_pretrained(work / "base")
     examples = [Example("ab", "cd"), Example("a", "bcd")]
     batch = encoded(tokenizer, examples, torch.device("cpu"))
@@ -109,10 +103,7 @@ def test_only_answers_are_trained_on(work: Path) -> None:
         assert labels[-1] >= 0  # all answers end in the last column
 
 
-# The scores
-
-
-def test_every_model_is_scored(bench: Bench, family: LanguageFamily) -> None:
+def test_every_model_is_scored(bench, family):
     merges = [row.name for row in FEW_ROWS]
     assert list(family.scores) == ["base", *map(expert_name, TASKS), *merges]
     assert family.perplexity.keys() == family.scores.keys()
@@ -127,7 +118,7 @@ def test_every_model_is_scored(bench: Bench, family: LanguageFamily) -> None:
     assert json.loads(kept.read_text())["settings"][0][1:3] == ["task_arithmetic", {"weight": best}]
 
 
-def test_lm_eval_scores_what_was_trained(bench: Bench, family: LanguageFamily) -> None:
+def test_lm_eval_scores_what_was_trained(bench, family):
     for task, examples in bench.splits.items():
         expected = score(bench.base, examples.test)
         assert family.scores["base"][task].loss == pytest.approx(expected.loss, rel=1e-4)
@@ -135,7 +126,7 @@ def test_lm_eval_scores_what_was_trained(bench: Bench, family: LanguageFamily) -
         assert family.gain(task) > 0
 
 
-def test_adapters_are_merged_by_mergekit(bench: Bench) -> None:
+def test_adapters_are_merged_by_mergekit(bench):
     family = FamilyBench(bench, "LoRA", 0).results("tiny", [FEW_ROWS[1], BY_RULE])
     assert "+" in str(bench.expert("add", RECIPES["LoRA"], 0))
     assert all(norm > 0 for norm in family.norms.values())
@@ -143,10 +134,7 @@ def test_adapters_are_merged_by_mergekit(bench: Bench) -> None:
     assert all(math.isfinite(family.loss_difference(row)) for row in ("MetaGPT, tensor", "TSV-M"))
 
 
-# Rules and variants
-
-
-def test_a_rule_writes_a_whole_checkpoint(bench: Bench, tmp_path: Path) -> None:
+def test_a_rule_writes_a_whole_checkpoint(bench, tmp_path):
     family = FamilyBench(bench, "even", 0)
     mean = RULES["tsv_m"]._replace(matrix=lambda taus: taus.mean(0))
     merge_by_rule(mean, family.task_vectors(), family.base, tmp_path / "merged", "cpu")
@@ -161,7 +149,7 @@ def test_a_rule_writes_a_whole_checkpoint(bench: Bench, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected)
 
 
-def test_a_variant_is_scored_as_the_merge_of_the_package(bench: Bench) -> None:
+def test_a_variant_is_scored_as_the_merge_of_the_package(bench):
     family = FamilyBench(bench, "even", 0)
     losses = Ablation(family).losses()
     assert list(losses)[2:] == list(VARIANTS)
@@ -170,9 +158,7 @@ def test_a_variant_is_scored_as_the_merge_of_the_package(bench: Bench) -> None:
     assert losses[DEFAULT] < losses[AVERAGE.name]
 
 
-def test_a_run_continues_where_it_stopped(
-    bench: Bench, family: LanguageFamily, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_continues_where_it_stopped(bench, family, monkeypatch):
     losses = Ablation(FamilyBench(bench, "even", 0)).losses()
 
     def refuse(*arguments: object) -> None:
@@ -185,9 +171,6 @@ def test_a_run_continues_where_it_stopped(
     assert Ablation(again).losses() == losses
     with pytest.raises(AssertionError, match="done before"):
         again.results("tiny", [FEW_ROWS[0]._replace(parameters={"weight": 2.0})])
-
-
-# The report
 
 
 def made_up_families() -> Iterator[LanguageFamily]:
@@ -204,7 +187,7 @@ def made_up_families() -> Iterator[LanguageFamily]:
             yield LanguageFamily("tiny", recipe, seed, 1, norms, {}, scores, perplexity)
 
 
-def test_the_report_says_what_wins_by_how_much_and_how_often() -> None:
+def test_the_report_says_what_wins_by_how_much_and_how_often():
     families = list(made_up_families())
     text = report(families, ["good"])
     assert (
@@ -217,9 +200,6 @@ def test_the_report_says_what_wins_by_how_much_and_how_often() -> None:
         assert f"### tiny, {recipe}, 2 seeds" in text
 
 
-# The command
-
-
 @pytest.mark.parametrize(
     ("words", "said", "written"),
     [
@@ -229,9 +209,7 @@ def test_the_report_says_what_wins_by_how_much_and_how_often() -> None:
         (["--ablation", "--recipe", "even"], f"\n| {DEFAULT} | ", []),
     ],
 )
-def test_only_the_full_run_replaces_the_results(
-    words: list[str], said: str, written: list[str], work: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_only_the_full_run_replaces_the_results(words, said, written, work, tmp_path, monkeypatch):
     smaller = {"DEFINITIONS": TASKS, "QUICK_TASKS": tuple(TASKS), "Items": lambda: ITEMS}
     fewer = {"SEEDS": 1, "RECIPES": ["even"], "QUICK_RECIPE": "even", "rows_of": lambda _: FEW_ROWS}
     for name, value in {**smaller, **fewer}.items():

@@ -19,8 +19,6 @@ from conftest import write_yaml
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
 from mergekit.scripts import run_yaml
 from paper_stand_ins import save_models, save_tasks
 
@@ -58,9 +56,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Paper = Callable[..., Result]
-
-
 @pytest.fixture(scope="session")
 def of_lm_eval() -> TaskManager:
     """lm-eval's own tasks that the tables name. To index all of them takes half a minute."""
@@ -69,30 +64,32 @@ def of_lm_eval() -> TaskManager:
     return TaskManager(include_path=folders, include_defaults=False)
 
 
-def in_this_process(words: list[str]) -> SimpleNamespace:
+@pytest.fixture(scope="session", autouse=True)
+def _in_this_process():
     """Run mergekit-yaml here."""
-    return SimpleNamespace(returncode=CliRunner().invoke(run_yaml.main, words[1:]).exit_code)
+
+    def run(words):
+        return SimpleNamespace(returncode=CliRunner().invoke(run_yaml.main, words[1:]).exit_code)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.paper.merges.subprocess", SimpleNamespace(run=run))
+        yield
 
 
 @pytest.fixture(scope="session")
-def paper(models: Path, tasks: Path) -> Paper:
+def paper(models: Path, tasks: Path) -> Callable[..., Result]:
     """Run the command on the stand-ins, with the words and the options that a test wants."""
 
     def invoke(*words: str | Path, **changes: Path) -> Result:
         folders = {"models": models, "tasks": tasks, **changes}
         options = [f"--{name}={folder}" for name, folder in folders.items()]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("HF_HUB_OFFLINE", "1")
-            patch.setenv("OMP_NUM_THREADS", "1")
-            patch.setenv("HF_ALLOW_CODE_EVAL", "0")
-            patch.setattr("benchmarks.paper.merges.subprocess.run", in_this_process)
-            return CliRunner().invoke(main, [*map(str, words), *options])
+        return CliRunner(env={"HF_ALLOW_CODE_EVAL": "0"}).invoke(main, [*map(str, words), *options])
 
     return invoke
 
 
 @pytest.fixture(scope="session")
-def first_run(paper: Paper, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+def first_run(paper, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """The experts and two merges of table 1: the output directory, and what the command said.
 
     Another run has died in the middle of one merge; of the other there is an older config's.
@@ -111,17 +108,6 @@ def local_row(number: int, name: str, models: Path) -> Row:
     return with_local_models(row, models)
 
 
-def merged_here(row: Row, out: Path) -> Path:
-    """Merge a row with MergeKit in this process."""
-    run_merge(
-        MergeConfiguration.model_validate(row.source),
-        str(out),
-        MergeOptions(quiet=True, random_seed=0),
-        config_source=yaml.safe_dump(row.source, sort_keys=False),
-    )
-    return out
-
-
 def results(out: Path) -> dict[str, dict[str, Any]]:
     """Return what is stored, by row and column."""
     return {
@@ -137,14 +123,12 @@ def printed(output: str, row: str) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("row", MERGES)
-def test_nothing_stands_against_a_merge_of_the_tables(
-    row: Row, models: Path, tmp_path: Path
-) -> None:
+def test_nothing_stands_against_a_merge_of_the_tables(row, models, tmp_path):
     config = with_local_models(row, models).source
     assert inspect(str(write_yaml(tmp_path / "merge.yml", config))).problems == []
 
 
-def test_a_merge_with_metagpt_is_the_example_config_and_has_its_experts() -> None:
+def test_a_merge_with_metagpt_is_the_example_config_and_has_its_experts():
     examples = {
         (1, "MetaGPT"): "llama-2-7b",
         (2, "MetaGPT"): "mistral-7b",
@@ -162,7 +146,7 @@ def test_a_merge_with_metagpt_is_the_example_config_and_has_its_experts() -> Non
 
 
 @pytest.mark.xdist_group("paper")
-def test_lm_eval_has_the_tasks_and_their_metrics(of_lm_eval: TaskManager) -> None:
+def test_lm_eval_has_the_tasks_and_their_metrics(of_lm_eval):
     index = of_lm_eval.task_index
     columns = {column.name: column for n in table_numbers() for column in read_table(n).columns}
     assert [name for name, column in columns.items() if not column.tasks] == ["FinanceIQ"]
@@ -181,11 +165,11 @@ def test_lm_eval_has_the_tasks_and_their_metrics(of_lm_eval: TaskManager) -> Non
 
 @pytest.mark.xdist_group("paper")
 def test_a_row_is_measured_on_its_own_merge_and_printed_beside_the_papers_figures(
-    first_run: tuple[Path, Result], models: Path, tasks: Path, tmp_path: Path
-) -> None:
+    first_run, models, tasks, tmp_path
+):
     out, first = first_run
-    row = local_row(1, "DARE", models)
-    checkpoint = merged_here(row, tmp_path / "merged")
+    row, checkpoint = local_row(1, "DARE", models), tmp_path / "merged"
+    merge(row, checkpoint)
     measured, published = printed(first.stdout, "DARE")
     for number, column in enumerate(SAFE_COLUMNS):
         wanted = {"shots": column.shots, "shot_answer": column.shot_answer}
@@ -198,8 +182,8 @@ def test_a_row_is_measured_on_its_own_merge_and_printed_beside_the_papers_figure
 
 @pytest.mark.xdist_group("paper")
 def test_averages_are_over_what_was_measured_and_merges_are_deleted_when_scored(
-    first_run: tuple[Path, Result],
-) -> None:
+    first_run,
+):
     out, first = first_run
     *measured, average, _ = printed(first.stdout, "MetaGPT")[0]
     assert float(average) == pytest.approx(
@@ -213,9 +197,7 @@ def test_averages_are_over_what_was_measured_and_merges_are_deleted_when_scored(
 
 
 @pytest.mark.xdist_group("paper")
-def test_a_second_run_and_another_table_take_up_what_was_measured(
-    first_run: tuple[Path, Result], paper: Paper
-) -> None:
+def test_a_second_run_and_another_table_take_up_what_was_measured(first_run, paper):
     out, first = first_run
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     done = paper("1", *FIRST_ROWS, out=out)
@@ -227,9 +209,7 @@ def test_a_second_run_and_another_table_take_up_what_was_measured(
 
 
 @pytest.mark.xdist_group("paper")
-def test_code_is_run_only_when_asked_for(
-    first_run: tuple[Path, Result], paper: Paper, tmp_path: Path
-) -> None:
+def test_code_is_run_only_when_asked_for(first_run, paper, tmp_path):
     out, first = first_run
     assert printed(first.stdout, "LM")[0][4:6] == ["-", "-"]
     assert "Not run, since they execute what the model writes: MBPP, HumanEval" in first.stdout
@@ -240,13 +220,12 @@ def test_code_is_run_only_when_asked_for(
 
 
 def test_a_whole_merge_is_not_made_again_and_one_that_fails_leaves_its_config(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("benchmarks.paper.merges.subprocess.run", in_this_process)
+    models, tmp_path, monkeypatch
+):
     row = local_row(2, "MetaGPT", models)
-    whole = merged_here(row, tmp_path / "whole" / "merged")
+    merge(row, tmp_path / "whole")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    merge(row, whole)
+    merge(row, tmp_path / "whole")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     broken = replace(row, source={**row.source, "merge_method": "no_such_method"})
     (tmp_path / "broken").mkdir()
@@ -255,9 +234,7 @@ def test_a_whole_merge_is_not_made_again_and_one_that_fails_leaves_its_config(
     assert [path.name for path in (tmp_path / "broken").iterdir()] == ["merge.yml"]
 
 
-def test_a_few_questions_are_kept_apart_and_what_lm_eval_lacks_is_said(
-    paper: Paper, tmp_path: Path
-) -> None:
+def test_a_few_questions_are_kept_apart_and_what_lm_eval_lacks_is_said(paper, tmp_path):
     few = paper("5", "--only=LM", "--limit=3", out=tmp_path)
     assert "Only the first 3 questions of each task were asked." in few.stdout
     right = results(tmp_path)["lm/MedQA-first-3"]["score"] * 3 / 100
@@ -288,9 +265,9 @@ def test_a_few_questions_are_kept_apart_and_what_lm_eval_lacks_is_said(
     ids=["no row", "no models", "no tasks", "no tokenizers", "no lm-eval"],
 )
 def test_what_is_missing_is_one_sentence_before_anything_is_written(
-    words: list[str], changes: dict[str, str], sentence: str, paper: Paper, models: Path,
-    of_lm_eval: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    words, changes, sentence, paper, models,
+    of_lm_eval, tmp_path, monkeypatch,
+):  # fmt: skip
     (tmp_path / "empty").mkdir()
     if changes.get("models") == "copy":
         shutil.copytree(models, tmp_path / "copy", ignore=shutil.ignore_patterns("tokenizer*"))

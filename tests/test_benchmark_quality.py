@@ -3,7 +3,6 @@
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -47,7 +46,7 @@ def family(folder: Path) -> Family:
         return measure.measure_family("tiny", trainer, trainer.base(), "even", folder)
 
 
-def test_the_averages_are_relative_to_the_experts_at_home() -> None:
+def test_the_averages_are_relative_to_the_experts_at_home():
     at_home = {expert_name(task): dict.fromkeys(TASKS, Score(80.0, 0.5)) for task in TASKS}
     merged = {task: Score(40.0, 0.5 + number) for number, task in enumerate(TASKS)}
     scores = {"base": dict.fromkeys(TASKS, Score(0.0, 2.0)), **at_home, "merged": merged}
@@ -59,13 +58,13 @@ def test_the_averages_are_relative_to_the_experts_at_home() -> None:
     assert family.coefficients() == dict.fromkeys(TASKS, 0.25)
 
 
-def test_a_seed_gives_the_same_weights_each_time() -> None:
+def test_a_seed_gives_the_same_weights_each_time():
     first, second = (Trainer(TINY, seed=1, device="cpu").base() for _ in range(2))
     tensors = second.state_dict()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in first.state_dict().items())
 
 
-def test_every_model_is_scored_on_every_task(family: Family) -> None:
+def test_every_model_is_scored_on_every_task(family):
     assert list(family.scores) == ["base", *map(expert_name, TASKS), *SCORED]
     assert all(list(scores) == list(TASKS) for scores in family.scores.values())
     assert list(family.grid) == list(GRID)
@@ -74,7 +73,7 @@ def test_every_model_is_scored_on_every_task(family: Family) -> None:
     assert all(family.gain(task) > 0 for task in TASKS)
 
 
-def test_lm_eval_scores_the_answers_after_the_prompts(family: Family, folder: Path) -> None:
+def test_lm_eval_scores_the_answers_after_the_prompts(family, folder):
     for task, found in family.scores["base"].items():
         expected = score(folder / "base", held_out(task, 0, TINY.held_out)["test"])
         assert found.loss == pytest.approx(expected.loss, rel=1e-4)
@@ -86,7 +85,7 @@ def test_lm_eval_scores_the_answers_after_the_prompts(family: Family, folder: Pa
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_no_held_out_example_is_trained_on_but_facts_that_nothing_else_tells(task: str) -> None:
+def test_no_held_out_example_is_trained_on_but_facts_that_nothing_else_tells(task):
     splits = held_out(task, seed=0, count=128)
     kept = set(splits["validation"]) | set(splits["test"])
     assert len(kept) == 256
@@ -98,9 +97,7 @@ def test_no_held_out_example_is_trained_on_but_facts_that_nothing_else_tells(tas
     ("words", "written"),
     [([], ["quality.json", "quality.md", "quality.png"]), (["--quick"], [])],
 )
-def test_only_the_full_run_replaces_the_results(
-    family: Family, tmp_path: Path, monkeypatch: Any, words: list[str], written: list[str]
-) -> None:
+def test_only_the_full_run_replaces_the_results(family, tmp_path, monkeypatch, words, written):
     scores = dict.fromkeys(MERGES, family.scores[BEST_OF_GRID]) | family.scores
     families = [replace(family, recipe=it, seed=n, scores=scores) for it in RECIPES for n in (0, 1)]
     monkeypatch.setattr(command, "measure_families", lambda *_: families)

@@ -33,14 +33,14 @@ def reading_alike(rank: int, apart: float) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(24, 12), (12, 24)])
 @pytest.mark.parametrize("name", ["tsv_m", "wudi"])
-def test_orthogonal_task_vectors_are_added_up(name: str, shape: tuple[int, int]) -> None:
+def test_orthogonal_task_vectors_are_added_up(name, shape):
     taus = low_rank(3, *shape, rank=2)
     # Where the gradient is 0, Adam's steps are as large as everywhere: 300 of 1e-5 at most.
     atol = 3e-3 if name == "wudi" else 1e-5
     torch.testing.assert_close(RULES[name].matrix(taus), taus.sum(0), atol=atol, rtol=0)
 
 
-def test_tsv_m_is_the_procrustes_solution_of_the_leading_components() -> None:
+def test_tsv_m_is_the_procrustes_solution_of_the_leading_components():
     taus = drawn(3, 20, 13)
     lefts, values, rights = [], [], []
     for tau in taus:
@@ -57,7 +57,7 @@ def test_tsv_m_is_the_procrustes_solution_of_the_leading_components() -> None:
     torch.testing.assert_close(RULES["tsv_m"].matrix(taus), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_the_previous_rule_adds_up_experts_in_different_inputs_rows_or_elements() -> None:
+def test_the_previous_rule_adds_up_experts_in_different_inputs_rows_or_elements():
     taus = torch.zeros(2, 8, 12)
     taus[0, :, :6], taus[1, :, 6:] = drawn(8, 6), drawn(8, 6, seed=1)
     merged = RULES["previous"].matrix(taus)
@@ -69,7 +69,7 @@ def test_the_previous_rule_adds_up_experts_in_different_inputs_rows_or_elements(
         torch.testing.assert_close(RULES["previous"].rows(rows), expected, rtol=0.01, atol=0)
 
 
-def test_rules_leave_out_experts_that_do_not_move() -> None:
+def test_rules_leave_out_experts_that_do_not_move():
     taus = drawn(2, 9, 6)
     padded = torch.cat([taus, torch.zeros(1, 9, 6)])
     for name in ("previous", "wudi"):
@@ -90,19 +90,14 @@ def test_rules_leave_out_experts_that_do_not_move() -> None:
     ],
     ids=["some directions", "all directions", "alike", "beyond the limit"],
 )
-def test_the_default_variant_is_the_rule_of_the_package(taus: Tensor, exponent: float) -> None:
+def test_the_default_variant_is_the_rule_of_the_package(taus, exponent):
     base, out = torch.zeros_like(taus[0]), torch.empty_like(taus[0])
     rule = Rule([1.0] * len(taus), exponent)
     merge_directions(base, list(taus), rule, name="x", out=out)
     variant = Variant(exponent=exponent)
     torch.testing.assert_close(variant.merge(variant.look(taus, "x")), out, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("role", [Role.ROWS, Role.ELEMENTS])
-def test_rows_are_merged_as_in_the_package(role: Role) -> None:
-    taus = drawn(3, 7, 5)
-    base, out = torch.zeros_like(taus[0]), torch.empty_like(taus[0])
-    merge_directions(base, list(taus), Rule([1.0] * 3), role=role, out=out)
-    (target,), *parts = (matrices(tensor, role) for tensor in (out, *taus))
-    merged = Variant().merge_rows(torch.stack([part for (part,) in parts]))
-    torch.testing.assert_close(merged, target)
+    for role in (Role.ROWS, Role.ELEMENTS):
+        merge_directions(base, list(taus), Rule([1.0] * len(taus)), role=role, out=out)
+        (target,), *parts = (matrices(tensor, role) for tensor in (out, *taus))
+        merged = Variant().merge_rows(torch.stack([part for (part,) in parts]))
+        torch.testing.assert_close(merged, target)

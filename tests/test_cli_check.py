@@ -28,34 +28,24 @@ from damages import NORM, cut, edit_index, overwrite, remove, reshard, rewrite
 from mergekit.common import parse_kmb
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.preflight import Costs, Preflight, inspect
+from mergekit_metagpt.preflight import Costs, inspect
 
 Config = dict[str, Any]
 HEAD = "lm_head.weight"
 
 
 @pytest.fixture
-def look(tmp_path) -> Callable[..., Preflight]:
-    """Look at a config as the command does."""
-
-    def run(config: Config, out: Path | str | None = None, **options: Any) -> Preflight:
-        file = write_yaml(tmp_path / "merge.yml", config)
-        return inspect(str(file), out and str(out), MergeOptions(**options))
-
-    return run
+def problems(tmp_path) -> Callable[..., list[str]]:
+    return lambda config, **options: problems_of(config, tmp_path, **options)
 
 
 @pytest.fixture
-def problems(look) -> Callable[..., list[str]]:
-    return lambda *given, **options: look(*given, **options).problems
-
-
-@pytest.fixture
-def plan(look) -> Callable[..., Costs]:
+def plan(tmp_path) -> Callable[..., Costs]:
     """Look at a config that can be merged; return what it will cost."""
 
     def run(config: Config, **options: Any) -> Costs:
-        found = look(config, **options)
+        file = write_yaml(tmp_path / "merge.yml", config)
+        found = inspect(str(file), options=MergeOptions(**options))
         assert found.problems == []
         assert found.costs is not None
         return found.costs
@@ -104,7 +94,7 @@ class TestPlan:
         yml = write_yaml(tmp_path / "merge.yml", merge_config(family, "metagpt_ties"))
         done = invoke("check", yml, tmp_path / "out", "--out-shard-size=1K")
         words = " ".join(done.stdout.replace("│", " ").split())
-        for said in ("Method metagpt_ties", "Tensors 30", "Parameters 27,360", "models 1"):
+        for said in ("Tensors 30", "Parameters 27,360", "models 1"):
             assert said in words
         for said in ("read 328.3 kB", "written 109.4 kB", "shards 30"):
             assert said in words
@@ -128,8 +118,7 @@ class TestPlan:
 
     def test_models_of_several_dtypes_merge_in_the_widest(self, own, compared):
         rewrite(own["a"], **{NORM: torch.ones(32, dtype=torch.float64)})
-        costs = compared(merge_config(own))
-        assert any("stored as F32, F64" in note for note in costs.notes)
+        compared(merge_config(own))
 
     def test_a_tokenizer_setting_aligns_other_vocabularies(self, compared, tmp_path):
         paths = save_family(tmp_path, llama_config())
@@ -142,8 +131,7 @@ class TestPlan:
 
     def test_a_stock_method_without_a_base_is_checked_too(self, family, plan):
         models = [{"model": path, "parameters": {"weight": -0.5}} for path in family.values()]
-        expected = plan({"merge_method": "linear", "models": models})
-        assert (expected.base, len(expected.experts)) == (None, 3)
+        assert plan({"merge_method": "linear", "models": models}).tensors == 30
 
 
 def test_a_config_that_is_not_there_is_named(tmp_path):
@@ -151,19 +139,8 @@ def test_a_config_that_is_not_there_is_named(tmp_path):
     the_only(done.stderr.splitlines(), f"{tmp_path}/merge.yml", "cannot be read (No such file")
 
 
-def lose_shard(model: str) -> None:
-    reshard(model)
-    sorted(Path(model).glob("model-*"))[1].unlink()
-
-
-def lose_index(model: str) -> None:
-    reshard(model)
-    Path(model, "model.safetensors.index.json").unlink()
-
-
-def break_index(model: str) -> None:
-    reshard(model)
-    Path(model, "model.safetensors.index.json").write_text("[")
+def of_shards(damage: Callable[[str], Any]) -> Callable[[str], None]:
+    return lambda model: reshard(model) or damage(model)
 
 
 def pickle_of(content: bytes) -> Callable[[str], None]:
@@ -180,7 +157,8 @@ def quantize(model: str) -> None:
     file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
 
 
-SAFETENSORS = "model.safetensors"
+SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = "model-00002-of-00006.safetensors"
 MODELS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "is not there": (shutil.rmtree, ("does not exist", "correct the path")),
     "has no config": (remove("config.json"), ("no checkpoint", "config.json")),
@@ -188,13 +166,13 @@ MODELS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "is of no architecture": (overwrite("config.json", b'{"model_type":"llama"}'), ("nothing",)),
     "is noise": (overwrite(SAFETENSORS, bytes(999)), (SAFETENSORS, "corrupt")),
     "is a pointer": (overwrite(SAFETENSORS, b"version https://git-lfs"), ("git lfs pull",)),
-    "lacks a shard": (lose_shard, ("model-00002-of-", "is missing")),
-    "lacks its index": (lose_index, ("no weights", "nor an index", "download it again")),
+    "lacks a shard": (of_shards(remove(SHARD)), (SHARD, "is missing")),
+    "lacks its index": (of_shards(remove(INDEX)), ("no weights", "nor an index", "download it")),
     "has an index and a file": (
-        overwrite("model.safetensors.index.json", b'{"weight_map": {"x": "model.safetensors"}}'),
+        overwrite(INDEX, b'{"weight_map": {"x": "model.safetensors"}}'),
         ("holds both", "remove whichever"),
     ),
-    "has a broken index": (break_index, ("model.safetensors.index.json", "is corrupt")),
+    "has a broken index": (of_shards(overwrite(INDEX, b"[")), (INDEX, "is corrupt")),
     "has an index with a gap": (edit_index(lambda i: i.pop(NORM)), (NORM, "does not name")),
     "has an index that leads out": (
         edit_index(lambda i: i.update({NORM: "../a/model.safetensors"})),
@@ -222,14 +200,6 @@ def test_what_mergekit_fails_to_plan_goes_by_its_weight_files(problems, tmp_path
     bare = transformers.BertConfig(**sizes, intermediate_size=48)
     paths = save_family(tmp_path / "bert", bare, auto=transformers.AutoModel)
     the_only(problems(merge_config(paths)), "a merge of BertModel (", "with mergekit-pytorch")
-
-
-def test_the_base_under_another_name_is_found(own, problems, tmp_path):
-    other = tmp_path / "link"
-    other.symlink_to(own["base"])
-    config = merge_config(own)
-    config["models"].append({"model": str(other)})
-    the_only(problems(config), " is the base ", "under another name", str(other), own["base"])
 
 
 def test_tokenizers_that_give_an_id_two_meanings_are_found(own, problems, plan):
@@ -276,19 +246,14 @@ def test_an_unknown_module_is_named(family, problems):
     the_only(problems(config), "module defualt", "write default instead")
 
 
-class TestHub:
-    def test_a_name_that_cannot_be_looked_up_offline_is_named(self, family, problems):
-        found = problems(merge_config({**family, "b": "nobody/nothing"}))
-        the_only(found, "nobody/nothing", "offline", "HF_HUB_OFFLINE", "download the model first")
-
-    def test_a_downloaded_model_is_named_by_its_directory_offline(self, family, problems, tmp_path):
-        cache = tmp_path / "cache" / "models--some--model"
-        shutil.copytree(family["b"], cache / "snapshots" / "0123")
-        (cache / "refs").mkdir()
-        (cache / "refs" / "main").write_text("0123")
-        config = merge_config({**family, "b": "some/model"})
-        found = problems(config, transformers_cache=str(tmp_path / "cache"))
-        the_only(found, "some/model is downloaded", f"write its directory {cache}/snapshots/0123")
+def test_a_downloaded_model_is_named_by_its_directory_offline(family, problems, tmp_path):
+    cache = tmp_path / "cache" / "models--some--model"
+    shutil.copytree(family["b"], cache / "snapshots" / "0123")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123")
+    config = merge_config({**family, "b": "some/model"})
+    found = problems(config, transformers_cache=str(tmp_path / "cache"))
+    the_only(found, "some/model is downloaded", f"write its directory {cache}/snapshots/0123")
 
 
 def test_all_problems_are_reported_at_once(own, tmp_path):

@@ -97,12 +97,12 @@ IDLE = {
     ),
     "after all tensors": (
         parameters(density=[ALL, MLP]),
-        ("parameters.density[1] that is never used, since parameters.density[0] before it takes",),
+        ("the filter mlp in the parameter density, whose value is never used",),
     ),
     "after a star": (parameters(density=[{**ALL, "filter": "*"}, ALL]), ("never used",)),
     "after a part": (
         parameters(density=[MLP, {**MLP, "filter": "mlp.down_proj"}, ALL]),
-        ("density[1] that is never used", "write the narrower"),
+        ("mlp.down_proj in the parameter density", "never used", "write the narrower"),
     ),
     "a misspelt key of a value": (
         parameters(density=[{"fliter": "mlp", "value": 0.5}]),
@@ -124,10 +124,10 @@ IDLE = {
         stock("dare_ties", weight=1, density=-0.5),
         ("density must be a number from 0 to 1, not -0.5",),
     ),
-    "an empty list": (parameters(granularity=[]), ("an empty list at parameters.granularity",)),
+    "an empty list": (parameters(granularity=[]), ("granularity must be", "not []")),
     "an empty list behind a filter": (
         of_first(weight=[{**MLP, "value": []}, ALL]),
-        ("an empty list at models[0].parameters.weight",),
+        ("models[0] (/", "weight must be", "not []"),
     ),
     "parameters where there are none": (
         lambda c: c["models"][0].update(
@@ -144,7 +144,7 @@ IDLE = {
     ),
     "a template that does not parse": (
         lambda c: c.update(chat_template="{% for m in messages %}\n{{ m.content }}"),
-        ("chat_template that is no Jinja template", "in its line 2"),
+        ("chat_template that is neither a Jinja template nor", "in its line 2"),
     ),
 }  # fmt: skip
 

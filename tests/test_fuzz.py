@@ -16,7 +16,7 @@ import reference
 import torch
 from click.testing import CliRunner
 from conftest import merge_config, read, write_yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.scripts import run_yaml
@@ -46,7 +46,6 @@ def fuzz(request: pytest.FixtureRequest) -> Callable[..., None]:
             max_examples=number,
             derandomize=not wanted,
             deadline=None,
-            suppress_health_check=list(HealthCheck),
         )
         chosen(given(data=st.data())(test))()
 
@@ -158,7 +157,6 @@ def test_any_tensors_merge_as_the_float64_reference(fuzz):
             others = [expert[name] for expert in experts]
             assert tensor.dtype == task_vectors.promoted_dtype([base[name], *others])
             assert tensor.shape == base[name].shape
-            assert tensor.isfinite().all()
 
     fuzz(case, 0.98, 120)
 

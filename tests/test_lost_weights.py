@@ -10,12 +10,11 @@ from zlib import crc32
 import pytest
 import torch
 import transformers
-from conftest import edit, llama_config, merge_config, problems_of, read, save_family, slices_config
+from conftest import edit, merge_config, problems_of, read, save_family, slices_config, the_only
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -152,13 +151,6 @@ def test_a_merge_holds_every_weight_or_is_refused(any_kind, tmp_path):
     assert all(str(tmp_path) in problem for problem in problems)
 
 
-@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
-def test_a_merge_of_a_variant_holds_every_weight_or_is_refused(kind, changes, tmp_path):
-    problems = merge_or_problems(tiny_config(kind, **changes), tmp_path)
-    assert all("the merge would drop" in problem for problem in problems)
-    assert all(f"{tmp_path / 'base'} holds tensor" in problem for problem in problems)
-
-
 def llava(kind: type[PretrainedConfig]) -> PretrainedConfig:
     text = tiny_settings(transformers.LlamaConfig)
     vision = tiny_settings(transformers.CLIPVisionConfig)
@@ -174,41 +166,36 @@ T5 = transformers.T5Config(
     **{**tiny_settings(transformers.T5Config), "d_kv": 4, "tie_word_embeddings": False},
     feed_forward_proj="gated-gelu",  # the one form of T5 that MergeKit describes
 )
-
-
 BERT = transformers.BertConfig(**tiny_settings(transformers.BertConfig))
+SEEING = [llava(transformers.LlavaConfig), llava(transformers.LlavaNextConfig)]
 
 
 @pytest.mark.parametrize(
-    ("config", "auto"),
+    ("config", "auto", "refusal"),
     [
-        (T5, AutoModelForSeq2SeqLM),
-        (BERT, AutoModelForSequenceClassification),
-        (llava(transformers.LlavaConfig), AutoModelForImageTextToText),
-        (llava(transformers.LlavaNextConfig), AutoModelForImageTextToText),
+        *((tiny_config(kind, **its), AutoModelForCausalLM, "would drop") for kind, its in VARIANTS),
+        (T5, AutoModelForSeq2SeqLM, None),
+        (BERT, AutoModelForSequenceClassification, None),
+        *((config, AutoModelForImageTextToText, "holds tensor") for config in SEEING),
     ],
 )
-def test_other_models_are_merged_whole_or_those_that_see_refused(config, auto, tmp_path):
+def test_other_models_hold_every_weight_or_are_refused(config, auto, refusal, tmp_path):
     problems = merge_or_problems(config, tmp_path, auto)
-    assert not problems or auto is AutoModelForImageTextToText
-    assert all(str(tmp_path) in problem for problem in problems)
-
-
-def problems_with(config: dict[str, Any], directory: Path, **tensors: torch.Tensor) -> list[str]:
-    """Return the problems of a merge after tensors are added to the checkpoints beside it."""
-    for file in directory.glob("*/model.safetensors"):
-        edit(file.parent, lambda held: held.update(tensors))
-    return problems_of(config, directory)
+    assert not problems or refusal
+    assert all(f"{tmp_path / 'base'} holds tensor" in problem for problem in problems)
+    assert all(refusal in problem for problem in problems)
 
 
 LLAMA, GPT2 = "model.layers.0.attn", "transformer.h.0.attn"
+BIASES = [f"model.layers.{number}.self_attn.q_proj.bias" for number in range(3)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "computed", "lost"),
+    ("kind", "slices", "computed", "lost"),
     [
         (
             "llama",
+            (),
             {
                 "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
                 f"{LLAMA}.masked_bias": torch.ones(2),
@@ -217,40 +204,30 @@ LLAMA, GPT2 = "model.layers.0.attn", "transformer.h.0.attn"
             },
             f"{LLAMA}.bias",
         ),
-        ("gpt2", {f"{GPT2}.bias": torch.ones(4)}, f"{GPT2}.d_attn.bias"),
+        ("gpt2", (), {f"{GPT2}.bias": torch.ones(4)}, f"{GPT2}.d_attn.bias"),
+        # Layers that a slice does not name are left out on purpose.
+        ("llama", ([[0, 1]], [[2, 3]]), {BIASES[1]: torch.ones(32)}, BIASES[2]),
     ],
 )
-def test_only_weights_are_missed(kind, computed, lost, tmp_path):
-    config = merge_config(save_family(tmp_path, tiny_config(kind)))
-    assert problems_with(config, tmp_path, **computed) == []
-    (problem,) = problems_with(config, tmp_path, **{lost: torch.ones(4)})
-    assert f"holds tensor {lost}," in problem
+def test_only_weights_are_missed(kind, slices, computed, lost, tmp_path):
+    paths = save_family(tmp_path, tiny_config(kind, num_hidden_layers=3))
+    config = slices_config(paths, *slices) if slices else merge_config(paths)
+
+    def problems_with(**tensors: torch.Tensor) -> list[str]:
+        for path in paths.values():
+            edit(path, lambda held: held.update(tensors))
+        return problems_of(config, tmp_path)
+
+    assert problems_with() == []
+    assert problems_with(**computed) == []
+    the_only(problems_with(**{lost: torch.ones(4)}), f"base holds tensor {lost},")
 
 
 def test_a_head_that_is_tied_to_the_embeddings_under_a_name_of_its_own(tmp_path):
-    paths = save_family(tmp_path, tiny_config("gpt2"), scales=(0.0, 0.0))
-    weights = load_file(Path(paths["base"], "model.safetensors"))
-    head = {"lm_head.weight": weights["transformer.wte.weight"].clone()}
-    assert problems_with(merge_config(paths), tmp_path, **head) == []
-
-
-def test_only_layers_that_a_slice_names_are_missed(tmp_path):
-    paths = save_family(tmp_path, llama_config(tie_word_embeddings=True))
-    config = slices_config(paths, [[0, 1]], [[2, 3]])
-    assert problems_of(config, tmp_path) == []
-    biases = [f"model.layers.{n}.self_attn.q_proj.bias" for n in range(3)]
-    assert problems_with(config, tmp_path, **{biases[1]: torch.ones(32)}) == []
-    (problem,) = problems_with(config, tmp_path, **{biases[2]: torch.ones(32)})
-    assert f"base holds tensor {biases[2]}," in problem
-
-
-def test_ends_of_models_that_a_frankenmerge_takes_from_one(tmp_path):
-    paths = save_family(tmp_path, llama_config(tie_word_embeddings=True))
-    slices = [
-        {"sources": [{"model": paths[name], "layer_range": layers}]}
-        for name, layers in (("a", [0, 2]), ("b", [1, 3]))
-    ]
-    assert problems_of({"merge_method": "passthrough", "slices": slices}, tmp_path) == []
+    paths = save_family(tmp_path, tiny_config("gpt2"))
+    for path in paths.values():
+        edit(path, lambda it: it.update({"lm_head.weight": it["transformer.wte.weight"].clone()}))
+    assert problems_of(merge_config(paths), tmp_path) == []
 
 
 def test_modules_that_the_config_does_not_name(tmp_path):

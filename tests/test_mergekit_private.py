@@ -9,14 +9,11 @@ import mergekit.merge
 import pytest
 import transformers
 from conftest import llama_config
-from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
-from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 
 from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.mergekit_private import PRIVATE
-from mergekit_metagpt.method.parameters import RULES
 
 
 def test_private_names_are_there():
@@ -33,17 +30,6 @@ def test_a_model_with_its_adapter_applied_is_kept_under_both_ids():
     model = ModelReference.model_validate("some/base+some/adapter")
     ids = [mergekit_private.unique_id(path) for path in (model.model, model.lora)]
     assert [id_.partition("_")[0] for id_ in ids] == ["base", "adapter"]
-
-
-def test_the_stock_parameters_have_the_names_that_are_checked():
-    stock = merge_methods.registered_methods()
-    names = {
-        parameter.name
-        for method in stock
-        if isinstance(method, GeneralizedTaskArithmeticMerge)
-        for parameter in method.spec.parameters
-    }
-    assert RULES.keys() <= names
 
 
 def test_a_model_that_wants_its_own_code_is_told(tmp_path):

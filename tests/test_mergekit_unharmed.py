@@ -13,7 +13,7 @@ import torch
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.merge_methods import registered_methods
-from mergekit.merge_methods.base import BasePolicy, ParameterScope
+from mergekit.merge_methods.base import BasePolicy
 from mergekit.options import MergeOptions
 
 base, a, b, out = sys.argv[1:]
@@ -23,17 +23,11 @@ VALUES = {"t": 0.3, "density": 0.6, "weight": 0.4, "select_topk": 0.7}
 def config(method):
     contract, needs_base = method.spec.contract, method.spec.contract.base is BasePolicy.REQUIRED
     models = [base, a, b] if needs_base else [a, b]
-    settings = {p.name: (p.scope, VALUES[p.name]) for p in method.spec.parameters
-                if p.name in VALUES}
-    each = {n: v for n, (scope, v) in settings.items() if scope is not ParameterScope.SHARED}
-    models = [
-        {"model": model, "parameters": {n: v + 0.1 * i for n, v in each.items()}}
-        for i, model in enumerate(models[: contract.max_inputs])
-    ]
     return {
-        "merge_method": method.spec.name, "models": models,
+        "merge_method": method.spec.name,
+        "models": [{"model": model} for model in models[: contract.max_inputs]],
         "base_model": base if needs_base else None,
-        "parameters": {n: v for n, (scope, v) in settings.items() if n not in each},
+        "parameters": {p.name: VALUES[p.name] for p in method.spec.parameters if p.name in VALUES},
     }
 
 def merge(method, name):

@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import yaml
 from conftest import invoke, llama_config, merge_config, write_yaml
@@ -98,13 +99,20 @@ class TestNames:
         assert str(cached) not in (tmp_path / "merged" / "metagpt.json").read_text()
         assert models["base"] in card.text.replace("\\", "")
 
-    def test_one_that_exists_here_too_is_of_the_hub(self, models, tmp_path, monkeypatch):
+    def test_one_that_exists_here_too_is_of_the_hub_if_so_given(
+        self, models, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(huggingface_hub, "repo_exists", None)  # nor is the hub asked
         for name, path in models.items():
             shutil.copytree(path, tmp_path / NAMES[name])
         monkeypatch.chdir(tmp_path)
-        given = [f"--name-of={name}={name}" for name in NAMES.values()]
-        merge(write_yaml(tmp_path / "metagpt.yml", merge_config(NAMES)), "merged", *given)
-        assert ModelCard.load("merged/README.md").data.base_model == sorted(NAMES.values())
+        yml, given = write_yaml(tmp_path / "metagpt.yml", merge_config(NAMES)), NAMES.values()
+        merge(yml, "named", *(f"--name-of={name}={name}" for name in given))
+        assert ModelCard.load("named/README.md").data.base_model == sorted(given)
+        merge(yml, "plain")
+        card = ModelCard.load("plain/README.md")
+        assert card.data.base_model is None
+        assert "\n* jane/llama-math\n" in card.text
 
     def test_they_stand_for_models_only(self):
         config = {

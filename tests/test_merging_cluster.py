@@ -18,7 +18,6 @@ from conftest import (
     save_adapter,
     save_family,
     save_tokenizer,
-    slices_config,
     write_yaml,
 )
 from mergekit.plan import MergePlanner
@@ -34,20 +33,6 @@ pytest.importorskip("ray")
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("cluster")]
 
 SHARDS = ("--out-shard-size", "30000")
-
-
-@pytest.fixture(scope="module")
-def tied(tmp_path_factory):
-    """Tied embeddings, several shards, and tokenizers of which one has a word of its own."""
-    paths = save_family(
-        tmp_path_factory.mktemp("tied"),
-        llama_config(tie_word_embeddings=True),
-        max_shard_size="60KB",
-    )
-    words = [f"w{number}" for number in range(63)]
-    for name, path in paths.items():
-        save_tokenizer(path, *words, *(["new"] if name == "b" else []))
-    return paths
 
 
 def merge(config: dict, out: Path, *words, status: int = 0):
@@ -95,30 +80,26 @@ def mapper(monkeypatch):
         ("metagpt_ties", {"granularity": "layer", "density": 0.5}),
     ],
 )
-def test_every_file_is_that_of_a_local_merge(method, parameters, family, same_bytes):
-    found = same_bytes(merge_config(family, method, parameters=parameters), *SHARDS)
+def test_every_file_is_that_of_a_local_merge(method, parameters, family, same_bytes, tmp_path):
+    """The adapter is applied once for all workers."""
+    adapter = save_adapter(family["base"], tmp_path / "lora")
+    models = {**family, "lora": f"{family['base']}+{adapter}"}
+    words = (*SHARDS, "--lora-merge-cache", tmp_path / "cache")
+    found = same_bytes(merge_config(models, method, parameters=parameters), *words)
     assert len([name for name in found if name.endswith(".safetensors")]) > 3
     assert "model.safetensors.index.json" in found
 
 
-def test_vocabularies_and_tokenizers_are_those_of_a_local_merge(tied, same_bytes):
+def test_tied_vocabularies_and_tokenizers_are_those_of_a_local_merge(same_bytes, tmp_path):
+    model = llama_config(tie_word_embeddings=True)
+    paths = save_family(tmp_path / "tied", model, max_shard_size="60KB")
+    for name, path in paths.items():
+        words = [f"w{number}" for number in range(63)]
+        save_tokenizer(path, *words, *(["new"] if name == "b" else []))
     tokenizer = {"source": "union", "pad_to_multiple_of": 6}
-    config = merge_config(tied, tokenizer=tokenizer, dtype="float32", out_dtype="bfloat16")
+    config = merge_config(paths, tokenizer=tokenizer, dtype="float32", out_dtype="bfloat16")
     found = same_bytes(config, *SHARDS)
     assert {"tokenizer.json", "model.safetensors.index.json"} <= found
-
-
-def test_slices_in_one_file_are_those_of_a_local_merge(tied, same_bytes):
-    parameters = {"granularity": "model", "weight": [0.2, 1.0]}
-    config = slices_config(tied, [[0, 2]], [[1, 3]], parameters=parameters)
-    found = same_bytes(config)
-    assert {"model.safetensors", "tokenizer.json"} <= found  # copied from the base
-
-
-def test_adapters_are_applied_once_for_all_workers(family, same_bytes, tmp_path):
-    adapter = save_adapter(family["base"], tmp_path / "lora")
-    config = merge_config({**family, "lora": f"{family['base']}+{adapter}"})
-    same_bytes(config, *SHARDS, "--lora-merge-cache", tmp_path / "cache")
 
 
 def test_a_worker_that_is_killed_is_replaced_and_changes_nothing(
@@ -164,11 +145,7 @@ def test_the_work_that_all_tasks_share_is_done_once(own, tmp_path, monkeypatch, 
     monkeypatch.setattr(
         BuildTokenizer, "execute", lambda self, **_: built.append(self) or build(self)
     )
-
-    def here(function, items, **_):
-        return in_this_process(function, items)
-
-    monkeypatch.setattr(functions, "RayMapper", lambda *_: here)
+    monkeypatch.setattr(functions, "RayMapper", lambda *_: in_this_process)
     for path in own.values():
         save_tokenizer(path, *(f"w{number}" for number in range(64)))
         edit(path, lambda it: it["lm_head.weight"].copy_(it["model.embed_tokens.weight"]))

@@ -21,47 +21,43 @@ from mergekit_metagpt.planning.directory import Output
 
 SHARDS = ("--out-shard-size", 30000)
 SHARD = "model-0000{}-of-00005.safetensors".format
+FOLDER = "additional_chat_templates"
 RANDOM = {"granularity": "model", "density": 0.5}
 KEY = "0123456789abcdef"
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from click.testing import CliRunner
-from mergekit_metagpt.cli import main
+from conftest import invoke_merge
 from mergekit_metagpt.merging import by_shard
 from mergekit_metagpt.planning import directory
 
 config, place = sys.argv[1], Path(sys.argv[2])
+moments = {  # in place of which call the process dies
+    "while-the-third-file-is-written": (by_shard, "require_in_range", 3),
+    "before-the-third-file-has-its-record": (directory, "_write_whole", 4),
+    "before-it-is-published": (directory.Output, "publish", 1),
+    "in-the-middle-of-its-move": (directory.os, "rename", 12),
+    "while-the-rest-goes": (directory.Work, "remove", 1),
+}
 
 def merge(out):
-    words = ["merge", config, str(out), "--quiet", "--no-copy-tokenizer"]
-    CliRunner().invoke(main, [*words, "--out-shard-size", "30000"])
+    invoke_merge(config, out, "--out-shard-size", "30000")
 
-def before(module, name, number=1):
-    # Let the process die in place of a call.
-    real, calls = getattr(module, name), []
+merge(place / "whole")  # also imports for all children what a merge needs
+for moment, (module, name, number) in moments.items():
+    out, real, calls = place / moment / "merged", getattr(module, name), []
+    (out if "move" in moment else out.parent).mkdir(parents=True)
+
     def function(*args, **kwargs):
         calls.append(args)
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
-    setattr(module, name, function)
 
-moments = {
-    "while the third file is written": lambda: before(by_shard, "require_in_range", 3),
-    "before the third file has its record": lambda: before(directory, "_write_whole", 4),
-    "before it is published": lambda: before(directory.Output, "publish"),
-    "in the middle of its move": lambda: before(directory.os, "rename", 12),
-    "while the rest goes": lambda: before(directory.Work, "remove"),
-}
-merge(place / "whole")  # also imports for all children what a merge needs
-for moment, prepare in moments.items():
-    out = place / moment.replace(" ", "-") / "merged"
-    out.mkdir(parents=True) if "move" in moment else out.parent.mkdir(parents=True)
     child = os.fork()
     if not child:
-        prepare()
+        setattr(module, name, function)
         merge(out)
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -93,7 +89,8 @@ def whole_merge(config, tmp_path_factory):
 def killed(config, tmp_path_factory):
     """A directory with an output for each moment at which a merge was killed."""
     place = tmp_path_factory.mktemp("killed")
-    done = run(sys.executable, "-c", KILLED, config, place)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = run(sys.executable, "-c", KILLED, config, place, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     return place
 
@@ -145,6 +142,11 @@ def damage_its_record(work):
     (work.path / "complete" / f"{SHARD(2)}.json").write_text("")
 
 
+def add_folder(work):
+    (work.merged / FOLDER).mkdir()
+    (work.merged / FOLDER / "tool.jinja").touch()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
 class TestKilled:
     @pytest.mark.parametrize(("moment", "complete"), MOMENTS.items())
@@ -160,7 +162,7 @@ class TestKilled:
     def test_after_it_is_published_it_is_complete(self, config, killed, whole_merge):
         out = killed / "while-the-rest-goes" / "merged"
         assert files(out) == whole_merge
-        assert "holds an older merge" in merge(config, out, *SHARDS, status=1).stderr
+        assert "is not empty" in merge(config, out, *SHARDS, status=1).stderr
 
 
 class TestStopped:
@@ -187,26 +189,28 @@ class TestStopped:
         assert files(out) == whole_merge
         assert names(out.parent) == {"merged"}
 
-    def test_with_nothing_complete_nothing_is_left(self, config, out, monkeypatch):
+    @pytest.mark.parametrize("exists", [False, True])
+    def test_with_nothing_complete_nothing_is_left(self, exists, config, out, monkeypatch):
+        (out if exists else out.parent).mkdir(parents=True)
         monkeypatch.setattr("mergekit_metagpt.merging.by_shard.require_in_range", 1 / 1)
         merge(config, out, *SHARDS, status=1)
-        assert not names(out.parent)
+        assert not names(out if exists else out.parent)
 
-    @pytest.mark.parametrize("damage", [lose_its_end, damage_its_record])
-    def test_what_is_damaged_is_merged_again(self, damage, stopped, config, out, whole_merge):
+    @pytest.mark.parametrize(
+        ("damage", "complete"), [(lose_its_end, 1), (damage_its_record, 1), (add_folder, 2)]
+    )
+    def test_what_is_damaged_is_merged_again(
+        self, damage, complete, stopped, config, out, whole_merge, merged_now
+    ):
         stopped(FULL)
         (work,) = Output.of(out).works()
         damage(work)
-        assert set(work.records) == {SHARD(1)}
+        assert len(work.records) == complete
+        del merged_now[:]
         merge(config, out, *SHARDS)
+        assert merged_now == [SHARD(number) for number in range(complete + 1, 6)]
+        shutil.rmtree(out / FOLDER, ignore_errors=True)
         assert files(out) == whole_merge
-
-    def test_a_folder_beside_the_weights_does_not_stop_the_next(self, stopped, config, out):
-        stopped(FULL)
-        (work,) = Output.of(out).works()
-        (work.merged / "additional_chat_templates").mkdir()
-        (work.merged / "additional_chat_templates" / "tool.jinja").touch()
-        merge(config, out, *SHARDS)
 
     def test_another_merge_into_an_output_that_exists_moves_it_out_and_it_goes_on(
         self, stopped, config, out, whole_merge, merged_now, caplog

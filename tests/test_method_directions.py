@@ -1,8 +1,6 @@
 """``granularity: direction`` in MergeKit's executor and in the commands."""
 
 import json
-import logging
-from dataclasses import replace
 
 import peft
 import pytest
@@ -22,11 +20,11 @@ from conftest import (
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.scripts import merge_raw_pytorch
 
-from mergekit_metagpt.core.directions import Directions, Rule, merge_directions
+from mergekit_metagpt.core.directions import Rule, merge_directions
 from mergekit_metagpt.core.roles import Role
 from mergekit_metagpt.method.advice import warnings
-from mergekit_metagpt.method.notes import Watch, noted
-from mergekit_metagpt.method.summary import Entry, Summary
+from mergekit_metagpt.method.notes import noted
+from mergekit_metagpt.method.summary import Summary
 
 SETTINGS = {"granularity": "direction", "exponent": 1.0}
 
@@ -160,8 +158,8 @@ def test_bad_numbers_and_results_are_refused_by_name(merge, tmp_path):
         merge(config_of(paths))
 
 
-def test_the_command_shows_what_the_merge_records(family, tmp_path):
-    yml = write_yaml(tmp_path / "metagpt.yml", config_of(family))
+def test_the_commands_show_what_is_kept_and_the_merge_records_it(family, tmp_path):
+    yml, plot = write_yaml(tmp_path / "metagpt.yml", config_of(family)), tmp_path / "kept.png"
     shown = json.loads(invoke("coefficients", yml, "--json", "--quiet").stdout)
     invoke("merge", yml, tmp_path / "merged", "--quiet")
     record = json.loads((tmp_path / "merged" / "metagpt.json").read_text())
@@ -177,13 +175,9 @@ def test_the_command_shows_what_the_merge_records(family, tmp_path):
     assert "--num-threads" in record["options"]  # the last bits of matrix products depend on it
     assert "granularity `direction`" in (tmp_path / "merged" / "README.md").read_text()
 
-
-def test_the_commands_show_how_much_is_kept_and_how_long_it_takes(family, tmp_path):
     def words(text):
         return " ".join(text.replace("│", " ").split())
 
-    yml = write_yaml(tmp_path / "metagpt.yml", config_of(family))
-    plot = tmp_path / "coefficients.png"
     text = words(invoke("coefficients", yml, "--plot", plot, "--quiet").stdout)
     for said in (
         "kept", "of 2 in all", "directions; elsewhere the experts are added up",
@@ -195,6 +189,8 @@ def test_the_commands_show_how_much_is_kept_and_how_long_it_takes(family, tmp_pa
     refused = invoke("resolve", yml, status=1)
     assert "cannot express granularity: direction" in refused.stderr
 
+
+def test_what_numbers_keep_is_shown_where_it_has_a_meaning(family, tmp_path):
     # λ and what is kept have no mean.
     mixed = [{"filter": "mlp", "value": "direction"}, {"value": "model"}]
     mixed = write_yaml(
@@ -244,83 +240,3 @@ def test_an_adapter_is_merged_as_the_same_weights_that_were_merged_before(family
         assert not [w for w in warnings(Summary(entries)) if "times as far" in w]
     for name, tensor in found[0].items():
         torch.testing.assert_close(tensor, found[1][name], rtol=0, atol=1e-6)
-
-
-# What a summary says
-
-
-def entry(tensor="w", norms=(1.0, 9.0), kept=(1.0, 1.0), length=None, scale=1.0, **changes):
-    found = Directions(norms, kept, sum(norms) if length is None else length, scale, 2, 4)
-    its = Entry(tensor, "direction", ("a", "b"), norms, (1.0, 1.0), 0.0, 4, found)
-    return replace(its, **changes)
-
-
-def test_what_is_summed_up_is_weighted_by_what_was_moved():
-    rows = [((1.0, 4.0), (1.0, 0.5)), ((3.0, 0.0), (0.2, 0.0))]
-    summary = Summary(entry(f"layers.{n}.w", *row) for n, row in enumerate(rows))
-    assert [expert.kept for expert in summary.experts] == pytest.approx([0.4, 0.5])
-    assert [expert.least for expert in summary.experts] == [0.2, 0.5]  # where an expert moves
-    assert [expert.largest for expert in summary.experts] == [1.0, 0.5]
-    first, second = summary.kept_by_layer
-    assert first == [1.0, 0.5]
-    assert second == pytest.approx([0.2, 0.0])
-    assert summary.decided == (4, 8)
-
-
-def test_a_sum_of_experts_at_right_angles_has_stretch_1():
-    entries = [entry("w", (1.0, 3.0)), entry("v", (0.0, 0.0), directions=None)]
-    assert Summary(entries).stretch == 1.0
-    assert Summary([*entries, entry("u", (1.0, 3.0), directions=None)]).stretch is None
-    assert Summary(entries[1:]).stretch is None
-
-
-@pytest.mark.parametrize(
-    ("its", "said"),
-    [
-        (entry(kept=(0.04, 1.0), exponent=2.0), "keeps only 4.0% of the task vector of a; set exp"),
-        (entry(length=40.0), "moves 2.0 times as far as orthogonal experts would together"),
-        (entry(length=40.0, scale=2.0, kept=(2.0, 2.0)), None),  # a large lambda is no stretch
-        (entry(length=0.1, scale=0.1, kept=(0.09, 0.09)), None),  # nor a small one a small share
-        (entry(kept=(0.0, 1.0), priors=(0.0, 1.0)), None),  # an expert without a prior
-        (entry(norms=(1.0, 0.0), directions=None, granularity="tensor"), None),  # a single mover
-    ],
-)
-def test_an_expert_that_is_hardly_kept_and_a_stretched_merge_are_warned_of(its, said, caplog):
-    sentences = [w for w in warnings(Summary([its])) if its.directions]
-    assert len(sentences) == bool(said)
-    assert all(said in sentence for sentence in sentences)
-    Watch().look_at(its, enough=1)
-    assert len(caplog.records) == bool(said)
-
-
-def test_a_warning_waits_for_enough_parameters(caplog):
-    watch, stretched = Watch(), entry(length=40.0, size=6)
-    watch.look_at(stretched, enough=10)
-    assert not caplog.records
-    for _ in range(2):
-        watch.look_at(stretched, enough=10)
-        (record,) = caplog.records
-        assert "moves 2.0 times as far" in record.getMessage()
-
-
-def test_the_stock_command_warns_once_of_what_dominates_or_is_hardly_kept(
-    family, merge, tmp_path, caplog
-):
-    def warned(config):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "mergekit_metagpt"):
-            merge(config)
-        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-
-    assert warned(config_of(family)) == []
-    uneven = save_family(tmp_path, llama_config(), scales=(0.01, 0.2))
-    for granularity in ("tensor", "layer"):
-        (sentence,) = warned(merge_config(uneven, parameters={"granularity": granularity}))
-        assert sentence.startswith("In tensors with at least a tenth of the parameters, as in ")
-        assert f"{uneven['b']} has 99." in sentence
-        assert "set exponent: 1" in sentence
-    config = config_of(uneven, exponent=6)
-    for model, prior in zip(config["models"], (1e-4, 1.0), strict=True):
-        model["parameters"] = {"weight": prior}
-    (sentence,) = warned(config)
-    assert f"% of the task vector of {uneven['a']}; set exponent: 0, or" in sentence

@@ -9,10 +9,12 @@ from conftest import llama_config, merge_config, read, save_family
 from mergekit.merge_methods import get, merge_state_dicts, merge_tensors, registered_methods
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+from reference import fine_tunes
 
 from mergekit_metagpt import register
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
 from mergekit_metagpt.method.notes import noted
+from mergekit_metagpt.method.parameters import RULES
 
 STOCK = [m for m in registered_methods() if isinstance(m, GeneralizedTaskArithmeticMerge)]
 OURS = [m for m in registered_methods() if isinstance(m, MetaGPTMerge)]
@@ -24,23 +26,15 @@ def name_of(method):
     return method.spec.name
 
 
-def state_dicts(dtype=torch.float32, seed=0, scales=(0.1, 0.3)):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "embed.weight": (11, 6),
-        "layers.0.w": (6, 7),
-        "layers.0.b": (7,),
-        "layers.1.w": (6, 7),
-        "layers.1.b": (7,),
-    }
-    base = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
-    experts = {
-        f"expert-{number}": {
-            n: (t + scale * (1 + i) * torch.randn(t.shape, generator=generator)).to(dtype)
-            for i, (n, t) in enumerate(base.items())
-        }
-        for number, scale in enumerate(scales)
-    }
+def state_dicts():
+    shapes = {"embed.weight": (11, 6)}
+    shapes |= {f"layers.{n}.{w}": its for n in "01" for w, its in (("w", (6, 7)), ("b", (7,)))}
+    base, experts = {}, {"expert-0": {}, "expert-1": {}}
+    for number, (name, shape) in enumerate(shapes.items(), 1):
+        scales = (0.1 * number, 0.3 * number)
+        base[name], tuned = fine_tunes(shape, torch.float32, scales, seed=number)
+        for expert, tensor in zip(experts.values(), tuned, strict=True):
+            expert[name] = tensor
     return base, experts
 
 
@@ -61,6 +55,7 @@ def test_every_task_vector_method_has_a_counterpart_with_its_parameters():
             assert ours[parameter.name].scope == parameter.scope
             assert parameter.required or ours[parameter.name].default == parameter.default
         assert ours["weight"].default == 1
+    assert RULES.keys() <= {parameter.name for its in STOCK for parameter in its.spec.parameters}
     before = registered_methods()
     register()
     assert registered_methods() == before
@@ -168,27 +163,38 @@ def test_one_group_may_be_merged_directly():
 
 
 def test_a_stock_merge_logs_once_what_it_uses_and_nothing_that_it_cannot_know(
-    merge, tmp_path, caplog
+    merge, family, tmp_path, caplog
 ):
-    logger = "mergekit_metagpt.method.notes"
-    caplog.set_level(logging.INFO, logger=logger)
-    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.1, 0.0))
+    caplog.set_level(logging.INFO, logger="mergekit_metagpt")
 
-    def told(granularity):
+    def told(paths, granularity, priors=(1.0, 1.0, 1.0), **parameters):
         caplog.clear()
-        merge(merge_config(paths, parameters={"granularity": granularity}))
-        records = [record for record in caplog.records if record.name == logger]
+        config = merge_config(paths, parameters={"granularity": granularity, **parameters})
+        for number, model in enumerate(config["models"]):
+            model["parameters"] = {"weight": priors[number]}
+        merge(config)
+        records = [it for it in caplog.records if it.name == "mergekit_metagpt.method.notes"]
         return [(record.levelname, record.getMessage()) for record in records]
 
+    paths = save_family(tmp_path, llama_config(), scales=(0.01, 0.1, 0.0))
     for _ in range(2):  # two merges in one process, as mergekit-multi makes them
-        (info, uses), *warned = told("model")
+        (info, uses), *warned = told(paths, "model")
         assert info == "INFO"
         assert f"{paths['b']} 0.9" in uses
         assert [level for level, _ in warned] == ["WARNING", "WARNING"]
         assert f"{paths['b']} has 99.0% of the merge" in warned[0][1]
         assert f"{paths['c']} is equal to the base" in warned[1][1]
     with noted() as entries:
-        assert told("model") == []
+        assert told(paths, "model") == []
     assert entries
-    save_family(tmp_path, llama_config(), scales=(0.01, 0.012, 0.011))
-    assert told("tensor") == told("layer") == []
+    even = save_family(tmp_path, llama_config(), scales=(0.01, 0.012, 0.011))
+    for models, granularity in ((even, "tensor"), (even, "layer"), (family, "direction")):
+        assert told(models, granularity) == []
+    uneven = save_family(tmp_path, llama_config(), scales=(0.01, 0.2))
+    for granularity in ("tensor", "layer"):
+        ((_, sentence),) = told(uneven, granularity)
+        assert sentence.startswith("In tensors with at least a tenth of the parameters, as in ")
+        assert f"{uneven['b']} has 99." in sentence
+        assert "set exponent: 1" in sentence
+    ((_, sentence),) = told(uneven, "direction", priors=(1e-4, 1.0), exponent=6)
+    assert f"% of the task vector of {uneven['a']}; set exponent: 0, or" in sentence

@@ -6,16 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import lora, merge_config, problems_of, save_adapter
+from conftest import lora, merge_config, problems_of, save_adapter, the_only
 
 from mergekit_metagpt.planning.directory import Work
 
 KEY = "0123456789abcdef"
-
-
-@pytest.fixture
-def config(family):
-    return merge_config(family)
 
 
 @pytest.fixture
@@ -37,12 +32,9 @@ def place(tmp_path):
 
 def test_an_input_is_not_overwritten(problems, family):
     for out in (Path(family["a"]), Path(family["a"], "merged")):
-        (said,) = problems(out)
-        assert f"Output {out} is the input model {family['a']}, or is inside it" in said
-    folder = Path(family["base"]).parent
-    (said,) = problems(folder)
-    assert "the folder that holds the input model" in said
-    assert f"such as {folder / 'merged'}" in said
+        said = f"Output {out} is the input model {family['a']}, or is inside it"
+        the_only(problems(out), said)
+    the_only(problems(Path(family["base"]).parent), "is not empty; choose a directory that does")
 
 
 def test_what_a_killed_merge_left_is_nothing_and_anything_else_is_something(problems, place):
@@ -51,20 +43,14 @@ def test_what_a_killed_merge_left_is_nothing_and_anything_else_is_something(prob
     (place / "out" / "out.metagpt-lock").touch()
     assert problems(place / "out") == []
     (place / "out" / "metagpt.txt").touch()
-    (said,) = problems(place / "out")
-    assert "is not empty; remove it, or choose another" in said
-    (place / "out" / "mergekit_config.yml").touch()
-    (said,) = problems(place / "out")
-    assert "holds an older merge" in said
-    (said,) = problems(place / "out" / "metagpt.txt")
-    assert "is a file" in said
+    the_only(problems(place / "out"), "is not empty; choose a directory")
+    the_only(problems(place / "out" / "metagpt.txt"), "is a file")
 
 
 def test_a_link_to_nothing_is_named_and_one_to_an_empty_directory_is_good(problems, place):
     link, target = place / "link", place / "target"
     link.symlink_to(target)
-    (said,) = problems(link)
-    assert said.startswith(f"Output {link} is a link to {target}, which does not exist; make")
+    the_only(problems(link), f"Output {link} is a link to {target}, which does not exist; make")
     target.mkdir()
     assert problems(link) == []
 
@@ -72,31 +58,28 @@ def test_a_link_to_nothing_is_named_and_one_to_an_empty_directory_is_good(proble
 def test_a_directory_that_exists_is_what_has_to_be_writable(problems, place, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, _: path != place)
     assert problems(place / "out") == []
-    (said,) = problems(place / "else")
-    assert f"{place} is read-only" in said
+    the_only(problems(place / "else"), f"{place} is read-only")
 
 
 def test_its_disk_is_what_has_to_have_room(problems, place, monkeypatch):
     free = {place: 109_400, place / "out": 1}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
-    (said,) = problems(place / "else")
-    assert said.startswith(f"The disk of {place} has 109.4 kB left, but 109.4 kB will be written")
+    said = f"The disk of {place} has 109.4 kB left, but 109.4 kB will be written"
+    the_only(problems(place / "else"), said)
     free[place] = 1 << 40
     assert problems(place / "else") == []
-    (said,) = problems(place / "out")
-    assert f"The disk of {place}/out has 1 byte left" in said
+    the_only(problems(place / "out"), f"The disk of {place}/out has 1 byte left")
 
 
-def test_what_is_complete_of_the_same_merge_needs_no_room(problems, place, config, monkeypatch):
+def test_what_is_complete_of_the_same_merge_needs_no_room(problems, place, family, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
     work = Work(place / "out" / f"out.metagpt-{KEY}")
     work.path.mkdir()
     work.prepare({"config": {"merge_method": "another"}})
     (work.merged / "model.safetensors").write_bytes(bytes(1 << 20))
     work.keep("model.safetensors", {}, [work.merged / "model.safetensors"])
-    (said,) = problems(place / "out")
-    assert "has 1 byte left" in said
-    work.prepare({"config": config})
+    the_only(problems(place / "out"), "has 1 byte left")
+    work.prepare({"config": merge_config(family)})
     assert problems(place / "out") == []
 
 
@@ -104,7 +87,7 @@ def test_what_is_complete_of_the_same_merge_needs_no_room(problems, place, confi
 def test_it_does_not_hold_the_lora_cache(cache, problems, family, place):
     save_adapter(family["base"], place / "lora", lora())
     adapted = f"{family['base']}+{place}/lora"
-    (said,) = problems(place / "out", adapted, lora_merge_cache=str(place / cache))
-    assert said.startswith(f"Output {place}/out is the --lora-merge-cache, or holds it")
+    found = problems(place / "out", adapted, lora_merge_cache=str(place / cache))
+    the_only(found, f"Output {place}/out is the --lora-merge-cache, or holds it")
     assert problems(place / "out", adapted, lora_merge_cache=str(place / "cache")) == []
     assert problems(place / "out", lora_merge_cache=str(place / cache)) == []  # needs none

@@ -74,29 +74,16 @@ OF_TORCH: dict[type[nn.Module], Role] = {
     Conv1D: TRANSPOSED,
     nn.Embedding: ROWS,
 }
-# Parameters that are added to something, or multiplied element by element. Those of a
-# ParameterList are Reformer's positions along two axes.
-BY_ELEMENT = """
-    DeepseekV4CSACompressor.position_bias DeepseekV4HCACompressor.position_bias
-    DeepseekV4Indexer.position_bias Ernie4_5_MoeStatics.e_score_correction_bias
-    FalconMambaMixer.A_log GotOcr2VisionEncoder.pos_embed GptOssExperts.down_proj_bias
-    GptOssExperts.gate_up_proj_bias Inkling2DynamicShortConvolution.static_weight
-    Inkling2ScaledL2Clip.scale JambaMambaMixer.A_log KimiLinearForgetGate.A_log MambaMixer.A_log
-    ParameterList.0 ParameterList.1 Phi4MultimodalAudioGluPointWiseConv.b1
-    Phi4MultimodalAudioGluPointWiseConv.b2
-    Phi4MultimodalImageEmbedding.global_img_feature_extensor
-    Phi4MultimodalImageEmbedding.sub_img_feature_extensor
-    Phi4MultimodalVisionMultiheadAttentionPoolingHead.probe RecurrentGemmaRglru.input_gate_bias
-    RecurrentGemmaRglru.recurrent_gate_bias RwkvFeedForward.time_mix_key
-    RwkvFeedForward.time_mix_receptance RwkvSelfAttention.time_mix_key
-    RwkvSelfAttention.time_mix_receptance RwkvSelfAttention.time_mix_value
-    SiglipMultiheadAttentionPoolingHead.probe XLNetModel.mask_emb XLNetRelativeAttention.r_r_bias
-    XLNetRelativeAttention.r_s_bias XLNetRelativeAttention.r_w_bias ZambaMambaMixer.A_log
-    ZambaMambaMixer.D ZambaMambaMixer.dt_proj_bias
-"""
+# Parameters that are added to something, or multiplied element by element; those of a ParameterList
+# are Reformer's positions along two axes.
+BY_ELEMENT = re.compile(
+    r".*(bias|A_log|\.D|\.time_mix_\w+|\.probe|\.mask_emb|\.pos_embed|_extensor|\.r_[rsw]_bias|"
+    r"GluPointWiseConv\.b[12]|ShortConvolution\.static_weight|L2Clip\.scale|ParameterList\.[01])"
+)
+KINDS_WITH_THEM = """deepseekv4 ernie45moe falconmamba gotocr2 gptoss inkling2 jamba kimilinear
+    mamba phi4multimodal recurrentgemma reformer rwkv zamba"""
 # What the modelling code does with the others, unless _product reads it there.
 RAW: dict[str, Role] = {
-    **dict.fromkeys(BY_ELEMENT.split(), ELEMENTS),
     "AriaGroupedExpertsGemm.weight": TRANSPOSED,  # matmul(tokens, expert_weights[expert])
     # F.embedding(bucket, relative_attention_bias)
     "CpmAntSegmentPositionEmbedding.relative_attention_bias": ROWS,
@@ -113,13 +100,7 @@ RAW: dict[str, Role] = {
     "MultiheadAttention.in_proj_weight": LINEAR,  # the weights of three linear layers
     "ZambaMambaMixer.x_proj_weight": LINEAR,  # x_proj_weight[:, None] @ hidden_states
     "ZambaMambaMixer.dt_proj_weight": LINEAR,
-}
-
-# Tied embeddings of models that are encoders, too. Those may have no head.
-MAY_BE_BARE = re.compile(r"embeddings\.word_emb|transformer\.(w|word_embedding)\.")
-
-# What no role describes, and why; with the role that it has for lack of a better one.
-EXCEPTIONS = {
+    # What no role describes has one for lack of a better one.
     # einsum("ibh,hnd->ibnd", h, q): a matrix only as [h, n × d], inputs first
     **dict.fromkeys([f"XLNetRelativeAttention.{name}" for name in "qkvr"], LINEAR),
     # einsum("ibnd,hnd->ibh", v, o): a matrix only as [h, n × d], inputs last
@@ -130,6 +111,9 @@ EXCEPTIONS = {
     "Conv1d.weight": ELEMENTS,
     "Conv2d.weight": ELEMENTS,
 }
+
+# Tied embeddings of models that are encoders, too. Those may have no head.
+MAY_BE_BARE = re.compile(r"embeddings\.word_emb|transformer\.(w|word_embedding)\.")
 
 
 def build(label: str) -> Any:
@@ -173,7 +157,8 @@ def truth(module: nn.Module, parameter: str, shape: torch.Size) -> tuple[str, Ro
         return "vectors", ELEMENTS
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and shape[1] == 1:
         return f"{name}, depthwise", ELEMENTS
-    role = (RAW | EXCEPTIONS).get(name) or OF_TORCH.get(kind) or _product(kind, parameter)
+    role = RAW.get(name) or OF_TORCH.get(kind) or _product(kind, parameter)
+    role = role or (ELEMENTS if BY_ELEMENT.fullmatch(name) else None)
     assert role, f"Read what {kind} does with {parameter}, and add it to RAW."
     if len(shape) == 3 and hasattr(module, "is_transposed"):  # what transformers' kernels go by
         assert role == (TRANSPOSED if module.is_transposed else LINEAR)
@@ -220,7 +205,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "label" in metafunc.fixturenames:
         kinds = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         if not metafunc.config.getoption("--fuzz"):
-            own = " ".join({*RAW, *EXCEPTIONS}).lower()
+            own = " ".join([*RAW, KINDS_WITH_THEM]).lower()
             kinds = [
                 kind
                 for kind in kinds
@@ -230,7 +215,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("label", [*kinds, *VARIANTS])
 
 
-def test_an_architecture_has_the_roles_that_its_code_gives_them(label: str) -> None:
+def test_an_architecture_has_the_roles_that_its_code_gives_them(label):
     model = build(label)
     shapes, kinds, stains = {}, {}, {}
     layers = set()
@@ -262,40 +247,11 @@ def test_an_architecture_has_the_roles_that_its_code_gives_them(label: str) -> N
     }
 
 
-def block(prefix: str, **layers: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of layers of GPT-2, inputs × outputs, and of their biases."""
-    names = {f"{prefix}{layer.replace('__', '.')}": shape for layer, shape in layers.items()}
-    weights = {f"{name}.weight": shape for name, shape in names.items()}
-    return {**weights, **{f"{name}.bias": shape[1:] for name, shape in names.items()}}
-
-
-@pytest.mark.parametrize("prefix", ["", "h.0.", "transformer.h.0.", "model.decoder.layers.11."])
-def test_gpt2_and_gpt_bigcode_share_names_and_differ_in_shapes(prefix: str) -> None:
-    attention = block(prefix, attn__c_attn=(64, 192), attn__c_proj=(64, 64))
-    other = block(prefix + "crossattention.", c_attn=(64, 128), q_attn=(64, 64))
-    gpt2 = {**attention, **other, **block(prefix + "mlp.", c_fc=(64, 256), c_proj=(256, 64))}
-    big_code = {name: shape[::-1] for name, shape in gpt2.items()}
-    for shapes, role in ((gpt2, TRANSPOSED), (big_code, LINEAR)):
-        assert roles(shapes) == {
-            name: role if len(shape) == 2 else ELEMENTS for name, shape in shapes.items()
-        }
-
-
-def test_layers_that_share_a_name_with_gpt2_are_linear_if_no_bias_shows_otherwise() -> None:
-    one_key_head = {"attn.c_attn.weight": (80, 64), "attn.c_attn.bias": (80,)}
-    qwen = {"attn.c_attn.weight": (192, 64), "attn.c_attn.bias": (192,)}
-    for known in (one_key_head, qwen, {}):
-        assert role_of("attn.c_proj.weight", (64, 64), known.get) == LINEAR
-        assert role_of("mlp.c_proj.weight", (64, 172), known.get) == LINEAR
-
-
 @pytest.mark.parametrize("prefix", ["", "layers.0.mlp.experts.", "layers.3.feed_forward.experts."])
 @pytest.mark.parametrize(
     ("gate_up", "down"), [("gate_up_proj", "down_proj"), ("fc1.weight", "fc2.weight")]
 )
-def test_fused_experts_are_told_apart_whatever_their_sizes(
-    prefix: str, gate_up: str, down: str
-) -> None:
+def test_fused_experts_are_told_apart_whatever_their_sizes(prefix, gate_up, down):
     for d, f in product(range(1, 9), range(1, 9)):
         qwen = {prefix + gate_up: (4, 2 * f, d), prefix + down: (4, d, f)}
         gpt_oss = {prefix + gate_up: (4, d, 2 * f), prefix + down: (4, f, d)}
@@ -306,7 +262,7 @@ def test_fused_experts_are_told_apart_whatever_their_sizes(
 
 
 @pytest.mark.parametrize("name", [None, "", "some.new.thing", "some.new.thing.weight"])
-def test_an_unknown_name(name: str | None) -> None:
+def test_an_unknown_name(name):
     # With one output, it is a layer such as Qwen's gate of the shared expert.
     for shape in [(8, 4), (1, 8), (2, 8, 4), (2, 2, 8, 4)]:
         assert role_of(name, shape, {}.get) == LINEAR
@@ -315,15 +271,20 @@ def test_an_unknown_name(name: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "role"),
+    ("name", "shape", "role", "beside"),
     [
-        ("model.llm.unembed.weight", (1000, 64), LINEAR),
-        ("score.weight", (2, 64), LINEAR),
-        ("vision_tower.embeddings.patch_embedding.weight", (64, 588), LINEAR),
-        ("visual.patch_embed.proj.weight", (64, 3, 2, 14, 14), ELEMENTS),
-        ("shared.weight", (1000, 64), ROWS),
-        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32, 8), ROWS),
+        ("model.llm.unembed.weight", (1000, 64), LINEAR, {}),
+        ("score.weight", (2, 64), LINEAR, {}),
+        ("vision_tower.embeddings.patch_embedding.weight", (64, 588), LINEAR, {}),
+        ("visual.patch_embed.proj.weight", (64, 3, 2, 14, 14), ELEMENTS, {}),
+        ("shared.weight", (1000, 64), ROWS, {}),
+        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32, 8), ROWS, {}),
+        # A name that GPT-2 has, too, is of a linear layer if no bias shows otherwise.
+        ("attn.c_proj.weight", (64, 64), LINEAR, {}),
+        ("attn.c_proj.weight", (64, 64), LINEAR, {"weight": (80, 64), "bias": (80,)}),
+        ("mlp.c_proj.weight", (64, 172), LINEAR, {"weight": (192, 64), "bias": (192,)}),
     ],
 )
-def test_names_of_other_models(name: str, shape: tuple[int, ...], role: Role) -> None:
-    assert role_of(name, shape, {}.get) == role
+def test_names_of_other_models(name, shape, role, beside):
+    known = {f"attn.c_attn.{part}": its for part, its in beside.items()}
+    assert role_of(name, shape, known.get) == role

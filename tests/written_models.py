@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import reference
@@ -61,6 +61,8 @@ class Setup:
 class Models:
     """The base, three experts and an adapter: the files, and what they should hold."""
 
+    known: ClassVar[dict[Any, "Expected"]] = {}
+
     def __init__(self, root: Path) -> None:
         self.root, self.clock = root, 10**18
         self.stored: dict[str, Weights] = {}
@@ -115,6 +117,34 @@ class Models:
     def contents(self, setup: Setup) -> tuple[bytes, ...]:
         return tuple(b"".join(w.numpy().tobytes() for w in e.values()) for e in self.weights(setup))
 
+    def expected(self, setup: Setup) -> "Expected":
+        """Return what a merge has to be; all bases are equal, so it follows from the contents."""
+        key = setup, self.contents(setup)
+        if key not in self.known:
+            self.known[key] = self._expected(setup)
+        return self.known[key]
+
+    def _expected(self, setup: Setup) -> "Expected":
+        base, experts = self.base, self.weights(setup)
+        norms = reference.squared_norms(base, experts)
+        rows = reference.coefficients(base, experts, setup.granularity, exponent=setup.exponent)
+        if setup.granularity != "direction" and setup.method == "metagpt":
+            return Expected(norms, rows, reference.merged(base, experts, rows))
+        states = dict(zip(map(self.path, setup.experts), experts, strict=True))
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            merged = merge_state_dicts(
+                {"base": base, **states}, setup.method, base="base", parameters=setup.parameters
+            )
+        found = {name: reference.as_float64(tensor) for name, tensor in merged.items()}
+        if setup.granularity == "direction":  # how much of each task vector is in the merge
+            for name, row in rows.items():
+                origin = reference.as_float64(base[name])
+                taus = [reference.as_float64(expert[name]) - origin for expert in experts]
+                inside = [(tau * (found[name] - origin)).sum() for tau in taus]
+                row[:] = inside / np.maximum(norms[name], 1e-300)
+        return Expected(norms, rows, found)
+
     def are_finite(self, setup: Setup) -> bool:
         return all(w.isfinite().all() for e in self.weights(setup) for w in e.values())
 
@@ -138,33 +168,9 @@ class Models:
         }
 
 
-class Expected:
-    """What a merge has to be, by the formula and what the files hold now.
+class Expected(NamedTuple):
+    """What a merge has to be, by the formula: T squared norms and T coefficients by tensor."""
 
-    Attributes:
-        norms: T squared norms by tensor.
-        rows: T coefficients by tensor.
-        merged: the merge.
-    """
-
-    def __init__(self, models: Models, setup: Setup) -> None:
-        base, experts = models.base, models.weights(setup)
-        self.norms = reference.squared_norms(base, experts)
-        self.rows = reference.coefficients(
-            base, experts, setup.granularity, exponent=setup.exponent
-        )
-        self.merged = reference.merged(base, experts, self.rows)
-        if setup.granularity == "direction" or setup.method != "metagpt":
-            states = dict(zip(map(models.path, setup.experts), experts, strict=True))
-            with torch.random.fork_rng():
-                torch.manual_seed(SEED)
-                merged = merge_state_dicts(
-                    {"base": base, **states}, setup.method, base="base", parameters=setup.parameters
-                )
-            self.merged = {name: reference.as_float64(w) for name, w in merged.items()}
-        if setup.granularity == "direction":  # how much of each task vector is in the merge
-            for name, row in self.rows.items():
-                origin = reference.as_float64(base[name])
-                taus = [reference.as_float64(expert[name]) - origin for expert in experts]
-                inside = [(tau * (self.merged[name] - origin)).sum() for tau in taus]
-                row[:] = inside / np.maximum(self.norms[name], 1e-300)
+    norms: dict[str, np.ndarray]
+    rows: dict[str, np.ndarray]
+    merged: dict[str, np.ndarray]

@@ -37,10 +37,7 @@ def check(config: str, out: str | None, merge_options: MergeOptions) -> None:
 
 
 def _show(costs: preflight.Costs) -> None:
-    rows = [("Method", costs.method)]
-    rows += [("Base", costs.base)] if costs.base else []
-    rows += [("Expert" if costs.base else "Model", expert) for expert in costs.experts]
-    rows += [
+    rows = [
         ("Tensors", f"{costs.tensors:,}"),
         ("Parameters", f"{costs.parameters:,}"),
         ("Passes over the models", str(costs.passes)),
@@ -48,16 +45,16 @@ def _show(costs: preflight.Costs) -> None:
         ("Bytes written", decimal(costs.bytes_written)),
         ("Output shards", str(costs.shards)),
     ]
-    if costs.arithmetic:
-        time = timedelta(seconds=math.ceil(costs.arithmetic))
-        rows.append(("Arithmetic on this machine", f"{time} (h:mm:ss)"))
+    if costs.by_direction:
+        duration = timedelta(seconds=math.ceil(costs.arithmetic))
+        rows.append(("Arithmetic on this machine", f"{duration} (h:mm:ss)"))
     if costs.bytes_applied:
         rows.append(("Bytes written to the LoRA cache", decimal(costs.bytes_applied)))
     table = Table(title="No problems found", show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
     _shared.console().print(table)
-    for note in costs.notes:  # rich would break paths in two
-        click.echo(note)
+    click.echo(
+        "Headers do not show NaN, Inf or experts that equal the base: mergekit-metagpt "
+        "coefficients and the merge itself find those."
+    )

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 import tqdm
-from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, TaskUniverse
 from mergekit.io.tasks import FinalizeModel, SaveTensor, TensorWriterTask
 from mergekit.io.tensor_writer import TensorWriter
@@ -29,62 +28,40 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from pydantic import TypeAdapter
 
-from mergekit_metagpt import register
+from mergekit_metagpt import mergekit_private, register
 from mergekit_metagpt.measure.checkpoints import Checkpoints
-from mergekit_metagpt.measure.identity import Stat, digest, require_unchanged
+from mergekit_metagpt.measure.identity import Stat, require_unchanged
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
-from mergekit_metagpt.mergekit_private import (
-    copy_tagalong_files,
-    copy_tokenizer,
-    model_out_config,
-    set_chat_template,
-    update_config_vocab,
-)
 from mergekit_metagpt.merging.finished import require_in_range
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Entry
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.directory import Work
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.outputs import Outputs, OutputTensor
+from mergekit_metagpt.planning.outputs import OutputTensor
 from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
 
 LOG = logging.getLogger(__name__)
 _ENTRIES = TypeAdapter(list[Entry])
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a merge writes, and which tensors MergeKit's writer would put into each file."""
+def planned_files(job: Job) -> dict[str, list[OutputTensor]]:
+    """Return the tensors that MergeKit's writer would put into each file.
 
-    outputs: Outputs
-    files: dict[str, list[OutputTensor]]
-
-    @classmethod
-    def of(cls, job: Job) -> "Plan":
-        """Plan a merge of models that are here, with their adapters applied."""
-        outputs, options = job.outputs, job.options
-        shards = outputs.shards(options.out_shard_size)
-        stem, suffix = _only_file(options)
-        if len(shards) == 1:
-            return cls(outputs, {f"{stem}.{suffix}": shards[0]})
-        names = (f"{stem}-{n:05}-of-{len(shards):05}.{suffix}" for n in range(1, len(shards) + 1))
-        return cls(outputs, dict(zip(names, shards, strict=True)))
-
-    @property
-    def tokenizer(self) -> str | None:
-        """The SHA-256 of the output's tokenizer; MergeKit may order its tokens anew in each run."""
-        info = self.outputs.tokenizer_info
-        if info is None:
-            return None
-        maps = {str(model): sorted(pairs.items()) for model, pairs in info.permutations.items()}
-        return digest(info.tokenizer.get_vocab(), maps)
+    The models of the job are here, with their adapters applied.
+    """
+    shards, only = job.outputs.shards(job.options.out_shard_size), _only_file(job.options)
+    if len(shards) == 1:
+        return {only: shards[0]}
+    stem, suffix = only.split(".")
+    names = (f"{stem}-{n:05}-of-{len(shards):05}.{suffix}" for n in range(1, len(shards) + 1))
+    return dict(zip(names, shards, strict=True))
 
 
-def _only_file(options: MergeOptions) -> tuple[str, str]:
-    """Return stem and suffix of the weight file that MergeKit writes if it is the only one."""
-    return ("model", "safetensors") if options.safe_serialization else ("pytorch_model", "bin")
+def _only_file(options: MergeOptions) -> str:
+    """Return the weight file that MergeKit writes if it is the only one."""
+    return "model.safetensors" if options.safe_serialization else "pytorch_model.bin"
 
 
 class Shard(NamedTuple):
@@ -163,18 +140,17 @@ def as_json(entries: Iterable[Entry]) -> list[dict[str, Any]]:
     return [asdict(replace(it, experts=tuple(map(str, it.experts)))) for it in entries]
 
 
-def entries_of(records: Iterable[Mapping[str, Any]], config: MergeConfiguration) -> list[Entry]:
-    """Return the entries in the records of files, with the models of a config."""
-    models = {str(model): model for model in config.referenced_models()}
-    return [
-        replace(entry, experts=tuple(models[str(name)] for name in entry.experts))
-        for record in records
-        for entry in _ENTRIES.validate_python(record["entries"])
-    ]
+def entries_of(records: Iterable[Mapping[str, Any]]) -> list[Entry]:
+    """Return the entries in the records of files; their experts are names."""
+    return [entry for record in records for entry in _ENTRIES.validate_python(record["entries"])]
 
 
 def merge_by_shard(
-    job: Job, plan: Plan, work: Work, inputs: dict[str, Stat], mapper: RayMapper | None
+    job: Job,
+    files: Mapping[str, list[OutputTensor]],
+    work: Work,
+    inputs: dict[str, Stat],
+    mapper: RayMapper | None,
 ) -> None:
     """Merge file by file of the output; the bytes are those of MergeKit's ``run_merge``.
 
@@ -182,41 +158,36 @@ def merge_by_shard(
     directory, each task runs with the number of threads that PyTorch has in this process
     (``--num-threads``), and reserves that many CPUs.
     """
-    outputs, records, threads = plan.outputs, work.records, torch.get_num_threads()
-    info = outputs.tokenizer_info
-    quiet = mapper is not None or not job.progress
-    options = job.options.model_copy(update={"num_threads": threads, "quiet": quiet})
-    to_do = {name: file for name, file in plan.files.items() if name not in records}
-    surveys = _take_surveys(to_do.values(), job, mapper or in_this_process)
+    records, threads, map_ = work.records, torch.get_num_threads(), mapper or in_this_process
+    task, info = job.outputs.tokenizer, job.outputs.tokenizer_info
+    changes = {"num_threads": threads, "quiet": mapper is not None or not job.progress}
+    to_do = {name: file for name, file in files.items() if name not in records}
+    surveys = _take_surveys(to_do.values(), job, map_)
     merge = ShardMerge(
         work=work,
         inputs={} if mapper else inputs,  # other machines may have copies
-        options=options,
+        options=job.options.model_copy(update=changes),
         out_dtype=job.parsed.out_dtype,
         surveys=surveys if mapper else {},  # this process has them
-        tokenizer={outputs.tokenizer: info} if outputs.tokenizer and info else {},
+        tokenizer={task: info} if task and info else {},
     )
     shards = [Shard(name, [it.merge.save for it in file]) for name, file in to_do.items()]
-    if mapper:
-        written = mapper(merge.write, shards, run=1, cpus=threads, stop=work.stopped)
-    else:
-        written = in_this_process(merge.write, shards)
     bar = tqdm.tqdm(
-        written,
-        "Merging",
-        len(plan.files),
+        desc="Merging",
+        total=len(files),
         initial=len(records),
         unit="file",
         disable=not (mapper and job.progress),
     )
-    with closing(written):
-        for shard, record in zip(shards, bar, strict=True):
+    with bar, closing(map_(merge.write, shards, run=1, cpus=threads, stop=work.stopped)) as written:
+        for shard, record in zip(shards, written, strict=True):
             records[shard.file] = record
-    in_order = {name: records[name] for name in plan.files}
-    job.entries.extend(entries_of(in_order.values(), job.parsed))
+            bar.update()
+    in_order = {name: records[name] for name in files}
+    job.entries.extend(entries_of(in_order.values()))
     if len(in_order) > 1:
-        _write_index(work.merged, in_order, options)
-    _write_model_files(job, outputs, work.merged)
+        _write_index(work.merged / f"{_only_file(job.options)}.index.json", in_order)
+    _write_model_files(job, work.merged)
 
 
 def _take_surveys(
@@ -236,35 +207,35 @@ def _take_surveys(
     return {each: SURVEYS.survey_of(each, device, job.progress, mapper) for each in wanted}
 
 
-def _write_index(
-    directory: Path, records: Mapping[str, dict[str, Any]], options: MergeOptions
-) -> None:
+def _write_index(path: Path, records: Mapping[str, dict[str, Any]]) -> None:
     """Write the index of several weight files, as MergeKit's writer does."""
-    weight_map = {name: file for file, it in records.items() for name in it["tensors"]}
     metadata = {
         "total_size": sum(record["size"] for record in records.values()),
         "mergekit_version": version("mergekit"),
     }
-    index = directory / f"{'.'.join(_only_file(options))}.index.json"
+    weight_map = {name: file for file, it in records.items() for name in it["tensors"]}
     content = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
-    index.write_text(content, encoding="utf-8")
+    path.write_text(content, encoding="utf-8")
 
 
-def _write_model_files(job: Job, outputs: Outputs, directory: Path) -> None:
+def _write_model_files(job: Job, directory: Path) -> None:
     """Write all files but the weights, with the functions and in the order of ``run_merge``."""
-    config, options, architecture = job.parsed, job.options, outputs.architecture
-    model_config = model_out_config(config, architecture, options.trust_remote_code)
-    info = outputs.tokenizer_info
+    config, options, outputs = job.parsed, job.options, job.outputs
+    architecture, info = outputs.architecture, outputs.tokenizer_info
+    model_config = mergekit_private.model_out_config(
+        config, architecture, options.trust_remote_code
+    )
     if info is not None:
         multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
-        update_config_vocab(model_config, architecture, info.tokenizer, multiple)
+        mergekit_private.update_config_vocab(model_config, architecture, info.tokenizer, multiple)
     model_config.save_pretrained(directory)
     if info is not None:
-        set_chat_template(info.tokenizer, config)
+        mergekit_private.set_chat_template(info.tokenizer, config)
         info.tokenizer.save_pretrained(directory, safe_serialization=True)
     elif options.copy_tokenizer:
         try:
-            copy_tokenizer(config, str(directory), options)
+            mergekit_private.copy_tokenizer(config, str(directory), options)
         except Exception as error:  # tokenizers raise many kinds of errors
             LOG.error("Failed to copy tokenizer (%s); copy its files into the merge.", error)
-    copy_tagalong_files(config, str(directory), architecture.tagalong_files or [], options)
+    tagalong = architecture.tagalong_files or []
+    mergekit_private.copy_tagalong_files(config, str(directory), tagalong, options)

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,32 @@ model = AutoModelForCausalLM.from_pretrained(path)
 ```
 """
 
-_CITATION = """\
+_COEFFICIENTS = """\
+### Scaling coefficients
+
+Chosen by the closed form of [MetaGPT](https://arxiv.org/abs/2406.11385) from the task vectors \
+τ = θ - θ_0, at granularity `{granularity}`.
+
+{table}
+{picture}
+All of them, the norms, and the SHA-256 of every input are recorded in `metagpt.json`. To repeat the merge:
+
+```sh
+pip install mergekit-metagpt=={own} mergekit=={mergekit}
+{command}
+```
+
 ### Citation
 
 ```bibtex
-@inproceedings{zhou-etal-2024-metagpt,
-  title = "{M}eta{GPT}: Merging Large Language Models Using Model Exclusive Task Arithmetic",
+@inproceedings{{zhou-etal-2024-metagpt,
+  title = "{{M}}eta{{GPT}}: Merging Large Language Models Using Model Exclusive Task Arithmetic",
   author = "Zhou, Yuyan and Song, Liang and Wang, Bingning and Chen, Weipeng",
   booktitle = "Proceedings of the 2024 Conference on Empirical Methods in Natural Language Processing",
   year = "2024",
   pages = "1711--1724",
   doi = "10.18653/v1/2024.emnlp-main.102",
-}
+}}
 ```
 """  # noqa: E501
 
@@ -53,15 +67,25 @@ def write_card(directory: Path, name: str, record: dict[str, Any], names: Iterab
     MergeKit's own function would ask the hub about each path with one slash. ``names`` are on
     the hub, even if there is such a path.
     """
-    config = MergeConfiguration.model_validate(yaml.safe_load(record["config"]))
-    models = canonical(config.referenced_models())  # so that two runs write the same card
-    base = None if config.merge_method == "slerp" else config.base_model
     known = {name.partition("@")[0] for name in names}
-    paths = [path for model in models for path in _paths(model)]
-    on_hub = [path for path in dict.fromkeys(paths) if _is_on_hub(path, known)]
-    shown = {model: " + ".join(_md(path, on_hub) for path in _paths(model)) for model in models}
+    on_hub: list[str] = []
+
+    def shown(model: ModelReference) -> str:
+        """Return the Markdown of a model, and remember which of its paths are on the hub."""
+        words = []
+        for path in (part.path for part in (model.model, model.lora) if part):
+            words.append(_escaped(path))
+            if path in known or (HUB_NAME.fullmatch(path) and not os.path.exists(path)):
+                on_hub.append(path)
+                words[-1] = f"[{words[-1]}](https://huggingface.co/{path})"
+        return " + ".join(words)
+
+    config = MergeConfiguration.model_validate(yaml.safe_load(record["config"]))
+    # Their order is canonical, so that two runs write the same card.
+    models = {model: shown(model) for model in canonical(config.referenced_models())}
+    base = None if config.merge_method == "slerp" else config.base_model
     data = ModelCardData(
-        base_model=on_hub or None,  # the hub accepts no empty list
+        base_model=list(dict.fromkeys(on_hub)) or None,  # the hub accepts no empty list
         base_model_relation="merge",
         library_name="transformers",
         tags=["mergekit", "merge", *(["metagpt-merge"] if record["experts"] else [])],
@@ -70,29 +94,17 @@ def write_card(directory: Path, name: str, record: dict[str, Any], names: Iterab
         metadata=data.to_yaml(),
         name=_escaped(name),
         merge_method=method_md(config.merge_method),
-        base_text=f" using {shown[base]} as a base" if base else "",
-        model_list="\n".join(f"* {md}" for model, md in shown.items() if model != base),
+        base_text=f" using {models[base]} as a base" if base else "",
+        model_list="\n".join(f"* {md}" for model, md in models.items() if model != base),
         config_yaml=record["config"],
     )
-    sections = [_USAGE] if _is_language_model(directory) else []
+    sections = [f"{text.rstrip()}\n"]
+    if _is_language_model(directory):
+        sections.append(_USAGE)
     if record["experts"]:
-        by_name = {str(model): md for model, md in shown.items()}
-        sections += [_coefficients(directory, by_name, record), _CITATION]
-    ModelCard("\n".join((f"{text.rstrip()}\n", *sections))).save(directory / "README.md")
-
-
-def _paths(model: ModelReference) -> list[str]:
-    return [path.path for path in (model.model, model.lora) if path]
-
-
-def _is_on_hub(path: str, known: set[str]) -> bool:
-    """Return whether a path is one of the hub, without asking it."""
-    return path in known or (bool(HUB_NAME.fullmatch(path)) and not os.path.exists(path))
-
-
-def _md(path: str, on_hub: Sequence[str]) -> str:
-    shown = _escaped(path)
-    return f"[{shown}](https://huggingface.co/{path})" if path in on_hub else shown
+        by_name = {str(model): md for model, md in models.items()}
+        sections.append(_coefficients(directory, by_name, record))
+    ModelCard("\n".join(sections)).save(directory / "README.md")
 
 
 def _escaped(name: str) -> str:
@@ -118,33 +130,17 @@ def _coefficients(directory: Path, shown: dict[str, str], record: dict[str, Any]
     columns = {"norm": "L2 norm of τ", "coefficient": "coefficient"}
     if any(expert["least"] != expert["largest"] for expert in record["experts"]):
         columns |= {"coefficient": "mean coefficient", "least": "least", "largest": "largest"}
-    lines = [
-        "### Scaling coefficients",
-        "",
-        f"Chosen by the closed form of [MetaGPT](https://arxiv.org/abs/2406.11385) from the task "
-        f"vectors τ = θ - θ_0, at granularity `{' and '.join(record['granularity'])}`.",
-        "",
-        f"| expert | {' | '.join(columns.values())} |",
-        "|---" * (1 + len(columns)) + "|",
-    ]
+    rows = [["expert", *columns.values()], ["---"] * (1 + len(columns))]
     for expert in record["experts"]:
-        cells = [shown[expert["model"]], *(f"{expert[key]:.6g}" for key in columns)]
-        lines.append(f"| {' | '.join(cells)} |")
-    if (directory / PICTURE).exists():
-        lines += ["", f"![Coefficients of each expert, by layer]({PICTURE})"]
-    versions = record["versions"]
+        rows.append([shown[expert["model"]], *(f"{expert[key]:.6g}" for key in columns)])
+    picture = f"\n![Coefficients of each expert, by layer]({PICTURE})\n"
     seed = [] if record["seed"] is None else ["--random-seed", str(record["seed"])]
     words = ["mergekit-yaml", "mergekit_config.yml", "merged", *seed, *record["options"]]
-    lines += [
-        "",
-        "All of them, the norms, and the SHA-256 of every input are recorded in "
-        "`metagpt.json`. To repeat the merge:",
-        "",
-        "```sh",
-        f"pip install mergekit-metagpt=={versions['mergekit-metagpt']} "
-        f"mergekit=={versions['mergekit']}",
-        shlex.join(words),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    return _COEFFICIENTS.format(
+        granularity=" and ".join(record["granularity"]),
+        table="\n".join(f"| {' | '.join(row)} |" for row in rows),
+        picture=picture if (directory / PICTURE).exists() else "",
+        own=record["versions"]["mergekit-metagpt"],
+        mergekit=record["versions"]["mergekit"],
+        command=shlex.join(words),
+    )

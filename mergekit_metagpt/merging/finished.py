@@ -1,10 +1,9 @@
 """A merge, read back: numbers that overflowed, and what MergeKit copies from the base made true."""
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,32 @@ from mergekit_metagpt.measure.vocabularies import load_vocabulary
 from mergekit_metagpt.measure.weights import Weights, read_weights
 from mergekit_metagpt.mergekit_private import tied_names
 from mergekit_metagpt.planning.models import ModelFiles
-from mergekit_metagpt.wording import BadInputError
+from mergekit_metagpt.wording import BadInputError, reason
 
+LOG = logging.getLogger(__name__)
 _GENERATION = "generation_config.json"
 
 
-def describe(directory: Path, config: MergeConfiguration, options: MergeOptions) -> list[str]:
+def describe(directory: Path, config: MergeConfiguration, options: MergeOptions) -> None:
     """Make ``config.json`` describe the written weights, and keep the base's generation config.
 
-    A file that is right already is not written again. Returns a sentence for each thing that
-    somebody has to decide.
+    A file that is right already is not written again. What somebody has to decide is a warning,
+    as is a failure: the weights are complete, and may have taken hours.
     """
+    try:
+        for sentence in _corrections(directory, config, options):
+            LOG.warning("%s", sentence)
+    except Exception as error:
+        LOG.warning(
+            "What MergeKit wrote beside the weights could not be checked (%s); compare the "
+            "config.json of the merge with that of the base before you use it.",
+            reason(error),
+        )
+
+
+def _corrections(
+    directory: Path, config: MergeConfiguration, options: MergeOptions
+) -> Iterator[str]:
     base = config.base_model or config.referenced_models()[0]  # whose config MergeKit takes
     model = ModelFiles(base, base.config(options.trust_remote_code))
     file = directory / "config.json"
@@ -40,28 +54,22 @@ def describe(directory: Path, config: MergeConfiguration, options: MergeOptions)
     weights = read_weights(Directory(str(directory), str(directory)))
     _untie(said, model, weights)
     _correct_dtypes(said, weights)
-    warnings = list(_correct_vocabulary(said, model, weights))
+    yield from _correct_vocabulary(said, model, weights)
     if said != json.loads(text):
         file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     if options.copy_tokenizer or (directory / "tokenizer_config.json").exists():
-        warnings += _keep_generation(directory, base, options)
-    return warnings
+        yield from _keep_generation(directory, base, options)
 
 
 def _untie(said: dict[str, Any], model: ModelFiles, weights: Weights) -> None:
     """Say that the head is not the embeddings, if both are stored and differ."""
-    loader = LazyTensorLoader(weights.index, lazy_unpickle=False)
-    if model.is_tied and any(_differ(loader, *pair) for pair in _ties(model, weights)):
-        said["tie_word_embeddings"] = False
-        for section in _sections(said, model)[1:]:
-            section.update(dict.fromkeys(section.keys() & {"tie_word_embeddings"}, False))
-
-
-def _differ(loader: LazyTensorLoader, head: str, table: str) -> bool:
-    one, other = (loader.get_tensor(name, raise_on_missing=False) for name in (head, table))
-    if one is None or other is None:
-        return False
-    return one.shape != other.shape or bool((one != other).any())
+    loader: Any = LazyTensorLoader(weights.index, lazy_unpickle=False)
+    for pair in _ties(model, weights) if model.is_tied else ():
+        head, table = map(loader.get_tensor, pair)
+        if head.shape != table.shape or (head != table).any():
+            for section in _sections(said, model):
+                section.update(dict.fromkeys(section.keys() & {"tie_word_embeddings"}, False))
+            said["tie_word_embeddings"] = False
 
 
 def _ties(model: ModelFiles, weights: Weights) -> list[tuple[str, str]]:
@@ -117,7 +125,7 @@ def _correct_dtypes(said: dict[str, Any], weights: Weights) -> None:
     for header in weights.tensors.values():
         if header.dtype in FLOATS:
             sizes[str(header.torch_dtype).removeprefix("torch.")] += header.bytes
-    main = max(sizes, key=lambda name: sizes[name])
+    main = max(sizes, key=sizes.__getitem__)
     for part in (said, *(value for value in said.values() if isinstance(value, dict))):
         for key in part.keys() & {"dtype", "torch_dtype"}:
             named = str(part[key]).removeprefix("torch.")  # with which no model can be loaded
@@ -133,7 +141,7 @@ def _keep_generation(directory: Path, base: ModelReference, options: MergeOption
     merged = ModelReference(model=ModelPath(path=str(directory)))
     cache, trust = options.transformers_cache, options.trust_remote_code
     there, here = (load_vocabulary(model, cache, trust) or {} for model in (base, merged))
-    for id_ in _token_ids(source.read_text("utf-8")) if there and here else ():
+    for id_ in _token_ids(json.loads(source.read_text("utf-8"))) if there and here else ():
         if (old := there.get(id_)) != (new := here.get(id_)):
             why = f"since token {id_} is {old!r} there but {new!r} in the merge"
             yield f"{source} was not copied, {why}; write one with new ids, or texts may not end."
@@ -141,13 +149,11 @@ def _keep_generation(directory: Path, base: ModelReference, options: MergeOption
     shutil.copy(source, directory)
 
 
-def _token_ids(generation: str) -> list[int]:
-    """Return the ids of all tokens that a generation config names; none if it is corrupt."""
-    with suppress(ValueError, AttributeError):
-        said = json.loads(generation).items()
-        found = [v for key, v in said if key.endswith(("_token_id", "suppress_tokens"))]
-        return sorted({i for v in found for i in (v if isinstance(v, list) else [v])} - {None})
-    return []
+def _token_ids(generation: dict[str, Any]) -> list[int]:
+    """Return the ids of all tokens that a generation config names."""
+    ends = ("_token_id", "suppress_tokens")
+    found = [value for key, value in generation.items() if key.endswith(ends)]
+    return sorted({i for it in found for i in (it if isinstance(it, list) else [it])} - {None})
 
 
 def require_in_range(merged: Path, out_dtype: str | None) -> None:
@@ -168,11 +174,6 @@ def require_in_range(merged: Path, out_dtype: str | None) -> None:
 
 def _overflowing(merged: Path) -> str | None:
     """Return the name of a tensor that is not finite, or None."""
-    # Not parsed from a string: the path may contain + and @, which references use.
-    reference = ModelReference(model=ModelPath(path=str(merged)))
-    loader = reference.lazy_loader(lazy_unpickle=False)
-    for name, _ in sorted(loader.index.tensor_paths.items(), key=itemgetter(1)):  # by shard
-        tensor = loader.get_tensor(name)
-        if tensor is not None and not tensor.isfinite().all():
-            return name
-    return None
+    loader: Any = LazyTensorLoader.from_disk(str(merged), lazy_unpickle=False)
+    names = loader.index.tensor_paths  # shard by shard
+    return next((name for name in names if not loader.get_tensor(name).isfinite().all()), None)

@@ -53,7 +53,7 @@ _NO_MODELS = {"union", "base"}  # as the source of a tokenizer
 class Inputs:
     """The models of a merge, in canonical order, as they were before it began."""
 
-    files: dict[ModelReference, tuple[list[Path], list[Path]]]  # of the model, and of its adapter
+    files: dict[ModelReference, dict[str, list[Path]]]  # of the model, and of its adapter
     stats: dict[str, Stat]
     contents: dict[Path, "Future[str]"]  # SHA-256s, which a thread takes while the merge reads
 
@@ -65,12 +65,10 @@ class Inputs:
     def as_json(self) -> list[dict[str, Any]]:
         """Return each model's name, commit and files with their SHA-256, as JSON types."""
         found = []
-        for model, (weights, adapter) in self.files.items():
+        for model, groups in self.files.items():
             cached = on_hub(LoaderCache().get(model).index.base_path)
-            files = {"files": list(map(self._file, weights))}  # with the adapter applied
-            if model.lora:
-                files["adapter"] = list(map(self._file, adapter))
             revision = cached[1] if cached else model.model.revision
+            files = {kind: [self._file(path) for path in paths] for kind, paths in groups.items()}
             found.append({"model": str(model), "revision": revision, **files})
         return found
 
@@ -82,16 +80,15 @@ class Inputs:
 @contextmanager
 def opened(job: Job) -> Iterator[Inputs]:
     """Open the models of a job, which applies their adapters, and look at their files."""
-
-    def adapter_of(model: ModelReference) -> list[Path]:
-        return sorted(Path(model.lora.path).glob("adapter_model.*")) if model.lora else []
-
-    models = canonical(job.parsed.referenced_models())
-    files = {model: (weight_files(LoaderCache().get(model)), adapter_of(model)) for model in models}
-    paths = [path for pair in files.values() for each in pair for path in each]
+    files = {}
+    for model in canonical(job.parsed.referenced_models()):
+        files[model] = {"files": weight_files(LoaderCache().get(model))}  # with the adapter applied
+        if model.lora:
+            files[model]["adapter"] = sorted(Path(model.lora.path).glob("adapter_model.*"))
+    paths = {path for groups in files.values() for each in groups.values() for path in each}
     reader = ThreadPoolExecutor(1)
     try:
-        contents = {path: reader.submit(sha256_of, path) for path in dict.fromkeys(paths)}
+        contents = {path: reader.submit(sha256_of, path) for path in paths}
         yield Inputs(files, {str(path): stat_of(path) for path in paths}, contents)
     finally:
         reader.shutdown(wait=False, cancel_futures=True)
@@ -132,11 +129,9 @@ def deciding_options(job: Job) -> list[str]:
     config, defaults, words = job.parsed, MergeOptions(), list[str]()
     for name in _DECIDING:
         value, option = getattr(job.options, name), name.replace("_", "-")
-        if value == getattr(defaults, name):
-            continue
-        if isinstance(value, bool):
+        if isinstance(value, bool) and value != getattr(defaults, name):
             words.append(f"--{option}" if value else f"--no-{option}")
-        else:
+        elif value != getattr(defaults, name):
             words += [f"--{option}", str(value)]
     if any(model.lora for model in config.referenced_models()):
         words += ["--lora-merge-cache", "lora-cache"]

@@ -14,7 +14,7 @@ from mergekit.merge import run_merge
 
 from mergekit_metagpt import register
 from mergekit_metagpt.measure.identity import Stat, changed_files, digest, require_unchanged
-from mergekit_metagpt.merging.by_shard import Plan, as_json, entries_of, merge_by_shard
+from mergekit_metagpt.merging import by_shard
 from mergekit_metagpt.merging.card import PICTURE, write_card
 from mergekit_metagpt.merging.finished import describe, require_in_range
 from mergekit_metagpt.merging.record import deciding_options, merge_record, opened, versions
@@ -24,6 +24,7 @@ from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.planning.config import plain
 from mergekit_metagpt.planning.directory import Output, Work
 from mergekit_metagpt.planning.job import Job
+from mergekit_metagpt.planning.outputs import OutputTensor
 from mergekit_metagpt.wording import BadInputError, reason
 from mergekit_metagpt.workers import RayMapper
 
@@ -56,16 +57,16 @@ def merge_whole(
     """
     output, started = Output.of(out), _now()
     with output.locked(), opened(job) as inputs:
-        plan = _plan(job, mapper)
-        facts = _facts(job, inputs.identity, plan)
+        files = _files(job, mapper)
+        facts = _facts(job, inputs.identity, by_file=files is not None)
         if job.options.random_seed is None:
             seed = int(digest(facts)[:8], 16)  # numpy takes no larger ones
             job.options = job.options.model_copy(update={"random_seed": seed})
         facts["seed"] = job.options.random_seed
         with output.work(digest(facts), facts, lambda: not changed_files(inputs.stats)) as work:
-            if plan:
-                merge_by_shard(job, plan, work, inputs.stats, mapper)
-                _describe(work, job)
+            if files:
+                by_shard.merge_by_shard(job, files, work, inputs.stats, mapper)
+                describe(work.merged, job.parsed, job.options)
             else:
                 _merge_at_once(job, work, inputs.stats)
             require_unchanged(inputs.stats)
@@ -76,9 +77,7 @@ def merge_whole(
                         draw(work.merged / PICTURE, Summary(job.entries))
                 source = work.merged / "mergekit_config.yml"
                 source.write_text(record["config"], encoding="utf-8")
-                with _at_worst(
-                    "The model card could not be written (%s); the merge goes on without it."
-                ):
+                with _at_worst("The model card could not be written (%s)."):
                     write_card(work.merged, out.absolute().name, record, names.values())
             record["times"] = {"started": started, "finished": _now()}
             text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -87,38 +86,41 @@ def merge_whole(
     return record
 
 
-def _plan(job: Job, mapper: RayMapper | None) -> Plan | None:
-    """Return the plan of a merge file by file; None if MergeKit's ``run_merge`` has to run it.
+def _files(job: Job, mapper: RayMapper | None) -> dict[str, list[OutputTensor]] | None:
+    """Return the tensors of each file; None if MergeKit's ``run_merge`` has to merge all at once.
 
     The random numbers of MergeKit's own methods depend on the order of the tensors, so these
     cannot be merged in parts.
     """
     register()
-    method, options = job.parsed.merge_method, job.options
-    own = _is_own(job.parsed)
+    own, options = _is_own(job.parsed), job.options
     if mapper and not own:
         raise BadInputError(
             "The random numbers of MergeKit's own methods depend on the order of the tensors, "
             "which is not fixed on a cluster; choose metagpt or a metagpt_X in place of "
-            f"{method}, or merge without --ray."
+            f"{job.parsed.merge_method}, or merge without --ray."
         )
     by_file = mapper or (own and not (options.multi_gpu or options.async_write))
-    return Plan.of(job) if by_file else None
+    return by_shard.planned_files(job) if by_file else None
 
 
 def _is_own(config: MergeConfiguration) -> bool:
     return isinstance(merge_methods.get(config.merge_method), MetaGPTMerge)
 
 
-def _facts(job: Job, inputs: list[Any], plan: Plan | None) -> dict[str, Any]:
+def _facts(job: Job, inputs: list[Any], by_file: bool) -> dict[str, Any]:
     """Return what the bytes of a merge depend on, besides its seed; JSON types."""
+    info, tokenizer = job.outputs.tokenizer_info if by_file else None, None
+    if info:  # MergeKit may order its tokens anew in each run
+        maps = {str(model): sorted(pairs.items()) for model, pairs in info.permutations.items()}
+        tokenizer = digest(info.tokenizer.get_vocab(), maps)
     return {
         "config": plain(job.config.raw),
         "options": deciding_options(job),
         "versions": versions(),
         "inputs": inputs,
-        "file by file": plan is not None,
-        "tokenizer": plan and plan.tokenizer,
+        "file by file": by_file,
+        "tokenizer": tokenizer,
     }
 
 
@@ -134,21 +136,12 @@ def _merge_at_once(job: Job, work: Work, inputs: dict[str, Stat]) -> None:
         with noted(in_all_threads=_is_own(config)) as entries:
             run_merge(config, str(work.merged), job.options.model_copy(update=options))
         require_in_range(work.merged, job.parsed.out_dtype)
-        _describe(work, job)
+        describe(work.merged, job.parsed, job.options)
         require_unchanged(inputs)
         own = [entry for entry in entries if experts.issuperset(entry.experts)]  # of no other merge
-        record = {"entries": as_json(own)}
+        record = {"entries": by_shard.as_json(own)}
         work.keep("all", record, [path for path in work.merged.rglob("*") if path.is_file()])
-    job.entries.extend(entries_of([record], job.parsed))
-
-
-def _describe(work: Work, job: Job) -> None:
-    with _at_worst(
-        "What MergeKit wrote beside the weights could not be checked (%s); compare the config.json "
-        "of the merge with that of the base before you use it."
-    ):
-        for sentence in describe(work.merged, job.parsed, job.options):
-            LOG.warning("%s", sentence)
+    job.entries.extend(by_shard.entries_of([record]))
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """The parameters that a merge config may set, and their valid values."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 # A submodule: at registration the package `mergekit.merge_methods` is half imported.
@@ -66,7 +67,8 @@ def exponent_of(parameters: Mapping[str, Any]) -> float:
     return float(exponent)
 
 
-def with_priors(stock: Iterable[ParameterSpec], is_plain: bool) -> tuple[ParameterSpec, ...]:
+@cache
+def with_priors(stock: tuple[ParameterSpec, ...], is_plain: bool) -> tuple[ParameterSpec, ...]:
     """Return a stock method's parameters, with priors as weights, and this package's own.
 
     Only the plain method has a coefficient for every direction; the others weigh whole task

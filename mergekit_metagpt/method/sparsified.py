@@ -7,9 +7,8 @@ first, which differ from platform to platform.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.generalized_task_arithmetic import (
@@ -19,21 +18,13 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_metagpt.core.arrays import (
-    as_array,
-    at_place,
-    count_of,
-    in_order,
-    places_in_order,
-    places_of,
-)
+from mergekit_metagpt.core.arrays import as_array, count_of, places_in_order, places_of
 from mergekit_metagpt.core.buffers import chunk_size
 from mergekit_metagpt.core.inputs import TensorInputs
+from mergekit_metagpt.core.order_statistics import order_statistics
 from mergekit_metagpt.core.task_vectors import Sum, deltas_of, working_dtype
 from mergekit_metagpt.method.random_streams import own_stream
 
-# How far a rank may be from that in a random sample. If it is farther, counting shows it.
-_DEVIATIONS = 3
 _LEAST = 2.0**-149  # the least positive float32
 
 
@@ -132,10 +123,11 @@ def _keep_between(mask: Tensor, base: Tensor, expert: Tensor, start: int, stop: 
         mask.zero_()
         return
     # If there are no outliers to drop, there is no second end to find.
-    ends = _order_statistics(base, expert, [start] if stop == len(mask) else [start, stop - 1])
+    places, size = [start] if stop == len(mask) else [start, stop - 1], chunk_size(base.device)
+    ends = order_statistics(base, expert, places, size)
     quotas = {end.value: min(end.stop, stop) - max(end.start, start) for end in ends}
     marks = as_array(mask)
-    for chunk, _, [delta] in deltas_of(base, [expert], chunk_size(base.device)):
+    for chunk, _, [delta] in deltas_of(base, [expert], size):
         magnitudes = as_array(delta.abs_())
         kept = magnitudes > ends[0].value
         if len(ends) > 1:
@@ -149,82 +141,6 @@ def _keep_between(mask: Tensor, base: Tensor, expert: Tensor, start: int, stop: 
                 kept |= equal
                 quotas[value] -= min(count, quota)
         marks[chunk] = kept
-
-
-class _OrderStatistic(NamedTuple):
-    """A magnitude; in rising order, its equals are at ``[start:stop]``."""
-
-    value: float
-    start: int
-    stop: int
-
-
-def _order_statistics(
-    base: Tensor, expert: Tensor, places: Sequence[int]
-) -> Sequence[_OrderStatistic]:
-    """Return the magnitudes at some places of the rising order (Floyd and Rivest, 1975).
-
-    Each is looked for between two limits that a sample suggests. Counting shows whether it is
-    there; only what lies between is put in order.
-    """
-    for limits in (_limits(base, expert, places), [(-1.0, math.inf)] * len(places)):
-        searches = [_Search(place, *pair) for place, pair in zip(places, limits, strict=True)]
-        for _, _, [delta] in deltas_of(base, [expert], chunk_size(base.device)):
-            magnitudes = as_array(delta.abs_())
-            for search in searches:
-                search.add(magnitudes)
-        found = [search.found() for search in searches]
-        if None not in found:
-            break
-    return [it for it in found if it]
-
-
-class _Search:
-    """Looks for the magnitude at a place of the rising order between two limits."""
-
-    def __init__(self, place: int, low: float, high: float) -> None:
-        self.place, self.low, self.high = place, low, high
-        self.smaller = self.to_low = self.to_high = 0  # how many are < low, <= low, <= high
-        self.between: list[Any] = []
-
-    def add(self, magnitudes: Any) -> None:
-        """Count a chunk."""
-        beyond = magnitudes > self.low
-        self.smaller += len(magnitudes) - count_of(magnitudes >= self.low)
-        self.to_low += len(magnitudes) - count_of(beyond)
-        self.to_high += count_of(magnitudes <= self.high)
-        beyond &= magnitudes < self.high
-        self.between.append(magnitudes[beyond])
-
-    def found(self) -> _OrderStatistic | None:
-        """Return what is at the place, or None if it is beyond the limits."""
-        library: Any = np if isinstance(self.between[0], np.ndarray) else torch
-        between = library.concatenate(self.between)
-        to_high = self.to_low + len(between)  # how many are < high, if it is not low
-        if not self.smaller <= self.place < self.to_high:
-            return None
-        if self.place < self.to_low:
-            return _OrderStatistic(self.low, self.smaller, self.to_low)
-        if self.place >= to_high:
-            return _OrderStatistic(self.high, to_high, self.to_high)
-        value = at_place(between, self.place - self.to_low)
-        start = self.to_low + count_of(between < value)
-        return _OrderStatistic(value, start, start + count_of(between == value))
-
-
-def _limits(base: Tensor, expert: Tensor, places: Sequence[int]) -> list[tuple[float, float]]:
-    """Return two limits around the magnitude at each place, guessed from a sample."""
-    size, count = len(base), int(len(base) ** (2 / 3))
-    generator = torch.Generator("cpu").manual_seed(0)
-    drawn = torch.randint(size, (count,), generator=generator, device="cpu").to(base.device)
-    sample = in_order(as_array((expert[drawn].float() - base[drawn].float()).abs_()))
-    limits = []
-    for share in (place / size for place in places):
-        margin = 2 + _DEVIATIONS * math.sqrt(count * share * (1 - share))
-        first, last = math.floor(share * count - margin), math.ceil(share * count + margin)
-        low = float(sample[first]) if first >= 0 else -1.0
-        limits.append((low, float(sample[last]) if last < count else math.inf))
-    return limits
 
 
 def _draw_by_rank(

@@ -4,9 +4,8 @@ Reads configs, the headers of weight files and tokenizers; never a tensor. To ad
 write a generator of sentences into the file of its subject, and name it here.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import chain
 
 from mergekit.options import MergeOptions
 
@@ -20,28 +19,17 @@ from mergekit_metagpt.wording import BadInputError
 
 __all__ = ["Costs", "Preflight", "ignored", "inspect"]
 
-# The checks, in the order in which their sentences are printed. The first that cannot look any
-# further, because of a problem, raises it.
-Checks = list[Callable[[Job], Iterable[str]]]
-_OF_WHAT_IS_IGNORED: Checks = [
-    configs.unknown_keys,
+# In the order in which their sentences are printed. The first that cannot look any further,
+# because of a problem, raises it.
+_CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
     configs.ignored_parameters,
-    configs.hidden_values,
-]
-_OF_CONFIG: Checks = [
-    *_OF_WHAT_IS_IGNORED,
     configs.bad_parameters,
     configs.bad_dtypes,
     configs.bad_template,
-    configs.no_experts,
-]
-_OF_MODELS: Checks = [
+    configs.empty_parts,
     models.unusable,
     models.same_models,
     models.different_heads,
-]
-_OF_TENSORS: Checks = [
-    configs.no_layers,
     tensors.missing,
     tensors.missing_heads,
     tensors.left_out,
@@ -49,9 +37,9 @@ _OF_TENSORS: Checks = [
     tensors.quantized,
     tensors.lost,
     tensors.bad_values,
-    configs.idle_filters,
+    configs.unused_values,
     models.bad_vocabularies,
-]
+)
 
 
 @dataclass(frozen=True)
@@ -94,11 +82,11 @@ def inspect(
         written = read_config(config) if isinstance(config, str) else config
         with alone():
             job = Job(written, options or MergeOptions())
-            problems += _found(job, _OF_CONFIG)
+            problems += configs.unknown_keys(job)  # also if MergeKit cannot read the rest
             job.options = with_own_adapters(job.options, job.parsed)
-            problems += _found(job, _OF_MODELS)
             problems += output.bad_output(job, out) if out else ()
-            problems += _found(job, _OF_TENSORS)
+            for check in _CHECKS:
+                problems += check(job)
             if not problems:
                 total = costs(job)
                 problems += output.no_room(job, out, total)
@@ -116,8 +104,5 @@ def inspect(
 def ignored(config: ConfigFile) -> list[str]:
     """Return a sentence for each setting of a config that MergeKit ignores."""
     register()
-    return list(_found(Job(config, MergeOptions()), _OF_WHAT_IS_IGNORED))
-
-
-def _found(job: Job, checks: Checks) -> Iterator[str]:
-    return chain.from_iterable(check(job) for check in checks)
+    job = Job(config, MergeOptions())
+    return [*configs.unknown_keys(job), *configs.ignored_parameters(job)]

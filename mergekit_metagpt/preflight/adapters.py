@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import huggingface_hub
 import peft
 import torch
+from huggingface_hub import parse_safetensors_file_metadata, snapshot_download
 from mergekit.common import ModelPath, ModelReference, get_auto_cls
 from mergekit.options import MergeOptions
 from peft.utils import CONFIG_NAME
@@ -20,35 +20,19 @@ from peft.utils import CONFIG_NAME
 from mergekit_metagpt.measure.headers import read_header
 from mergekit_metagpt.measure.loaders import is_looked_up
 from mergekit_metagpt.planning.models import ModelFiles
-from mergekit_metagpt.wording import BadInputError, counted, reason
+from mergekit_metagpt.wording import counted, reason
 
 _WAY = f"apply it to the base that it was trained on, or correct its {CONFIG_NAME}"
 
 
 def bad_adapters(files: ModelFiles, options: MergeOptions) -> list[str]:
-    """Find what PEFT would fail on or leave out, if a model has an adapter.
-
-    An adapter on the hub is skipped if its files are missing or pickled; MergeKit says so.
-    """
+    """Find what PEFT would fail on or leave out, if a model has an adapter."""
     lora = files.model.lora
-    if not (files.config and lora):
-        return []
-    if files.adapter:
-        headers = read_header(files.adapter, files.model)
-        found = os.path.dirname(files.adapter), {name: it.shape for name, it in headers.items()}
-    elif is_looked_up(ModelReference(model=lora)):
-        try:
-            found = _on_hub(lora)
-        except Exception:  # of the hub's client, or of its connection
-            return []
-    else:
-        return []
+    found = _adapter(files, lora) if files.config and lora else None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PEFT; what they mean is told here
-            return list(_differences(files, *found, options))
-    except BadInputError as error:
-        return list(error.args)
+            return list(_differences(files, *found, options)) if found else []
     except Exception as error:  # PEFT and transformers raise many types
         if any(of_meta in str(error) for of_meta in (" meta tensor", "register_meta")):
             return []  # PEFT needs data to go on, and there is no verdict
@@ -58,14 +42,24 @@ def bad_adapters(files: ModelFiles, options: MergeOptions) -> list[str]:
         ]
 
 
-def _on_hub(lora: ModelPath) -> tuple[str, dict[str, tuple[int, ...]]]:
-    """Return a directory with the config of an adapter, and the shapes of its tensors."""
-    directory = huggingface_hub.snapshot_download(
-        lora.path, revision=lora.revision, allow_patterns=CONFIG_NAME
-    )
-    found = huggingface_hub.parse_safetensors_file_metadata(
-        lora.path, "adapter_model.safetensors", revision=lora.revision
-    )
+def _adapter(files: ModelFiles, lora: ModelPath) -> tuple[str, dict[str, tuple[int, ...]]] | None:
+    """Return a directory with the config of an adapter, and the shapes of its tensors.
+
+    An adapter on the hub is skipped if its files are missing or pickled; MergeKit says so.
+    """
+    if files.adapter:
+        headers = read_header(files.adapter, files.model)
+        return os.path.dirname(files.adapter), {name: it.shape for name, it in headers.items()}
+    if not is_looked_up(ModelReference(model=lora)):
+        return None
+    path, revision = lora.path, lora.revision
+    try:
+        directory = snapshot_download(path, revision=revision, allow_patterns=CONFIG_NAME)
+        found = parse_safetensors_file_metadata(
+            path, "adapter_model.safetensors", revision=revision
+        )
+    except Exception:  # of the hub's client, or of its connection
+        return None
     return directory, {name: tuple(tensor.shape) for name, tensor in found.tensors.items()}
 
 

@@ -1,10 +1,9 @@
 """Keys and values of a merge config; needs no model, but for what reaches no tensor."""
 
-import importlib.resources
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from mergekit import merge_methods
@@ -14,11 +13,11 @@ from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskAr
 from pydantic import BaseModel, ValidationError
 
 from mergekit_metagpt.measure.headers import FLOAT_NAMES
-from mergekit_metagpt.mergekit_private import chat_templates, compile_template
+from mergekit_metagpt.mergekit_private import compile_template, set_chat_template
 from mergekit_metagpt.method.parameters import with_priors
 from mergekit_metagpt.planning.config import is_within, parts
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.wording import BadInputError, instead, nearest, reason
+from mergekit_metagpt.wording import instead, nearest, reason
 
 # Keys that MergeKit reads but never uses.
 _UNUSED = {"residual_weight"}
@@ -146,33 +145,16 @@ def bad_parameters(job: Job) -> Iterator[str]:
 
 
 def _scalars(setting: Any) -> Iterator[Any]:
-    """Yield every value of a setting, through MergeKit's gradients and filters."""
-    if isinstance(setting, list):
+    """Yield every value of a setting, through MergeKit's gradients and filters; [] sets nothing."""
+    if isinstance(setting, list) and setting:
         for member in setting:
             yield from _scalars(member)
     else:
         yield from _scalars(setting["value"]) if isinstance(setting, dict) else [setting]
 
 
-def hidden_values(job: Job) -> Iterator[str]:
-    """Find values that MergeKit never reaches: it takes the first whose filter fits."""
-    for level, name, setting in _settings(job):
-        entries = _entries(setting)
-        path = f"{level.path}.parameters.{name}".lstrip(".")
-        if setting == [] or any(entry["value"] == [] for entry in entries):
-            yield f"{job.config} has an empty list at {path}, which sets nothing; remove it."
-        for number, entry in enumerate(entries):
-            before = (n for n in range(number) if _fits(entries[n], entry.get("filter")))
-            if (first := next(before, None)) is not None:
-                yield (
-                    f"{job.config} has a value at {path}[{number}] that is never used, since "
-                    f"{path}[{first}] before it takes the same tensors; write the narrower one "
-                    "first, or remove one of them."
-                )
-
-
-def idle_filters(job: Job) -> Iterator[str]:
-    """Find filters that fit no tensor of the merge."""
+def unused_values(job: Job) -> Iterator[str]:
+    """Find values behind filters that no tensor takes: each takes the first that fits its name."""
     merges = [tensor.merge for tensor in job.outputs.tensors]
     for level, name, setting in _settings(job):
         at = level.path
@@ -180,81 +162,69 @@ def idle_filters(job: Job) -> Iterator[str]:
         near = [merge for merge in merges if any(part.holds(*merge.place) for part in here)]
         loads = [load for merge in near for load in merge.loads.values()]
         names = sorted({merge.name for merge in near} | {load.tensor for load in loads})
-        for entry in _entries(setting):
-            if names and not any(_fits(entry, name) for name in names):
+        before: list[set[str]] = []
+        for entry in setting if isinstance(setting, list) else [setting]:
+            if not (names and isinstance(entry, dict)):
+                continue
+            wanted = entry.get("filter")
+            fitting = {it for it in names if wanted in (None, "", "*") or wanted in it}
+            said = f"{job.config} has the filter {wanted} in the parameter {name}{level.at}"
+            if not fitting:
                 yield (
-                    f"{job.config} has the filter {entry['filter']} in the parameter "
-                    f"{name}{level.at}, which no tensor there has in its name; write a part of a "
-                    f"name as plain text, such as {names[len(names) // 2]}."
+                    f"{said}, which no tensor there has in its name; write a part of a name as "
+                    f"plain text, such as {names[len(names) // 2]}."
                 )
-
-
-def _entries(setting: Any) -> list[dict[str, Any]]:
-    """Return the values of a setting that may have filters."""
-    found = setting if isinstance(setting, list) else [setting]
-    return [entry for entry in found if isinstance(entry, dict)]
-
-
-def _fits(entry: dict[str, Any], tensor: str | None) -> bool:
-    """Whether MergeKit takes a value for a tensor; None stands for all tensors."""
-    wanted = entry.get("filter")
-    return wanted in (None, "", "*") or (tensor is not None and wanted in tensor)
+            elif any(fitting <= taken for taken in before):
+                yield (
+                    f"{said}, whose value is never used, since one before it takes the same "
+                    "tensors; write the narrower one first, or remove one of them."
+                )
+            before.append(fitting)
 
 
 def bad_dtypes(job: Job) -> Iterator[str]:
     """Find dtypes that MergeKit would fail on when it has read or merged the first tensor."""
-    for what, name in (
-        (f"{job.config} has the dtype", job.parsed.dtype),
-        (f"{job.config} has the out_dtype", job.parsed.out_dtype),
-    ):
+    for key in ("dtype", "out_dtype"):
+        name = getattr(job.parsed, key)
         if name and name.removeprefix("torch.") not in FLOAT_NAMES:
-            yield f"{what} {name}, in which MergeKit cannot merge; {instead(name, FLOAT_NAMES)}."
+            yield (
+                f"{job.config} has the {key} {name}, in which MergeKit cannot merge; "
+                f"{instead(name, FLOAT_NAMES)}."
+            )
 
 
 def bad_template(job: Job) -> Iterator[str]:
-    """Find a chat template that MergeKit would fail on after it has merged."""
-    template = job.parsed.chat_template
-    files = importlib.resources.files(chat_templates).iterdir()
-    built_in = {Path(f.name).stem for f in files if f.name.endswith(".jinja")} | {"auto"}
-    if not template or template in built_in:
-        return
-    if len(template) < 20 or "{" not in template:
-        yield (
-            f"{job.config} has the chat_template {template!r}, which is neither a template nor the "
-            f"name of one of MergeKit's; {instead(template, built_in)}."
-        )
-        return
-    try:
-        compile_template(template)
-    except Exception as error:  # of jinja2, which transformers imports when it needs it
-        line = getattr(error, "lineno", 1)
-        yield (
-            f"{job.config} has a chat_template that is no Jinja template ({reason(error)}, in its "
-            f"line {line}); correct it."
-        )
+    """Find a chat template that MergeKit would fail on, or write as it is, after it has merged."""
+    tokenizer: Any = SimpleNamespace(chat_template=None)
+    if job.parsed.chat_template != "auto":
+        try:
+            set_chat_template(tokenizer, job.parsed)
+            compile_template(tokenizer.chat_template or "")
+        except Exception as error:  # of jinja2, which transformers imports when it needs it
+            line = getattr(error, "lineno", None)
+            at = f", in its line {line}" if line else ""
+            yield (
+                f"{job.config} has a chat_template that is neither a Jinja template nor the name "
+                f"of one of MergeKit's ({reason(error)}{at}); correct it, or name one, such as "
+                "chatml."
+            )
 
 
-def no_experts(job: Job) -> Iterator[str]:
-    """Find lists of nothing but the base, which MergeKit would write as it is."""
+def empty_parts(job: Job) -> Iterator[str]:
+    """Find lists without an expert and ranges without a layer, which MergeKit would merge so."""
     method = _method(job)
     needs_base = method is not None and method.spec.contract.base == BasePolicy.REQUIRED
-    for part in parts(job.parsed) if needs_base else ():
-        if part.base and all(entry.model == part.base for entry in part.inputs):
+    for part in parts(job.parsed):
+        if needs_base and part.base and all(entry.model == part.base for entry in part.inputs):
             yield (
                 f"{job.config} merges no expert at {part.path}, which lists nothing but the base "
                 f"{part.base}; add the models that were fine-tuned from it."
             )
-
-
-def no_layers(job: Job) -> list[str]:
-    """Refuse ranges of layers that are empty: MergeKit would plan a model without these layers."""
-    found = [(part.path, entry) for part in parts(job.parsed) for entry in part.inputs]
-    problems = [
-        f"{job.config} takes the layer_range {list(its)} of model {entry.model} at {path}, which "
-        "holds no layer; write the first layer, from 0, and the one after the last, such as [0, 3]."
-        for path, entry in found
-        if not 0 <= (its := getattr(entry, "layer_range", (0, 1)))[0] < its[1]
-    ]
-    if problems:
-        raise BadInputError(*problems)
-    return []
+        for entry in part.inputs:
+            its = getattr(entry, "layer_range", (0, 1))
+            if not 0 <= its[0] < its[1]:
+                yield (
+                    f"{job.config} takes the layer_range {list(its)} of model {entry.model} at "
+                    f"{part.path}, which holds no layer; write the first layer, from 0, and the "
+                    "one after the last, such as [0, 3]."
+                )

@@ -3,7 +3,6 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,17 +20,17 @@ class Costs:
     """What a merge will cost.
 
     Attributes:
+        tensors: how many tensors the output will have.
+        parameters: how many numbers these hold together.
         passes: how often the models are read.
         bytes_read: the bytes of tensors that all passes read together.
         bytes_written: the bytes of tensors in the output.
         bytes_applied: the bytes of models that MergeKit first writes to the LoRA cache.
-        arithmetic: the seconds that directions take on this machine; 0 if there are none.
-        notes: what else is worth knowing, one sentence each.
+        shards: how many weight files the output will have.
+        by_direction: how many numbers are merged by direction, by experts and dtype.
+        device: where.
     """
 
-    method: str
-    base: str | None
-    experts: tuple[str, ...]
     tensors: int
     parameters: int
     passes: int
@@ -39,8 +38,14 @@ class Costs:
     bytes_written: int
     bytes_applied: int
     shards: int
-    arithmetic: float
-    notes: tuple[str, ...]
+    by_direction: Counter[tuple[int, torch.dtype]]
+    device: torch.device
+
+    @property
+    def arithmetic(self) -> float:
+        """The seconds that directions take, from trials on this machine; 0 if there are none."""
+        trials = (count * _trial(*kind, self.device) for kind, count in self.by_direction.items())
+        return math.fsum(trials)
 
 
 def costs(job: Job) -> Costs:
@@ -52,6 +57,11 @@ def costs(job: Job) -> Costs:
     held = {it.model: it.weights.tensors for it in models}
     used = {(model, name) for it in outputs for model, names in it.read.items() for name in names}
     whole = sum(header.bytes for headers in held.values() for header in headers.values())
+    by_direction: Counter[tuple[int, torch.dtype]] = Counter()
+    for tensor in outputs:
+        if tensor.merge.granularity.by_direction and len(tensor.stored) > 1:
+            kind = (len(tensor.stored) - 1, tensor.merged_dtype)
+            by_direction[kind] += tensor.written_parameters(None)
     dtype = dtype_from_name(job.options.lora_merge_dtype)
     applied = sum(
         math.prod(header.shape) * dtype.itemsize if dtype else header.bytes
@@ -59,9 +69,6 @@ def costs(job: Job) -> Costs:
         for header in (held[it.model].values() if it.to_apply else ())
     )
     return Costs(
-        method=job.parsed.merge_method,
-        base=str(job.parsed.base_model) if job.parsed.base_model else None,
-        experts=tuple(sorted(str(model) for model in job.models if model != job.parsed.base_model)),
         tensors=len(outputs),
         parameters=sum(tensor.written_parameters(rows) for tensor in outputs),
         passes=passes,
@@ -69,20 +76,9 @@ def costs(job: Job) -> Costs:
         bytes_written=sum(tensor.written_bytes(rows) for tensor in outputs),
         bytes_applied=applied,
         shards=len(job.outputs.shards(job.options.out_shard_size)),
-        arithmetic=_arithmetic(job),
-        notes=tuple(_notes(job)),
+        by_direction=by_direction,
+        device=torch.device(job.options.device or "cpu"),
     )
-
-
-def _arithmetic(job: Job) -> float:
-    """Return the seconds that directions take, from a trial on this machine."""
-    numbers: Counter[tuple[int, torch.dtype]] = Counter()
-    for tensor in job.outputs.tensors:
-        if tensor.merge.granularity.by_direction and len(tensor.stored) > 1:
-            kind = (len(tensor.stored) - 1, tensor.merged_dtype)
-            numbers[kind] += tensor.written_parameters(None)
-    device = torch.device(job.options.device or "cpu")
-    return math.fsum(count * _trial(*kind, device) for kind, count in numbers.items())
 
 
 def _trial(experts: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -100,16 +96,3 @@ def _trial(experts: int, dtype: torch.dtype, device: torch.device) -> float:
         float(out[0, 0])  # waits for the device
         seconds.append(time.perf_counter() - start)
     return min(seconds) / math.prod(_TRIAL)
-
-
-def _notes(job: Job) -> Iterator[str]:
-    yield (
-        "Headers do not show NaN, Inf or experts that equal the base: mergekit-metagpt "
-        "coefficients and the merge itself find those."
-    )
-    dtypes = sorted({h.dtype for tensor in job.outputs.tensors for h in tensor.stored.values()})
-    if len(dtypes) > 1:
-        yield f"The models are stored as {', '.join(dtypes)}; each tensor is merged in the widest."
-    for model, files in job.models.items():
-        if files.to_apply:
-            yield f"MergeKit first writes {model} with its adapter applied to {files.to_apply}."

@@ -4,7 +4,6 @@ The output gets the config.json of the base, so it computes as the base does. Eq
 show that an expert was trained to compute otherwise.
 """
 
-import os
 import re
 import textwrap
 from collections.abc import Iterator
@@ -13,13 +12,15 @@ from typing import Any
 import torch
 from mergekit.common import ModelReference
 
+from mergekit_metagpt.measure.identity import Stat, stat_of
 from mergekit_metagpt.measure.vocabularies import Vocabulary, first_difference, load_vocabulary
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.preflight.adapters import bad_adapters
 from mergekit_metagpt.preflight.tensors import tokenizer_way
 from mergekit_metagpt.wording import BadInputError, reason
 
+# The names of settings that split tensors of one shape in other ways.
+_HEADS = re.compile("heads$|n_head$|head_dim$")
 # Parts of the names of settings that change what a model computes, but no shape.
 _COMPUTES = re.compile(
     "rope|rotary|hidden_act|activation|_eps|window|softcap|scal|multiplier|per_tok|topk|layer_types"
@@ -36,91 +37,67 @@ def unusable(job: Job) -> Iterator[str]:
 
 def same_models(job: Job) -> Iterator[str]:
     """Find models that are listed under two names, which their weight files show."""
-    seen: dict[frozenset[tuple[int, int]], ModelReference] = {}
+    seen: dict[frozenset[Stat], ModelReference] = {}
     for model, files in job.models.items():
         if model.lora and not files.adapter:
             continue  # the adapter is on the hub
-        paths = [
-            path for path in (*files.weights.files, files.adapter or "") if os.path.isfile(path)
-        ]
-        stats = frozenset((it.st_dev, it.st_ino) for it in map(os.stat, paths))
+        stats = frozenset(map(stat_of, (*files.weights.files, files.adapter or ""))) - {None}
         first = seen.setdefault(stats, model) if stats else model
         if first is not model:
-            role = "the base" if first == job.parsed.base_model else "model"
             yield (
-                f"Model {model} is {role} {first} under another name, with the same weight files; "
-                "leave one of them out, or use one name for both."
+                f"Model {model} is {first} under another name, with the same weight files; leave "
+                "one of them out, or use one name for both."
             )
 
 
 def different_heads(job: Job) -> Iterator[str]:
     """Find models whose attention is split otherwise than that of the base, or of the first."""
-    for files, first in _beside_first(job):
-        expected = _heads(first)
-        for key, value in _heads(files).items():
-            if value != expected.get(key, value):
-                yield (
-                    f"The config.json of model {files.model} says {key}: {value}, but that of "
-                    f"{first.model} says {expected[key]}, so that tensors of one shape mean "
-                    "different things; merge fine-tunes of one base."
-                )
-                break  # the others mostly follow from it
+    for model, first, differ in _differing(job, _HEADS):
+        if said := [it for it in differ if "unset" not in it]:
+            yield (
+                f"The config.json of model {model} differs from that of {first} in "
+                f"{', '.join(said)}, so that tensors of one shape mean different things; merge "
+                "fine-tunes of one base."
+            )
 
 
 def different_settings(job: Job) -> Iterator[str]:
     """Find models that compute otherwise than the base, or the first, with weights of one shape."""
-    for files, first in _beside_first(job):
-        own, others = dict(_settings(_text(files))), dict(_settings(_text(first)))
-        differ = [
-            f"{key} ({_short(own.get(key, 'unset'))}, not {_short(others.get(key, 'unset'))})"
-            for key in sorted(own.keys() | others.keys())
-            if own.get(key) != others.get(key)
-        ]
-        if differ:
-            whose = f", that of {first.model}" if first.model == job.parsed.base_model else ""
-            yield (
-                f"The config.json of model {files.model} differs from that of {first.model} in "
-                f"{', '.join(differ)}, so that the two compute otherwise, but a merge has only one "
-                f"config.json{whose}; test the result."
-            )
+    for model, first, differ in _differing(job, _COMPUTES):
+        whose = f", that of {first}" if first == job.parsed.base_model else ""
+        yield (
+            f"The config.json of model {model} differs from that of {first} in "
+            f"{', '.join(differ)}, so that the two compute otherwise, but a merge has only one "
+            f"config.json{whose}; test the result."
+        )
 
 
-def _short(value: Any) -> str:
-    return textwrap.shorten(str(value), 60)
+def _differing(
+    job: Job, names: re.Pattern[str]
+) -> Iterator[tuple[ModelReference, ModelReference, list[str]]]:
+    """Yield each model, the base or else the first, and what their configs set differently."""
+    known = [(it.model, it.config.get_text_config()) for it in job.models.values() if it.config]
+    for model, config in known[1:]:
+        first, its = known[0]
+        own, others = (dict(_settings(it.to_dict(), names)) for it in (config, its))
+        differ = []
+        for key in sorted(own.keys() | others.keys()):
+            values = [textwrap.shorten(str(it.get(key, "unset")), 60) for it in (own, others)]
+            if own.get(key) != others.get(key):
+                differ.append(f"{key} ({values[0]}, not {values[1]})")
+        if differ and type(config) is type(its):
+            yield model, first, differ
 
 
-def _beside_first(job: Job) -> Iterator[tuple[ModelFiles, ModelFiles]]:
-    """Yield each model beside the base, or beside the first, if both are of one architecture."""
-    known = [files for files in job.models.values() if files.config]
-    for files in known[1:]:
-        if files.architecture == known[0].architecture:
-            yield files, known[0]
-
-
-def _text(files: ModelFiles) -> dict[str, Any]:
-    """Return what config.json says of the language model."""
-    # Of some models, attributes of the config itself differ by layer and raise.
-    return files.config.get_text_config().to_dict() if files.config else {}
-
-
-def _heads(files: ModelFiles) -> dict[str, int]:
-    said = _text(files)
-    names: dict[str, str] = getattr(type(files.config), "attribute_map", {})  # such as n_head
-    keys = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
-    heads, shared, width, size = (said.get(key, said.get(names.get(key, key))) for key in keys)
-    if not (isinstance(heads, int) and heads > 0):
-        return {}
-    width = width or (size or 0) // heads
-    return {"num_attention_heads": heads, "num_key_value_heads": shared or heads, "head_dim": width}
-
-
-def _settings(said: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the settings that change what a model computes; those within others with a dot."""
+def _settings(
+    said: dict[str, Any], names: re.Pattern[str], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield the settings with such names; those within others with a dot."""
     for key, value in said.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _settings(value, f"{name}.")
-        elif _COMPUTES.search(name) and value is not None:
+            yield from _settings(value, names, f"{name}.")
+        elif names.search(name) and value is not None:
             yield name, value
 
 

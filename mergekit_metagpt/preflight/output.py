@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,32 +15,29 @@ from mergekit_metagpt.preflight.costs import Costs
 
 def bad_output(job: Job, out: str) -> Iterator[str]:
     """Find reasons not to write to a directory."""
-    path = Output.of(out).path
-    try:
-        why_not = _which_input(job, path) or _what_is_there(Path(out), path)
-    except OSError as error:
-        why_not = f"cannot be used ({error.strerror}); choose another directory"
-    applied = [Path(files.to_apply).resolve() for files in job.models.values() if files.to_apply]
+    path, models = Output.of(out).path, job.models.values()
+    applied = [Path(files.to_apply).resolve() for files in models if files.to_apply]
     if any(place.is_relative_to(path) for place in applied):
-        why_not = (
+        why_not: str | None = (
             "is the --lora-merge-cache, or holds it, and MergeKit writes there first; choose "
             "another directory for one of them"
         )
+    else:
+        try:
+            why_not = _which_input(job, path) or _what_is_there(Path(out), path)
+        except OSError as error:
+            why_not = f"cannot be used ({error.strerror}); choose another directory"
     if why_not:
         yield f"Output {out} {why_not}."
 
 
 def _which_input(job: Job, path: Path) -> str | None:
     for model, files in job.models.items():
-        directories = (files.weights.directory, os.path.dirname(files.adapter or ""))
-        places = [Path(place) for place in directories if place]
-        if any(_is_in(path, place) for place in places):
-            return f"is the input model {model}, or is inside it; choose another directory"
-        if path.exists() and any(_is_in(place.resolve(), path) for place in places):
-            return (
-                f"is the folder that holds the input model {model}; choose a new directory, such "
-                f"as {path / 'merged'}"
-            )
+        for place in (files.weights.directory, os.path.dirname(files.adapter or "")):
+            # It is compared with what is there, since case may not count.
+            existing = (it for it in (path, *path.parents) if place and it.exists())
+            if any(it.samefile(place) for it in existing):
+                return f"is the input model {model}, or is inside it; choose another directory"
     return None
 
 
@@ -53,9 +51,7 @@ def _what_is_there(out: Path, path: Path) -> str | None:
     if path.exists() and not path.is_dir():
         return "is a file; choose a directory that does not exist yet"
     if Output.of(path).contents():
-        merge = (path / "mergekit_config.yml").exists() or (path / "config.json").exists()
-        held = "holds an older merge or model" if merge else "is not empty"
-        return f"{held}; remove it, or choose another"
+        return "is not empty; choose a directory that does not exist yet"
     if not os.access(_existing(path), os.W_OK | os.X_OK):
         return f"cannot be written: {_existing(path)} is read-only; choose another"
     return None
@@ -67,30 +63,23 @@ def no_room(job: Job, out: str | None, cost: Costs) -> Iterator[str]:
     A merge is written inside its output if that exists, otherwise beside it. What is complete of
     the same merge need not be written again.
     """
-    writes = [(job.options.lora_merge_cache or "", cost.bytes_applied)]
+    writes = {job.options.lora_merge_cache or "": cost.bytes_applied}
     if out:
         works = [it for it in Output.of(out).works() if it.facts.get("config") == job.config.raw]
         records = [record for work in works for record in work.records.values()]
-        complete = sum(sum(record["bytes"].values()) for record in records)
-        writes.insert(0, (out, cost.bytes_written - complete))
-    disks: dict[int, tuple[Path, int]] = {}
-    for place, size in writes:
-        if size > 0:
-            there = _existing(Path(place).resolve())
-            first, others = disks.get(there.stat().st_dev, (there, 0))
-            disks[there.stat().st_dev] = first, others + size
-    for there, size in disks.values():
-        free = shutil.disk_usage(there).free
-        if free < size:
+        writes[out] = cost.bytes_written - sum(sum(it["bytes"].values()) for it in records)
+    needed: Counter[int] = Counter()
+    for place, size in writes.items():
+        if size <= 0:
+            continue
+        there = _existing(Path(place).resolve())
+        disk, free = there.stat().st_dev, shutil.disk_usage(there).free
+        needed[disk] += size
+        if free < needed[disk]:
             yield (
-                f"The disk of {there} has {decimal(free)} left, but {decimal(size)} will be "
-                "written; make room, or write elsewhere."
+                f"The disk of {there} has {decimal(free)} left, but {decimal(needed[disk])} will "
+                "be written; make room, or write elsewhere."
             )
-
-
-def _is_in(path: Path, directory: Path) -> bool:
-    """Return whether a path is a directory or inside it, also where case does not count."""
-    return any(parent.exists() and parent.samefile(directory) for parent in (path, *path.parents))
 
 
 def _existing(path: Path) -> Path:

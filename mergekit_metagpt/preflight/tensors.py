@@ -6,6 +6,7 @@ description, it guesses them. All other tensors of a model never reach the outpu
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice, zip_longest
 from typing import Any
 
 from mergekit import merge_methods
@@ -13,6 +14,7 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoadTensor
 from mergekit.merge_methods.base import OptionalTensorPolicy
 
+from mergekit_metagpt.core.granularities import moved
 from mergekit_metagpt.measure.headers import FLOATS, unread
 from mergekit_metagpt.names import layer_of
 from mergekit_metagpt.planning.job import Job
@@ -35,7 +37,7 @@ def missing(job: Job) -> Iterator[str]:
     for tensor in job.outputs.tensors:
         for model, load in tensor.merge.loads.items():
             is_known = model in tensor.stored or job.models[model].weights.problems
-            if not is_known and _fails_without(tensor, model):
+            if not is_known and _fails_without(tensor, load):
                 lacking.setdefault(model, []).append(load.tensor)
     for model, names in lacking.items():
         way = "complete it, correct its layer_range, or merge only fine-tunes of one base"
@@ -47,20 +49,18 @@ def missing(job: Job) -> Iterator[str]:
         yield f"Model {model} lacks {counted(names)}, which this merge needs of it; {way}."
 
 
-def _fails_without(tensor: OutputTensor, model: ModelReference) -> bool:
+def _fails_without(tensor: OutputTensor, load: LoadTensor) -> bool:
     """Whether the merge fails if a model lacks a tensor; some tensors are optional."""
-    if not tensor.merge.loads[model].optional:
+    if not load.optional:
         return True
     base = tensor.merge.task.base_model
     if tensor.merge.granularity.needs_survey:
         return base in tensor.stored  # the survey compares each expert with it
     spec = merge_methods.get(tensor.merge.task.method_name).spec
-    if spec.optional_tensor_policy != OptionalTensorPolicy.ERROR:
-        return False
     try:
         spec.contract.validate_ids(list(tensor.stored), base)
     except ValueError:
-        return True
+        return bool(spec.optional_tensor_policy == OptionalTensorPolicy.ERROR)
     return False
 
 
@@ -92,15 +92,14 @@ def left_out(job: Job) -> Iterator[str]:
 
     For those tensors it takes the models of the last slice, but only as many as the first has.
     """
-    for merge in (tensor.merge for tensor in job.outputs.tensors):
-        forgotten = [model for model in merge.task.model_order if model not in merge.loads]
-        if forgotten:
-            yield (
-                f"{job.config} lists more models in the last slice than in the first, and MergeKit "
-                f"would leave model {forgotten[0]} out of tensor {merge.name}; list as many models "
-                "in the first slice."
-            )
-            return
+    merges = [tensor.merge for tensor in job.outputs.tensors]
+    found = ((it, model) for it in merges for model in it.task.model_order if model not in it.loads)
+    for merge, model in islice(found, 1):
+        yield (
+            f"{job.config} lists more models in the last slice than in the first, and MergeKit "
+            f"would leave model {model} out of tensor {merge.name}; list as many models in the "
+            "first slice."
+        )
 
 
 def different_shapes(job: Job) -> Iterator[str]:
@@ -109,26 +108,21 @@ def different_shapes(job: Job) -> Iterator[str]:
     for tensor in job.outputs.tensors:
         shapes = {model: list(header.shape) for model, header in tensor.stored.items()}
         first = next((model for model in (job.parsed.base_model, *shapes) if model in shapes), None)
-        axis = tensor.merge.vocabulary_axis
+        expected = shapes[first] if first else []
         for model, shape in shapes.items():
-            if first is None or shape == (expected := shapes[first]):
-                continue
-            is_vocabulary = axis is not None and _beside(axis, shape) == _beside(axis, expected)
-            if is_vocabulary and tensor.merge.vocabulary_is_aligned:
-                continue
-            found.setdefault((model, is_vocabulary), []).append(
-                f"{'Vocabulary tensor' if is_vocabulary else 'Tensor'} "
-                f"{tensor.merge.loads[model].tensor} has shape {shape} in model {model} but "
-                f"{expected} in {first}"
-            )
+            pairs = enumerate(zip_longest(shape, expected))
+            differing = [axis for axis, (own, others) in pairs if own != others]
+            is_vocabulary = differing == [tensor.merge.vocabulary_axis]
+            if differing and not (is_vocabulary and tensor.merge.vocabulary_is_aligned):
+                found.setdefault((model, is_vocabulary), []).append(
+                    f"{'Vocabulary tensor' if is_vocabulary else 'Tensor'} "
+                    f"{tensor.merge.loads[model].tensor} has shape {shape} in model {model} but "
+                    f"{expected} in {first}"
+                )
     for (_, is_vocabulary), said in found.items():
         more = f" (and {len(said) - 1} more differ)" if len(said) > 1 else ""
         way = tokenizer_way(job) if is_vocabulary else "merge fine-tunes of one base"
         yield f"{said[0]}{more}; {way}."
-
-
-def _beside(axis: int, shape: list[int]) -> list[int]:
-    return shape[:axis] + shape[axis + 1 :]
 
 
 def quantized(job: Job) -> Iterator[str]:
@@ -150,32 +144,25 @@ def quantized(job: Job) -> Iterator[str]:
 
 def bad_values(job: Job) -> Iterator[str]:
     """Find parameters that are valid alone, but not together or with the slices."""
-    tensors = job.outputs.tensors
-    each = [values for tensor in tensors for values in tensor.merge.model_parameters.values()]
+    merges = [tensor.merge for tensor in job.outputs.tensors]
+    each = [values for merge in merges for values in merge.model_parameters.values()]
     weights = [values["weight"] for values in each if "weight" in values]
     if weights and not any(weights):
         yield (
             f"{job.config} gives every model the weight 0 for every tensor, so that nothing is "
             "merged; give at least one a weight above 0."
         )
-    moved = next((tensor.name for tensor in tensors if tensor.merge.moves_layers), None)
-    if moved:
-        yield (
-            f"{job.config} sets granularity: layer, but its slices put tensors of another layer "
-            f"at {moved}; use granularity: tensor or granularity: model."
-        )
+    if not_there := next((merge.name for merge in merges if merge.moves_layers), None):
+        yield str(moved(not_there))
     # DELLA keeps entries with probabilities from density − epsilon to density + epsilon.
-    for tensor in tensors if "della" in job.parsed.merge_method else ():
-        for model, values in tensor.merge.model_parameters.items():
-            density, epsilon = values.get("density"), values.get("epsilon")
-            limit = min(density, 1 - density) if density else 0
-            if epsilon is not None and 0 < limit <= epsilon:
-                yield (
-                    f"{job.config} gives model {model} density {density} and epsilon {epsilon} for "
-                    f"tensor {tensor.name}, but density ± epsilon has to stay between 0 and 1; "
-                    f"set an epsilon below {limit:g}."
-                )
-                return
+    for values in each if "della" in job.parsed.merge_method else ():
+        density, epsilon = values.get("density", 1), values.get("epsilon", 0)
+        if 0 < (limit := min(density, 1 - density)) <= epsilon:
+            yield (
+                f"{job.config} gives a tensor the density {density} and the epsilon {epsilon}, but "
+                f"density ± epsilon has to stay between 0 and 1; set an epsilon below {limit:g}."
+            )
+            return
 
 
 def lost(job: Job) -> Iterator[str]:
