@@ -81,6 +81,8 @@ def test_a_stock_command_that_fails_is_told_in_its_own_words(tmp_path, monkeypat
     assert "mergekit-yaml" in said
     assert said.endswith("no such model\n\n")
     assert not (tmp_path / "demo").exists()
+    (tmp_path / "mergekit-yaml").unlink()
+    assert "install MergeKit" in invoke("demo", tmp_path / "demo", status=1).output
 
 
 def test_training_lowers_the_loss_of_an_experts_own_task(tmp_path):

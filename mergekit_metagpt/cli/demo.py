@@ -69,7 +69,11 @@ def run_demo(directory: Path, scale: models.Scale, console: Console) -> None:
     Raises:
         OSError, RuntimeError: if there is no ``mergekit-yaml``, or it fails.
     """
-    tasks, options = models.TASKS, MergeOptions(quiet=True)
+    scripts, tasks, options = sysconfig.get_path("scripts"), models.TASKS, MergeOptions(quiet=True)
+    if not (command := shutil.which("mergekit-yaml", path=scripts)):
+        raise FileNotFoundError(
+            f"There is no mergekit-yaml in {scripts}; install MergeKit for this interpreter."
+        )
     models.train_family(directory, scale)
     rows = {"base": directory / "base", **{f"expert {task}": directory / task for task in tasks}}
     for name, config in tqdm(models.merge_configs(directory).items(), "Merging", unit="merge"):
@@ -79,7 +83,6 @@ def run_demo(directory: Path, scale: models.Scale, console: Console) -> None:
         if name != _SHOWN:
             parsed = MergeConfiguration.model_validate(config)
             run_merge(parsed, str(rows[name]), options, config_source=content)
-    command = shutil.which("mergekit-yaml", path=sysconfig.get_path("scripts")) or "mergekit-yaml"
     words = [command, str(directory / f"{_SHOWN}.yml"), str(rows[_SHOWN])]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, env=offline, capture_output=True, text=True, errors="replace")
