@@ -99,7 +99,10 @@ IDLE = {
         parameters(density=[ALL, MLP]),
         ("the filter mlp in the parameter density, whose value is never used",),
     ),
-    "after a star": (parameters(density=[{**ALL, "filter": "*"}, ALL]), ("never used",)),
+    "after a star": (
+        parameters(density=[{**ALL, "filter": "*"}, ALL]),
+        ("the filter * in the parameter density, whose value is never used",),
+    ),
     "after a part": (
         parameters(density=[MLP, {**MLP, "filter": "mlp.down_proj"}, ALL]),
         ("mlp.down_proj in the parameter density", "never used", "write the narrower"),

@@ -222,3 +222,12 @@ class TestGenerationConfigs:
         (warning,) = (r.getMessage() for r in caplog.records if GENERATION in r.getMessage())
         assert f"{stops['base']}/{GENERATION} was not copied" in warning
         assert "token 3 is '<end>' there but 'other' in the merge" in warning
+
+    @pytest.mark.parametrize("text", ["{", "[2]", '{"eos_token_id": [2, "3"]}'])
+    def test_is_left_out_if_corrupt(self, text, stops, tmp_path, caplog):
+        Path(stops["base"], GENERATION).write_text(text)
+        give_tokenizer(stops["a"], "<unk>", "<s>", "</s>", "<end>", "<new>")
+        config = merge_config(stops, tokenizer={"source": "union"})
+        out = merge(config, tmp_path, copy_tokenizer=True)
+        assert not (out / GENERATION).exists()
+        assert f"{stops['base']}/{GENERATION} was not copied, since it is corrupt" in caplog.text

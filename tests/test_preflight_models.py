@@ -50,6 +50,19 @@ def test_other_heads_of_the_same_shape_are_refused(changes, said, look, own):
     the_only(problems, f"The config.json of model {own['b']} differs from that of", said)
 
 
+def test_other_heads_are_refused_of_models_with_code_of_their_own(own, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    code = "from transformers import LlamaConfig\nclass Own(LlamaConfig):\n    model_type = 'own'\n"
+    for name, path in own.items():
+        Path(path, "code.py").write_text(code)
+        config = json.loads(Path(path, "config.json").read_text())
+        config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.Own"}}
+        config["num_attention_heads"] = 8 if name == "b" else 4
+        Path(path, "config.json").write_text(json.dumps(config))
+    problems = problems_of(merge_config(own), tmp_path, trust_remote_code=True)
+    the_only(problems, own["b"], "num_attention_heads (8, not 4)")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

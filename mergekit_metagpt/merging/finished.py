@@ -141,7 +141,12 @@ def _keep_generation(directory: Path, base: ModelReference, options: MergeOption
     merged = ModelReference(model=ModelPath(path=str(directory)))
     cache, trust = options.transformers_cache, options.trust_remote_code
     there, here = (load_vocabulary(model, cache, trust) or {} for model in (base, merged))
-    for id_ in _token_ids(json.loads(source.read_text("utf-8"))) if there and here else ():
+    try:
+        ids = _token_ids(json.loads(source.read_text("utf-8"))) if there and here else []
+    except (ValueError, AttributeError, TypeError) as error:
+        yield f"{source} was not copied, since it is corrupt ({reason(error)}); write it again."
+        return
+    for id_ in ids:
         if (old := there.get(id_)) != (new := here.get(id_)):
             why = f"since token {id_} is {old!r} there but {new!r} in the merge"
             yield f"{source} was not copied, {why}; write one with new ids, or texts may not end."

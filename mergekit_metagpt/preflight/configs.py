@@ -168,7 +168,7 @@ def unused_values(job: Job) -> Iterator[str]:
                 continue
             wanted = entry.get("filter")
             fitting = {it for it in names if wanted in (None, "", "*") or wanted in it}
-            said = f"{job.config} has the filter {wanted} in the parameter {name}{level.at}"
+            said = f"{job.config} has the filter {wanted or '*'} in the parameter {name}{level.at}"
             if not fitting:
                 yield (
                     f"{said}, which no tensor there has in its name; write a part of a name as "

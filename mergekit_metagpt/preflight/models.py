@@ -85,7 +85,7 @@ def _differing(
             values = [textwrap.shorten(str(it.get(key, "unset")), 60) for it in (own, others)]
             if own.get(key) != others.get(key):
                 differ.append(f"{key} ({values[0]}, not {values[1]})")
-        if differ and type(config) is type(its):
+        if differ and config.model_type == its.model_type:
             yield model, first, differ
 
 

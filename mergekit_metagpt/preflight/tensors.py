@@ -145,8 +145,8 @@ def quantized(job: Job) -> Iterator[str]:
 def bad_values(job: Job) -> Iterator[str]:
     """Find parameters that are valid alone, but not together or with the slices."""
     merges = [tensor.merge for tensor in job.outputs.tensors]
-    each = [values for merge in merges for values in merge.model_parameters.values()]
-    weights = [values["weight"] for values in each if "weight" in values]
+    each = [(merge, *pair) for merge in merges for pair in merge.model_parameters.items()]
+    weights = [values["weight"] for *_, values in each if "weight" in values]
     if weights and not any(weights):
         yield (
             f"{job.config} gives every model the weight 0 for every tensor, so that nothing is "
@@ -155,12 +155,13 @@ def bad_values(job: Job) -> Iterator[str]:
     if not_there := next((merge.name for merge in merges if merge.moves_layers), None):
         yield str(moved(not_there))
     # DELLA keeps entries with probabilities from density − epsilon to density + epsilon.
-    for values in each if "della" in job.parsed.merge_method else ():
+    for merge, model, values in each if "della" in job.parsed.merge_method else ():
         density, epsilon = values.get("density", 1), values.get("epsilon", 0)
         if 0 < (limit := min(density, 1 - density)) <= epsilon:
             yield (
-                f"{job.config} gives a tensor the density {density} and the epsilon {epsilon}, but "
-                f"density ± epsilon has to stay between 0 and 1; set an epsilon below {limit:g}."
+                f"{job.config} gives model {model} the density {density} and the epsilon {epsilon} "
+                f"for tensor {merge.name}, but density ± epsilon has to stay between 0 and 1; set "
+                f"an epsilon below {limit:g}."
             )
             return
 
