@@ -104,6 +104,7 @@ def test_bad_input_is_one_error_with_a_sentence(family, tmp_path):
         (lambda: mergekit_metagpt.merge(raw, tmp_path / "out"), "granularity"),
         (lambda: mergekit_metagpt.plan(raw), "granularity"),
         (lambda: mergekit_metagpt.plan(missing), "cannot be read"),
+        (lambda: mergekit_metagpt.plan(None), "not None"),
         (lambda: mergekit_metagpt.survey(family["base"], [missing]), str(missing)),
     ):
         with pytest.raises(BadInputError, match=sentence):

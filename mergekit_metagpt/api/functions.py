@@ -147,6 +147,8 @@ def _read(config: Config) -> ConfigFile:
     if isinstance(config, str | Path):
         return read_config(str(config))
     raw: Any = plain(config)
+    if not isinstance(raw, dict):
+        raise BadInputError(f"A config is a path, a dictionary or a MergeConfiguration, not {raw}.")
     return ConfigFile("the config", yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), raw)
 
 
