@@ -38,10 +38,13 @@ every_method = pytest.mark.parametrize("method", OURS, ids=lambda method: method
 
 
 @contextmanager
-def in_chunks(size, **patches):
+def in_chunks(size, *, without_numpy=False):
+    patches = {"as_array": lambda tensor: tensor} if without_numpy else {}
     with (
         mock.patch.multiple(sparsified, chunk_size=lambda device: size, **patches),
-        mock.patch.multiple(order_statistics, **patches) if patches else nullcontext(),
+        mock.patch.object(order_statistics, "as_float32", torch.Tensor.float)
+        if without_numpy
+        else nullcontext(),
     ):
         yield
 
@@ -51,7 +54,7 @@ def in_chunks(size, **patches):
 WAYS = {
     "several chunks": partial(in_chunks, 1 << 12),
     "one chunk": partial(in_chunks, 1 << 25),
-    "an accelerator": partial(in_chunks, 1 << 25, as_array=lambda tensor: tensor),
+    "an accelerator": partial(in_chunks, 1 << 25, without_numpy=True),
 }
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 

@@ -16,6 +16,15 @@ def as_array(tensor: Tensor) -> Any:
     return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
 
+def as_float32(tensor: Tensor) -> Any:
+    """Return what ``as_array`` does, in float32; NumPy has no bfloat16, the upper half of one."""
+    if tensor.device.type != "cpu" or tensor.dtype != torch.bfloat16:
+        return as_array(tensor.float())
+    bits = tensor.view(torch.int16).numpy().astype(np.int32)
+    bits <<= 16
+    return bits.view(np.float32)
+
+
 def places_of(flags: Any) -> Any:
     """Return the places at which one-dimensional flags are set."""
     return np.flatnonzero(flags) if isinstance(flags, np.ndarray) else flags.nonzero()[:, 0]

@@ -175,7 +175,9 @@ def deltas_of(
         rows = room[: len(flat) * (stop - start)].view(len(flat), -1)
         for row, tensor in zip(rows, flat, strict=True):
             row.copy_(tensor[start:stop])
-        yield slice(start, stop), rows[0], rows[1:].sub_(rows[0])
+        for row in rows[1:]:
+            row.sub_(rows[0])
+        yield slice(start, stop), rows[0], rows[1:]
 
 
 class Block(NamedTuple):
