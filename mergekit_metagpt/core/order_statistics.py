@@ -34,7 +34,11 @@ def magnitudes_of(base: Tensor, expert: Tensor, chunk: int) -> Iterator[tuple[sl
     """
     for start in range(0, len(base), chunk):
         part = slice(start, start + chunk)
-        yield part, abs(as_float32(expert[part]) - as_float32(base[part]))
+        yield part, _magnitudes(base[part], expert[part])
+
+
+def _magnitudes(base: Tensor, expert: Tensor) -> Any:
+    return abs(as_float32(expert) - as_float32(base))
 
 
 def order_statistics(
@@ -100,7 +104,7 @@ def _limits(base: Tensor, expert: Tensor, places: Sequence[int]) -> list[tuple[f
     size, count = len(base), int(len(base) ** (2 / 3))
     generator = torch.Generator("cpu").manual_seed(0)
     drawn = torch.randint(size, (count,), generator=generator, device="cpu").to(base.device)
-    sample = in_order(abs(as_float32(expert[drawn]) - as_float32(base[drawn])))
+    sample = in_order(_magnitudes(base[drawn], expert[drawn]))
     limits = []
     for share in (place / size for place in places):
         margin = 2 + _DEVIATIONS * math.sqrt(count * share * (1 - share))

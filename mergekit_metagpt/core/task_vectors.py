@@ -175,7 +175,7 @@ def deltas_of(
         rows = room[: len(flat) * (stop - start)].view(len(flat), -1)
         for row, tensor in zip(rows, flat, strict=True):
             row.copy_(tensor[start:stop])
-        for row in rows[1:]:
+        for row in rows[1:]:  # at once, torch would give each core other columns than before
             row.sub_(rows[0])
         yield slice(start, stop), rows[0], rows[1:]
 

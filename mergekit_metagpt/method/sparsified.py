@@ -76,8 +76,8 @@ def _merge(
     weights = base.new_tensor([[parameters["weight"][i]] for i in inputs.ids], dtype=torch.float32)
     merged = torch.empty_like(base)
     for chunk, start, deltas in deltas_of(base, experts, chunk_size(base.device)):
-        # Row by row: a core then works on the same columns each time. Those that it takes from
-        # another core's cache take three times as long.
+        # Row by row, as in deltas_of: a core then works on the same columns each time. Those that
+        # it takes from another core's cache take three times as long.
         for delta, mask, factor, weight in zip(deltas, masks, factors, weights, strict=True):
             delta.mul_(mask[chunk]).mul_(factor).mul_(weight)
         mixed = _mixed(deltas, weights, stock.consensus_method, parameters)
