@@ -35,12 +35,18 @@ MUTANTS = {
     },
     ("core/arrays.py", "test_method_sparsified.py"): {
         "np.partition(array, place)[place]": "array[place]",
-        'np.argsort(high, kind="stable")': "np.argsort(high)",
+        "dict[int, Result](), iter(range(len(items)))": "{0: None}, iter(range(1, len(items)))",
     },
     ("core/order_statistics.py", "test_method_sparsified.py"): {
-        "if None not in found:": "if any(found):",
-        "self.place >= to_high": "self.place > to_high",
-        "self.place < self.to_low": "self.place <= self.to_low",
+        "if any(None in its for its in found):": "if False:",
+        "if end.start <= place < end.stop:": "if end.start < place < end.stop:",
+        "if low < high else 0": "",
+        "min(self.stop, stop) - max(self.start, start)": "self.stop - self.start",
+        "            left -= counts[-1]\n": "",
+    },
+    ("core/ranks.py", "test_method_sparsified.py"): {
+        "np.arange(last, -1, -1)": "np.arange(last + 1)",
+        "counts[wrong] = ": "_ = ",
     },
     ("core/task_vectors.py", "test_task_vectors.py"): {
         "chosen.sort(key=lambda pair: -pair[1])": "chosen.sort(key=lambda pair: pair[1])",
@@ -53,8 +59,7 @@ MUTANTS = {
     ("method/sparsified.py", "test_method_sparsified.py"): {
         "size - max(1, int(density * size))": "size - int(density * size)",
         "majority = votes.sum(dim=0).ge_(0)": "majority = votes.sum(dim=0).gt_(0)",
-        "min(end.stop, stop) - max(end.start, start)": "end.stop - end.start",
-        "magnitudes.reshape(-1, length).flip(1)": "magnitudes.reshape(-1, length)",
+        "if 0 < quota < equals:": "if False:",
     },
     ("measure/identity.py", "test_surveys.py"): {
         "return stat.st_ino, stat.st_size, stat.st_mtime_ns": "return stat.st_ino, stat.st_size, 0",

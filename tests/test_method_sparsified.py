@@ -1,7 +1,7 @@
 """Sparsified merges against MergeKit's own code. Of equal magnitudes the first are kept."""
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
@@ -39,14 +39,16 @@ every_method = pytest.mark.parametrize("method", OURS, ids=lambda method: method
 
 @contextmanager
 def in_chunks(size, *, without_numpy=False):
-    patches = {"as_array": lambda tensor: tensor} if without_numpy else {}
-    with (
-        mock.patch.multiple(sparsified, chunk_size=lambda device: size, **patches),
-        mock.patch.object(order_statistics, "as_float32", torch.Tensor.float)
-        if without_numpy
-        else nullcontext(),
-    ):
-        yield
+    with mock.patch.object(sparsified, "chunk_size", return_value=size):
+        if not without_numpy:
+            yield
+            return
+        same = {"as_array": lambda tensor: tensor}
+        with (
+            mock.patch.multiple(sparsified, **same),
+            mock.patch.multiple(order_statistics, **same, as_bits=same["as_array"]),
+        ):
+            yield
 
 
 # The arithmetic of a CPU in several chunks and in one, and that of an accelerator, which has no

@@ -1,14 +1,19 @@
 """CPU tensors as NumPy arrays, which compare, find and sort several times as fast.
 
+NumPy works on one core, so there are threads beside it; torch's own would wait for each other.
 The other functions take what ``as_array`` returns.
 """
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def as_array(tensor: Tensor) -> Any:
@@ -16,13 +21,72 @@ def as_array(tensor: Tensor) -> Any:
     return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
 
-def as_float32(tensor: Tensor) -> Any:
-    """Return what ``as_array`` does, in float32; NumPy has no bfloat16, the upper half of one."""
-    if tensor.device.type != "cpu" or tensor.dtype != torch.bfloat16:
-        return as_array(tensor.float())
-    bits = tensor.view(torch.int16).numpy().astype(np.int32)
-    bits <<= 16
-    return bits.view(np.float32)
+def library_of(array: Any) -> Any:
+    """Return the library of an array: numpy or torch, which give many functions the same names."""
+    return np if isinstance(array, np.ndarray) else torch
+
+
+def as_bits(tensor: Tensor) -> Any:
+    """Return what ``as_array`` does; NumPy has no bfloat16, but int16."""
+    is_narrow = tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+    return as_array(tensor.view(torch.int16) if is_narrow else tensor)
+
+
+class Room:
+    """Memory that a core works in again and again: new pages take longer than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.numbers = np.empty((2, 0), np.float32)
+        self.flags = np.empty((2, 0), np.bool_)
+
+    def fit(self, size: int) -> None:
+        """Make room for so many numbers, twice."""
+        if self.flags.shape[1] < size:
+            self.numbers = np.empty((2, size), np.float32)
+            self.flags = np.empty((2, size), np.bool_)
+
+
+_ROOMS: list[Room] = []  # that no core works in
+
+
+def as_float32(numbers: Any, room: Any) -> Any:
+    """Return an array in float32: itself, or in a room of its size what ``as_bits`` returned."""
+    if numbers.dtype == np.float32:
+        return numbers
+    if numbers.dtype == np.int16:  # a bfloat16 is the upper half of a float32
+        bits = room.view(np.int32)
+        np.copyto(bits, numbers)
+        bits <<= 16
+    else:
+        np.copyto(room, numbers)
+    return room
+
+
+def on_all_cores(
+    function: Callable[[Item, Room], Result], items: Sequence[Item], device: torch.device
+) -> list[Result]:
+    """Apply a function to each item, on a CPU in as many threads as torch may use.
+
+    The function gets room that only its own thread works in.
+    """
+    results, numbers = dict[int, Result](), iter(range(len(items)))
+
+    def work() -> None:
+        room = _ROOMS.pop() if _ROOMS else Room()
+        for number in numbers:  # each thread takes the next one
+            results[number] = function(items[number], room)
+        _ROOMS.append(room)
+
+    others = min(torch.get_num_threads(), len(items)) - 1 if device.type == "cpu" else 0
+    if others < 1:
+        work()
+    else:
+        with ThreadPoolExecutor(others) as pool:
+            working = [pool.submit(work) for _ in range(others)]
+            work()  # this thread is on a core already
+            for each in working:
+                each.result()
+    return [results[number] for number in range(len(items))]
 
 
 def places_of(flags: Any) -> Any:
@@ -43,24 +107,5 @@ def at_place(array: Any, place: int) -> float:
 
 
 def in_order(array: Any) -> Any:
-    """Return the numbers in rising order."""
+    """Return the numbers of the last axis in rising order."""
     return np.sort(array) if isinstance(array, np.ndarray) else array.sort().values
-
-
-def places_in_order(rows: Any) -> Any:
-    """Return the places of each row's float32 numbers ≥ 0 in rising order, equal ones as they are.
-
-    NumPy sorts 16 bits by radix. Twice that takes half as long as one sort of 32 bits.
-    """
-    if not isinstance(rows, np.ndarray):
-        return rows.sort(dim=1, stable=True).indices
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        parts = np.array_split(rows, torch.get_num_threads())
-        return np.concatenate(list(pool.map(_by_radix, parts)))
-
-
-def _by_radix(rows: Any) -> Any:
-    bits = rows.view(np.uint32)  # they grow with a number ≥ 0
-    by_low = np.argsort(bits.astype(np.uint16), kind="stable")
-    high = np.take_along_axis((bits >> 16).astype(np.uint16), by_low, axis=1)
-    return np.take_along_axis(by_low, np.argsort(high, kind="stable"), axis=1)

@@ -50,7 +50,7 @@ def room_for(like: Tensor, dtype: torch.dtype, numbers: int) -> Tensor:
     if room is None or len(room) < numbers:
         with torch.inference_mode(False):  # as in buffers_like
             room = _SCRATCH.rooms[dtype] = torch.empty(numbers, dtype=dtype, device="cpu")
-    return room
+    return room[:numbers]
 
 
 def chunks_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -1,114 +1,188 @@
-"""Order statistics of a task vector's magnitudes, without sorting them.
+"""Order statistics of the magnitudes of task vectors, without sorting them.
 
 R. W. Floyd and R. L. Rivest, "Expected time bounds for selection", CACM 18, 1975. Task vectors of
 16-bit models have many equal magnitudes, so those that equal a limit are counted, not collected.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_metagpt.core.arrays import as_float32, at_place, count_of, in_order
+from mergekit_metagpt.core.arrays import (
+    Room,
+    as_array,
+    as_bits,
+    as_float32,
+    at_place,
+    count_of,
+    in_order,
+    library_of,
+    on_all_cores,
+)
 
 # How far a place may be from that in a random sample. If it is farther, counting shows it.
 _DEVIATIONS = 3
 
+Limits = tuple[float, float]
+
 
 class OrderStatistic(NamedTuple):
-    """A magnitude; in rising order, its equals are at ``[start:stop]``."""
+    """A magnitude, and where its equals are."""
 
     value: float
-    start: int
-    stop: int
+    start: int  # of its equals in rising order
+    equals: Sequence[int]  # how many each chunk has
+
+    @property
+    def stop(self) -> int:
+        """The end of its equals in rising order."""
+        return self.start + sum(self.equals)
+
+    def within(self, start: int, stop: int) -> list[int]:
+        """Return how many of each chunk's equals are at these places, the first in memory.
+
+        Some are.
+        """
+        left, counts = min(self.stop, stop) - max(self.start, start), []
+        for equals in self.equals:
+            counts.append(min(equals, left))
+            left -= counts[-1]
+        return counts
 
 
-def magnitudes_of(base: Tensor, expert: Tensor, chunk: int) -> Iterator[tuple[slice, Any]]:
-    """Yield the magnitudes of a flat task vector in float32, so many at a time, and their places.
+class Magnitudes:
+    """The magnitudes of T flat task vectors in float32, some at a time: arrays of a CPU's NumPy.
 
-    On a CPU one core computes them and compares them. Numbers that it takes from another core's
-    cache take three times as long.
+    Those that are in a room are overwritten by the next ones; so are flags of the same number.
+
+    Attributes:
+        device: of the tensors.
+        size: how many numbers a task vector has.
+        chunks: parts of it to work on at a time.
     """
-    for start in range(0, len(base), chunk):
-        part = slice(start, start + chunk)
-        yield part, _magnitudes(base[part], expert[part])
 
+    def __init__(self, base: Tensor, experts: Sequence[Tensor], chunks: Sequence[slice]) -> None:
+        """Take θ_0 and T θ_t, flat, on the same device."""
+        self.device, self.size, self.chunks = base.device, len(base), chunks
+        self._start, *self._ends = map(as_bits, (base, *experts))
+        self._library = library_of(self._start)
 
-def _magnitudes(base: Tensor, expert: Tensor) -> Any:
-    return abs(as_float32(expert) - as_float32(base))
+    def of(self, expert: int, places: Any, room: Room) -> Any:
+        """Return the magnitudes of an expert at some places: a slice, or an array."""
+        start, end = self._start[places], self._ends[expert][places]
+        if self._library is torch:
+            return (end.float() - start.float()).abs_()
+        room.fit(len(start))
+        result, other = room.numbers[:, : len(start)]
+        np.subtract(as_float32(end, result), as_float32(start, other), out=result)
+        return np.abs(result, out=result)
+
+    def flags(self, comparison: str, its: Any, value: float, room: Room, number: int = 0) -> Any:
+        """Return which magnitudes are ``less``, ``greater``, … than a value."""
+        out = None if self._library is torch else room.flags[number, : len(its)]
+        return getattr(self._library, comparison)(its, value, out=out)
+
+    def sample(self, expert: int, room: Room) -> Any:
+        """Return the magnitudes at random places, in rising order."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        count = int(self.size ** (2 / 3))
+        drawn = torch.randint(self.size, (count,), generator=generator, device="cpu")
+        return in_order(self.of(expert, as_array(drawn.to(self.device)), room))
 
 
 def order_statistics(
-    base: Tensor, expert: Tensor, places: Sequence[int], chunk: int
-) -> Sequence[OrderStatistic]:
-    """Return the magnitudes of a task vector at some places of their rising order.
+    magnitudes: Magnitudes, places: Sequence[Sequence[int]]
+) -> list[list[OrderStatistic]]:
+    """Return for each expert the magnitudes at some places of their rising order.
 
     Each is looked for between two limits that a sample suggests. Counting shows whether it is
-    there; only what lies between is put in order.
-
-    Args:
-        base: θ_0, flat.
-        expert: θ_t, flat, of the same size and device.
-        places: of which 0 is that of the smallest.
-        chunk: how many numbers are worked on at a time.
+    there; only what lies between is put in order. Place 0 is that of the smallest.
     """
-    for limits in (_limits(base, expert, places), [(-1.0, math.inf)] * len(places)):
-        searches = [_Search(place, *pair) for place, pair in zip(places, limits, strict=True)]
-        for _, magnitudes in magnitudes_of(base, expert, chunk):
-            for search in searches:
-                search.add(magnitudes)
-        found = [search.found() for search in searches]
-        if None not in found:
-            break
-    return [it for it in found if it]
+    experts = range(len(places))
+    limits = on_all_cores(
+        lambda t, room: _limits(magnitudes.sample(t, room), magnitudes.size, places[t]),
+        experts,
+        magnitudes.device,
+    )
+    found = _between(magnitudes, places, limits)
+    if any(None in its for its in found):
+        found = _between(magnitudes, places, [[(-1.0, math.inf)] * len(its) for its in places])
+    return [[it for it in its if it] for its in found]
 
 
-class _Search:
-    """Looks for the magnitude at a place of the rising order between two limits."""
-
-    def __init__(self, place: int, low: float, high: float) -> None:
-        self.place, self.low, self.high = place, low, high
-        self.smaller = self.to_low = self.to_high = 0  # how many are < low, <= low, <= high
-        self.between: list[Any] = []
-
-    def add(self, magnitudes: Any) -> None:
-        """Count a chunk."""
-        beyond = magnitudes > self.low
-        self.smaller += len(magnitudes) - count_of(magnitudes >= self.low)
-        self.to_low += len(magnitudes) - count_of(beyond)
-        self.to_high += count_of(magnitudes <= self.high)
-        beyond &= magnitudes < self.high
-        self.between.append(magnitudes[beyond])
-
-    def found(self) -> OrderStatistic | None:
-        """Return what is at the place, or None if it is beyond the limits."""
-        library: Any = np if isinstance(self.between[0], np.ndarray) else torch
-        between = library.concatenate(self.between)
-        to_high = self.to_low + len(between)  # how many are < high, if it is not low
-        if not self.smaller <= self.place < self.to_high:
-            return None
-        if self.place < self.to_low:
-            return OrderStatistic(self.low, self.smaller, self.to_low)
-        if self.place >= to_high:
-            return OrderStatistic(self.high, to_high, self.to_high)
-        value = at_place(between, self.place - self.to_low)
-        start = self.to_low + count_of(between < value)
-        return OrderStatistic(value, start, start + count_of(between == value))
-
-
-def _limits(base: Tensor, expert: Tensor, places: Sequence[int]) -> list[tuple[float, float]]:
-    """Return two limits around the magnitude at each place, guessed from a sample."""
-    size, count = len(base), int(len(base) ** (2 / 3))
-    generator = torch.Generator("cpu").manual_seed(0)
-    drawn = torch.randint(size, (count,), generator=generator, device="cpu").to(base.device)
-    sample = in_order(_magnitudes(base[drawn], expert[drawn]))
-    limits = []
+def _limits(sample: Any, size: int, places: Sequence[int]) -> list[Limits]:
+    """Return two limits around the magnitude at each place, guessed from a sample in order."""
+    limits, count = [], len(sample)
     for share in (place / size for place in places):
         margin = 2 + _DEVIATIONS * math.sqrt(count * share * (1 - share))
         first, last = math.floor(share * count - margin), math.ceil(share * count + margin)
         low = float(sample[first]) if first >= 0 else -1.0
         limits.append((low, float(sample[last]) if last < count else math.inf))
     return limits
+
+
+def _between(
+    magnitudes: Magnitudes, places: Sequence[Sequence[int]], limits: Sequence[Sequence[Limits]]
+) -> list[list[OrderStatistic | None]]:
+    """Look for each place between two limits; None if it is beyond them."""
+    pairs = list(product(range(len(places)), magnitudes.chunks))
+    counts = on_all_cores(
+        lambda pair, room: _counted(magnitudes, pair[0], pair[1], limits[pair[0]], room),
+        pairs,
+        magnitudes.device,
+    )
+    length = len(magnitudes.chunks)
+    return [
+        [
+            _found(place, pair, [chunk[i] for chunk in counts[t * length : (t + 1) * length]])
+            for i, (place, pair) in enumerate(zip(places[t], limits[t], strict=True))
+        ]
+        for t in range(len(places))
+    ]
+
+
+class _Counts(NamedTuple):
+    """How many magnitudes of a chunk are below two limits and equal to them, and those between."""
+
+    below: int
+    low: int
+    between: Any
+    high: int
+
+
+def _counted(
+    magnitudes: Magnitudes, expert: int, chunk: slice, limits: Sequence[Limits], room: Room
+) -> list[_Counts]:
+    its, counts = magnitudes.of(expert, chunk, room), []
+    for low, high in limits:
+        below = count_of(magnitudes.flags("less", its, low, room))
+        inside = magnitudes.flags("greater", its, low, room, number=1)
+        at_low = len(its) - below - count_of(inside)
+        to_high = count_of(magnitudes.flags("less_equal", its, high, room))
+        below_high = magnitudes.flags("less", its, high, room)
+        at_high = to_high - count_of(below_high) if low < high else 0
+        inside &= below_high
+        counts.append(_Counts(below, at_low, its[inside], at_high))
+    return counts
+
+
+def _found(place: int, limits: Limits, counts: Sequence[_Counts]) -> OrderStatistic | None:
+    parts = [chunk.between for chunk in counts]
+    between = library_of(parts[0]).concatenate(parts)
+    before = sum(chunk.below for chunk in counts)
+    at_low = OrderStatistic(limits[0], before, [chunk.low for chunk in counts])
+    to_high = at_low.stop + len(between)
+    at_high = OrderStatistic(limits[1], to_high, [chunk.high for chunk in counts])
+    for end in (at_low, at_high):
+        if end.start <= place < end.stop:
+            return end
+    if not at_low.stop <= place < to_high:
+        return None
+    value = at_place(between, place - at_low.stop)
+    start = at_low.stop + count_of(between < value)
+    return OrderStatistic(value, start, [count_of(chunk.between == value) for chunk in counts])

@@ -7,6 +7,7 @@ first, which differ from platform to platform.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,13 +19,17 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_metagpt.core.arrays import as_array, count_of, places_in_order, places_of
-from mergekit_metagpt.core.buffers import chunk_size
+from mergekit_metagpt.core.arrays import Room, as_array, on_all_cores, places_of
+from mergekit_metagpt.core.buffers import chunk_size, room_for
 from mergekit_metagpt.core.inputs import TensorInputs
-from mergekit_metagpt.core.order_statistics import magnitudes_of, order_statistics
+from mergekit_metagpt.core.order_statistics import Magnitudes, order_statistics
+from mergekit_metagpt.core.ranks import kept_by_rank
 from mergekit_metagpt.core.task_vectors import Sum, deltas_of, working_dtype
 from mergekit_metagpt.method.random_streams import own_stream
 
+# Each core selects by itself, in parts of the chunks that torch divides among all of them.
+_PARTS = 2
+_PARTS_TO_SORT = 16  # of int64
 _LEAST = 2.0**-149  # the least positive float32
 
 
@@ -68,10 +73,9 @@ def _merge(
     base, *experts = (tensor.detach().reshape(-1) for tensor in tensors)
     masks = base.new_ones((len(experts), len(base)), dtype=torch.int8)
     factors = base.new_ones((len(experts), 1), dtype=torch.float32)
-    for id_, expert, mask, factor in zip(inputs.ids, experts, masks, factors, strict=True):
-        own = {k: parameters[k][id_] for k in ("density", "gamma", "epsilon") if k in parameters}
-        _sparsify(mask, base, expert, stock.sparsification_method, inputs.base.shape, **own)
-        if parameters["rescale"]:
+    _sparsify(masks, base, experts, stock.sparsification_method, inputs, parameters)
+    if parameters["rescale"]:
+        for mask, expert, factor in zip(masks, experts, factors, strict=True):
             factor.fill_(_factor(mask, base, expert))
     weights = base.new_tensor([[parameters["weight"][i]] for i in inputs.ids], dtype=torch.float32)
     merged = torch.empty_like(base)
@@ -86,63 +90,77 @@ def _merge(
 
 
 def _sparsify(
-    mask: Tensor,
+    masks: Tensor,
     base: Tensor,
-    expert: Tensor,
+    experts: Sequence[Tensor],
     method: SparsificationMethod | None,
-    shape: Sequence[int],
-    density: float,
-    gamma: float = 0,
-    epsilon: float = 0,
+    inputs: TensorInputs,
+    parameters: Mapping[str, Any],
 ) -> None:
-    """Write 0 into a mask of ones (int8) where ``mergekit.sparsify`` drops a number of θ_t − θ_0.
+    """Write 0 into masks of ones (int8) where ``mergekit.sparsify`` drops numbers of θ_t − θ_0.
 
     The tensors are flat; DELLA needs the shape that they had.
     """
-    size = len(mask)
-    if method is None or density >= 1:
-        return
-    if method == SparsificationMethod.random:
-        for part in torch.split(mask, chunk_size(mask.device)):
-            _draw(part, density)
-    elif density <= 0:
-        mask.zero_()
-    elif method == SparsificationMethod.magnitude:
-        _keep_between(mask, base, expert, size - max(1, int(density * size)), size)
-    elif method == SparsificationMethod.magnitude_outliers:
-        count = int(density * size)
-        start = max(0, size - count - int(gamma * size))
-        _keep_between(mask, base, expert, start, start + count)
-    else:
-        _draw_by_rank(mask, base, expert, shape, density, epsilon)
+    size, kept = len(base), dict[int, tuple[int, int]]()  # by expert
+    for t, (id_, mask) in enumerate(zip(inputs.ids, masks, strict=True)):
+        density = parameters["density"][id_] if method else 1.0
+        if density >= 1:
+            continue
+        if method == SparsificationMethod.random:
+            for part in torch.split(mask, chunk_size(mask.device)):
+                as_array(part)[:] = as_array(_drawn(part)) < density
+        elif density <= 0:
+            mask.zero_()
+        elif method == SparsificationMethod.magnitude:
+            kept[t] = size - max(1, int(density * size)), size
+        elif method == SparsificationMethod.magnitude_outliers:
+            count = int(density * size)
+            start = max(0, size - count - int(parameters["gamma"][id_] * size))
+            if count:
+                kept[t] = start, start + count
+            else:
+                mask.zero_()
+        else:
+            epsilon = parameters["epsilon"][id_]
+            _draw_by_rank(mask, base, experts[t], inputs.base.shape, density, epsilon)
+    if kept:
+        its = [experts[t] for t in kept]
+        _keep_between([masks[t] for t in kept], base, its, list(kept.values()))
 
 
-def _keep_between(mask: Tensor, base: Tensor, expert: Tensor, start: int, stop: int) -> None:
-    """Keep what is at ``[start:stop]`` when the smallest magnitude comes first.
+def _keep_between(
+    masks: Sequence[Tensor],
+    base: Tensor,
+    experts: Sequence[Tensor],
+    kept: Sequence[tuple[int, int]],
+) -> None:
+    """Keep of each expert what is from start to stop when the smallest magnitude comes first.
 
     Of equal magnitudes the first in memory are kept.
     """
-    if start == stop:
-        mask.zero_()
-        return
-    size = max(1, chunk_size(base.device) // 4)  # for one core's cache
+    size = len(base)
+    chunks = _chunks(size, chunk_size(base.device) // _PARTS)
+    magnitudes = Magnitudes(base, experts, chunks)
     # If there are no outliers to drop, there is no second end to find.
-    ends = order_statistics(base, expert, [start] if stop == len(mask) else [start, stop - 1], size)
-    quotas = {end.value: min(end.stop, stop) - max(end.start, start) for end in ends}
-    marks = as_array(mask)
-    for chunk, magnitudes in magnitudes_of(base, expert, size):
-        kept = magnitudes > ends[0].value
-        if len(ends) > 1:
-            kept &= magnitudes < ends[1].value
-        for value, quota in quotas.items():
-            if quota:
-                equal = magnitudes == value
-                count = count_of(equal)
-                if count > quota:
-                    equal[places_of(equal)[quota:]] = False
-                kept |= equal
-                quotas[value] -= min(count, quota)
-        marks[chunk] = kept
+    places = [[start] if stop == size else [start, stop - 1] for start, stop in kept]
+    ends = order_statistics(magnitudes, places)
+    quotas = [[end.within(*kept[t]) for end in its] for t, its in enumerate(ends)]
+
+    def keep(pair: tuple[int, int], room: Room) -> None:
+        t, number = pair
+        its, both = magnitudes.of(t, chunks[number], room), zip(ends[t], quotas[t], strict=True)
+        cuts = [(end.value, end.equals[number], quota[number]) for end, quota in both]
+        (value, equals, quota), *upper = cuts
+        flags = magnitudes.flags("greater" + "_equal" * (quota == equals), its, value, room)
+        for value, equals, quota in upper:
+            comparison = "less" + "_equal" * (quota == equals)
+            flags &= magnitudes.flags(comparison, its, value, room, number=1)
+        for value, equals, quota in cuts:
+            if 0 < quota < equals:
+                flags[places_of(its == value)[:quota]] = True
+        as_array(masks[t])[chunks[number]] = flags
+
+    on_all_cores(keep, list(product(range(len(experts)), range(len(chunks)))), base.device)
 
 
 def _draw_by_rank(
@@ -152,24 +170,38 @@ def _draw_by_rank(
     if density + epsilon >= 1 or density - epsilon <= 0:
         raise ValueError("Epsilon must be chosen such that density +/- epsilon is in (0, 1)")
     length, *inner = shape[1:] if len(shape) > 1 else shape
-    apart = math.prod(inner)
     ranks = torch.arange(length, dtype=torch.float32, device=base.device)
     by_rank = ranks.div_(length - 1).mul_(2 * epsilon).add_(density - epsilon)
-    rows = max(1, chunk_size(base.device) // (length * apart)) * length * apart
-    for part, start, end in zip(*(torch.split(t, rows) for t in (mask, base, expert)), strict=True):
-        magnitudes = (end.float() - start.float()).abs_().view(-1, length, apart).transpose(1, 2)
-        # From the last to the first, so that the first of equal magnitudes has the highest rank.
-        order = places_in_order(as_array(magnitudes.reshape(-1, length).flip(1)))
-        order = torch.as_tensor(order, device=base.device).neg_().add_(length - 1)
-        probabilities = torch.empty_like(order, dtype=torch.float32)
-        probabilities.scatter_(1, order, by_rank.expand_as(order))
-        _draw(part, probabilities.view_as(magnitudes).transpose(1, 2).reshape(-1))
+    for part in _chunks(len(mask), chunk_size(base.device), length * math.prod(inner)):
+        _draw_part(mask[part], base[part], expert[part], math.prod(inner), as_array(by_rank))
 
 
-def _draw(mask: Tensor, probability: Tensor | float) -> None:
-    """Write 1 with a probability, or else 0; on the CPU, what ``torch.bernoulli`` draws."""
-    uniform = torch.rand(len(mask), dtype=torch.float32, device=mask.device)
-    mask.copy_(uniform.lt_(probability))
+def _draw_part(mask: Tensor, base: Tensor, expert: Tensor, apart: int, by_rank: Any) -> None:
+    """Draw numbers with the probabilities of their ranks; those of a row are ``apart``."""
+    unit = len(by_rank) * apart
+    parts = _chunks(len(mask), chunk_size(base.device) // _PARTS_TO_SORT, unit)
+    magnitudes = Magnitudes(base, [expert], parts)
+    marks, drawn = as_array(mask), as_array(_drawn(mask))
+
+    def rows_of(flat: Any) -> Any:
+        return flat.reshape(-1, len(by_rank), apart).swapaxes(1, 2)
+
+    def keep(part: slice, room: Room) -> None:
+        rows = rows_of(magnitudes.of(0, part, room))
+        rows_of(marks[part])[:] = kept_by_rank(rows, rows_of(drawn[part]), by_rank)
+
+    on_all_cores(keep, parts, base.device)
+
+
+def _chunks(size: int, chunk: int, unit: int = 1) -> list[slice]:
+    """Return parts of about a chunk, each of whole units."""
+    step = max(1, chunk // unit) * unit
+    return [slice(start, start + step) for start in range(0, size, step)]
+
+
+def _drawn(like: Tensor) -> Tensor:
+    """Return numbers from 0 to 1 in float32, as ``torch.bernoulli`` draws them on the CPU."""
+    return room_for(like, torch.float32, len(like)).uniform_()
 
 
 def _factor(mask: Tensor, base: Tensor, expert: Tensor) -> float:
