@@ -47,6 +47,7 @@ class Room:
 
 
 _ROOMS: list[Room] = []  # that no core works in
+_LARGEST = 1 << 22  # a single long row is not kept
 
 
 def as_float32(numbers: Any, room: Any) -> Any:
@@ -72,10 +73,14 @@ def on_all_cores(
     results, numbers = dict[int, Result](), iter(range(len(items)))
 
     def work() -> None:
-        room = _ROOMS.pop() if _ROOMS else Room()
+        try:
+            room = _ROOMS.pop()
+        except IndexError:
+            room = Room()
         for number in numbers:  # each thread takes the next one
             results[number] = function(items[number], room)
-        _ROOMS.append(room)
+        if room.flags.shape[1] <= _LARGEST:
+            _ROOMS.append(room)
 
     others = min(torch.get_num_threads(), len(items)) - 1 if device.type == "cpu" else 0
     if others < 1:
