@@ -39,7 +39,7 @@ MUTANTS = {
     },
     ("core/order_statistics.py", "test_method_sparsified.py"): {
         "if any(None in its for its in found):": "if False:",
-        "if end.start <= place < end.stop:": "if end.start < place < end.stop:",
+        "if end.start <= place < end.stop:": "if end.start <= place <= end.stop:",
         "if low < high else 0": "",
         "min(self.stop, stop) - max(self.start, start)": "self.stop - self.start",
         "            left -= counts[-1]\n": "",

@@ -23,7 +23,7 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 )
 from mergekit.sparsify import SparsificationMethod, rescaled_masked_tensor, sparsify
 
-from mergekit_metagpt.core import order_statistics
+from mergekit_metagpt.core import order_statistics, ranks
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import working_dtype
 from mergekit_metagpt.method import sparsified
@@ -244,7 +244,26 @@ def test_a_sample_may_mislead_but_keeps_nothing_wrong(name, rule, monkeypatch):
         monkeypatch.setattr(order_statistics, "_limits", lambda *it, both=both: both[: len(it[-1])])
         for kind in KINDS.values():
             tensor = kind(3000, torch.Generator().manual_seed(3))
-            assert_same_bytes(get(name), torch.zeros(3000), [tensor], density=0.5)
+            for density in (0.3, 0.5):
+                assert_same_bytes(get(name), torch.zeros(3000), [tensor], density=density)
+
+
+@every_way
+@pytest.mark.parametrize("kind", ["equal", "two values", "few values", "bfloat16 differences"])
+def test_of_equal_ones_the_first_have_the_highest_ranks(way, rule, kind):
+    tensor = KINDS[kind](5000, torch.Generator().manual_seed(4)).view(5, 100, 10)
+    with way():
+        base, parameters = torch.zeros_like(tensor), {"density": 0.5, "epsilon": 0.4}
+        assert_same_bytes(get("metagpt_della"), base, [tensor], **parameters)
+
+
+def test_ranks_that_draws_need_are_exact():
+    rising = (torch.arange(70_000).float() / 69_999 * 0.3 + 0.4).numpy()
+    infinite = np.float32(np.inf)
+    for values in (rising, np.nextafter(rising, infinite), np.nextafter(rising, -infinite)):
+        inside = values[(values >= rising[0]) & (values < rising[-1])]
+        counts = ranks._counts_up_to(inside, rising)
+        assert (counts == np.searchsorted(rising, inside, side="right")).all()
 
 
 def test_a_million_differences_are_kept_as_in_mergekit(rule):
