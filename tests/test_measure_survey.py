@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from conftest import edit, llama_config, merge_config, read, run, save_family, slices_config
+from conftest import (
+    checkpoints,
+    edit,
+    llama_config,
+    merge_config,
+    read,
+    run,
+    save_family,
+    slices_config,
+)
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.merge_methods.base import TensorGroup
 from safetensors.torch import save_file
@@ -17,7 +26,6 @@ from mergekit_metagpt import scaling_coefficients
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.measure import headers, surveys
-from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.headers import Header, read_header
 from mergekit_metagpt.measure.loaders import forget_files
 from mergekit_metagpt.measure.provider import PROVIDER, StoredModels
@@ -37,8 +45,7 @@ TENSORS = {
 
 
 def survey(paths, **options):
-    experts = [path for name, path in paths.items() if name != "base"]
-    return Checkpoints.of(paths["base"], experts).survey(progress=False, **options)
+    return checkpoints(paths).survey(progress=False, **options)
 
 
 def test_norms_and_cosines_are_those_of_float64(family):
@@ -74,7 +81,7 @@ def test_a_base_is_described_without_its_data(save, tmp_path):
     for name, tensor in TENSORS.items():
         assert (found[name].shape, found[name].torch_dtype) == (tensor.shape, tensor.dtype)
     for base in (str(path), str(tmp_path)):
-        models = StoredModels(Checkpoints.of(base, [base]), PROVIDER)
+        models = StoredModels(checkpoints({"base": base, "a": base}), PROVIDER)
         assert models.parameters == 12 + 5 + 1
         assert models.shape_of("model.layers.7.w") == (3, 4)
         assert models.shape_of("lost") is None
@@ -130,7 +137,7 @@ def test_a_vocabulary_of_another_size_is_left_out_and_logged(own, caplog):
     """One with other tokens is, too: see test_surveys.py."""
     for name in (TABLE, HEAD):
         edit(own["a"], lambda it, n=name: it.update({n: torch.cat([it[n], torch.ones(4, 32)])}))
-    found = SURVEYS.survey_of(Checkpoints.of(own["base"], [own["a"], own["b"]]))
+    found = SURVEYS.survey_of(checkpoints(own))
     assert found.left_out.keys() == {TABLE, HEAD}
     assert "has shape [68, 32]" in caplog.text
     assert "does not count" in caplog.text

@@ -10,6 +10,7 @@ import platformdirs
 import pytest
 import torch
 from conftest import (
+    checkpoints,
     edit,
     invoke,
     llama_config,
@@ -23,7 +24,6 @@ from conftest import (
 from safetensors.torch import load_file, save
 
 import mergekit_metagpt
-from mergekit_metagpt.measure.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def cached() -> list[Path]:
 def test_the_command_shows_what_was_measured(three):
     base, *experts = three.values()
     shown = json.loads(invoke("survey", *three.values(), "--json").stdout)
-    exact = Checkpoints.of(base, experts).survey(progress=False, products=True)
+    exact = checkpoints(three).survey(progress=False, products=True)
     assert (shown["base"], shown["experts"]) == (base, experts)
     assert tuple(shown["squared_norms"]) == exact.model
     assert shown["cosines"] == exact.cosines
@@ -84,7 +84,7 @@ def test_a_stock_merge_shares_it_with_the_commands(family, tmp_path, merge, pass
     invoke("coefficients", write_yaml(tmp_path / "metagpt.yml", config))  # with inner products
     second = merge(config)
     assert len(passes) == 2
-    assert len({Checkpoints.of(it.base, it.experts) for it in passes}) == 1
+    assert len(set(passes)) == 1
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -147,8 +147,8 @@ def test_tensors_that_only_some_experts_tie_are_measured_for_those(is_frozen, ow
         if is_frozen or path != third:
             edit(path, lambda it: it["lm_head.weight"].copy_(it["model.embed_tokens.weight"]))
     mergekit_metagpt.survey(own["base"], [own["a"], own["b"], third])
-    two = (own["base"], [own["a"], own["b"]])
-    found, exact = mergekit_metagpt.survey(*two), Checkpoints.of(*two).survey(products=True)
+    found = mergekit_metagpt.survey(own["base"], [own["a"], own["b"]])
+    exact = checkpoints(own).survey(products=True)
     assert found.squared_norms == exact.model
     assert found.figures.moved == exact.moved
     assert found.figures.tied == exact.tied

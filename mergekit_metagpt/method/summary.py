@@ -15,7 +15,7 @@ from mergekit_metagpt.core.coefficients import Norms, scaling_coefficients
 from mergekit_metagpt.core.directions import Directions
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.method.parameters import exponent_of
-from mergekit_metagpt.names import canonical, layer_of
+from mergekit_metagpt.names import canonical, grouped, layer_of
 
 
 @dataclass(frozen=True)
@@ -217,14 +217,14 @@ class Summary:
             stack, _, number = layer.rpartition(".")
             return stack, int(number)
 
-        members = _grouped((layer, e) for e in self.entries if (layer := layer_of(e.tensor)))
+        members = grouped((layer, e) for e in self.entries if (layer := layer_of(e.tensor)))
         return [members[layer] for layer in sorted(members, key=in_order)]
 
     @cached_property
     def scopes(self) -> dict[str, list[Entry]]:
         """The tensors of each scope, by its name; one by one where priors vary within it."""
         scopes: dict[str, list[Entry]] = {}
-        for scope, entries in _grouped((entry.scope, entry) for entry in self.entries).items():
+        for scope, entries in grouped((entry.scope, entry) for entry in self.entries).items():
             if len({(entry.experts, entry.coefficients) for entry in entries}) == 1:
                 scopes[scope] = entries
             else:
@@ -279,10 +279,3 @@ class Summary:
             return list(rows[0])  # exactly; a mean would round
         sums = (math.fsum(map(mul, sizes, column)) for column in zip(*rows, strict=True))
         return [one / sum(sizes) for one in sums]
-
-
-def _grouped(entries: Iterable[tuple[str, Entry]]) -> dict[str, list[Entry]]:
-    groups: dict[str, list[Entry]] = {}
-    for name, entry in entries:
-        groups.setdefault(name, []).append(entry)
-    return groups
