@@ -103,9 +103,9 @@ def _settings(
 
 def bad_vocabularies(job: Job) -> Iterator[str]:
     """Find tokenizers that cannot be merged; and if they can, tokens that cannot."""
-    merged = next((t for t in job.outputs.tensors if t.merge.vocabulary_axis is not None), None)
+    merged = next((t for t in job.outputs.tensors if t.vocabulary_axis is not None), None)
     if merged:
-        models = [model for model in job.models if model in merged.merge.task.model_order]
+        models = [model for model in job.models if model in merged.task.model_order]
         bad = list(_bad_tokenizers(job, models, merged.name))
         yield from bad or _bad_tokens(job)
 
@@ -145,11 +145,11 @@ def _bad_tokenizers(job: Job, models: list[ModelReference], tensor: str) -> Iter
 def _bad_tokens(job: Job) -> Iterator[str]:
     """Let MergeKit align rows of zeros: it fails on a token that it has no row for."""
     info = job.outputs.tokenizer_info
-    tensor = next((t for t in job.outputs.tensors if t.merge.vocabulary_is_aligned), None)
+    tensor = next((t for t in job.outputs.tensors if t.vocabulary_is_aligned), None)
     if info is None or tensor is None:
         return
-    align: Any = tensor.merge.task.gather_tensors
-    axis = tensor.merge.vocabulary_axis
+    align: Any = tensor.task.gather_tensors
+    axis = tensor.vocabulary_axis
     rows = {
         model: torch.zeros([n if at == axis else 1 for at, n in enumerate(header.shape)])
         for model, header in tensor.stored.items()
