@@ -28,7 +28,7 @@ from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.measure import headers, surveys
 from mergekit_metagpt.measure.headers import Header, read_header
 from mergekit_metagpt.measure.loaders import forget_files
-from mergekit_metagpt.measure.provider import PROVIDER, StoredModels
+from mergekit_metagpt.measure.provider import StoredModels
 from mergekit_metagpt.measure.survey import Measured, Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
@@ -81,7 +81,7 @@ def test_a_base_is_described_without_its_data(save, tmp_path):
     for name, tensor in TENSORS.items():
         assert (found[name].shape, found[name].torch_dtype) == (tensor.shape, tensor.dtype)
     for base in (str(path), str(tmp_path)):
-        models = StoredModels(checkpoints({"base": base, "a": base}), PROVIDER)
+        models = StoredModels(checkpoints({"base": base, "a": base}), quiet=True)
         assert models.parameters == 12 + 5 + 1
         assert models.shape_of("model.layers.7.w") == (3, 4)
         assert models.shape_of("lost") is None

@@ -61,7 +61,7 @@ class Provider:
             return ModelsInMemory(tensors)
         if not _loading():  # only the planning thread has the options of the command
             _loading().update(self._loading)
-        return self._known.setdefault(checkpoints, StoredModels(checkpoints, self))
+        return self._known.setdefault(checkpoints, StoredModels(checkpoints, self.quiet))
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class StoredModels:
     """A base and experts that MergeKit reads from weight files."""
 
     checkpoints: "Checkpoints"
-    provider: Provider
+    quiet: bool  # shows no progress bar
 
     def merged_as(self, parameters: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the number of each tensor: each is merged by itself."""
@@ -100,7 +100,7 @@ class StoredModels:
                 return tensor.squared_norms
             # First, to save memory: the tensor's own norms need buffers, too.
             survey = SURVEYS.survey_of(
-                self.checkpoints, tensor.base.device, progress=not self.provider.quiet
+                self.checkpoints, tensor.base.device, progress=not self.quiet
             )
             if GRANULARITIES[granularity].keeps_layers and layer_of(tensor.name):
                 self._require_own_layer(tensor)

@@ -31,11 +31,6 @@ class Weights:
         return {layer: dict(headers) for layer, headers in layers.items()}
 
     @property
-    def files(self) -> list[str]:
-        """The paths of the weight files."""
-        return sorted({header.file for header in self.tensors.values()})
-
-    @property
     def index(self) -> ShardedTensorIndex:
         """The index that MergeKit would make of these files."""
         root = self.directory or os.curdir

@@ -41,7 +41,8 @@ def same_models(job: Job) -> Iterator[str]:
     for model, files in job.models.items():
         if model.lora and not files.adapter:
             continue  # the adapter is on the hub
-        stats = frozenset(map(stat_of, (*files.weights.files, files.adapter or ""))) - {None}
+        paths = {files.adapter or "", *(header.file for header in files.weights.tensors.values())}
+        stats = frozenset(map(stat_of, paths)) - {None}
         first = seen.setdefault(stats, model) if stats else model
         if first is not model:
             yield (
