@@ -103,22 +103,19 @@ def test_a_header_is_read_again_only_if_the_file_changes(tmp_path, monkeypatch):
 
 
 class TestTies:
-    @pytest.fixture
-    def tied(self, tmp_path):
-        return save_family(tmp_path, llama_config(tie_word_embeddings=True))
-
-    @pytest.mark.parametrize("stored_twice", [False, True])
-    def test_they_count_once(self, stored_twice, tied):
-        for path in tied.values() if stored_twice else ():
-            edit(path, lambda tensors: tensors.update({HEAD: tensors[TABLE].clone()}))
-        found = survey(tied)
-        assert found.tied == {HEAD: TABLE}
-        assert HEAD not in found.tensors
-        assert TABLE in found.tensors
-
-    def test_an_untied_expert_of_a_tied_base_counts_both(self, tied):
-        edit(tied["a"], lambda tensors: tensors.update({HEAD: tensors[TABLE] + 0.5}))
-        assert HEAD in survey(tied).tensors
+    @pytest.mark.parametrize(
+        ("heads", "by", "tied"),
+        [("", 0, {HEAD: TABLE}), (["base", *"ab"], 0, {HEAD: TABLE}), ("a", 0.5, {})],
+    )
+    def test_they_count_once_unless_an_expert_has_a_head_of_its_own(
+        self, heads, by, tied, tmp_path
+    ):
+        paths = save_family(tmp_path, llama_config(tie_word_embeddings=True))
+        for name in heads:
+            edit(paths[name], lambda tensors: tensors.update({HEAD: tensors[TABLE] + by}))
+        found = survey(paths)
+        assert found.tied == tied
+        assert {TABLE, HEAD} & found.tensors.keys() == {TABLE, HEAD} - tied.keys()
 
     def test_frozen_tensors_are_not_taken_for_tied_ones(self, own):
         original = read(own["base"])
