@@ -31,23 +31,13 @@ class CPUWorkers(multigpu_executor.MultiGPUExecutor):
         self.threads: set[int] = set()
         # MergeKit 0.1.5 sometimes stops while results are still in the queue, with any method,
         # and the merge lacks a tensor. These tests are not about that bug.
-        self.done_event = _Drained(self.task_completion_queue)
+        is_set = self.done_event.is_set
+        self.done_event.is_set = lambda: is_set() and self.task_completion_queue.empty()
 
     def _device_worker(self, *args, **kwargs):
         self.threads.add(threading.get_ident())
         self.start.wait()
         super()._device_worker(*args, **kwargs)
-
-
-class _Drained(threading.Event):
-    """An event that counts as set only when a queue is empty."""
-
-    def __init__(self, queue):
-        super().__init__()
-        self.queue = queue
-
-    def is_set(self):
-        return super().is_set() and self.queue.empty()
 
 
 @pytest.fixture
