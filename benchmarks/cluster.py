@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 import ray
 import torch
+from mergekit.common import ModelPath, ModelReference
 from mergekit.options import MergeOptions
 
 from benchmarks.cluster_costs import Line, Machines, Model, Times, Work
@@ -62,8 +63,8 @@ class Family:
 
     def survey(self, mapper: Mapper) -> None:
         """Measure the task vectors."""
-        checkpoints = Checkpoints.of(str(self.models[0]), [str(path) for path in self.models[1:]])
-        checkpoints.survey("cpu", False, mapper=mapper)
+        base, *experts = (ModelReference(model=ModelPath(path=str(it))) for it in self.models)
+        Checkpoints(base, tuple(experts)).survey("cpu", False, mapper=mapper)
 
     def merge(self, ray: str | None = None) -> None:
         """Merge at granularity tensor, which needs no survey."""

@@ -6,6 +6,7 @@ from os.path import commonprefix
 from typing import TypeVar
 
 Id = TypeVar("Id", bound=Hashable)
+Value = TypeVar("Value")
 
 _LAYER = re.compile(r"(?:^|\.)\d+(?=\.)")
 
@@ -38,6 +39,18 @@ def number_of_layer(tensor: str) -> str | None:
 def canonical(ids: Iterable[Id]) -> list[Id]:
     """Sort ids, so that their order does not depend on the order in the config."""
     return sorted(ids, key=lambda id_: (str(id_), type(id_).__name__))
+
+
+def grouped(pairs: Iterable[tuple[Id, Value]]) -> dict[Id, list[Value]]:
+    """Return the values of each key, both in the order in which they come.
+
+    >>> grouped([("a", 1), ("b", 2), ("a", 3)])
+    {'a': [1, 3], 'b': [2]}
+    """
+    groups: dict[Id, list[Value]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
 
 
 def short_names(models: Iterable[object], longest: int | None = None) -> list[str]:

@@ -275,6 +275,12 @@ def assert_merge_of(out: Path | str, paths: dict[str, str], granularity: str = "
     reference.assert_merged(read(out), base, experts, expected)
 
 
+def checkpoints(paths: dict[str, str]) -> Checkpoints:
+    """Return the checkpoints of a family, which are listed in canonical order."""
+    base, *experts = map(ModelReference.model_validate, paths.values())
+    return Checkpoints(base, tuple(experts))
+
+
 WEIGHTS = {"model.safetensors", "config.json", "mergekit_config.yml", "metagpt.json"}
 WHOLE = WEIGHTS | {"README.md", "coefficients.png"}  # the files of a merge
 

@@ -37,15 +37,13 @@ def test_what_is_not_one_yaml_mapping_is_told_with_its_line(what, tmp_path):
     the_only(inspect(str(file)).problems[-1:], str(file), *parts)
 
 
-@pytest.mark.parametrize("text", ["\ufeffa: 1\n", "---\na: 1\n", "a: 1\n...\n", "a: 1\r\n", "a: 1"])
+@pytest.mark.parametrize(
+    "text",
+    ["\ufeffa: 1\n", "---\na: 1\n", "a: 1\n...\n", "a: 1\r\n", "a: 1", "<<: {a: 2}\na: 1"],
+)
 def test_other_ways_to_write_a_document_are_none_of_these(text, tmp_path):
     (tmp_path / "m.yml").write_bytes(text.encode())
     assert read_config(str(tmp_path / "m.yml")).raw == {"a": 1}
-
-
-def test_merge_keys_may_be_overridden(tmp_path):
-    (tmp_path / "m.yml").write_text("x: &x {a: 1, b: 1}\ny: {<<: *x, a: 2}\nz: {<<: *x, a: 3}\n")
-    assert read_config(str(tmp_path / "m.yml")).raw["z"] == {"a": 3, "b": 1}
 
 
 # Changes of a config, and the places that are named as wrong.
@@ -117,7 +115,6 @@ IDLE = {
         ("models[0] (/", "density must be", "not nan"),
     ),
     "a word behind a filter": (of_first(weight=[{**MLP, "value": "x"}]), ("weight must", "'x'")),
-    "no granularity": (parameters(granularity="modle"), ("granularity must", "'modle'")),
     "no word of a stock method": (
         stock("ties", weight="x", density=1),
         ("Parameter weight must be a float, not 'x'",),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import VOCABULARY, llama_config, save_adapter, save_family
+from conftest import VOCABULARY, checkpoints, llama_config, save_adapter, save_family
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
@@ -25,16 +25,14 @@ from mergekit_metagpt.diagnosis.linearity import (
     logits,
     measure_linearity,
 )
-from mergekit_metagpt.measure.checkpoints import Checkpoints
 
 PROMPTS = list(torch.randint(VOCABULARY, (4, 10), generator=torch.Generator().manual_seed(0)))
 
 
 def measured(paths: dict[str, str], **options: Any) -> list[Linearity]:
-    base, *experts = paths.values()
-    survey = Checkpoints.of(base, experts).survey(progress=False)
-    reference, settings = ModelReference.parse(base), MergeOptions(**options)
-    return measure_linearity(reference, survey, PROMPTS, settings)
+    its = checkpoints(paths)
+    survey = its.survey(progress=False)
+    return measure_linearity(its.base, survey, PROMPTS, MergeOptions(**options))
 
 
 def loaded(paths: dict[str, str], dtype: torch.dtype = torch.float32) -> list[Any]:

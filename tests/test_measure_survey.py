@@ -8,19 +8,26 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from conftest import edit, llama_config, merge_config, read, run, save_family, slices_config
+from conftest import (
+    checkpoints,
+    edit,
+    llama_config,
+    merge_config,
+    read,
+    run,
+    save_family,
+    slices_config,
+)
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.merge_methods.base import TensorGroup
 from safetensors.torch import save_file
 
 from mergekit_metagpt import scaling_coefficients
-from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.measure import headers, surveys
-from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.headers import Header, read_header
 from mergekit_metagpt.measure.loaders import forget_files
-from mergekit_metagpt.measure.provider import PROVIDER, StoredModels
+from mergekit_metagpt.measure.provider import StoredModels
 from mergekit_metagpt.measure.survey import Measured, Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.method.merge_method import MetaGPTMerge
@@ -37,8 +44,7 @@ TENSORS = {
 
 
 def survey(paths, **options):
-    experts = [path for name, path in paths.items() if name != "base"]
-    return Checkpoints.of(paths["base"], experts).survey(progress=False, **options)
+    return checkpoints(paths).survey(progress=False, **options)
 
 
 def test_norms_and_cosines_are_those_of_float64(family):
@@ -74,7 +80,7 @@ def test_a_base_is_described_without_its_data(save, tmp_path):
     for name, tensor in TENSORS.items():
         assert (found[name].shape, found[name].torch_dtype) == (tensor.shape, tensor.dtype)
     for base in (str(path), str(tmp_path)):
-        models = StoredModels(Checkpoints.of(base, [base]), PROVIDER)
+        models = StoredModels(checkpoints({"base": base, "a": base}), quiet=True)
         assert models.parameters == 12 + 5 + 1
         assert models.shape_of("model.layers.7.w") == (3, 4)
         assert models.shape_of("lost") is None
@@ -96,22 +102,19 @@ def test_a_header_is_read_again_only_if_the_file_changes(tmp_path, monkeypatch):
 
 
 class TestTies:
-    @pytest.fixture
-    def tied(self, tmp_path):
-        return save_family(tmp_path, llama_config(tie_word_embeddings=True))
-
-    @pytest.mark.parametrize("stored_twice", [False, True])
-    def test_they_count_once(self, stored_twice, tied):
-        for path in tied.values() if stored_twice else ():
-            edit(path, lambda tensors: tensors.update({HEAD: tensors[TABLE].clone()}))
-        found = survey(tied)
-        assert found.tied == {HEAD: TABLE}
-        assert HEAD not in found.tensors
-        assert TABLE in found.tensors
-
-    def test_an_untied_expert_of_a_tied_base_counts_both(self, tied):
-        edit(tied["a"], lambda tensors: tensors.update({HEAD: tensors[TABLE] + 0.5}))
-        assert HEAD in survey(tied).tensors
+    @pytest.mark.parametrize(
+        ("heads", "by", "tied"),
+        [("", 0, {HEAD: TABLE}), (["base", *"ab"], 0, {HEAD: TABLE}), ("a", 0.5, {})],
+    )
+    def test_they_count_once_unless_an_expert_has_a_head_of_its_own(
+        self, heads, by, tied, tmp_path
+    ):
+        paths = save_family(tmp_path, llama_config(tie_word_embeddings=True))
+        for name in heads:
+            edit(paths[name], lambda tensors: tensors.update({HEAD: tensors[TABLE] + by}))
+        found = survey(paths)
+        assert found.tied == tied
+        assert {TABLE, HEAD} & found.tensors.keys() == {TABLE, HEAD} - tied.keys()
 
     def test_frozen_tensors_are_not_taken_for_tied_ones(self, own):
         original = read(own["base"])
@@ -130,7 +133,7 @@ def test_a_vocabulary_of_another_size_is_left_out_and_logged(own, caplog):
     """One with other tokens is, too: see test_surveys.py."""
     for name in (TABLE, HEAD):
         edit(own["a"], lambda it, n=name: it.update({n: torch.cat([it[n], torch.ones(4, 32)])}))
-    found = SURVEYS.survey_of(Checkpoints.of(own["base"], [own["a"], own["b"]]))
+    found = SURVEYS.survey_of(checkpoints(own))
     assert found.left_out.keys() == {TABLE, HEAD}
     assert "has shape [68, 32]" in caplog.text
     assert "does not count" in caplog.text
@@ -204,17 +207,13 @@ def test_one_merge_has_one_set_of_coefficients(granularity, dtype, tmp_path, mer
         edit(path, widen)
     with noted() as entries:
         merge(merge_config(paths, parameters={"granularity": granularity}, dtype=dtype))
-    scope = GRANULARITIES[granularity].scope
-    used: dict[str, set[tuple[float, ...]]] = {}
-    for entry in entries:
-        used.setdefault(scope(entry.tensor), set()).add(entry.coefficients)
-    assert all(len(rows) == 1 for rows in used.values())
     assert len(passes) == 1
+    used = {(entry.scope, entry.coefficients) for entry in entries}
+    assert len(dict(used)) == len(used)
     found = survey(paths)
     norms = {"layer": found.layers, "model": {"model": found.model}}[granularity]
-    for name, row in norms.items():
-        assert used.pop(name) == {tuple(scaling_coefficients(row))}
-    assert not [name for name in used if granularity == "model" or layer_of(name)]
+    expected = {(scope, tuple(scaling_coefficients(row))) for scope, row in norms.items()}
+    assert {pair for pair in used if granularity == "model" or layer_of(pair[0] + ".")} == expected
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "model"])

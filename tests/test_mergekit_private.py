@@ -4,12 +4,10 @@ A new release of one of them must pass these tests before ``pyproject.toml`` all
 """
 
 import json
+from pathlib import Path
 
 import mergekit.merge
-import pytest
-import transformers
-from conftest import llama_config
-from mergekit.common import ModelReference
+from conftest import merge_config, problems_of
 from mergekit.io.tasks import LoaderCache
 
 from mergekit_metagpt import mergekit_private
@@ -26,19 +24,12 @@ def test_loaders_are_shared_and_the_logger_of_run_merge_has_its_name():
     assert mergekit.merge.LOG.name == mergekit_private.MERGE_LOGGER
 
 
-def test_a_model_with_its_adapter_applied_is_kept_under_both_ids():
-    model = ModelReference.model_validate("some/base+some/adapter")
-    ids = [mergekit_private.unique_id(path) for path in (model.model, model.lora)]
-    assert [id_.partition("_")[0] for id_ in ids] == ["base", "adapter"]
-
-
-def test_a_model_that_wants_its_own_code_is_told(tmp_path):
-    llama_config().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "unheard-of", "auto_map": {"AutoConfig": "code.Config"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "code.py").write_text("raise SystemExit('executed')")
-    with pytest.raises(ValueError, match="trust_remote_code") as failure:
-        transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
-    assert mergekit_private.wants_remote_code(failure.value)
-    assert not mergekit_private.wants_remote_code(ValueError("something else"))
+def test_a_model_that_wants_its_own_code_is_told(own, tmp_path):
+    file = Path(own["b"], "config.json")
+    its = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "code.Config"}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **its}))
+    (file.parent / "code.py").write_text("raise SystemExit('executed')")
+    (sentence,) = problems_of(merge_config(own), tmp_path)
+    assert "pass --trust-remote-code if you trust that code." in sentence
+    file.write_text("{}")
+    assert "--trust-remote-code" not in problems_of(merge_config(own), tmp_path)[0]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import llama_config, merge_config, put_nan, save_family, write_yaml
+from conftest import merge_config, put_nan, write_yaml
 from mergekit import multigpu_executor
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
@@ -16,10 +16,10 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.scripts import run_yaml
 
+from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 
 WORKERS = 4
-GRANULARITIES = ("tensor", "layer", "model")
 
 
 class CPUWorkers(multigpu_executor.MultiGPUExecutor):
@@ -31,23 +31,13 @@ class CPUWorkers(multigpu_executor.MultiGPUExecutor):
         self.threads: set[int] = set()
         # MergeKit 0.1.5 sometimes stops while results are still in the queue, with any method,
         # and the merge lacks a tensor. These tests are not about that bug.
-        self.done_event = _Drained(self.task_completion_queue)
+        is_set = self.done_event.is_set
+        self.done_event.is_set = lambda: is_set() and self.task_completion_queue.empty()
 
     def _device_worker(self, *args, **kwargs):
         self.threads.add(threading.get_ident())
         self.start.wait()
         super()._device_worker(*args, **kwargs)
-
-
-class _Drained(threading.Event):
-    """An event that counts as set only when a queue is empty."""
-
-    def __init__(self, queue):
-        super().__init__()
-        self.queue = queue
-
-    def is_set(self):
-        return super().is_set() and self.queue.empty()
 
 
 @pytest.fixture
@@ -85,7 +75,7 @@ def config_of(family, method, granularity):
 @pytest.mark.parametrize(
     ("method", "granularity"),
     [
-        *(("metagpt", granularity) for granularity in (*GRANULARITIES, "direction")),
+        *(("metagpt", granularity) for granularity in GRANULARITIES),
         ("metagpt_dare_linear", "tensor"),
         ("metagpt_della", "model"),
     ],
@@ -104,12 +94,11 @@ def test_workers_write_the_bytes_of_one_executor(
     assert all(len(executor.threads) == WORKERS for executor in executors)
 
 
-def test_nan_that_one_worker_meets_stops_the_merge_with_its_sentence(executors, tmp_path):
-    paths = save_family(tmp_path, llama_config())
-    put_nan(paths["b"], "model.layers.1.mlp.up_proj.weight")
-    for granularity in GRANULARITIES:
-        with pytest.raises(ValueError, match=rf"layers\.1\.mlp\.up_proj.* {paths['b']} holds NaN"):
-            written(config_of(paths, "metagpt", granularity), tmp_path / "out", multi_gpu=True)
+@pytest.mark.parametrize("granularity", ["tensor", "model"])
+def test_nan_that_one_worker_meets_stops_the_merge(granularity, own, executors, tmp_path):
+    put_nan(own["b"], "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(ValueError, match=rf"layers\.1\.mlp\.up_proj.* {own['b']} holds NaN"):
+        written(config_of(own, "metagpt", granularity), tmp_path / "out", multi_gpu=True)
 
 
 def test_workers_survey_with_the_options_of_the_command(family, executors, tmp_path, monkeypatch):

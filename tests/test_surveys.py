@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import platformdirs
 import pytest
 import torch
 from conftest import (
+    checkpoints,
     edit,
     invoke,
     llama_config,
     merge_config,
-    save_adapter,
     save_family,
     save_tokenizer,
     slices_config,
@@ -23,20 +22,11 @@ from conftest import (
 from safetensors.torch import load_file, save
 
 import mergekit_metagpt
-from mergekit_metagpt.measure.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     return save_family(tmp_path_factory.mktemp("three"), llama_config(), scales=(0.01, 0.03, 0.02))
-
-
-def rewrite(path: str, name: str = "model.norm.weight", factor: float = 3.0) -> None:
-    """Change one small tensor of a checkpoint in place: the same inode, names and size."""
-    tensors = load_file(f"{path}/model.safetensors")
-    tensors[name] = tensors[name] * factor
-    with open(f"{path}/model.safetensors", "r+b") as file:
-        file.write(save(tensors, metadata={"format": "pt"}))
 
 
 def cached() -> list[Path]:
@@ -46,7 +36,7 @@ def cached() -> list[Path]:
 def test_the_command_shows_what_was_measured(three):
     base, *experts = three.values()
     shown = json.loads(invoke("survey", *three.values(), "--json").stdout)
-    exact = Checkpoints.of(base, experts).survey(progress=False, products=True)
+    exact = checkpoints(three).survey(progress=False, products=True)
     assert (shown["base"], shown["experts"]) == (base, experts)
     assert tuple(shown["squared_norms"]) == exact.model
     assert shown["cosines"] == exact.cosines
@@ -84,7 +74,7 @@ def test_a_stock_merge_shares_it_with_the_commands(family, tmp_path, merge, pass
     invoke("coefficients", write_yaml(tmp_path / "metagpt.yml", config))  # with inner products
     second = merge(config)
     assert len(passes) == 2
-    assert len({Checkpoints.of(it.base, it.experts) for it in passes}) == 1
+    assert len(set(passes)) == 1
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -106,14 +96,16 @@ def test_a_model_with_another_tokenizer_is_measured_again(own, passes):
 
 
 def test_a_file_that_an_index_finds_in_a_folder_below_counts(own, passes):
-    below = Path(own["b"], "w")
-    below.mkdir()
-    os.replace(below.parent / "model.safetensors", below / "model.safetensors")
-    names = dict.fromkeys(load_file(below / "model.safetensors"), "w/model.safetensors")
-    index = json.dumps({"weight_map": names})
-    Path(own["b"], "model.safetensors.index.json").write_text(index)
-    for _ in range(2):
-        rewrite(str(below))
+    """And is changed in place, so that only its time tells."""
+    model = Path(own["b"], "model.safetensors")
+    tensors, moved = load_file(model), Path(own["b"], "w", model.name)
+    index = {"weight_map": dict.fromkeys(tensors, f"w/{model.name}")}
+    model.with_suffix(".safetensors.index.json").write_text(json.dumps(index))
+    model.unlink()
+    moved.parent.mkdir()
+    for factor in (1, 3):
+        tensors["model.norm.weight"] *= factor
+        moved.write_bytes(save(tensors, metadata={"format": "pt"}))
         mergekit_metagpt.plan(merge_config(own, parameters={"granularity": "model"}))
     assert len(passes) == 2
 
@@ -147,8 +139,8 @@ def test_tensors_that_only_some_experts_tie_are_measured_for_those(is_frozen, ow
         if is_frozen or path != third:
             edit(path, lambda it: it["lm_head.weight"].copy_(it["model.embed_tokens.weight"]))
     mergekit_metagpt.survey(own["base"], [own["a"], own["b"], third])
-    two = (own["base"], [own["a"], own["b"]])
-    found, exact = mergekit_metagpt.survey(*two), Checkpoints.of(*two).survey(products=True)
+    found = mergekit_metagpt.survey(own["base"], [own["a"], own["b"]])
+    exact = checkpoints(own).survey(products=True)
     assert found.squared_norms == exact.model
     assert found.figures.moved == exact.moved
     assert found.figures.tied == exact.tied
@@ -190,21 +182,3 @@ def test_where_no_cache_can_be_written_models_are_measured(family, monkeypatch, 
     mergekit_metagpt.survey(family["base"], [family["a"]])
     assert len(passes) == 3
     assert len(cached()) == 1
-
-
-def test_a_lora_expert_is_surveyed_as_it_is_merged_and_again_when_trained_again(
-    family, tmp_path, passes
-):
-    words = ["--lora-merge-cache", tmp_path / "cache", "--json"]
-    expert = f"{family['base']}+{tmp_path / 'lora'}"
-    config = merge_config({"base": family["base"], "lora": expert, "a": family["a"]})
-    yml = write_yaml(tmp_path / "metagpt.yml", config)
-    norms = set()
-    for seed in (1, 2):
-        save_adapter(family["base"], tmp_path / "lora", seed=seed)
-        shown = json.loads(invoke("survey", family["base"], expert, family["a"], *words).stdout)
-        norm = dict(zip(shown["experts"], shown["squared_norms"], strict=True))[expert]
-        planned = json.loads(invoke("coefficients", yml, *words).stdout)
-        assert norm in [it["squared_norm"] for it in planned["experts"]]
-        norms.add(norm)
-    assert len(passes) == len(norms) == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import (
+    checkpoints,
     edit,
     invoke,
     llama_config,
@@ -21,7 +22,6 @@ from conftest import (
 )
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.loaders import set_up_worker
 from mergekit_metagpt.workers import RayMapper, in_this_process
 
@@ -31,8 +31,7 @@ pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("cluster")
 
 
 def survey(paths, mapper=in_this_process, products=True):
-    checkpoints = Checkpoints.of(paths["base"], [p for n, p in paths.items() if n != "base"])
-    return checkpoints.survey("cpu", False, products, mapper)
+    return checkpoints(paths).survey("cpu", False, products, mapper)
 
 
 @pytest.fixture

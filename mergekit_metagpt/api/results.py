@@ -11,7 +11,6 @@ from mergekit.common import ModelReference
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from mergekit_metagpt.core.coefficients import scaling_coefficients
 from mergekit_metagpt.measure import survey as measured
 from mergekit_metagpt.method.advice import moved_far, share, warnings
 from mergekit_metagpt.method.summary import Entry, Expert, Summary
@@ -90,7 +89,7 @@ class Survey(Shown):
             "experts": self.experts,
             "parameters": self.figures.parameters,
             "squared_norms": self.squared_norms,
-            "coefficients": scaling_coefficients(self.squared_norms),
+            "coefficients": list(self.summary.entries[0].coefficients),
             "moved": self.figures.moved,
             "cosines": self.cosines,
             "left_out": list(self.figures.left_out),

@@ -1,7 +1,7 @@
 """A base and its experts, read with MergeKit's architectures and loaders."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -25,7 +25,6 @@ from mergekit_metagpt.measure.identity import identity_of, on_hub, stat_of
 from mergekit_metagpt.measure.loaders import HubLoader, forget_models, weight_files
 from mergekit_metagpt.measure.survey import Measured, Survey
 from mergekit_metagpt.measure.vocabularies import tokenizers_agree
-from mergekit_metagpt.names import canonical
 from mergekit_metagpt.workers import Mapper, in_this_process
 
 Device = torch.device | str
@@ -40,14 +39,6 @@ class Checkpoints:
 
     base: ModelReference  # θ_0
     experts: tuple[ModelReference, ...]  # θ_t, in canonical order
-
-    @classmethod
-    def of(
-        cls, base: ModelReference | str, experts: Sequence[ModelReference | str]
-    ) -> "Checkpoints":
-        """Parse references as MergeKit does: ``model``, ``model@revision``, ``model+lora``."""
-        references = [ModelReference.model_validate(expert) for expert in experts]
-        return cls(ModelReference.model_validate(base), tuple(canonical(references)))
 
     @property
     def models(self) -> tuple[ModelReference, ...]:
@@ -112,19 +103,18 @@ class Checkpoints:
             )
             weights = [WeightInfo(name=name) for name in index.tensor_paths if name in common]
         else:
-            trust_remote_code = LoaderCache().trust_remote_code
-            models = [{"model": model} for model in self.models]
+            cache, models = LoaderCache(), [{"model": model} for model in self.models]
             config = MergeConfiguration.model_validate(
                 {"merge_method": "metagpt", "base_model": self.base, "models": models}
             )
             options = MergeOptions(
                 allow_crimes=True,  # the merge decides whether architectures may differ
-                trust_remote_code=trust_remote_code,
-                transformers_cache=LoaderCache().hf_cache_dir,
-                lazy_unpickle=LoaderCache().lazy_unpickle,
+                trust_remote_code=cache.trust_remote_code,
+                transformers_cache=cache.hf_cache_dir,
+                lazy_unpickle=cache.lazy_unpickle,
             )
             architecture = get_architecture_info(config, options)
-            weights = architecture.all_weights(self.base.config(trust_remote_code))
+            weights = architecture.all_weights(self.base.config(cache.trust_remote_code))
 
         def shard(weight: WeightInfo) -> str:
             return index.tensor_paths.get(self._stored_name(self.base, weight) or "", "")
@@ -265,11 +255,10 @@ class Checkpoints:
                 )
             experts.append(expert)
         inputs = TensorInputs(weight.name, self.base, base, self.experts, tuple(experts))
-        measured = Measured(inputs.squared_norms, inputs.dtype, base.numel())
+        measured = Measured.of(inputs)
         if not products:
             return measured
-        gram, length = inner_products(base, experts), squared_norm(base)
-        return replace(measured, products=gram, base=length)
+        return replace(measured, products=inner_products(base, experts), base=squared_norm(base))
 
     def _named_once(self) -> tuple[list[WeightInfo], dict[str, str]]:
         """Return each stored weight once, and a map from every tied name to that weight's name."""

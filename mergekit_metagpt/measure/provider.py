@@ -21,7 +21,7 @@ from mergekit_metagpt.core.inputs import TensorInputs, place_of
 from mergekit_metagpt.core.roles import is_table
 from mergekit_metagpt.measure.survey import Measured, Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
-from mergekit_metagpt.names import layer_of
+from mergekit_metagpt.names import canonical, grouped, layer_of
 
 if TYPE_CHECKING:
     from mergekit_metagpt.measure.checkpoints import Checkpoints
@@ -54,15 +54,14 @@ class Provider:
         if checkpoints is not None:
             SURVEYS.require_unchanged(checkpoints)
 
-    def models_of(self, tensors: Sequence[TensorInputs]) -> "StoredModels | ModelsInMemory":
+    def models_of(self, tensors: Sequence[TensorInputs]) -> "Models":
         """Return the models that tensors with the same ids are from."""
-        ids = (tensors[0].ids, tensors[0].base_id) if tensors else ((), None)
-        checkpoints = _checkpoints_of(*ids)
+        checkpoints = _checkpoints_of(tensors[0].ids, tensors[0].base_id) if tensors else None
         if checkpoints is None:
             return ModelsInMemory(tensors)
         if not _loading():  # only the planning thread has the options of the command
             _loading().update(self._loading)
-        return self._known.setdefault(checkpoints, StoredModels(checkpoints, self))
+        return self._known.setdefault(checkpoints, StoredModels(checkpoints, self.quiet))
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class StoredModels:
     """A base and experts that MergeKit reads from weight files."""
 
     checkpoints: "Checkpoints"
-    provider: Provider
+    quiet: bool  # shows no progress bar
 
     def merged_as(self, parameters: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the number of each tensor: each is merged by itself."""
@@ -101,7 +100,7 @@ class StoredModels:
                 return tensor.squared_norms
             # First, to save memory: the tensor's own norms need buffers, too.
             survey = SURVEYS.survey_of(
-                self.checkpoints, tensor.base.device, progress=not self.provider.quiet
+                self.checkpoints, tensor.base.device, progress=not self.quiet
             )
             if GRANULARITIES[granularity].keeps_layers and layer_of(tensor.name):
                 self._require_own_layer(tensor)
@@ -160,13 +159,15 @@ class ModelsInMemory:
     @cached_property
     def _alike(self) -> dict[tuple[Any, ...], list[int]]:
         """The numbers of the tensors that lie in one place, a table first."""
-        alike: dict[tuple[Any, ...], list[int]] = {}
-        for number, tensor in enumerate(self.tensors):
-            alike.setdefault(tensor.memory, []).append(number)
+        alike = grouped((tensor.memory, number) for number, tensor in enumerate(self.tensors))
         return {
             place: sorted(numbers, key=lambda number: not is_table(self.tensors[number].name))
             for place, numbers in alike.items()
         }
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [tensor.name or f"#{number}" for number, tensor in enumerate(self.tensors)]
 
     @cached_property
     def _stored(self) -> dict[str, TensorInputs]:
@@ -174,22 +175,14 @@ class ModelsInMemory:
         return {self._names[first]: self.tensors[first] for first, *_ in self._alike.values()}
 
     @cached_property
-    def _names(self) -> list[str]:
-        return [tensor.name or f"#{number}" for number, tensor in enumerate(self.tensors)]
-
-    @cached_property
     def _survey(self) -> Survey:
         names, alike = self._names, self._alike.values()
-        return Survey(
-            self.tensors[0].ids,
-            {
-                name: Measured(it.squared_norms, it.dtype, it.base.numel())
-                for name, it in self._stored.items()
-            },
-            {names[number]: names[first] for first, *tied in alike for number in tied},
-        )
+        tied = {names[number]: names[first] for first, *others in alike for number in others}
+        measured = {name: Measured.of(it) for name, it in self._stored.items()}
+        return Survey(self.tensors[0].ids, measured, tied)
 
 
+Models = StoredModels | ModelsInMemory
 PROVIDER = Provider()
 
 
@@ -205,9 +198,9 @@ def _checkpoints_of(ids: Sequence[Hashable], base: Hashable) -> "Checkpoints | N
     # If this module is not imported, no id is a reference. Its import is slow: it imports
     # transformers.
     common = sys.modules.get("mergekit.common")
-    models: list[Any] = [base, *(id_ for id_ in ids if id_ != base)]
+    models: list[Any] = [base, *(id_ for id_ in canonical(ids) if id_ != base)]
     if common is None or not all(isinstance(id_, common.ModelReference) for id_ in models):
         return None
     from mergekit_metagpt.measure.checkpoints import Checkpoints
 
-    return Checkpoints.of(models[0], models[1:])
+    return Checkpoints(models[0], tuple(models[1:]))

@@ -8,9 +8,8 @@ from functools import cached_property
 import torch
 
 from mergekit_metagpt.core.coefficients import Norms
-from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.core.inputs import TensorInputs
-from mergekit_metagpt.names import layer_of
+from mergekit_metagpt.names import grouped, layer_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,11 @@ class Measured:
     size: int  # the number of elements
     products: Sequence[Sequence[float]] = ()  # ⟨τ_i, τ_j⟩, T x T; empty if not measured
     base: float = 0.0  # ‖θ_0‖²; measured with the products
+
+    @classmethod
+    def of(cls, inputs: TensorInputs) -> "Measured":
+        """Measure a tensor, without inner products; one that is not finite is a ValueError."""
+        return cls(inputs.squared_norms, inputs.dtype, inputs.base.numel())
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,10 @@ class Survey:
 
         A tensor that several layers share has the coefficients of the first of them.
         """
-        scope = GRANULARITIES[granularity].scope(self.tied.get(name, name))
-        scopes = {"layer": self.layers, "model": {"model": self.model}}
-        return scopes.get(granularity, {}).get(scope)
+        if granularity == "model":
+            return self.model
+        layer = layer_of(self.tied.get(name, name))
+        return self.layers.get(layer) if layer and granularity == "layer" else None
 
     def norms_of(self, tensor: TensorInputs, granularity: str) -> Norms:
         """Return ‖τ_t‖² over the scope that a tensor belongs to, T floats.
@@ -119,11 +124,8 @@ class Survey:
     @cached_property
     def layers(self) -> dict[str, Norms]:
         """T floats for each layer. Tensors outside the layers are not included."""
-        members: dict[str, list[Measured]] = {}
-        for name, it in self.tensors.items():
-            if (layer := layer_of(name)) is not None:
-                members.setdefault(layer, []).append(it)
-        return {layer: self._sum(its) for layer, its in members.items()}
+        by_layer = grouped((layer_of(name), it) for name, it in self.tensors.items())
+        return {layer: self._sum(its) for layer, its in by_layer.items() if layer}
 
     @property
     def cosines(self) -> list[list[float]]:

@@ -12,7 +12,7 @@ from mergekit.io.lazy_tensor_loader import ShardInfo
 
 from mergekit_metagpt.measure.headers import Header
 from mergekit_metagpt.measure.locations import Directory, Repository
-from mergekit_metagpt.names import number_of_layer
+from mergekit_metagpt.names import grouped, number_of_layer
 from mergekit_metagpt.wording import BadInputError, counted, reason
 
 
@@ -27,24 +27,15 @@ class Weights:
     @cached_property
     def by_layer(self) -> dict[str | None, dict[str, Header]]:
         """The headers of each layer; those of no layer under None."""
-        layers: dict[str | None, dict[str, Header]] = {}
-        for name, header in self.tensors.items():
-            layers.setdefault(number_of_layer(name), {})[name] = header
-        return layers
-
-    @property
-    def files(self) -> list[str]:
-        """The paths of the weight files."""
-        return sorted({header.file for header in self.tensors.values()})
+        layers = grouped((number_of_layer(name), (name, it)) for name, it in self.tensors.items())
+        return {layer: dict(headers) for layer, headers in layers.items()}
 
     @property
     def index(self) -> ShardedTensorIndex:
         """The index that MergeKit would make of these files."""
         root = self.directory or os.curdir
         paths = {name: os.path.relpath(header.file, root) for name, header in self.tensors.items()}
-        names: dict[str, list[str]] = {}
-        for name, file in paths.items():
-            names.setdefault(file, []).append(name)
+        names = grouped((file, name) for name, file in paths.items())
         return ShardedTensorIndex(
             base_path=self.directory,
             is_safetensors=all(file.endswith(".safetensors") for file in names),
@@ -89,10 +80,9 @@ def _read_shards(
 ) -> Iterator[str]:
     """Read the headers of all files in an index, and check that the index matches them."""
     index = f"Index {place.file(name)} of model {place.model}"
-    shards: dict[str, set[str]] = {}
     try:
-        for tensor, shard in json.loads(place.text(name))["weight_map"].items():
-            shards.setdefault(Path(shard).as_posix(), set()).add(tensor)
+        files = json.loads(place.text(name))["weight_map"].items()
+        shards = grouped((Path(shard).as_posix(), tensor) for tensor, shard in files)
     except BadInputError as error:
         yield from error.args
         return
@@ -107,7 +97,8 @@ def _read_shards(
             "again from someone you trust."
         )
         return
-    for shard, named in sorted(shards.items()):
+    for shard, names in sorted(shards.items()):
+        named = set(names)
         try:
             held = place.headers(shard)
         except BadInputError as error:

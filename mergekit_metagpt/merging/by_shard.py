@@ -39,14 +39,14 @@ from mergekit_metagpt.method.summary import Entry
 from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.directory import Work
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.outputs import OutputTensor
+from mergekit_metagpt.planning.planner import TensorMerge
 from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
 
 LOG = logging.getLogger(__name__)
 _ENTRIES = TypeAdapter(list[Entry])
 
 
-def planned_files(job: Job) -> dict[str, list[OutputTensor]]:
+def planned_files(job: Job) -> dict[str, list[TensorMerge]]:
     """Return the tensors that MergeKit's writer would put into each file.
 
     The models of the job are here, with their adapters applied.
@@ -147,7 +147,7 @@ def entries_of(records: Iterable[Mapping[str, Any]]) -> list[Entry]:
 
 def merge_by_shard(
     job: Job,
-    files: Mapping[str, list[OutputTensor]],
+    files: Mapping[str, list[TensorMerge]],
     work: Work,
     inputs: dict[str, Stat],
     mapper: RayMapper | None,
@@ -171,7 +171,7 @@ def merge_by_shard(
         surveys=surveys if mapper else {},  # this process has them
         tokenizer={task: info} if task and info else {},
     )
-    shards = [Shard(name, [it.merge.save for it in file]) for name, file in to_do.items()]
+    shards = [Shard(name, [it.save for it in file]) for name, file in to_do.items()]
     bar = tqdm.tqdm(
         desc="Merging",
         total=len(files),
@@ -191,14 +191,14 @@ def merge_by_shard(
 
 
 def _take_surveys(
-    files: Iterable[list[OutputTensor]], job: Job, mapper: Mapper
+    files: Iterable[list[TensorMerge]], job: Job, mapper: Mapper
 ) -> dict[Checkpoints, Survey]:
     """Take all surveys that the merge of some files will need."""
     wanted = set()
     for tensor in chain.from_iterable(files):
-        if not tensor.merge.granularity.needs_survey:
+        if not tensor.granularity.needs_survey:
             continue
-        base = tensor.merge.task.base_model
+        base = tensor.task.base_model
         experts = tuple(canonical(tensor.stored.keys() - {base}))
         if base in tensor.stored and experts and tensor.merged_dtype.is_floating_point:
             assert base is not None

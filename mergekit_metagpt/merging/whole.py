@@ -24,7 +24,7 @@ from mergekit_metagpt.method.summary import Summary
 from mergekit_metagpt.planning.config import plain
 from mergekit_metagpt.planning.directory import Output, Work
 from mergekit_metagpt.planning.job import Job
-from mergekit_metagpt.planning.outputs import OutputTensor
+from mergekit_metagpt.planning.planner import TensorMerge
 from mergekit_metagpt.wording import BadInputError, reason
 from mergekit_metagpt.workers import RayMapper
 
@@ -86,7 +86,7 @@ def merge_whole(
     return record
 
 
-def _files(job: Job, mapper: RayMapper | None) -> dict[str, list[OutputTensor]] | None:
+def _files(job: Job, mapper: RayMapper | None) -> dict[str, list[TensorMerge]] | None:
     """Return the tensors of each file; None if MergeKit's ``run_merge`` has to merge all at once.
 
     The random numbers of MergeKit's own methods depend on the order of the tensors, so these

@@ -15,7 +15,7 @@ from mergekit_metagpt.core.coefficients import Norms, scaling_coefficients
 from mergekit_metagpt.core.directions import Directions
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.method.parameters import exponent_of
-from mergekit_metagpt.names import canonical, layer_of
+from mergekit_metagpt.names import canonical, grouped, layer_of
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class Entry:
         if self.directions:
             return self.directions.kept
         return tuple(scaling_coefficients(self.squared_norms, self.priors, self.exponent))
+
+    @cached_property
+    def norms(self) -> dict[Hashable, float]:
+        """``squared_norms`` by expert."""
+        return dict(zip(self.experts, self.squared_norms, strict=True))
 
     @property
     def scope(self) -> str:
@@ -131,8 +136,7 @@ class Summary:
         """Summarize entries; ``kept``, in canonical order, is for where they do not say it."""
         self.entries = sorted(entries, key=lambda entry: entry.tensor or "")
         self.ids = canonical({expert for entry in self.entries for expert in entry.experts})
-        unknown = [None] * len(self.ids)
-        self._kept_of_all: Sequence[float | None] = self._kept(self.entries) or kept or unknown
+        self._given: Sequence[float | None] = kept or [None] * len(self.ids)
 
     @property
     def parameters(self) -> int:
@@ -157,20 +161,23 @@ class Summary:
     @cached_property
     def experts(self) -> list[Expert]:
         """All T experts."""
-        means = self._kept(self.entries) or self._means(self.entries)
-        figures = zip(self.ids, self._squared_norms(), means, self._kept_of_all, strict=True)
+        inside = self._kept(self.entries)
+        means = inside or self._means(self.entries)
+        figures = zip(self.ids, means, inside or self._given, strict=True)
         return [
-            Expert(id_, norm, mean, *self._range(id_), kept) for id_, norm, mean, kept in figures
+            Expert(id_, self._squared_norm(id_), mean, *self._range(id_), kept)
+            for id_, mean, kept in figures
         ]
 
-    def _range(self, model: Hashable) -> tuple[float, float]:
+    def _squared_norm(self, expert: Hashable) -> float:
+        """Return ‖τ‖²; each scope counts once, by the first of its tensors."""
+        moved = [entry for entry in reversed(self.entries) if expert in entry.norms]
+        return math.fsum({entry.scope: entry.norms[expert] for entry in moved}.values())
+
+    def _range(self, expert: Hashable) -> tuple[float, float]:
         """Return an expert's least and largest coefficient; of directions, where it moves."""
-        coefficients = [
-            entry.row([model])[0]
-            for entry in self.entries
-            if not entry.directions
-            or dict(zip(entry.experts, entry.squared_norms, strict=True)).get(model) != 0
-        ]
+        moved = [it for it in self.entries if not it.directions or it.norms.get(expert) != 0]
+        coefficients = [entry.row([expert])[0] for entry in moved]
         return min(coefficients, default=0.0), max(coefficients, default=0.0)
 
     @property
@@ -217,14 +224,14 @@ class Summary:
             stack, _, number = layer.rpartition(".")
             return stack, int(number)
 
-        members = _grouped((layer, e) for e in self.entries if (layer := layer_of(e.tensor)))
+        members = grouped((layer, e) for e in self.entries if (layer := layer_of(e.tensor)))
         return [members[layer] for layer in sorted(members, key=in_order)]
 
     @cached_property
     def scopes(self) -> dict[str, list[Entry]]:
         """The tensors of each scope, by its name; one by one where priors vary within it."""
         scopes: dict[str, list[Entry]] = {}
-        for scope, entries in _grouped((entry.scope, entry) for entry in self.entries).items():
+        for scope, entries in grouped((entry.scope, entry) for entry in self.entries).items():
             if len({(entry.experts, entry.coefficients) for entry in entries}) == 1:
                 scopes[scope] = entries
             else:
@@ -235,11 +242,10 @@ class Summary:
         """Return everything as JSON types; an expert without a scope's tensors has norm null."""
 
         def scope(first: Entry, *others: Entry) -> dict[str, Any]:
-            norms = dict(zip(first.experts, first.squared_norms, strict=True))
             return {
                 "norms_of": first.scope,
                 "parameters": sum(entry.size for entry in (first, *others)),
-                "squared_norms": [norms.get(expert) for expert in self.ids],
+                "squared_norms": [first.norms.get(expert) for expert in self.ids],
                 "coefficients": list(first.row(self.ids)),
             }
 
@@ -253,14 +259,6 @@ class Summary:
             "coefficients": {name: scope(*entries) for name, entries in self.scopes.items()},
         }
 
-    def _squared_norms(self) -> list[float]:
-        """Return T squared norms; each scope counts once, however many tensors it has."""
-        measured: dict[Hashable, dict[str, float]] = {expert: {} for expert in self.ids}
-        for entry in self.entries:
-            for expert, norm in zip(entry.experts, entry.squared_norms, strict=True):
-                measured[expert].setdefault(entry.scope, norm)
-        return [math.fsum(norms.values()) for norms in measured.values()]
-
     def _kept(self, entries: Sequence[Entry]) -> list[float] | None:
         """Return how much of each task vector is in the merge, T floats, if it was measured."""
         moved = [entry for entry in entries if any(entry.squared_norms)]
@@ -268,9 +266,11 @@ class Summary:
             return None
         norms, inside = dict.fromkeys(self.ids, 0.0), dict.fromkeys(self.ids, 0.0)
         for entry in moved:
-            for expert, norm in zip(entry.experts, entry.squared_norms, strict=True):
+            for expert, norm, kept in zip(
+                entry.experts, entry.squared_norms, entry.coefficients, strict=True
+            ):
                 norms[expert] += norm
-                inside[expert] += norm * entry.row([expert])[0]
+                inside[expert] += norm * kept
         return [inside[it] / norms[it] if norms[it] else 0.0 for it in self.ids]
 
     def _means(self, entries: Sequence[Entry]) -> list[float]:
@@ -279,10 +279,3 @@ class Summary:
             return list(rows[0])  # exactly; a mean would round
         sums = (math.fsum(map(mul, sizes, column)) for column in zip(*rows, strict=True))
         return [one / sum(sizes) for one in sums]
-
-
-def _grouped(entries: Iterable[tuple[str, Entry]]) -> dict[str, list[Entry]]:
-    groups: dict[str, list[Entry]] = {}
-    for name, entry in entries:
-        groups.setdefault(name, []).append(entry)
-    return groups

@@ -233,19 +233,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, ModelReference) and _reads_back(value):
         return str(value)
     if isinstance(value, BaseModel):
-        changed = {
-            name: getattr(value, name)
-            for name, field in type(value).model_fields.items()
-            if getattr(value, name) != field.default
-        }
-        return plain(changed)
+        fields = type(value).model_fields.items()
+        value = {n: its for n, field in fields if (its := getattr(value, n)) != field.default}
     if isinstance(value, Mapping):
-        return {
-            plain(key): os.fspath(member)
-            if key == "path" and isinstance(member, os.PathLike)
-            else plain(member)
-            for key, member in value.items()
-        }
+        if isinstance(path := value.get("path"), os.PathLike):
+            value = {**value, "path": os.fspath(path)}
+        return {plain(key): plain(member) for key, member in value.items()}
     if isinstance(value, list | tuple):
         return [plain(member) for member in value]
     if isinstance(value, np.ndarray | np.generic | torch.Tensor):
@@ -256,11 +249,11 @@ def plain(value: Any) -> Any:
         return plain(ModelReference(model=ModelPath(path=os.fspath(value))))
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if value is None or isinstance(value, bool):
-        return value
-    for kind in (str, int, float):  # subclasses of these, too
+    for kind in (bool, str, int, float):  # subclasses of these, too
         if isinstance(value, kind):
             return kind(value)
+    if value is None:
+        return None
     raise BadInputError(
         f"The config holds {value!r} of type {type(value).__name__}, which no merge config can; "
         "write it as text, a number, a list or a mapping."

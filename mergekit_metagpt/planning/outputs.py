@@ -1,16 +1,15 @@
 """What a merge will write, tensor by tensor, from headers alone."""
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
-from functools import cached_property, partial, reduce
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from io import StringIO
 
 import torch
 from mergekit.architecture import ModelArchitecture
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
 from mergekit.io.tasks import LoadTensor
@@ -32,51 +31,10 @@ class PlannerError(BadInputError):
 
 
 @dataclass(frozen=True)
-class OutputTensor:
-    """One tensor of the output.
-
-    MergeKit makes some inputs from other tensors: these are read under several names.
-    """
-
-    merge: TensorMerge  # MergeKit's tasks that make it
-    stored: Mapping[ModelReference, Header]  # of each input that exists or is made
-    read: Mapping[ModelReference, tuple[str, ...]]  # the names that each input is stored under
-
-    @property
-    def name(self) -> str:
-        """The name in the output."""
-        return self.merge.name
-
-    @property
-    def merged_dtype(self) -> torch.dtype:
-        """The dtype that the inputs are converted to."""
-        loads = self.merge.loads
-        dtypes = [
-            dtype_from_name(loads[model].dtype) or header.torch_dtype or torch.float32
-            for model, header in self.stored.items()
-        ]
-        return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
-
-    def written_parameters(self, rows: int | None) -> int:
-        """Return how many numbers it holds; ``rows`` is the vocabulary, if that changes."""
-        shapes = [header.shape for header in self.stored.values()] or [()]
-        axis = self.merge.vocabulary_axis
-        if axis is None or not self.merge.vocabulary_is_aligned:
-            return math.prod(shapes[0])
-        shared = rows or min(shape[axis] for shape in shapes)
-        return math.prod((*shapes[0][:axis], shared, *shapes[0][axis + 1 :]))
-
-    def written_bytes(self, rows: int | None) -> int:
-        """Return its size; ``rows`` is the vocabulary, if that changes."""
-        dtype = dtype_from_name(self.merge.save.dtype) or self.merged_dtype
-        return self.written_parameters(rows) * dtype.itemsize
-
-
-@dataclass(frozen=True)
 class Outputs:
     """All tensors of the output."""
 
-    tensors: tuple[OutputTensor, ...]  # in the order in which they will be written
+    tensors: tuple[TensorMerge, ...]  # in the order in which they will be written
     architecture: ModelArchitecture  # MergeKit's description of the models' tensors
     tokenizer: BuildTokenizer | None  # builds the output's, if the config asks for one
     config: MergeConfiguration
@@ -103,12 +61,12 @@ class Outputs:
         multiple = (asked.pad_to_multiple_of if asked else None) or 1
         return -(-rows // multiple) * multiple
 
-    def shards(self, limit: int) -> list[list[OutputTensor]]:
+    def shards(self, limit: int) -> list[list[TensorMerge]]:
         """Return the tensors of each weight file, which MergeKit's writer fills one by one.
 
         ``limit`` is in bytes, 0 for one file.
         """
-        shards: list[list[OutputTensor]] = []
+        shards: list[list[TensorMerge]] = []
         filled, rows = 0, self.rows
         for tensor in self.tensors:
             size = tensor.written_bytes(rows)
@@ -167,7 +125,7 @@ def plan_outputs(
         found = {model: _found(models[model], load) for model, load in merge.loads.items()}
         stored = {model: it[0] for model, it in found.items() if it}
         read = {model: it[1] for model, it in found.items() if it}
-        tensors.append(OutputTensor(merge, stored, read))
+        tensors.append(replace(merge, stored=stored, read=read))
     tokenizer = next((task for task in planner.tasks if isinstance(task, BuildTokenizer)), None)
     return Outputs(tuple(tensors), planner.arch_info, tokenizer, config, file)
 

@@ -1,12 +1,14 @@
 """MergeKit's own plan of a merge: which tensors it writes, and from which it makes them."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
 from typing import Any
 
+import torch
 from mergekit.architecture import WeightInfo, get_architecture_info
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import ConfigReader, MergeConfiguration
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
@@ -15,6 +17,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from mergekit_metagpt.core.granularities import GRANULARITIES, Granularity
+from mergekit_metagpt.measure.headers import Header
 from mergekit_metagpt.mergekit_private import model_out_config
 from mergekit_metagpt.names import layer_of
 from mergekit_metagpt.planning.config import parts
@@ -22,12 +25,18 @@ from mergekit_metagpt.planning.config import parts
 
 @dataclass(frozen=True)
 class TensorMerge:
-    """The task that writes one tensor of the output, and the place of the config it is from."""
+    """The task that writes one tensor of the output, and the place of the config it is from.
+
+    What its inputs are is empty until the headers of the models have been read. MergeKit makes some
+    inputs from other tensors: these are read under several names.
+    """
 
     name: str  # in the output
     save: SaveTensor
     task: ExecuteMergeMethodTask  # merges it
     place: tuple[str, int]  # the module, and the number of the slice in it
+    stored: Mapping[ModelReference, Header] = field(default_factory=dict)  # that exist or are made
+    read: Mapping[ModelReference, tuple[str, ...]] = field(default_factory=dict)  # stored names
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
@@ -69,13 +78,36 @@ class TensorMerge:
         """Whether every model contributes its own tensor of this name."""
         return {load.tensor for load in self.loads.values()} == {self.name}
 
-    @property
+    @cached_property
     def loads(self) -> dict[ModelReference, LoadTensor]:
         """The task that reads each model's tensor."""
         gather: Any = self.task.gather_tensors
         if self.vocabulary_is_aligned:
             gather = gather.gather_tensors
         return {load.model: load for load in gather.arguments().values()}
+
+    @property
+    def merged_dtype(self) -> torch.dtype:
+        """The dtype that the inputs are converted to."""
+        dtypes = [
+            dtype_from_name(self.loads[model].dtype) or header.torch_dtype or torch.float32
+            for model, header in self.stored.items()
+        ]
+        return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+
+    def written_parameters(self, rows: int | None) -> int:
+        """Return how many numbers it holds; ``rows`` is the vocabulary, if that changes."""
+        shapes = [header.shape for header in self.stored.values()] or [()]
+        axis = self.vocabulary_axis
+        if axis is None or not self.vocabulary_is_aligned:
+            return math.prod(shapes[0])
+        shared = rows or min(shape[axis] for shape in shapes)
+        return math.prod((*shapes[0][:axis], shared, *shapes[0][axis + 1 :]))
+
+    def written_bytes(self, rows: int | None) -> int:
+        """Return its size; ``rows`` is the vocabulary, if that changes."""
+        dtype = dtype_from_name(self.save.dtype) or self.merged_dtype
+        return self.written_parameters(rows) * dtype.itemsize
 
 
 class Planner(MergePlanner):
@@ -117,11 +149,10 @@ class Planner(MergePlanner):
         saves: list[Any] = [task for task in self.tasks if isinstance(task, SaveTensor)]
         # By now the planner has brought the config into the form of modules with slices.
         places = {id(it.holder): (it.module, it.number or 0) for it in parts(self.config)}
+        slices = [id(self._slices[save.tensor_name]) for save in saves]
         return [
-            TensorMerge(
-                it.tensor_name, it, it.tensor_task, places[id(self._slices[it.tensor_name])]
-            )
-            for it in saves
+            TensorMerge(it.tensor_name, it, it.tensor_task, places[slice_])
+            for it, slice_ in zip(saves, slices, strict=True)
         ]
 
     def in_order_of_writing(self) -> list[TensorMerge]:

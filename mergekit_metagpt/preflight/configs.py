@@ -155,7 +155,7 @@ def _scalars(setting: Any) -> Iterator[Any]:
 
 def unused_values(job: Job) -> Iterator[str]:
     """Find values behind filters that no tensor takes: each takes the first that fits its name."""
-    merges = [tensor.merge for tensor in job.outputs.tensors]
+    merges = job.outputs.tensors
     for level, name, setting in _settings(job):
         at = level.path
         here = [p for p in parts(job.parsed) if is_within(p.path, at) or is_within(at, p.path)]

@@ -51,7 +51,7 @@ class Costs:
 def costs(job: Job) -> Costs:
     """Add up what a merge will cost."""
     outputs, rows, models = job.outputs.tensors, job.outputs.rows, job.models.values()
-    chosen = [tensor.merge.granularity for tensor in outputs]
+    chosen = [tensor.granularity for tensor in outputs]
     passes = 2 if any(granularity.needs_survey for granularity in chosen) else 1
     # A survey measures whole models, even if slices take only a few of their layers.
     held = {it.model: it.weights.tensors for it in models}
@@ -59,7 +59,7 @@ def costs(job: Job) -> Costs:
     whole = sum(header.bytes for headers in held.values() for header in headers.values())
     by_direction: Counter[tuple[int, torch.dtype]] = Counter()
     for tensor in outputs:
-        if tensor.merge.granularity.by_direction and len(tensor.stored) > 1:
+        if tensor.granularity.by_direction and len(tensor.stored) > 1:
             kind = (len(tensor.stored) - 1, tensor.merged_dtype)
             by_direction[kind] += tensor.written_parameters(None)
     dtype = dtype_from_name(job.options.lora_merge_dtype)

@@ -41,7 +41,8 @@ def same_models(job: Job) -> Iterator[str]:
     for model, files in job.models.items():
         if model.lora and not files.adapter:
             continue  # the adapter is on the hub
-        stats = frozenset(map(stat_of, (*files.weights.files, files.adapter or ""))) - {None}
+        paths = {files.adapter or "", *(header.file for header in files.weights.tensors.values())}
+        stats = frozenset(map(stat_of, paths)) - {None}
         first = seen.setdefault(stats, model) if stats else model
         if first is not model:
             yield (
@@ -103,9 +104,9 @@ def _settings(
 
 def bad_vocabularies(job: Job) -> Iterator[str]:
     """Find tokenizers that cannot be merged; and if they can, tokens that cannot."""
-    merged = next((t for t in job.outputs.tensors if t.merge.vocabulary_axis is not None), None)
+    merged = next((t for t in job.outputs.tensors if t.vocabulary_axis is not None), None)
     if merged:
-        models = [model for model in job.models if model in merged.merge.task.model_order]
+        models = [model for model in job.models if model in merged.task.model_order]
         bad = list(_bad_tokenizers(job, models, merged.name))
         yield from bad or _bad_tokens(job)
 
@@ -145,11 +146,11 @@ def _bad_tokenizers(job: Job, models: list[ModelReference], tensor: str) -> Iter
 def _bad_tokens(job: Job) -> Iterator[str]:
     """Let MergeKit align rows of zeros: it fails on a token that it has no row for."""
     info = job.outputs.tokenizer_info
-    tensor = next((t for t in job.outputs.tensors if t.merge.vocabulary_is_aligned), None)
+    tensor = next((t for t in job.outputs.tensors if t.vocabulary_is_aligned), None)
     if info is None or tensor is None:
         return
-    align: Any = tensor.merge.task.gather_tensors
-    axis = tensor.merge.vocabulary_axis
+    align: Any = tensor.task.gather_tensors
+    axis = tensor.vocabulary_axis
     rows = {
         model: torch.zeros([n if at == axis else 1 for at, n in enumerate(header.shape)])
         for model, header in tensor.stored.items()

@@ -19,7 +19,7 @@ from mergekit_metagpt.measure.headers import FLOATS, unread
 from mergekit_metagpt.names import layer_of
 from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.planning.models import ModelFiles
-from mergekit_metagpt.planning.outputs import OutputTensor
+from mergekit_metagpt.planning.planner import TensorMerge
 from mergekit_metagpt.wording import counted
 
 
@@ -35,7 +35,7 @@ def missing(job: Job) -> Iterator[str]:
     """Find tensors that some models lack, although nothing is wrong with their weight files."""
     lacking: dict[ModelReference, list[str]] = {}
     for tensor in job.outputs.tensors:
-        for model, load in tensor.merge.loads.items():
+        for model, load in tensor.loads.items():
             is_known = model in tensor.stored or job.models[model].weights.problems
             if not is_known and _fails_without(tensor, load):
                 lacking.setdefault(model, []).append(load.tensor)
@@ -49,14 +49,14 @@ def missing(job: Job) -> Iterator[str]:
         yield f"Model {model} lacks {counted(names)}, which this merge needs of it; {way}."
 
 
-def _fails_without(tensor: OutputTensor, load: LoadTensor) -> bool:
+def _fails_without(tensor: TensorMerge, load: LoadTensor) -> bool:
     """Whether the merge fails if a model lacks a tensor; some tensors are optional."""
     if not load.optional:
         return True
-    base = tensor.merge.task.base_model
-    if tensor.merge.granularity.needs_survey:
+    base = tensor.task.base_model
+    if tensor.granularity.needs_survey:
         return base in tensor.stored  # the survey compares each expert with it
-    spec = merge_methods.get(tensor.merge.task.method_name).spec
+    spec = merge_methods.get(tensor.task.method_name).spec
     try:
         spec.contract.validate_ids(list(tensor.stored), base)
     except ValueError:
@@ -76,7 +76,7 @@ def missing_heads(job: Job) -> Iterator[str]:
     )
     for tensor in tensors:
         for model, (name, *_) in tensor.read.items():
-            load = tensor.merge.loads[model]
+            load = tensor.loads[model]
             is_shared = name in (load.tied_names or ()) and read[model, name] > 1
             # An encoder and its decoder share embeddings, whatever the config says.
             if is_shared and "embed" not in load.tensor and job.models[model].is_tied is False:
@@ -92,7 +92,7 @@ def left_out(job: Job) -> Iterator[str]:
 
     For those tensors it takes the models of the last slice, but only as many as the first has.
     """
-    merges = [tensor.merge for tensor in job.outputs.tensors]
+    merges = job.outputs.tensors
     found = ((it, model) for it in merges for model in it.task.model_order if model not in it.loads)
     for merge, model in islice(found, 1):
         yield (
@@ -112,11 +112,11 @@ def different_shapes(job: Job) -> Iterator[str]:
         for model, shape in shapes.items():
             pairs = enumerate(zip_longest(shape, expected))
             differing = [axis for axis, (own, others) in pairs if own != others]
-            is_vocabulary = differing == [tensor.merge.vocabulary_axis]
-            if differing and not (is_vocabulary and tensor.merge.vocabulary_is_aligned):
+            is_vocabulary = differing == [tensor.vocabulary_axis]
+            if differing and not (is_vocabulary and tensor.vocabulary_is_aligned):
                 found.setdefault((model, is_vocabulary), []).append(
                     f"{'Vocabulary tensor' if is_vocabulary else 'Tensor'} "
-                    f"{tensor.merge.loads[model].tensor} has shape {shape} in model {model} but "
+                    f"{tensor.loads[model].tensor} has shape {shape} in model {model} but "
                     f"{expected} in {first}"
                 )
     for (_, is_vocabulary), said in found.items():
@@ -134,7 +134,7 @@ def quantized(job: Job) -> Iterator[str]:
             # Buffers of integers are copied, if they are the same everywhere.
             is_buffer = header.torch_dtype is not None and dtypes == {header.dtype}
             if header.dtype not in FLOATS and not is_buffer:
-                found.setdefault((model, header.dtype), []).append(tensor.merge.loads[model].tensor)
+                found.setdefault((model, header.dtype), []).append(tensor.loads[model].tensor)
     for (model, dtype), names in found.items():
         yield (
             f"Model {model} stores {counted(names)} as {dtype}, and quantized or integer weights "
@@ -144,7 +144,7 @@ def quantized(job: Job) -> Iterator[str]:
 
 def bad_values(job: Job) -> Iterator[str]:
     """Find parameters that are valid alone, but not together or with the slices."""
-    merges = [tensor.merge for tensor in job.outputs.tensors]
+    merges = job.outputs.tensors
     each = [(merge, *pair) for merge in merges for pair in merge.model_parameters.items()]
     weights = [values["weight"] for *_, values in each if "weight" in values]
     if weights and not any(weights):
@@ -174,7 +174,7 @@ def lost(job: Job) -> Iterator[str]:
     """
     base = job.parsed.base_model
     read = {name for t in job.outputs.tensors for names in t.read.values() for name in names}
-    loads = [load for t in job.outputs.tensors for load in t.merge.loads.values()]
+    loads = [load for t in job.outputs.tensors for load in t.loads.values()]
     told: set[str] = set()
     for model, files in job.models.items():
         names = sorted(set(_unread(job, files, read, loads)) - told)
