@@ -22,6 +22,7 @@ __all__ = ["Costs", "Preflight", "ignored", "inspect"]
 # In the order in which their sentences are printed. The first that cannot look any further,
 # because of a problem, raises it.
 _CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
+    configs.unknown_keys,
     configs.ignored_parameters,
     configs.bad_parameters,
     configs.bad_dtypes,
@@ -44,18 +45,11 @@ _CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a merge that nothing stands against will do.
-
-    Attributes:
-        costs: what it will cost.
-        outputs: what it will write; None if MergeKit first has to download a model or to apply an
-            adapter.
-        warnings: what the user should know of, though it can be merged; one sentence each.
-    """
+    """What a merge that nothing stands against will do."""
 
     costs: Costs
-    outputs: Outputs | None
-    warnings: list[str]
+    outputs: Outputs | None  # None if MergeKit first has to download a model or apply an adapter
+    warnings: list[str]  # what the user should know of; one sentence each
 
 
 def inspect(
@@ -81,7 +75,6 @@ def inspect(
         written = read_config(config) if isinstance(config, str) else config
         with alone():
             job = Job(written, options or MergeOptions())
-            problems += configs.unknown_keys(job)  # also if MergeKit cannot read the rest
             job.options = with_own_adapters(job.options, job.parsed)
             problems += output.bad_output(job, out) if out else ()
             for check in _CHECKS:
