@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mergekit import merge_methods
-from mergekit.config import InputModelDefinition, InputSliceDefinition, MergeConfiguration
+from mergekit.config import InputModelDefinition, InputSliceDefinition
 from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope, ParameterSpec
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from pydantic import BaseModel, ValidationError
