@@ -73,3 +73,11 @@ def test_a_value_that_an_option_cannot_have_is_wrong_usage(option, values, said,
         assert line.startswith(f"Error: Invalid value for '{option}'")
         assert str(value) in line
         assert line.endswith(said)
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu:1"])
+def test_a_device_that_is_not_there_is_one_sentence(device, config):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("it is there")
+    (line,) = invoke("check", config, "--device", device, status=1).stderr.splitlines()
+    assert f"no {device.partition(':')[0]} device here; use --device cpu." in line
