@@ -168,8 +168,8 @@ def give_tokenizers(models: Models, _: Config) -> None:
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, SHARD = "pytorch_model.bin", "model-00002-of-00006.safetensors"
-# What is done to models or config, and parts of the sentence about it.
-REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
+# What is done to models or config, parts of the sentence about it, and what makes some right again.
+REFUSED: dict[str, tuple[Any, ...]] = {
     "a model is not there": (of_b(shutil.rmtree), ("does not exist", "correct the path")),
     "it has no config": (of_b(remove("config.json")), ("no checkpoint", "config.json")),
     "its config is broken": (of_b(overwrite("config.json", b"{")), ("config.json", "cannot be")),
@@ -208,26 +208,6 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
         slices([[0, 1], [0, 1], [3, 0]]),
         ("layer_range [3, 0] of model {b}", "holds no layer; write the first layer, from 0"),
     ),
-}  # fmt: skip
-if os.name == "posix":
-    REFUSED["it is a pipe"] = (
-        instead_of_weights(lambda it: os.mkfifo(Path(it, SAFETENSORS))),
-        ("cannot be read (it is a pipe",),
-    )
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_a_merge_is_refused_if(what, own, tmp_path):
-    change, parts = REFUSED[what]
-    config = merge_config(own)
-    change(own, config)
-    found = problems_of(config, tmp_path)
-    the_only(found[:1] if "index" in what else found, *(part.format(**own) for part in parts))
-    assert own["b"] in found[0] or "module" in what
-
-
-# The same, and what makes it right.
-MENDED: dict[str, tuple[Change, tuple[str, ...], Change]] = {
     "tokenizers give an id two meanings": (
         give_tokenizers,
         ("{b}", "Token 1 is 'dog'", "'cat'", "tokenizer: {{source: union}}"),
@@ -246,17 +226,25 @@ MENDED: dict[str, tuple[Change, tuple[str, ...], Change]] = {
         )
         for name in ("base", "a")
     },
-}
+}  # fmt: skip
+if os.name == "posix":
+    REFUSED["it is a pipe"] = (
+        instead_of_weights(lambda it: os.mkfifo(Path(it, SAFETENSORS))),
+        ("cannot be read (it is a pipe",),
+    )
 
 
-@pytest.mark.parametrize("what", MENDED)
-def test_a_merge_is_refused_as_long_as(what, own, tmp_path):
-    change, parts, mend = MENDED[what]
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_merge_is_refused_if(what, own, tmp_path):
+    change, parts, *mend = REFUSED[what]
     config = merge_config(own)
     change(own, config)
-    the_only(problems_of(config, tmp_path), *(part.format(**own) for part in parts))
-    mend(own, config)
-    assert problems_of(config, tmp_path) == []
+    found = problems_of(config, tmp_path)
+    the_only(found[:1] if "index" in what else found, *(part.format(**own) for part in parts))
+    assert own["b"] in found[0] or "it" not in what.split()
+    for its in mend:
+        its(own, config)
+        assert problems_of(config, tmp_path) == []
 
 
 def test_a_config_that_is_not_there_is_named(tmp_path):
