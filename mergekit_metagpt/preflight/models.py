@@ -104,7 +104,8 @@ def bad_vocabularies(job: Job) -> Iterator[str]:
     merged = next((t for t in job.outputs.tensors if t.merge.vocabulary_axis is not None), None)
     if merged:
         models = [model for model in job.models if model in merged.merge.task.model_order]
-        yield from list(_bad_tokenizers(job, models, merged.name)) or _bad_tokens(job)
+        bad = list(_bad_tokenizers(job, models, merged.name))
+        yield from bad or _bad_tokens(job)
 
 
 def _bad_tokenizers(job: Job, models: list[ModelReference], tensor: str) -> Iterator[str]:
