@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -31,6 +31,7 @@ from mergekit_metagpt.cli import main
 from mergekit_metagpt.measure.checkpoints import Checkpoints
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.preflight import inspect
+from mergekit_metagpt.wording import BadInputError
 
 # Each xdist worker uses one thread, so that workers do not compete for cores.
 torch.set_num_threads(1)
@@ -214,10 +215,14 @@ def problems_of(
 ) -> list[str]:
     """Check a merge; return what is wrong with it."""
     yml = write_yaml(directory / "m.yml", config)
-    return inspect(str(yml), out and str(out), MergeOptions(**options)).problems
+    try:
+        inspect(str(yml), out and str(out), MergeOptions(**options))
+    except BadInputError as error:
+        return list(error.args)
+    return []
 
 
-def the_only(sentences: list[str], *parts: str) -> None:
+def the_only(sentences: Sequence[str], *parts: str) -> None:
     """Assert that there is one sentence, and that it has these parts."""
     (sentence,) = sentences
     assert sentence.endswith(".")

@@ -23,6 +23,17 @@ def rewrite(model: str, **tensors: torch.Tensor | None) -> None:
     edit(model, change)
 
 
+def both(*damages: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *given: [damage(*given) for damage in damages]
+
+
+def configure(model: str, **changes: Any) -> None:
+    """Change settings in the config.json of a checkpoint; None removes one."""
+    file = Path(model, "config.json")
+    settings = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: it for key, it in settings.items() if it is not None}))
+
+
 def reshard(model: str) -> None:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
     Path(model, "model.safetensors").unlink()

@@ -213,7 +213,6 @@ def test_every_command_finds_the_same_directory_and_the_record_names_the_adapter
     for command in ("coefficients", "resolve", "check"):
         invoke(command, yml, "--quiet", "--lora-merge-cache", cache)
     costs = inspect(str(yml), options=MergeOptions(lora_merge_cache=str(cache))).costs
-    assert costs is not None
     assert costs.bytes_applied == 0
     assert sorted(cache.rglob("*")) == before
     record = json.loads((tmp_path / "first" / "metagpt.json").read_text())

@@ -1,12 +1,10 @@
 """``mergekit-metagpt check``: what it costs to merge, or everything that stands against it."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from conftest import (
     invoke,
     llama_config,
     merge_config,
-    on_posix,
     problems_of,
     read,
     save_family,
@@ -24,41 +21,36 @@ from conftest import (
     the_only,
     write_yaml,
 )
-from damages import NORM, cut, edit_index, overwrite, remove, reshard, rewrite
+from damages import (
+    NORM,
+    both,
+    configure,
+    cut,
+    edit_index,
+    move_norm,
+    overwrite,
+    remove,
+    reshard,
+    rewrite,
+)
 from mergekit.common import parse_kmb
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.preflight import Costs, inspect
 
 Config = dict[str, Any]
+Models = dict[str, str]
+Change = Callable[[Models, Config], Any]
 HEAD = "lm_head.weight"
 
 
 @pytest.fixture
-def problems(tmp_path) -> Callable[..., list[str]]:
-    return lambda config, **options: problems_of(config, tmp_path, **options)
-
-
-@pytest.fixture
-def plan(tmp_path) -> Callable[..., Costs]:
-    """Look at a config that can be merged; return what it will cost."""
-
-    def run(config: Config, **options: Any) -> Costs:
-        file = write_yaml(tmp_path / "merge.yml", config)
-        found = inspect(str(file), options=MergeOptions(**options))
-        assert found.problems == []
-        assert found.costs is not None
-        return found.costs
-
-    return run
-
-
-@pytest.fixture
-def compared(plan, merge) -> Callable[..., Costs]:
+def compared(merge, tmp_path) -> Callable[..., Costs]:
     """Look at a merge, and make it; return what it was said to cost."""
 
     def run(config: Config, **options: Any) -> Costs:
-        costs = plan(config, **options)
+        file = write_yaml(tmp_path / "merge.yml", config)
+        costs = inspect(str(file), options=MergeOptions(**options)).costs
         merged = merge(config, **options).values()
         assert costs.tensors == len(merged)
         assert costs.parameters == sum(tensor.numel() for tensor in merged)
@@ -68,17 +60,18 @@ def compared(plan, merge) -> Callable[..., Costs]:
     return run
 
 
-def data_bytes(*models: str | Path) -> int:
-    return sum(tensor.nbytes for model in models for tensor in read(model).values())
-
-
-WIDER = {"dtype": "float32", "out_dtype": "bfloat16"}
+def data_bytes(paths: Models) -> int:
+    return sum(tensor.nbytes for model in paths.values() for tensor in read(model).values())
 
 
 class TestPlan:
     @pytest.mark.parametrize(
         ("granularity", "passes", "changes"),
-        [("tensor", 1, {}), ("layer", 2, {}), ("model", 2, WIDER)],
+        [
+            ("tensor", 1, {}),
+            ("layer", 2, {}),
+            ("model", 2, {"dtype": "float32", "out_dtype": "bfloat16"}),
+        ],
     )
     def test_the_figures_are_those_of_the_real_merge(
         self, granularity, passes, changes, compared, tmp_path
@@ -87,7 +80,7 @@ class TestPlan:
         config = merge_config(paths, parameters={"granularity": granularity}, **changes)
         costs = compared(config, out_shard_size=parse_kmb("30K"))
         assert costs.passes == passes
-        assert costs.bytes_read == passes * data_bytes(*paths.values())
+        assert costs.bytes_read == passes * data_bytes(paths)
         assert costs.shards == len(list(tmp_path.glob("merged-0/model-*.safetensors"))) > 1
 
     def test_the_plan_is_printed_and_nothing_is_written(self, family, tmp_path):
@@ -105,7 +98,7 @@ class TestPlan:
 
     def test_slices_of_some_layers_read_those_layers_only(self, family, compared):
         costs = compared(slices_config(family, [[0, 1]], [[2, 3]]))
-        assert costs.bytes_read == 3 * costs.bytes_written < data_bytes(*family.values())
+        assert costs.bytes_read == 3 * costs.bytes_written < data_bytes(family)
 
     @pytest.mark.parametrize("kind", ["llama", "mixtral"])
     def test_tied_and_converted_tensors_count_once(self, kind, compared, tmp_path):
@@ -114,7 +107,7 @@ class TestPlan:
             settings = {**llama_config().to_dict(), "num_local_experts": 4, "num_hidden_layers": 2}
             model = transformers.MixtralConfig(**{**settings, "model_type": kind})
         paths = save_family(tmp_path, model)
-        assert compared(merge_config(paths)).bytes_read == data_bytes(*paths.values())
+        assert compared(merge_config(paths)).bytes_read == data_bytes(paths)
 
     def test_models_of_several_dtypes_merge_in_the_widest(self, own, compared):
         rewrite(own["a"], **{NORM: torch.ones(32, dtype=torch.float64)})
@@ -129,9 +122,129 @@ class TestPlan:
         compared(merge_config(paths, tokenizer={"source": "union", "pad_to_multiple_of": 6}))
         assert len(read(tmp_path / "merged-0")["model.embed_tokens.weight"]) == 66
 
-    def test_a_stock_method_without_a_base_is_checked_too(self, family, plan):
+    def test_a_stock_method_without_a_base_is_checked_too(self, family, compared):
         models = [{"model": path, "parameters": {"weight": -0.5}} for path in family.values()]
-        assert plan({"merge_method": "linear", "models": models}).tensors == 30
+        assert compared({"merge_method": "linear", "models": models}).tensors == 30
+
+
+def of_b(damage: Callable[[str], Any]) -> Change:
+    return lambda models, _: damage(models["b"])
+
+
+def of_shards(damage: Callable[[str], Any]) -> Change:
+    return of_b(both(reshard, damage))
+
+
+def instead_of_weights(damage: Callable[[str], Any]) -> Change:
+    return of_b(both(remove(SAFETENSORS), damage))
+
+
+def list_link(models: Models, config: Config) -> None:
+    link = Path(models["b"]).with_name("link")
+    link.symlink_to(models["b"])
+    config["models"].append({"model": str(link)})
+
+
+def misname_module(_: Models, config: Config) -> None:
+    config["modules"] = {"defualt": {"models": config.pop("models")}}
+
+
+def slices(*ranges: list[list[int]], shorter: int | None = None) -> Change:
+    """Merge slices, of which one may list a model less."""
+
+    def change(models: Models, config: Config) -> None:
+        config.pop("models", None)
+        config.update(slices_config(models, *ranges))
+        if shorter is not None:
+            config["slices"][shorter]["sources"].pop()
+
+    return change
+
+
+def give_tokenizers(models: Models, _: Config) -> None:
+    for name, words in (("base", "the cat"), ("a", "the cat sat"), ("b", "the dog")):
+        save_tokenizer(models[name], *words.split())
+
+
+SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, SHARD = "pytorch_model.bin", "model-00002-of-00006.safetensors"
+# What is done to models or config, parts of the sentence about it, and what makes some right again.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "a model is not there": (of_b(shutil.rmtree), ("does not exist", "correct the path")),
+    "it has no config": (of_b(remove("config.json")), ("no checkpoint", "config.json")),
+    "its config is broken": (of_b(overwrite("config.json", b"{")), ("config.json", "cannot be")),
+    "it is of no architecture": (of_b(lambda it: configure(it, architectures=None)), ("nothing",)),
+    "it is noise": (of_b(overwrite(SAFETENSORS, bytes(999))), (SAFETENSORS, "corrupt")),
+    "it is a pointer": (
+        of_b(overwrite(SAFETENSORS, b"version https://git-lfs")), ("git lfs pull",)
+    ),
+    "it lacks a shard": (of_shards(remove(SHARD)), (SHARD, "is missing")),
+    "it lacks its index": (of_shards(remove(INDEX)), ("no weights", "nor an index", "download it")),
+    "it has an index and a file": (
+        of_b(overwrite(INDEX, b'{"weight_map": {"x": "model.safetensors"}}')),
+        ("holds both", "remove whichever"),
+    ),
+    "its index is broken": (of_shards(overwrite(INDEX, b"[")), (INDEX, "is corrupt")),
+    "its index has a gap": (of_b(edit_index(lambda it: it.pop(NORM))), (NORM, "does not name")),
+    "its index is stale": (of_b(edit_index(move_norm)), (NORM, "stale")),
+    "its index leads out": (
+        of_b(edit_index(lambda it: it.update({NORM: "../a/model.safetensors"}))),
+        ("names ../a/model.safetensors", "outside of the model", "download it again"),
+    ),
+    "it is a broken pickle": (
+        instead_of_weights(overwrite(PICKLE, b"PK\x03\x04")), (PICKLE, "corrupt")
+    ),
+    "it is a foreign pickle": (
+        instead_of_weights(overwrite(PICKLE, b"cos\nsystem\n(S'true'\ntR.")),
+        (PICKLE, "save it as safetensors"),
+    ),
+    "it says it is quantized": (
+        of_b(lambda it: configure(it, quantization_config={"quant_method": "gptq"})),
+        ("gptq", "checkpoint that it was made from"),
+    ),
+    "it has another name, too": (list_link, ("{b} under another name", "leave one of them out")),
+    "a module is unknown": (misname_module, ("module defualt", "write default instead")),
+    "a slice has no layer": (
+        slices([[0, 1], [0, 1], [3, 0]]),
+        ("layer_range [3, 0] of model {b}", "holds no layer; write the first layer, from 0"),
+    ),
+    "tokenizers give an id two meanings": (
+        give_tokenizers,
+        ("{b}", "Token 1 is 'dog'", "'cat'", "tokenizer: {{source: union}}"),
+        lambda _, config: config.update(tokenizer={"source": "base"}),
+    ),
+    "the last slice has more models than the first": (
+        slices([[0, 1]], [[1, 3]], shorter=0),
+        ("leave model {b}", f"out of tensor {HEAD}", "first slice"),
+        slices([[0, 1]], [[1, 3]], shorter=1),
+    ),
+    **{
+        f"the head of {name} would be embeddings that are another tensor": (
+            lambda models, _, name=name: rewrite(models[name], **{HEAD: None}),
+            (f"Model {{{name}}} lacks tensor {HEAD}", "model.embed_tokens.weight"),
+            lambda models, _, name=name: configure(models[name], tie_word_embeddings=True),
+        )
+        for name in ("base", "a")
+    },
+}  # fmt: skip
+if os.name == "posix":
+    REFUSED["it is a pipe"] = (
+        instead_of_weights(lambda it: os.mkfifo(Path(it, SAFETENSORS))),
+        ("cannot be read (it is a pipe",),
+    )
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_merge_is_refused_if(what, own, tmp_path):
+    change, parts, *mend = REFUSED[what]
+    config = merge_config(own)
+    change(own, config)
+    found = problems_of(config, tmp_path)
+    the_only(found[:1] if "index" in what else found, *(part.format(**own) for part in parts))
+    assert own["b"] in found[0] or "it" not in what.split()
+    for its in mend:
+        its(own, config)
+        assert problems_of(config, tmp_path) == []
 
 
 def test_a_config_that_is_not_there_is_named(tmp_path):
@@ -139,120 +252,20 @@ def test_a_config_that_is_not_there_is_named(tmp_path):
     the_only(done.stderr.splitlines(), f"{tmp_path}/merge.yml", "cannot be read (No such file")
 
 
-def of_shards(damage: Callable[[str], Any]) -> Callable[[str], None]:
-    return lambda model: reshard(model) or damage(model)
-
-
-def pickle_of(content: bytes) -> Callable[[str], None]:
-    def pickled(model: str) -> None:
-        Path(model, "model.safetensors").unlink()
-        Path(model, "pytorch_model.bin").write_bytes(content)
-
-    return pickled
-
-
-def quantize(model: str) -> None:
-    file = Path(model, "config.json")
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-
-
-SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = "model-00002-of-00006.safetensors"
-MODELS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
-    "is not there": (shutil.rmtree, ("does not exist", "correct the path")),
-    "has no config": (remove("config.json"), ("no checkpoint", "config.json")),
-    "has a broken config": (overwrite("config.json", b"{"), ("config.json", "cannot be used")),
-    "is of no architecture": (overwrite("config.json", b'{"model_type":"llama"}'), ("nothing",)),
-    "is noise": (overwrite(SAFETENSORS, bytes(999)), (SAFETENSORS, "corrupt")),
-    "is a pointer": (overwrite(SAFETENSORS, b"version https://git-lfs"), ("git lfs pull",)),
-    "lacks a shard": (of_shards(remove(SHARD)), (SHARD, "is missing")),
-    "lacks its index": (of_shards(remove(INDEX)), ("no weights", "nor an index", "download it")),
-    "has an index and a file": (
-        overwrite(INDEX, b'{"weight_map": {"x": "model.safetensors"}}'),
-        ("holds both", "remove whichever"),
-    ),
-    "has a broken index": (of_shards(overwrite(INDEX, b"[")), (INDEX, "is corrupt")),
-    "has an index with a gap": (edit_index(lambda i: i.pop(NORM)), (NORM, "does not name")),
-    "has an index that leads out": (
-        edit_index(lambda i: i.update({NORM: "../a/model.safetensors"})),
-        ("names ../a/model.safetensors", "outside of the model", "download it again"),
-    ),
-    "is a broken pickle": (pickle_of(b"PK\x03\x04"), ("pytorch_model.bin", "corrupt")),
-    "is a foreign pickle": (
-        pickle_of(b"cos\nsystem\n(S'true'\ntR."),
-        ("pytorch_model.bin", "save it as safetensors"),
-    ),
-    "says it is quantized": (quantize, ("gptq", "checkpoint that it was made from")),
-}
-
-
-@pytest.mark.parametrize("what", MODELS)
-def test_an_expert_cannot_be_merged_if_it(what, own, problems):
-    damage, parts = MODELS[what]
-    damage(own["b"])
-    found = problems(merge_config(own))
-    the_only(found[:1] if "index" in what else found, own["b"], *parts)
-
-
-def test_what_mergekit_fails_to_plan_goes_by_its_weight_files(problems, tmp_path):
+def test_what_mergekit_fails_to_plan_goes_by_its_weight_files(tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
     bare = transformers.BertConfig(**sizes, intermediate_size=48)
-    paths = save_family(tmp_path / "bert", bare, auto=transformers.AutoModel)
-    the_only(problems(merge_config(paths)), "a merge of BertModel (", "with mergekit-pytorch")
+    config = merge_config(save_family(tmp_path / "bert", bare, auto=transformers.AutoModel))
+    the_only(problems_of(config, tmp_path), "a merge of BertModel (", "with mergekit-pytorch")
 
 
-def test_tokenizers_that_give_an_id_two_meanings_are_found(own, problems, plan):
-    save_tokenizer(own["base"], "the", "cat")
-    save_tokenizer(own["a"], "the", "cat", "sat")
-    save_tokenizer(own["b"], "the", "dog")
-    config = merge_config(own)
-    parts = (own["b"], "Token 1 is 'dog'", "'cat'", "tokenizer: {source: union}")
-    the_only(problems(config), *parts)
-    plan({**config, "tokenizer": {"source": "base"}})
-
-
-def test_a_slice_without_layers_is_found(family, problems):
-    config = slices_config(family, [[0, 1]])
-    for source in config["slices"][0]["sources"]:
-        source["layer_range"] = [3, 0]
-    for sentence in problems(config):
-        assert "the layer_range [3, 0]" in sentence
-        assert "holds no layer; write the first layer, from 0" in sentence
-
-
-def test_a_last_slice_with_more_models_than_the_first_is_found(family, problems, plan, tmp_path):
-    config = slices_config(family, [[0, 1]], [[1, 3]])
-    last = config["slices"][0]["sources"].pop()
-    the_only(problems(config), "leave model", last["model"], f"out of tensor {HEAD}", "first slice")
-    fewer = slices_config(family, [[0, 1]], [[1, 3]])
-    fewer["slices"][1]["sources"].pop()
-    assert plan(fewer).tensors == 30
-
-
-@pytest.mark.parametrize("of", ["base", "a"])
-def test_a_head_is_not_replaced_by_embeddings_that_are_another_tensor(of, own, problems, plan):
-    rewrite(own[of], **{HEAD: None})
-    found = problems(merge_config(own))
-    the_only(found, f"Model {own[of]} lacks tensor {HEAD}", "model.embed_tokens.weight")
-    file = Path(own[of], "config.json")
-    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
-    assert plan(merge_config(own)).tensors == 30
-
-
-def test_an_unknown_module_is_named(family, problems):
-    config = merge_config(family)
-    config["modules"] = {"defualt": {"models": config.pop("models")}}
-    the_only(problems(config), "module defualt", "write default instead")
-
-
-def test_a_downloaded_model_is_named_by_its_directory_offline(family, problems, tmp_path):
+def test_a_downloaded_model_is_named_by_its_directory_offline(family, tmp_path):
     cache = tmp_path / "cache" / "models--some--model"
     shutil.copytree(family["b"], cache / "snapshots" / "0123")
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0123")
     config = merge_config({**family, "b": "some/model"})
-    found = problems(config, transformers_cache=str(tmp_path / "cache"))
+    found = problems_of(config, tmp_path, transformers_cache=str(tmp_path / "cache"))
     the_only(found, "some/model is downloaded", f"write its directory {cache}/snapshots/0123")
 
 
@@ -266,32 +279,3 @@ def test_all_problems_are_reported_at_once(own, tmp_path):
     assert done.stdout == ""
     for part in ("float8", "densitty", "modles", "/not/there", "truncated", "is the input model"):
         assert part in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (KeyError(60), "KeyError: 60"),
-        (MemoryError(), "MemoryError"),
-        (ValueError("Not ours, but a whole sentence."), "ValueError: Not ours, but a whole"),
-        (RuntimeError("size mismatch\n" * 999), "RuntimeError: size mismatch size mismatch"),
-        (PermissionError(13, "Permission denied", "/file"), "Permission denied: /file"),
-    ],
-)
-def test_an_unforeseen_failure_is_one_sentence(error, said, monkeypatch):
-    monkeypatch.setattr("mergekit_metagpt.preflight.inspect", Mock(side_effect=error))
-    (line,) = invoke("check", "merge.yml", status=1).stderr.splitlines()
-    assert line.startswith(f"Error: main check failed ({said}")
-    end = "/mergekit-metagpt/issues." if not isinstance(error, OSError) else "and run it again."
-    assert line.endswith(end)
-    assert len(line) < 1000
-    assert invoke("check", "merge.yml", "--verbose", status=1).exception is error
-
-
-@on_posix
-def test_a_pipe_in_place_of_a_weight_file_is_refused(own, tmp_path):
-    file = Path(own["a"], "model.safetensors")
-    file.unlink()
-    os.mkfifo(file)
-    said = f"{file} of model {own['a']} cannot be read (it is a pipe"
-    the_only(problems_of(merge_config(own), tmp_path), said)

@@ -58,7 +58,26 @@ def test_threads_and_verbosity_are_honoured(tmp_path, monkeypatch):
     assert (levels, threads[0], torch.get_num_threads()) == ([20], 3, 1)
 
 
-@pytest.mark.parametrize("size", ["foo", "", "5X", "B"])
-def test_a_size_that_is_none_is_wrong_usage(size, config):
-    done = invoke("check", config, "--out-shard-size", size, status=2)
-    assert f"'{size}' is not a size; write one such as 5B, 500M or 100K." in done.stderr
+@pytest.mark.parametrize(
+    ("option", "values", "said"),
+    [
+        ("--out-shard-size", ["foo", "", "5X", "B"], "write one such as 5B, 500M or 100K."),
+        ("--num-threads", [0, -1], "is not in the range x>=1."),
+        ("--write-threads", [0], "is not in the range x>=1."),
+        ("--random-seed", [-1, 1 << 32], "is not in the range 0<=x<=4294967295."),
+    ],
+)
+def test_a_value_that_an_option_cannot_have_is_wrong_usage(option, values, said, config):
+    for value in values:
+        *_, line = invoke("check", config, option, value, status=2).stderr.splitlines()
+        assert line.startswith(f"Error: Invalid value for '{option}'")
+        assert str(value) in line
+        assert line.endswith(said)
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu:1"])
+def test_a_device_that_is_not_there_is_one_sentence(device, config):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("it is there")
+    (line,) = invoke("check", config, "--device", device, status=1).stderr.splitlines()
+    assert f"no {device.partition(':')[0]} device here; use --device cpu." in line

@@ -1,7 +1,8 @@
-"""Help, completion and suggestions; and what is printed, on any terminal."""
+"""Help, completion and suggestions; what is printed, on any terminal; and how commands fail."""
 
 import re
 import sys
+from unittest.mock import Mock
 
 import click
 import pytest
@@ -84,3 +85,23 @@ def test_a_command_that_cannot_be_imported_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "mergekit_metagpt.cli.resolve", None)
     (line,) = invoke("resolve", "metagpt.yml", status=1).stderr.splitlines()
     assert line.startswith("Error: import of mergekit_metagpt.cli.resolve halted")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError(60), "KeyError: 60"),
+        (MemoryError(), "MemoryError"),
+        (ValueError("Not ours, but a whole sentence."), "ValueError: Not ours, but a whole"),
+        (RuntimeError("size mismatch\n" * 999), "RuntimeError: size mismatch size mismatch"),
+        (PermissionError(13, "Permission denied", "/file"), "Permission denied: /file"),
+    ],
+)
+def test_an_unforeseen_failure_is_one_sentence(error, said, monkeypatch):
+    monkeypatch.setattr("mergekit_metagpt.preflight.inspect", Mock(side_effect=error))
+    (line,) = invoke("check", "merge.yml", status=1).stderr.splitlines()
+    assert line.startswith(f"Error: main check failed ({said}")
+    end = "/mergekit-metagpt/issues." if not isinstance(error, OSError) else "and run it again."
+    assert line.endswith(end)
+    assert len(line) < 1000
+    assert invoke("check", "merge.yml", "--verbose", status=1).exception is error

@@ -60,23 +60,16 @@ def test_a_file_that_cannot_be_written_is_named_and_stays_as_it_was(
 
 
 @on_posix
-def test_a_pipe_stays_one(resolve, tmp_path):
-    """As a device such as /dev/null does, which would be replaced too where root runs this."""
-    fifo = tmp_path / "fifo"
+def test_a_pipe_and_a_link_stay_what_they_are(resolve, tmp_path):
+    """As /dev/null and /dev/stdout do, which would be replaced too where root runs this."""
+    fifo, link, file = tmp_path / "fifo", tmp_path / "link", tmp_path / "else" / "stock.yml"
     os.mkfifo(fifo)
-    reader = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
-    resolve("-o", fifo)
-    assert os.read(reader, 1 << 16).decode() == resolve()
-    assert stat.S_ISFIFO(fifo.stat().st_mode)
-    os.close(reader)
-
-
-@on_posix
-def test_a_link_stays_one(resolve, tmp_path):
-    """As /dev/stdout does."""
-    link, file = tmp_path / "link", tmp_path / "else" / "stock.yml"
     file.parent.mkdir()
     link.symlink_to(file)
+    reader = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+    resolve("-o", fifo)
     resolve("-o", link)
+    assert os.read(reader, 1 << 16).decode() == file.read_text() == resolve()
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
     assert link.is_symlink()
-    assert file.read_text() == resolve()
+    os.close(reader)

@@ -8,6 +8,7 @@ from conftest import merge_config, problems_of, save_tokenizer, slices_config, t
 import mergekit_metagpt
 from mergekit_metagpt.planning.config import read_config
 from mergekit_metagpt.preflight import inspect
+from mergekit_metagpt.wording import BadInputError
 
 START = "merge_method: metagpt_ties\nbase_model: /m/base\nmodels:\n- model: /m/a\n"  # 4 lines
 
@@ -34,7 +35,9 @@ def test_what_is_not_one_yaml_mapping_is_told_with_its_line(what, tmp_path):
     text, parts = TEXTS[what]
     file = tmp_path / "m.yml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    the_only(inspect(str(file)).problems[-1:], str(file), *parts)
+    with pytest.raises(BadInputError) as caught:
+        inspect(str(file))
+    the_only(caught.value.args[-1:], str(file), *parts)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from mergekit_metagpt.planning.config import read_config
 from mergekit_metagpt.planning.job import with_own_adapters
 from mergekit_metagpt.planning.planner import Planner, TensorMerge
 from mergekit_metagpt.preflight import inspect
+from mergekit_metagpt.wording import BadInputError
 
 FILE = Path(__file__).parent / "stranger_configs.yml"
 STRANGERS: list[dict[str, str]] = list(filter(None, yaml.safe_load_all(FILE.read_text("utf-8"))))
@@ -78,8 +79,9 @@ def test_strangers(stranger, models, tmp_path, request):
         quiet=True, lora_merge_cache=models["cache"], random_seed=3, write_model_card=False
     )
     if says := Template(stranger.get("says", "")).substitute(models):
-        problems = inspect(str(yml), str(out), options).problems
-        assert any(says in problem for problem in problems), problems
+        with pytest.raises(BadInputError) as refused:
+            inspect(str(yml), str(out), options)
+        assert any(says in problem for problem in refused.value.args), refused.value
     else:
         mergekit_metagpt.merge(yml, out, options=options)
         transformers.AutoModelForCausalLM.from_pretrained(out)

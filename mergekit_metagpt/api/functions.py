@@ -117,7 +117,7 @@ def forecasts(
     and a failure is explained by the problems that ``check`` finds.
     """
     with running(_read(config), options) as job:
-        known = preflight.ignored(job.config)
+        known = preflight.ignored(job)
         warn(known)
         try:
             own_method(job.parsed)  # before the hub is asked for anything
@@ -130,9 +130,11 @@ def forecasts(
         except BadInputError:
             raise
         except Exception as error:
-            problems = preflight.inspect(job.config, options=job.options).problems
-            if set(problems) - set(known):
-                raise BadInputError(*problems) from error
+            try:
+                preflight.inspect(job.config, options=job.options)
+            except BadInputError as why:
+                if set(why.args) - set(known):
+                    raise why from error
             raise
 
 
@@ -176,8 +178,6 @@ def merged(
     """Do what :func:`merge` does. ``names`` are PATH=USER/NAME, for paths in the config."""
     written = _read(config)
     found = preflight.inspect(written, str(out), options)
-    if found.problems:
-        raise BadInputError(*found.problems)
     warn(found.warnings)
     with running(written, options) as job:
         if found.outputs:

@@ -49,6 +49,26 @@ def plot_option(what: str) -> Callable[[Any], Any]:
     )
 
 
+def size(text: str | int) -> int:
+    """Read a size as MergeKit does, or say how to write one."""
+    try:
+        return int(parse_kmb(text))
+    except (ValueError, IndexError):
+        raise click.BadParameter(
+            f"{text!r} is not a size; write one such as 5B, 500M or 100K."
+        ) from None
+
+
+# Of MergeKit's options by name, where its own types raise Python's errors, or let through what
+# fails later.
+_TYPES = {
+    "out_shard_size": size,
+    "num_threads": click.IntRange(1),
+    "write_threads": click.IntRange(1),
+    "random_seed": click.IntRange(0, 2**32 - 1),
+}
+
+
 class MergeCommand(PrettyPrintHelp):
     """A command that also takes every option of MergeKit, as ``mergekit-yaml`` does.
 
@@ -61,8 +81,7 @@ class MergeCommand(PrettyPrintHelp):
         mergekits = click.command()(add_merge_options(dict))
         self._collect: Any = mergekits.callback
         for option in mergekits.params:
-            if option.name == "out_shard_size":
-                option.type = click.types.convert_type(size)
+            option.type = click.types.convert_type(_TYPES.get(str(option.name), option.type))
         verbose = click.Option(["--verbose"], is_flag=True, help="Show the traceback of a failure.")
         self.params += [verbose, *mergekits.params]
 
@@ -117,20 +136,10 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 def _require_device(options: MergeOptions) -> None:
     if options.multi_gpu and not torch.accelerator.device_count():
         raise click.ClickException("There is no GPU here; leave --multi-gpu out.")
-    kind = torch.device(options.device or "cpu").type
-    module = getattr(torch, kind, None)
-    if kind != "cpu" and not (module is not None and module.is_available()):
+    kind = (options.device or "cpu").partition(":")[0]
+    is_available = getattr(getattr(torch, kind, None), "is_available", bool)
+    if kind != "cpu" and not is_available():
         raise click.ClickException(f"There is no {kind} device here; use --device cpu.")
-
-
-def size(text: str | int) -> int:
-    """Read a size as MergeKit does; its own type raises Python's errors."""
-    try:
-        return int(parse_kmb(text))
-    except (ValueError, IndexError):
-        raise click.BadParameter(
-            f"{text!r} is not a size; write one such as 5B, 500M or 100K."
-        ) from None
 
 
 def console() -> Console:

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from mergekit_metagpt import preflight
 from mergekit_metagpt.cli import _shared
-from mergekit_metagpt.wording import BadInputError
 
 
 @click.command(cls=_shared.MergeCommand)
@@ -29,10 +28,8 @@ def check(config: str, out: str | None, merge_options: MergeOptions) -> None:
       mergekit-metagpt check metagpt.yml merged/
     """
     found = preflight.inspect(config, out, merge_options)
-    if found.problems:
-        raise BadInputError(*found.problems)
     _shared.warn(found.warnings)
-    if found.costs and not merge_options.quiet:
+    if not merge_options.quiet:
         _show(found.costs)
 
 

@@ -5,7 +5,7 @@ write a generator of sentences into the file of its subject, and name it here.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mergekit.options import MergeOptions
 
@@ -22,6 +22,7 @@ __all__ = ["Costs", "Preflight", "ignored", "inspect"]
 # In the order in which their sentences are printed. The first that cannot look any further,
 # because of a problem, raises it.
 _CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
+    configs.unknown_keys,
     configs.ignored_parameters,
     configs.bad_parameters,
     configs.bad_dtypes,
@@ -44,20 +45,11 @@ _CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found.
+    """What a merge that nothing stands against will do."""
 
-    Attributes:
-        problems: what the merge would fail on, or silently do wrong; one sentence each.
-        costs: what the merge will cost; None if there are problems.
-        outputs: what the merge will write; None if there are problems, or if MergeKit first has
-            to download a model or to apply an adapter.
-        warnings: what the user should know of, though it can be merged; one sentence each.
-    """
-
-    problems: list[str]
-    costs: Costs | None = None
-    outputs: Outputs | None = None
-    warnings: list[str] = field(default_factory=list)
+    costs: Costs
+    outputs: Outputs | None  # None if MergeKit first has to download a model or apply an adapter
+    warnings: list[str]  # what the user should know of; one sentence each
 
 
 def inspect(
@@ -73,8 +65,9 @@ def inspect(
         out: the directory that the merge will be written to; None to leave it unchecked.
         options: MergeKit's options.
 
-    Returns:
-        All problems; if there are none, what the merge will cost and write.
+    Raises:
+        BadInputError: with a sentence for each thing that the merge would fail on, or silently do
+            wrong.
     """
     register()
     problems: list[str] = []
@@ -82,7 +75,6 @@ def inspect(
         written = read_config(config) if isinstance(config, str) else config
         with alone():
             job = Job(written, options or MergeOptions())
-            problems += configs.unknown_keys(job)  # also if MergeKit cannot read the rest
             job.options = with_own_adapters(job.options, job.parsed)
             problems += output.bad_output(job, out) if out else ()
             for check in _CHECKS:
@@ -93,16 +85,15 @@ def inspect(
             if not problems:
                 final = all(it.weights.directory and not it.to_apply for it in job.models.values())
                 warnings = list(models.different_settings(job))
-                return Preflight([], total, job.outputs if final else None, warnings)
+                return Preflight(total, job.outputs if final else None, warnings)
     except PlannerError as error:
         problems = problems or [*error.args]  # which may be why
     except BadInputError as error:
         problems += error.args
-    return Preflight(list(dict.fromkeys(problems)))
+    raise BadInputError(*dict.fromkeys(problems))
 
 
-def ignored(config: ConfigFile) -> list[str]:
+def ignored(job: Job) -> list[str]:
     """Return a sentence for each setting of a config that MergeKit ignores."""
     register()
-    job = Job(config, MergeOptions())
     return [*configs.unknown_keys(job), *configs.ignored_parameters(job)]

@@ -17,29 +17,17 @@ _TRIAL = 4096, 1024  # rows and columns
 
 @dataclass(frozen=True)
 class Costs:
-    """What a merge will cost.
+    """What a merge will cost."""
 
-    Attributes:
-        tensors: how many tensors the output will have.
-        parameters: how many numbers these hold together.
-        passes: how often the models are read.
-        bytes_read: the bytes of tensors that all passes read together.
-        bytes_written: the bytes of tensors in the output.
-        bytes_applied: the bytes of models that MergeKit first writes to the LoRA cache.
-        shards: how many weight files the output will have.
-        by_direction: how many numbers are merged by direction, by experts and dtype.
-        device: where.
-    """
-
-    tensors: int
-    parameters: int
-    passes: int
-    bytes_read: int
-    bytes_written: int
-    bytes_applied: int
-    shards: int
-    by_direction: Counter[tuple[int, torch.dtype]]
-    device: torch.device
+    tensors: int  # of the output
+    parameters: int  # the numbers in them
+    passes: int  # how often the models are read
+    bytes_read: int  # the tensors that all passes read together
+    bytes_written: int  # the tensors of the output
+    bytes_applied: int  # the models that MergeKit first writes to the LoRA cache
+    shards: int  # the weight files of the output
+    by_direction: Counter[tuple[int, torch.dtype]]  # the numbers, by experts and dtype
+    device: torch.device  # that merges them
 
     @property
     def arithmetic(self) -> float:

@@ -53,53 +53,51 @@ def same_models(job: Job) -> Iterator[str]:
 
 def different_heads(job: Job) -> Iterator[str]:
     """Find models whose attention is split otherwise than that of the base, or of the first."""
-    for model, first, differ in _differing(job, _HEADS):
-        if said := [it for it in differ if "unset" not in it]:
-            yield (
-                f"The config.json of model {model} differs from that of {first} in "
-                f"{', '.join(said)}, so that tensors of one shape mean different things; merge "
-                "fine-tunes of one base."
-            )
+    for said, _ in _differing(job, _HEADS, also_unset=False):
+        yield (
+            f"{said}, so that tensors of one shape mean different things; merge fine-tunes of one "
+            "base."
+        )
 
 
 def different_settings(job: Job) -> Iterator[str]:
     """Find models that compute otherwise than the base, or the first, with weights of one shape."""
-    for model, first, differ in _differing(job, _COMPUTES):
+    for said, first in _differing(job, _COMPUTES):
         whose = f", that of {first}" if first == job.parsed.base_model else ""
         yield (
-            f"The config.json of model {model} differs from that of {first} in "
-            f"{', '.join(differ)}, so that the two compute otherwise, but a merge has only one "
+            f"{said}, so that the two compute otherwise, but a merge has only one "
             f"config.json{whose}; test the result."
         )
 
 
 def _differing(
-    job: Job, names: re.Pattern[str]
-) -> Iterator[tuple[ModelReference, ModelReference, list[str]]]:
-    """Yield each model, the base or else the first, and what their configs set differently."""
+    job: Job, names: re.Pattern[str], also_unset: bool = True
+) -> Iterator[tuple[str, ModelReference]]:
+    """Yield how the config of a model differs from that of the base, or else of the first model."""
     known = [(it.model, it.config.get_text_config()) for it in job.models.values() if it.config]
     for model, config in known[1:]:
         first, its = known[0]
-        own, others = (dict(_settings(it.to_dict(), names)) for it in (config, its))
+        own, others = (
+            {key: value for key, value in _settings(it.to_dict()) if names.search(key)}
+            for it in (config, its)
+        )
+        keys = own.keys() | others.keys() if also_unset else own.keys() & others.keys()
         differ = []
-        for key in sorted(own.keys() | others.keys()):
+        for key in sorted(key for key in keys if own.get(key) != others.get(key)):
             values = [textwrap.shorten(str(it.get(key, "unset")), 60) for it in (own, others)]
-            if own.get(key) != others.get(key):
-                differ.append(f"{key} ({values[0]}, not {values[1]})")
+            differ.append(f"{key} ({values[0]}, not {values[1]})")
         if differ and config.model_type == its.model_type:
-            yield model, first, differ
+            said = ", ".join(differ)
+            yield f"The config.json of model {model} differs from that of {first} in {said}", first
 
 
-def _settings(
-    said: dict[str, Any], names: re.Pattern[str], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    """Yield the settings with such names; those within others with a dot."""
+def _settings(said: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a config, but for empty ones; those within others with a dot."""
     for key, value in said.items():
-        name = f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _settings(value, names, f"{name}.")
-        elif names.search(name) and value is not None:
-            yield name, value
+            yield from ((f"{key}.{inner}", its) for inner, its in _settings(value))
+        elif value is not None:
+            yield key, value
 
 
 def bad_vocabularies(job: Job) -> Iterator[str]:
@@ -117,28 +115,28 @@ def _bad_tokenizers(job: Job, models: list[ModelReference], tensor: str) -> Iter
     MergeKit takes a tokenizer that it cannot read for the base's. Models that have none are
     skipped, but for the base if the config asks for a tokenizer.
     """
-    first: tuple[ModelReference, Vocabulary] | None = None
-    asked = job.outputs.tokenizer
+    known: dict[ModelReference, Vocabulary] = {}
+    asked, options = job.outputs.tokenizer, job.options
     for model in models:
-        cache, trust = job.options.transformers_cache, job.options.trust_remote_code
         try:
-            tokens = load_vocabulary(model, cache, trust)
+            tokens = load_vocabulary(model, options.transformers_cache, options.trust_remote_code)
         except BadInputError as error:
             yield from error.args
             continue
-        if asked and not tokens and model == job.parsed.base_model:
+        if tokens:
+            known[model] = tokens
+        elif asked and model == job.parsed.base_model:
             yield (
                 f"The base {model} has no tokenizer, and {job.config} asks for one (tokenizer); "
                 "copy the files of its tokenizer into the base, or leave that setting out."
             )
-        if asked or not tokens:
-            continue
-        first = first or (model, tokens)
-        id_ = first_difference(tokens, first[1])
+    for model, tokens in () if asked else known.items():
+        first, its = next(iter(known.items()))
+        id_ = first_difference(tokens, its)
         if id_ is not None:
             yield (
                 f"Token {id_} is {tokens[id_]!r} to the tokenizer of model {model} but "
-                f"{first[1][id_]!r} to that of {first[0]}, so that the rows of {tensor} mean "
+                f"{its[id_]!r} to that of {first}, so that the rows of {tensor} mean "
                 f"different things; {tokenizer_way(job)}."
             )
 

@@ -14,35 +14,29 @@ from mergekit_metagpt.preflight.costs import Costs
 
 
 def bad_output(job: Job, out: str) -> Iterator[str]:
-    """Find reasons not to write to a directory."""
-    path, models = Output.of(out).path, job.models.values()
-    applied = [Path(files.to_apply).resolve() for files in models if files.to_apply]
-    if any(place.is_relative_to(path) for place in applied):
-        why_not: str | None = (
-            "is the --lora-merge-cache, or holds it, and MergeKit writes there first; choose "
-            "another directory for one of them"
-        )
-    else:
-        try:
-            why_not = _which_input(job, path) or _what_is_there(Path(out), path)
-        except OSError as error:
-            why_not = f"cannot be used ({error.strerror}); choose another directory"
+    """Find a reason not to write to a directory."""
+    try:
+        why_not = _why_not(job, Path(out))
+    except OSError as error:
+        why_not = f"cannot be used ({error.strerror}); choose another directory"
     if why_not:
         yield f"Output {out} {why_not}."
 
 
-def _which_input(job: Job, path: Path) -> str | None:
+def _why_not(job: Job, out: Path) -> str | None:
+    """Look at what is there, or at the directory that the output will be made in."""
+    path = Output.of(out).path
     for model, files in job.models.items():
+        if files.to_apply and Path(files.to_apply).resolve().is_relative_to(path):
+            return (
+                "is the --lora-merge-cache, or holds it, and MergeKit writes there first; choose "
+                "another directory for one of them"
+            )
         for place in (files.weights.directory, os.path.dirname(files.adapter or "")):
             # It is compared with what is there, since case may not count.
             existing = (it for it in (path, *path.parents) if place and it.exists())
             if any(it.samefile(place) for it in existing):
                 return f"is the input model {model}, or is inside it; choose another directory"
-    return None
-
-
-def _what_is_there(out: Path, path: Path) -> str | None:
-    """Look at what is there, or at the directory that the output will be made in."""
     if out.is_symlink() and not path.exists():
         return (
             f"is a link to {out.readlink()}, which does not exist; make that directory, or choose "
