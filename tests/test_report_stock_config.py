@@ -5,9 +5,9 @@ from itertools import cycle
 
 import pytest
 import torch
+import transformers
 import yaml
-from conftest import llama_config, merge_config, save_family, slices_config
-from mergekit.config import MergeConfiguration
+from conftest import llama_config, merge_config, save_family, save_tokenizer, slices_config
 from mergekit.merge_methods import registered_methods
 from mergekit.options import MergeOptions
 
@@ -26,7 +26,7 @@ GRANULARITIES = ["tensor", "layer", "model"]
 
 
 def resolved(config) -> str:
-    parsed = MergeConfiguration.model_validate(config)
+    parsed = ConfigFile("metagpt.yml", "", config).parse()
     return stock_config(forecast(parsed, MergeOptions(), progress=False))
 
 
@@ -96,6 +96,28 @@ def test_a_model_has_one_number_and_a_layer_one_filter(family):
     filters = [w["filter"] for w in layer["models"][0]["parameters"]["weight"]]
     assert {f"model.layers.{n}." for n in range(3)} < set(filters)
     assert len(filters) == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("base first second", "base"),
+        (" second first", "second"),
+        ("base first first", "first"),
+        ("base base base", None),
+        (" first ", None),
+    ],
+)
+def test_the_chat_template_is_that_of_our_merge(given, written, own):
+    """Of equally frequent ones MergeKit takes any, so it is written out where models differ."""
+    template = "{{{{ messages }}}} of the {}".format
+    for path, name in zip(own.values(), given.split(" "), strict=True):
+        save_tokenizer(path, "the", "cat")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer.chat_template = template(name) if name else None
+        tokenizer.save_pretrained(path)
+    stock = yaml.safe_load(resolved(merge_config(own, chat_template="auto")))
+    assert stock["chat_template"] == (template(written) if written else "auto")
 
 
 def test_comments_say_where_the_numbers_come_from(family):
