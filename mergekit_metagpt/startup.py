@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
     from mergekit_metagpt.method.merge_method import MetaGPTMerge
 
-_SWITCH = "MERGEKIT_METAGPT_AUTOLOAD"
 _REGISTRY = "mergekit.merge_methods.registry"
-_STOCK_CLASS = "GeneralizedTaskArithmeticMerge"
 
 
 def install() -> None:
@@ -33,7 +31,7 @@ def install() -> None:
     Does nothing if it was called before, or if the environment variable
     ``MERGEKIT_METAGPT_AUTOLOAD`` is 0.
     """
-    if os.environ.get(_SWITCH) == "0":
+    if os.environ.get("MERGEKIT_METAGPT_AUTOLOAD") == "0":
         return
     # Compare names: if the start-up file is read twice, this class may exist twice.
     if any(type(finder).__name__ == _Finder.__name__ for finder in sys.meta_path):
@@ -134,7 +132,8 @@ def _run(hook: "Callable[[ModuleType], None]", module: "ModuleType") -> None:
 
 
 def _register(registry: "ModuleType") -> None:
-    method, stock = sys.modules.get("mergekit_metagpt.method.merge_method"), _STOCK_CLASS
+    method = sys.modules.get("mergekit_metagpt.method.merge_method")
+    stock = "GeneralizedTaskArithmeticMerge"
     if method is not None and getattr(method, stock) is not getattr(registry, stock):
         # MergeKit was imported again: remove our modules, whose classes derive from the old one.
         for name in [n for n in sys.modules if n.startswith("mergekit_metagpt.")]:
