@@ -45,8 +45,7 @@ def stock_config(forecast: Forecast) -> str:
         _set_chat_template(config)
     for part in list(parts(config)):
         _set_weights(part, forecast)
-    document = plain(config)
-    return _header(forecast) + yaml.dump(document, Dumper=ConfigYamlDumper, sort_keys=False)
+    return _header(forecast) + yaml.dump(plain(config), Dumper=ConfigYamlDumper, sort_keys=False)
 
 
 def _set_chat_template(config: MergeConfiguration) -> None:
