@@ -37,14 +37,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Merged": "api.results",
-    "Plan": "api.results",
-    "Survey": "api.results",
-    "merge": "api.functions",
-    "plan": "api.functions",
-    "register": "startup",
-    "scaling_coefficients": "core.coefficients",
-    "survey": "api.functions",
+    "api.functions": ("merge", "plan", "survey"),
+    "api.results": ("Merged", "Plan", "Survey"),
+    "core.coefficients": ("scaling_coefficients",),
+    "startup": ("register",),
 }
 
 # For an interpreter that started before this package was installed, such as a notebook's.
@@ -55,9 +51,10 @@ def __getattr__(name: str) -> "Any":
     """Import a public name when it is first used (PEP 562)."""
     from importlib import import_module
 
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

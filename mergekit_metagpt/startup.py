@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
     from mergekit_metagpt.method.merge_method import MetaGPTMerge
 
-_SWITCH = "MERGEKIT_METAGPT_AUTOLOAD"
 _REGISTRY = "mergekit.merge_methods.registry"
-_STOCK_CLASS = "GeneralizedTaskArithmeticMerge"
 
 
 def install() -> None:
@@ -33,7 +31,7 @@ def install() -> None:
     Does nothing if it was called before, or if the environment variable
     ``MERGEKIT_METAGPT_AUTOLOAD`` is 0.
     """
-    if os.environ.get(_SWITCH) == "0":
+    if os.environ.get("MERGEKIT_METAGPT_AUTOLOAD") == "0":
         return
     # Compare names: if the start-up file is read twice, this class may exist twice.
     if any(type(finder).__name__ == _Finder.__name__ for finder in sys.meta_path):
@@ -77,7 +75,6 @@ class _Finder:
 
     def __init__(self) -> None:
         self._searches: set[tuple[int, str]] = set()
-        self._leads = False
 
     def find_spec(
         self,
@@ -85,37 +82,26 @@ class _Finder:
         path: "Sequence[str] | None" = None,
         target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
-        if not self._leads:
-            self._lead(name)
+        if "mergekit" in sys.modules and self in sys.meta_path[1:]:
+            # Else another finder, such as a type checker's, might find what this one waits for.
+            sys.meta_path.remove(self)
+            sys.meta_path.insert(0, self)
         hook = _HOOKS.get(name)
         search = (_thread.get_ident(), name)
         if hook is None or search in self._searches:  # another finder calls this one
             return None
         self._searches.add(search)
         try:
-            spec = self._ask_others(name, path, target)
+            others = (
+                it for it in list(sys.meta_path) if it is not self and hasattr(it, "find_spec")
+            )
+            specs = (other.find_spec(name, path, target) for other in others)
+            spec = next(filter(None, specs), None)
         finally:
             self._searches.discard(search)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, hook)  # type: ignore[assignment]
         return spec
-
-    def _ask_others(self, name: str, *rest: "Any") -> "ModuleSpec | None":
-        for finder in list(sys.meta_path):
-            find = getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = find(name, *rest) if find and finder is not self else None
-            if spec is not None:
-                return spec
-        return None
-
-    def _lead(self, name: str) -> None:
-        """Move to the front if another finder, such as a type checker's, has found MergeKit."""
-        if name == "mergekit":
-            self._leads = True
-        elif "mergekit" in sys.modules:
-            self._leads = True
-            sys.meta_path.remove(self)
-            sys.meta_path.insert(0, self)
 
 
 class _Loader:
@@ -145,7 +131,8 @@ def _run(hook: "Callable[[ModuleType], None]", module: "ModuleType") -> None:
 
 
 def _register(registry: "ModuleType") -> None:
-    method, stock = sys.modules.get("mergekit_metagpt.method.merge_method"), _STOCK_CLASS
+    method = sys.modules.get("mergekit_metagpt.method.merge_method")
+    stock = "GeneralizedTaskArithmeticMerge"
     if method is not None and getattr(method, stock) is not getattr(registry, stock):
         # MergeKit was imported again: remove our modules, whose classes derive from the old one.
         for name in [n for n in sys.modules if n.startswith("mergekit_metagpt.")]:

@@ -115,6 +115,10 @@ MUTANTS = {
     },
     ("report/stock_config.py", "test_report_stock_config.py"): {
         "key=lambda entry: order.index(entry.model)": "key=lambda entry: -order.index(entry.model)",
+        "if len(templates) > 1:": "if templates:",
+    },
+    ("startup.py", "test_startup_imports.py"): {
+        'if "mergekit" in sys.modules and self in sys.meta_path[1:]:': "if False:",
     },
 }
 

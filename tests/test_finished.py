@@ -139,7 +139,7 @@ class TestTheHead:
         head = torch.randn(64, 16)
         tensors = {**read(paths["a"]), "language_model.lm_head.weight": head}
         save_file(tensors, Path(paths["a"], "model.safetensors"), {"format": "pt"})
-        out = merge(merge_config(paths, dtype="float16"), tmp_path)
+        out = merge(merge_config(paths, dtype="torch.float16"), tmp_path)
         assert said(out)["tie_word_embeddings"] is False
         assert said(out)["text_config"]["dtype"] == said(out)["dtype"] == "float16"
         loaded = AutoModelForImageTextToText.from_pretrained(out)
@@ -166,11 +166,6 @@ class TestDtypes:
         options = MergeOptions(quiet=True, copy_tokenizer=False)
         run_merge(MergeConfiguration.model_validate(written), str(stock), options)
         assert (out / "config.json").read_bytes() == (stock / "config.json").read_bytes()
-
-    def test_may_be_written_with_their_module(self, family, tmp_path):
-        out = merge(merge_config(family, dtype="torch.float16"), tmp_path)
-        assert said(out)["dtype"] == "float16"
-        assert_loads_as_merged(out)
 
 
 class TestVocabularies:

@@ -42,11 +42,7 @@ def fuzz(request: pytest.FixtureRequest) -> Callable[..., None]:
 
     def run(test: Callable[..., None], share: float, few: int) -> None:
         number = max(1, round(wanted * share)) if wanted else few
-        chosen = settings(
-            max_examples=number,
-            derandomize=not wanted,
-            deadline=None,
-        )
+        chosen = settings(max_examples=number, derandomize=not wanted)
         chosen(given(data=st.data())(test))()
 
     return run

@@ -132,19 +132,15 @@ def stopped(config, out, monkeypatch):
 
 FULL = OSError("No space left")
 REST = [SHARD(3), SHARD(4), SHARD(5)]  # of a merge that was stopped
-
-
-def lose_its_end(work):
-    os.truncate(work.merged / SHARD(2), 20000)
-
-
-def damage_its_record(work):
-    (work.path / "complete" / f"{SHARD(2)}.json").write_text("")
-
-
-def add_folder(work):
-    (work.merged / FOLDER).mkdir()
-    (work.merged / FOLDER / "tool.jinja").touch()
+# Why a merge stops with two files, what happens then, and how many are complete after it.
+STOPS = [
+    (FULL, lambda *_: None, 2),
+    (KeyboardInterrupt("stopped by SIGTERM"), lambda *_: None, 2),
+    (ValueError("NaN"), lambda out, _: out.mkdir(), 2),
+    (FULL, lambda _, work: os.truncate(work.merged / SHARD(2), 20000), 1),
+    (FULL, lambda _, work: (work.complete / f"{SHARD(2)}.json").write_text(""), 1),
+    (FULL, lambda _, work: shutil.copytree(work.complete, work.merged / FOLDER), 2),
+]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
@@ -166,26 +162,20 @@ class TestKilled:
 
 
 class TestStopped:
-    @pytest.mark.parametrize(
-        ("error", "is_made_since"),
-        [
-            (FULL, False),
-            (KeyboardInterrupt("stopped by SIGTERM"), False),
-            (ValueError("NaN"), True),
-        ],
-    )
-    def test_no_exception_deletes_what_is_complete(
-        self, error, is_made_since, stopped, config, out, whole_merge, merged_now, caplog
+    @pytest.mark.parametrize(("error", "then", "complete"), STOPS)
+    def test_no_exception_deletes_what_is_complete_and_what_is_not_is_merged_again(
+        self, error, then, complete, stopped, config, out, whole_merge, merged_now, caplog
     ):
         assert str(error) in stopped(error)
         (work,) = Output.of(out).works()
         assert f"(2 of its weight files) is kept in {work.path}; run the same" in caplog.text
         assert set(work.records) == names(work.merged) == {SHARD(1), SHARD(2)}
-        if is_made_since:
-            out.mkdir()
+        then(out, work)
+        assert len(work.records) == complete
         del merged_now[:]
         merge(config, out, *SHARDS)
-        assert merged_now == REST
+        assert merged_now == [SHARD(number) for number in range(complete + 1, 6)]
+        shutil.rmtree(out / FOLDER, ignore_errors=True)
         assert files(out) == whole_merge
         assert names(out.parent) == {"merged"}
 
@@ -195,22 +185,6 @@ class TestStopped:
         monkeypatch.setattr("mergekit_metagpt.merging.by_shard.require_in_range", 1 / 1)
         merge(config, out, *SHARDS, status=1)
         assert not names(out if exists else out.parent)
-
-    @pytest.mark.parametrize(
-        ("damage", "complete"), [(lose_its_end, 1), (damage_its_record, 1), (add_folder, 2)]
-    )
-    def test_what_is_damaged_is_merged_again(
-        self, damage, complete, stopped, config, out, whole_merge, merged_now
-    ):
-        stopped(FULL)
-        (work,) = Output.of(out).works()
-        damage(work)
-        assert len(work.records) == complete
-        del merged_now[:]
-        merge(config, out, *SHARDS)
-        assert merged_now == [SHARD(number) for number in range(complete + 1, 6)]
-        shutil.rmtree(out / FOLDER, ignore_errors=True)
-        assert files(out) == whole_merge
 
     def test_another_merge_into_an_output_that_exists_moves_it_out_and_it_goes_on(
         self, stopped, config, out, whole_merge, merged_now, caplog

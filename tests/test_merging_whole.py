@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from conftest import (
-    WEIGHTS,
     WHOLE,
     assert_merge_of,
     files,
@@ -23,7 +22,6 @@ from conftest import (
 from conftest import invoke_merge as merge
 from mergekit.tokenizer import BuildTokenizer
 
-from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.measure.identity import sha256_of
 from mergekit_metagpt.merging import by_shard, whole
 
@@ -33,11 +31,6 @@ def failing(error: BaseException):
         raise error
 
     return fail
-
-
-@pytest.fixture
-def config(family, tmp_path):
-    return write_yaml(tmp_path / "metagpt.yml", merge_config(family))
 
 
 @pytest.fixture
@@ -54,16 +47,18 @@ def existing(out):
 
 @pytest.fixture
 def rename_fails(monkeypatch):
-    """Let the rename to a path fail, as onto a mount point or from another disk."""
+    """Let the rename to a path fail, as onto a mount point; list the targets of others."""
 
-    def fail(path: Path, number: int) -> None:
+    def fail(path: Path, number: int) -> list[Path]:
         def rename(source, target):
             if Path(target) == path:
                 raise OSError(number, os.strerror(number))
             real(source, target)
+            renamed.append(Path(target))
 
-        real = os.rename
+        real, renamed = os.rename, []
         monkeypatch.setattr(os, "rename", rename)
+        return renamed
 
     return fail
 
@@ -72,30 +67,20 @@ class TestADirectoryThatExists:
     def test_it_is_filled_and_stays_itself_as_does_a_link_to_it(
         self, config, family, existing, tmp_path, rename_fails
     ):
+        """Nothing can load it before it is complete."""
         link, before = tmp_path / "link", existing.stat().st_ino
         link.symlink_to(existing)
-        rename_fails(existing, errno.EBUSY)
-        merge(config, link)
+        renamed = rename_fails(existing, errno.EBUSY)
+        merge(config, link, "--out-shard-size", "30000")
         assert link.is_symlink()
         assert existing.stat().st_ino == before
         assert names(existing.parent) == {"merged"}
-        assert names(existing) == WHOLE
+        assert names(existing) > WHOLE - {"model.safetensors"}
+        moved = [path.name for path in renamed if path.parent == existing]
+        assert set(moved) == names(existing)
+        assert moved[-2:] == ["model.safetensors.index.json", "config.json"]
         assert_merge_of(existing, family)
         assert "# link" in (existing / "README.md").read_text()
-
-    def test_nothing_can_load_it_before_it_is_complete(self, config, existing, monkeypatch):
-        order = []
-        real = os.rename
-
-        def rename(source, target):
-            if Path(target).parent == existing and Path(target).suffix != ".removed":
-                order.append(Path(target).name)
-            real(source, target)
-
-        monkeypatch.setattr(os, "rename", rename)
-        merge(config, existing, "--out-shard-size", "30000")
-        assert set(order) >= names(existing)
-        assert order[-2:] == ["model.safetensors.index.json", "config.json"]
 
     def test_what_others_put_there_meanwhile_is_not_written_over(
         self, config, existing, monkeypatch
@@ -111,72 +96,45 @@ class TestADirectoryThatExists:
         assert (existing / "README.md").read_text() == "mine"
 
 
-class TestACompleteMerge:
-    """Once the weights are there, no failure of a later step removes them."""
-
-    @pytest.mark.parametrize("exists", [False, True])
-    def test_it_is_kept_where_it_cannot_be_moved_and_then_only_published(
-        self, exists, config, family, out, rename_fails, caplog, monkeypatch
-    ):
-        place = out if exists else out.parent
-        place.mkdir(parents=True)
-        rename_fails(out / "config.json" if exists else out, errno.EXDEV)
-        done = merge(config, out, status=1)
-        (kept,) = place.iterdir()
-        assert f"kept in {kept}; run the same command again" in caplog.text
-        assert "Invalid cross-device link" in done.stderr
-        assert done.stderr.count("\n") == 1
-        assert names(kept / "merged") == WHOLE
-        assert_merge_of(kept / "merged", family)
-        monkeypatch.undo()
-        monkeypatch.setattr("mergekit_metagpt.merging.by_shard.ShardMerge.write", None)
-        merge(config, out)
-        assert names(out.parent) == {"merged"}
-        assert_merge_of(out, family)
-
-    @pytest.mark.parametrize(
-        ("module", "step", "error"),
-        [
-            (whole, "merge_record", RuntimeError("no such luck")),
-            (mergekit_private, "copy_tagalong_files", KeyboardInterrupt()),
-        ],
-    )
-    def test_it_is_kept_if_a_step_after_it_fails_or_is_stopped(
-        self, module, step, error, config, family, out, monkeypatch
-    ):
-        monkeypatch.setattr(module, step, failing(error))
-        assert str(error) in merge(config, out, status=1).stderr
-        (kept,) = out.parent.iterdir()
-        assert_merge_of(kept / "merged", family)
+@pytest.mark.parametrize("exists", [False, True])
+def test_it_is_kept_where_it_cannot_be_moved_and_then_only_published(
+    exists, config, family, out, rename_fails, caplog, monkeypatch
+):
+    place = out if exists else out.parent
+    place.mkdir(parents=True)
+    rename_fails(out / "config.json" if exists else out, errno.EXDEV)
+    done = merge(config, out, status=1)
+    (kept,) = place.iterdir()
+    assert f"kept in {kept}; run the same command again" in caplog.text
+    assert "Invalid cross-device link" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert names(kept / "merged") == WHOLE
+    assert_merge_of(kept / "merged", family)
+    monkeypatch.undo()
+    monkeypatch.setattr("mergekit_metagpt.merging.by_shard.ShardMerge.write", None)
+    merge(config, out)
+    assert names(out.parent) == {"merged"}
+    assert_merge_of(out, family)
 
 
-class TestTheCard:
-    @pytest.mark.parametrize(
-        ("step", "file", "warning"),
-        [
-            ("merging.whole.write_card", "README.md", "The model card could not be written"),
-            (
-                "api.functions.comparison_figure",
-                "coefficients.png",
-                "coefficients.png could not be",
-            ),
-        ],
-    )
-    def test_one_that_cannot_be_made_costs_a_warning_as_does_its_picture(
-        self, step, file, warning, config, family, out, monkeypatch, caplog
-    ):
-        monkeypatch.setattr(f"mergekit_metagpt.{step}", failing(OSError("the disk hiccups")))
-        merge(config, out)
-        assert warning in caplog.text
-        assert "(the disk hiccups)" in caplog.text
-        assert names(out) == WHOLE - {file}
-        assert_merge_of(out, family)
-        card = out / "README.md"
-        assert not card.exists() or "coefficients.png" not in card.read_text()
-
-    def test_without_one_there_is_no_config_either(self, config, out):
-        merge(config, out, "--no-write-model-card")
-        assert names(out) == WEIGHTS - {"mergekit_config.yml"}
+@pytest.mark.parametrize(
+    ("step", "file", "warning"),
+    [
+        ("merging.whole.write_card", "README.md", "The model card could not be written"),
+        ("api.functions.comparison_figure", "coefficients.png", "coefficients.png could not be"),
+    ],
+)
+def test_a_card_that_cannot_be_made_costs_a_warning_as_does_its_picture(
+    step, file, warning, config, family, out, monkeypatch, caplog
+):
+    monkeypatch.setattr(f"mergekit_metagpt.{step}", failing(OSError("the disk hiccups")))
+    merge(config, out)
+    assert warning in caplog.text
+    assert "(the disk hiccups)" in caplog.text
+    assert names(out) == WHOLE - {file}
+    assert_merge_of(out, family)
+    card = out / "README.md"
+    assert not card.exists() or "coefficients.png" not in card.read_text()
 
 
 def test_a_weight_file_that_changes_while_it_is_merged_is_named_and_nothing_stays(
@@ -224,9 +182,12 @@ def test_tokens_that_mergekit_orders_anew_are_another_merge(own, tmp_path, out, 
     assert names(out.parent) == {"merged", kept}
 
 
-def test_pickled_files_in_float16_are_read_back(family, out, tmp_path):
-    config = merge_config(family, out_dtype="float16")
-    merge(write_yaml(tmp_path / "m.yml", config), out, "--no-safe-serialization")
+def test_pickled_files_in_float16_are_read_back_and_without_a_card_there_is_no_config(
+    family, out, tmp_path
+):
+    config = write_yaml(tmp_path / "m.yml", merge_config(family, out_dtype="float16"))
+    merge(config, out, "--no-safe-serialization", "--no-write-model-card")
+    assert names(out) == {"pytorch_model.bin", "config.json", "metagpt.json"}
     tensors = torch.load(out / "pytorch_model.bin", weights_only=True)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
 

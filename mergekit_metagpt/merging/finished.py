@@ -169,16 +169,12 @@ def require_in_range(merged: Path, out_dtype: str | None) -> None:
     """
     if dtype_from_name(out_dtype) != torch.float16:
         return
-    overflowing = _overflowing(merged)  # by now its files are closed: Windows removes no open ones
+    loader: Any = LazyTensorLoader.from_disk(str(merged), lazy_unpickle=False)
+    names = loader.index.tensor_paths  # shard by shard
+    overflowing = next((it for it in names if not loader.get_tensor(it).isfinite().all()), None)
+    del loader  # which closes its files: Windows removes no open ones
     if overflowing:
         raise BadInputError(
             f"Merging tensor {overflowing} overflows {torch.float16}; set a wider dtype, such as "
             "out_dtype: bfloat16 or float32."
         )
-
-
-def _overflowing(merged: Path) -> str | None:
-    """Return the name of a tensor that is not finite, or None."""
-    loader: Any = LazyTensorLoader.from_disk(str(merged), lazy_unpickle=False)
-    names = loader.index.tensor_paths  # shard by shard
-    return next((name for name in names if not loader.get_tensor(name).isfinite().all()), None)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # A result of ``diagnosis``: its outputs along a task vector, and how straight they are.
 Linearity = Any
-Layers = Sequence[Sequence[float]]
 
 # Colour-blind readers can tell these colours apart (Okabe and Ito). Neighbours differ in grey, too.
 _COLOURS = (
@@ -124,7 +123,7 @@ def _draw_means(ax: "Axes", names: Sequence[str], summary: Summary) -> None:
     ax.set_title("Kept" if summary.kept_by_layer else title, fontsize=10)
 
 
-def _draw_layers(ax: "Axes", layers: Layers, most: float) -> None:
+def _draw_layers(ax: "Axes", layers: Sequence[Sequence[float]], most: float) -> None:
     """Draw the figures of each layer as a stack, the first expert's on top."""
     upper, places = list(map(sum, layers)), range(len(layers))
     for colour, own in zip(_colours(len(layers[0])), zip(*layers, strict=True), strict=True):

@@ -1,13 +1,21 @@
 """The same merge as stock MergeKit YAML, with explicit weights."""
 
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import yaml
-from mergekit.config import ConditionalParameter, ConfigYamlDumper
+from mergekit.config import (
+    ConditionalParameter,
+    ConfigYamlDumper,
+    InputModelDefinition,
+    MergeConfiguration,
+)
 from mergekit.merge_methods.base import ParameterScope
 
 from mergekit_metagpt import __version__
+from mergekit_metagpt.mergekit_private import set_chat_template
 from mergekit_metagpt.names import layer_of
 from mergekit_metagpt.planning.config import Part, parameter_sets, parts, plain
 from mergekit_metagpt.planning.forecast import Forecast
@@ -33,10 +41,24 @@ def stock_config(forecast: Forecast) -> str:
         # Normalizing changes nothing in the plain method, but the stock one would round once more.
         config.parameters = {**(config.parameters or {}), "normalize": False}
     _set_dtypes(config, forecast)
+    if config.chat_template == "auto":
+        _set_chat_template(config)
     for part in list(parts(config)):
         _set_weights(part, forecast)
-    document = plain(config)
-    return _header(forecast) + yaml.dump(document, Dumper=ConfigYamlDumper, sort_keys=False)
+    return _header(forecast) + yaml.dump(plain(config), Dumper=ConfigYamlDumper, sort_keys=False)
+
+
+def _set_chat_template(config: MergeConfiguration) -> None:
+    """Write out the first of the most frequent templates, of which stock MergeKit takes any."""
+    templates = Counter[str]()
+    for model in config.referenced_models():
+        models = [InputModelDefinition(model=model)]
+        alone = MergeConfiguration(merge_method="linear", models=models, chat_template="auto")
+        tokenizer = SimpleNamespace(chat_template="")
+        set_chat_template(tokenizer, alone)
+        templates.update(filter(None, [tokenizer.chat_template]))
+    if len(templates) > 1:
+        ((config.chat_template, _),) = templates.most_common(1)
 
 
 def _set_weights(part: Part, forecast: Forecast) -> None:
