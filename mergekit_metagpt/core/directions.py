@@ -33,8 +33,8 @@ from mergekit_metagpt.core.range_finder import basis_of, drawn_rows, longest_row
 from mergekit_metagpt.core.roles import Role
 from mergekit_metagpt.core.task_vectors import (
     add_task_vectors,
-    by_parts,
     promoted_dtype,
+    squared_norms,
     working_dtype,
 )
 
@@ -90,7 +90,7 @@ def merge_directions(
             computes the figures only.
 
     Raises:
-        ValueError: if autograd would have to follow the result, or ``out`` is not contiguous.
+        ValueError: if autograd would have to follow the result.
         FloatingPointError: if a number is NaN or Inf, or a square exceeds even float64's range.
     """
     tensors = [base, *experts]
@@ -101,10 +101,9 @@ def merge_directions(
         )
     is_matrix = role in (Role.LINEAR, Role.TRANSPOSED)
     merge = _merge_matrix if is_matrix else _merge_rows
-    rule = rule.relative()
+    most = max(rule.priors, default=0) or 1
+    rule = replace(rule, priors=[prior / most for prior in rule.priors])  # the largest is 1
     matrices = [matrices_of(tensor.detach(), role) for tensor in tensors]
-    if out is not None and not out.is_contiguous():
-        raise ValueError("A merge by directions is written to a contiguous tensor.")
     targets = [None] * len(matrices[0]) if out is None else matrices_of(out, role)
     parts = []
     for number, (target, *views) in enumerate(zip(targets, *matrices, strict=True)):
@@ -119,9 +118,8 @@ def _merge_movers(
 ) -> "_Part":
     """Merge the experts that differ from the base and have a prior; the others take no part."""
     movers = inputs.movers(rule.priors)
-    if len(movers) < 2:
-        return _merge_one(inputs, rule, movers, scale, out)
     moving, its = inputs.of(movers), rule.of(movers)
+    merge = merge if len(movers) > 1 else _merge_one
     try:
         part = merge(moving, its, scale, out)
     except FloatingPointError:  # float32 may be too narrow for squares
@@ -167,18 +165,13 @@ def _merge_rows(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | No
     return _Part(norms, products, length, inputs.base.shape[1])
 
 
-def _merge_one(
-    inputs: MatrixInputs, rule: Rule, movers: Sequence[int], scale: float, out: Tensor | None
-) -> _Part:
-    """Merge if at most one expert takes part: what it moves is added whole."""
-    norms = torch.tensor(inputs.norms_of_others([]), dtype=torch.float64, device="cpu")
-    shares = torch.zeros_like(norms)
-    for t in movers:
-        shares[t] = rule.priors[t]
+def _merge_one(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
+    """Merge at most one expert: what it moves is added whole."""
+    norms = squared_norms(inputs.base, inputs.experts)
+    norms, priors = torch.tensor([norms, rule.priors], dtype=torch.float64, device="cpu")
     if out is not None:
-        out.copy_(add_task_vectors(inputs.base, inputs.experts, shares.tolist(), scale))
-    length = float(shares.square() @ norms)
-    return _Part(norms, shares * norms, length, inputs.base.shape[1])
+        out.copy_(add_task_vectors(inputs.base, inputs.experts, rule.priors, scale))
+    return _Part(norms, priors * norms, float(priors.square() @ norms), inputs.base.shape[1])
 
 
 def _merge_matrix(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
@@ -197,8 +190,7 @@ def _merge_matrix(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | 
             merged = torch.mul(block.task_vectors[0], first, out=block.spare)
             for tau, share in zip(block.task_vectors[1:], others, strict=True):
                 merged.add_(tau, alpha=share)
-            target, part = by_parts(merged), by_parts(left[block.rows])
-            target.baddbmm_(part, right.expand(len(part), -1, -1))
+            block.add_product(left[block.rows], right)
             out[block.rows] = merged.add_(block.base)
     n, decided = len(basis), found.directions.shape[1]
     return _Part(norms, found.products, found.squared_norm, n, decided)
