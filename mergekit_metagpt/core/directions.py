@@ -1,21 +1,18 @@
 """A coefficient for every direction: decide where experts meet, add up where they do not.
 
-The paper bounds what a merge costs task t by ‖τ_t‖² ‖h_t‖², where h_t is the distance from the
-merge to expert t. Cauchy and Schwarz lead there, and forget where h_t points. For a matrix with
-n inputs, tr(h_t S_t h_tᵀ) with S_t = λ_t τ_tᵀ τ_t / ‖τ_t‖² is a bound that remembers: what an
-expert's inputs do not reach costs it nothing. Its sum over the experts is least at
-M = Σ_t τ_t S_t (Σ_k S_k)⁻¹, which is Theorem 10 with a matrix in place of each number.
+What a merge costs task t is bounded by tr(h_t S_t h_tᵀ), where h_t is the distance from the merge
+to expert t, and S_t = λ_t τ_tᵀ τ_t / ‖τ_t‖². The sum over the experts is least at Σ_t τ_t S_t C⁻¹
+with C = Σ_t S_t: Theorem 10 with a matrix in place of each number. That inverse amplifies what the
+experts do not determine. So it is used only in K leading eigenvectors of C, V; elsewhere the
+experts hardly meet, and what they do is added up::
 
-That inverse amplifies what the experts do not determine. So M is used only in the K directions in
-which they move most, V; elsewhere they hardly meet, and what they do is added up::
+    M = Σ_t τ_t V (Vᵀ S_t V) (Vᵀ C V)⁻¹ Vᵀ + Σ_t c_t τ_t (I − V Vᵀ)
 
-    M = Σ_t τ_t V (Vᵀ S_t V) (Vᵀ C V)⁻¹ Vᵀ + Σ_t c_t τ_t (I − V Vᵀ)        C = Σ_t S_t
-
-V are leading eigenvectors of C, within the span Q of the leading directions of every expert. A
-randomized range finder (Halko, Martinsson and Tropp, 2011) finds Q in a sample of the rows. K is
-the participation number of the eigenvalues. c_t is 1, but experts that move alike share it. For
-the rows of a table that is only looked up, and the elements of a vector, every S_t is diagonal, and
-M is their mean, weighted by S_t.
+V lie within the span Q of the leading directions of every expert, which a randomized range finder
+finds in a sample of the rows. K is the participation number of the eigenvalues. c_t is 1, but
+experts that move alike share it. For the rows of a table that is only looked up, and the elements
+of a vector, every S_t is diagonal, and M is their mean, weighted by S_t. The package's README says
+where this comes from.
 """
 
 import math
