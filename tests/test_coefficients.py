@@ -81,4 +81,6 @@ def test_no_perturbation_lowers_the_bound_even_for_correlated_task_vectors(vecto
         moved = best + scale * generator.normal(size=best.shape)
         assert bound(moved, vectors) >= least * (1 - 1e-9)
         # It is read off the inner products.
-        assert bound_of_products(products, moved) == pytest.approx(bound(moved, vectors), abs=1e-9)
+        assert bound_of_products([(products, moved)]) == pytest.approx(
+            bound(moved, vectors), abs=1e-9
+        )

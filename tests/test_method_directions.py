@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from conftest import (
     invoke,
     llama_config,
+    lora,
     merge_config,
     put_nan,
     read,
@@ -25,8 +26,6 @@ from mergekit_metagpt.core.roles import Role
 from mergekit_metagpt.method.advice import warnings
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Summary
-
-SETTINGS = {"granularity": "direction", "exponent": 1.0}
 
 
 def config_of(family, **parameters):
@@ -52,7 +51,7 @@ def assert_merged(merged, base, experts, rule, scale=1.0, roles=None):
 
 def test_checkpoints_merge_tensor_by_tensor(merge, tmp_path):
     paths = save_family(tmp_path, llama_config(), (0.01, 0.03, 0.02), dtype=torch.bfloat16)
-    config = merge_config(paths, parameters={**SETTINGS, "lambda": 0.9})
+    config = config_of(paths, exponent=1.0, **{"lambda": 0.9})
     for model, prior in zip(config["models"], (1.0, 0.5, 2.0), strict=True):
         model["parameters"] = {"weight": prior}
     base, *experts = map(read, paths.values())
@@ -93,12 +92,10 @@ def test_the_same_models_give_the_same_merge_by_every_entrance(kind, granularity
     done = CliRunner().invoke(merge_raw_pytorch.main, [str(yml), str(out)])
     assert done.exit_code == 0, done.output
 
-    in_memory = {name: read(path) for name, path in kind.items()}
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    as_modules = {name: load(path) for name, path in kind.items()}
     others = [read(out)]
-    with torch.no_grad():
-        for models in (in_memory, as_modules):
+    for load in (read, transformers.AutoModelForCausalLM.from_pretrained):
+        models = {name: load(path) for name, path in kind.items()}
+        with torch.no_grad():
             others.append(merge_state_dicts(models, "metagpt", base="base", parameters=parameters))
     for its in others:
         assert merged.keys() <= its.keys()
@@ -108,9 +105,8 @@ def test_the_same_models_give_the_same_merge_by_every_entrance(kind, granularity
 def test_gpt2_stores_its_inputs_as_rows_also_in_layers_that_its_base_has_not(merge, tmp_path):
     paths = save_family(tmp_path, GPT2)
     base, *experts = map(read, paths.values())
-    merged = merge(
-        slices_config(paths, [[0, 2]], [[1, 2]], parameters={"granularity": "direction"})
-    )
+    parameters = {"granularity": "direction"}
+    merged = merge(slices_config(paths, [[0, 2]], [[1, 2]], parameters=parameters))
     for layer in (1, 2):
         for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
             source, name = (f"transformer.h.{n}.{part}.weight" for n in (1, layer))
@@ -150,7 +146,7 @@ def test_the_exponent_is_that_of_the_granularity_and_the_order_does_not_matter(f
 
 
 def test_bad_numbers_and_results_are_refused_by_name(merge, tmp_path):
-    paths = save_family(tmp_path / "half", llama_config(), dtype=torch.float16)
+    paths = save_family(tmp_path, llama_config(), dtype=torch.float16)
     with pytest.raises(ValueError, match=r"overflows torch\.float16"):
         merge(config_of(paths, **{"lambda": 1e9}))
     put_nan(paths["b"], "model.layers.1.mlp.up_proj.weight")
@@ -192,46 +188,35 @@ def test_the_commands_show_what_is_kept_and_the_merge_records_it(family, tmp_pat
 
 def test_what_numbers_keep_is_shown_where_it_has_a_meaning(family, tmp_path):
     # λ and what is kept have no mean.
-    mixed = [{"filter": "mlp", "value": "direction"}, {"value": "model"}]
-    mixed = write_yaml(
-        tmp_path / "mixed.yml", merge_config(family, parameters={"granularity": mixed})
-    )
+    granularity = [{"filter": "mlp", "value": "direction"}, {"value": "model"}]
+    mixed = write_yaml(tmp_path / "mixed.yml", config_of(family, granularity=granularity))
     assert "kept" not in invoke("coefficients", mixed, "--quiet").stdout
 
     # For orthogonal task vectors, what numbers keep is the coefficient itself.
-    config = merge_config(family, parameters={"granularity": "model", "lambda": 0.5})
+    config = config_of(family, granularity="model", **{"lambda": 0.5})
     yml = write_yaml(tmp_path / "model.yml", config)
     for expert in json.loads(invoke("coefficients", yml, "--json", "--quiet").stdout)["experts"]:
         assert expert["kept"] == pytest.approx(expert["coefficient"] / 2, abs=0.02)
     assert "Arithmetic" not in invoke("check", yml).stdout
 
 
-def save_adapters(base, folder):
-    """Save two adapters that read nearly the same inputs, as those from one seed do."""
-    targets = ["q_proj", "up_proj"]
+def test_an_adapter_is_merged_as_the_same_weights_that_were_merged_before(family, merge, tmp_path):
+    """Of two adapters that read nearly the same inputs, as those from one seed do."""
+    spelled, merged_before, found = [], [], []
     for number, name in enumerate(("a", "b"), 1):
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_pretrained(base)
-        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
+        model = transformers.AutoModelForCausalLM.from_pretrained(family["base"])
+        adapted = peft.get_peft_model(model, lora(target_modules=["q_proj", "up_proj"]))
         torch.manual_seed(number)
         for key, weights in adapted.state_dict().items():
             if "lora_A" in key:
                 weights += 0.01 * torch.randn(weights.shape)
             if "lora_B" in key:
                 weights.normal_()
-        adapted.save_pretrained(folder / name)
-    return [f"{base}+{folder / name}" for name in ("a", "b")]
-
-
-def test_an_adapter_is_merged_as_the_same_weights_that_were_merged_before(family, merge, tmp_path):
-    spelled = save_adapters(family["base"], tmp_path)
-    merged_before = []
-    for name in ("a", "b"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(family["base"])
-        whole = peft.PeftModel.from_pretrained(model, tmp_path / name).merge_and_unload()
-        whole.save_pretrained(tmp_path / f"{name}-merged")
+        adapted.save_pretrained(tmp_path / name)
+        adapted.merge_and_unload().save_pretrained(tmp_path / f"{name}-merged")
+        spelled.append(f"{family['base']}+{tmp_path / name}")
         merged_before.append(str(tmp_path / f"{name}-merged"))
-    found = []
     for models in (spelled, merged_before):
         config = {**config_of(family), "models": [{"model": name} for name in models]}
         with noted() as entries:

@@ -19,11 +19,8 @@ from mergekit_metagpt.method.parameters import RULES
 STOCK = [m for m in registered_methods() if isinstance(m, GeneralizedTaskArithmeticMerge)]
 OURS = [m for m in registered_methods() if isinstance(m, MetaGPTMerge)]
 RANDOM = [m for m in OURS if m.stock.spec.name.startswith(("dare", "della"))]
-GRANULARITIES = ["tensor", "layer", "model"]
-
-
-def name_of(method):
-    return method.spec.name
+each_method = pytest.mark.parametrize("method", OURS, ids=lambda method: method.spec.name)
+each_granularity = pytest.mark.parametrize("granularity", ["tensor", "layer", "model"])
 
 
 def state_dicts():
@@ -38,11 +35,10 @@ def state_dicts():
     return base, experts
 
 
-def parameters_for(method, **changes):
+def parameters_for(method):
     """Return settings with which every step of the stock method has an effect."""
-    names = {parameter.name for parameter in method.spec.parameters}
-    chosen = {"density": 0.5, "gamma": 0.1, "epsilon": 0.2, **changes}
-    return {name: value for name, value in chosen.items() if name in names}
+    chosen = {"density": 0.5, "gamma": 0.1, "epsilon": 0.2}
+    return {p.name: chosen[p.name] for p in method.spec.parameters if p.name in chosen}
 
 
 def test_every_task_vector_method_has_a_counterpart_with_its_parameters():
@@ -62,7 +58,7 @@ def test_every_task_vector_method_has_a_counterpart_with_its_parameters():
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-@pytest.mark.parametrize("method", STOCK, ids=name_of)
+@pytest.mark.parametrize("method", STOCK, ids=lambda method: method.spec.name)
 def test_a_config_for_a_stock_method_runs_when_only_the_name_is_changed(method, family, merge):
     ours = "metagpt" if method.spec.name == "task_arithmetic" else f"metagpt_{method.spec.name}"
     config = merge_config(family, ours, parameters={"normalize": True, "lambda": 0.9})
@@ -94,24 +90,23 @@ def test_parameters_out_of_range_stop_the_merge_before_it_writes(
     assert not list(tmp_path.iterdir())
 
 
-def test_bfloat16_models_merge_to_the_same_bytes_in_float32(tmp_path, merge):
+@each_granularity
+def test_bfloat16_models_merge_to_the_same_bytes_in_float32(granularity, tmp_path, merge):
     paths = save_family(tmp_path, llama_config(), dtype=torch.bfloat16)
-    for granularity in GRANULARITIES:
-        config = merge_config(paths, parameters={"granularity": granularity})
-        narrow = merge({**config, "dtype": "bfloat16"})
-        wide = merge({**config, "dtype": "float32", "out_dtype": "bfloat16"})
-        assert all(torch.equal(narrow[name], wide[name]) for name in wide)
+    config = merge_config(paths, parameters={"granularity": granularity})
+    narrow = merge({**config, "dtype": "bfloat16"})
+    wide = merge({**config, "dtype": "float32", "out_dtype": "bfloat16"})
+    assert all(torch.equal(narrow[name], wide[name]) for name in wide)
 
 
-@pytest.mark.parametrize("method", OURS, ids=name_of)
+@each_method
 def test_the_seed_decides_the_masks_and_the_order_of_the_models_nothing(method):
     base, experts = state_dicts()
     models = {"base": base, **experts}
 
     def merged(models, seed):
         torch.manual_seed(seed)
-        parameters = parameters_for(method)
-        return merge_state_dicts(models, method, base="base", parameters=parameters)
+        return merge_state_dicts(models, method, base="base", parameters=parameters_for(method))
 
     first, again = merged(models, 7), merged(dict(reversed(models.items())), 7)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -120,8 +115,8 @@ def test_the_seed_decides_the_masks_and_the_order_of_the_models_nothing(method):
         assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("method", OURS, ids=name_of)
+@each_granularity
+@each_method
 def test_an_expert_equal_to_the_base_changes_nothing(method, granularity):
     base, experts = state_dicts()
     base["layers.0.b"][:2] = torch.tensor([-0.0, 0.0])  # zeros keep their signs
@@ -142,7 +137,7 @@ def test_an_expert_equal_to_the_base_changes_nothing(method, granularity):
         assert alone[name].data_ptr() != tensor.data_ptr()
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@each_granularity
 @pytest.mark.parametrize("where", ["base", "expert-1"])
 def test_a_number_that_is_not_finite_is_reported_with_model_and_tensor(where, granularity):
     base, experts = state_dicts()

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterable, Sequence
 from itertools import compress
+from statistics import fmean
 
 from rich import box
 from rich.table import Table as Grid
 
 from benchmarks.paper.scores import Scores
 from benchmarks.paper.tables import Row, Table
-from mergekit_metagpt.evaluation.scores import absolute_average, normalized_average
+from mergekit_metagpt.evaluation.scores import normalized_average
 
 
 def comparison(table: Table, rows: Iterable[Row], scores: Scores) -> Grid:
@@ -46,7 +47,7 @@ def _at_home(table: Table, scores: Scores) -> tuple[list[float], list[float]]:
 def _line(scores: Sequence[float], at_home: Sequence[float], counted: Sequence[bool]) -> list[str]:
     """Return the cells of a line: its scores, and the averages of the counted ones."""
     values = list(compress(scores, counted))
-    cells = [_cell(score, 2) for score in (*scores, absolute_average(values))]
+    cells = [_cell(score, 2) for score in (*scores, fmean(values))]
     if at_home:
         cells.append(_cell(normalized_average(values, list(compress(at_home, counted))), 3))
     return cells

@@ -2,14 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from mergekit_metagpt import scaling_coefficients
-from mergekit_metagpt.evaluation.scores import (
-    absolute_average,
-    average_loss_difference,
-    normalized_average,
-)
+from mergekit_metagpt.evaluation.scores import average_loss_difference, normalized_average
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Family:
 
     def absolute_average(self, model: str) -> float:
         """Return the paper's Abs. Avg, in percent."""
-        return absolute_average(self._accuracies(model))
+        return fmean(self._accuracies(model))
 
     def normalized_average(self, model: str) -> float:
         """Return the paper's Nor. Avg: 1 for a model that equals each expert on its own task."""

@@ -11,6 +11,8 @@ from operator import mul
 Norms = tuple[float, ...]
 # ⟨τ_i, τ_j⟩, a symmetric T x T matrix.
 Gram = Sequence[Sequence[float]]
+# A part of a model with coefficients λ_t of its own.
+Part = tuple[Gram, Sequence[float]]
 
 
 def scaling_coefficients(
@@ -77,39 +79,24 @@ def scaling_coefficients(
     return [share / total if total else 0.0 for share in shares]
 
 
-def bound(products: Gram, coefficients: Sequence[float]) -> float:
+def bound(parts: Sequence[Part]) -> float:
     """Return Σ_t ‖τ_t‖² ‖h_t‖², the bound of Theorem 8 on the average loss difference.
 
     h_t = Σ_k λ_k τ_k − τ_t is the distance of the merge to expert t (equation 7). The
     constant c of the theorem is left out, so only ratios of bounds are meaningful. For every
     Gram matrix, the coefficients of MetaGPT minimise the bound: they put the merge at the
-    centroid of the experts, weighted by ‖τ_t‖².
+    centroid of the experts, weighted by ‖τ_t‖². Squared lengths add up over the parts of a model.
 
-    >>> bound([[1.0, 0.0], [0.0, 1.0]], [0.5, 0.5])
+    >>> bound([([[1.0, 0.0], [0.0, 1.0]], [0.5, 0.5])])
     1.0
-    >>> bound([[1.0, 0.0], [0.0, 1.0]], [1.0, 0.0])
+    >>> bound([([[1.0, 0.0], [0.0, 0.0]], [1.0, 0.0]), ([[0.0, 0.0], [0.0, 1.0]], [0.0, 1.0])])
     2.0
     """
-    return bound_of_parts([(products, coefficients)])
-
-
-def bound_of_parts(parts: Iterable[tuple[Gram, Sequence[float]]]) -> float:
-    """Return the same bound if every part of a model has coefficients of its own.
-
-    Squared lengths add up over the parts: ‖h_t‖² is the sum of its values in the parts.
-
-    >>> first, second = [[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]
-    >>> bound_of_parts([(first, [1.0, 0.0]), (second, [0.0, 1.0])])
-    2.0
-    >>> bound_of_parts([(first, [0.5, 0.5]), (second, [0.5, 0.5])])
-    1.0
-    """
-    parts = list(parts)
     distances = _sum_by_expert(_squared_distances(*part) for part in parts)
     return math.fsum(map(mul, _squared_lengths(parts), distances))
 
 
-def kept_of_parts(parts: Sequence[tuple[Gram, Sequence[float]]]) -> list[float]:
+def kept_of_parts(parts: Sequence[Part]) -> list[float]:
     """Return how much of each task vector τ_t is in the merged one M: ⟨M, τ_t⟩ / ‖τ_t‖², T floats.
 
     >>> kept_of_parts([([[1.0, 0.0], [0.0, 4.0]], [0.25, 0.5])])
@@ -132,7 +119,7 @@ def _squared_distances(gram: Gram, coefficients: Sequence[float]) -> Norms:
     return tuple(max(0.0, length - 2 * merged[t] + row[t]) for t, row in enumerate(gram))
 
 
-def _squared_lengths(parts: Iterable[tuple[Gram, Sequence[float]]]) -> list[float]:
+def _squared_lengths(parts: Sequence[Part]) -> list[float]:
     return _sum_by_expert([row[t] for t, row in enumerate(gram)] for gram, _ in parts)
 
 

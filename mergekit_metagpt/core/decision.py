@@ -32,11 +32,6 @@ class Rule:
     priors: Sequence[float]
     exponent: float = 0.0
 
-    def relative(self) -> "Rule":
-        """Return the rule with priors of which the largest is 1."""
-        most = max(self.priors, default=0) or 1
-        return replace(self, priors=[prior / most for prior in self.priors])
-
     def of(self, experts: Sequence[int]) -> "Rule":
         """Return the rule for some of the experts."""
         return replace(self, priors=[self.priors[t] for t in experts])

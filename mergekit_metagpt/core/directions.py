@@ -1,21 +1,18 @@
 """A coefficient for every direction: decide where experts meet, add up where they do not.
 
-The paper bounds what a merge costs task t by ‖τ_t‖² ‖h_t‖², where h_t is the distance from the
-merge to expert t. Cauchy and Schwarz lead there, and forget where h_t points. For a matrix with
-n inputs, tr(h_t S_t h_tᵀ) with S_t = λ_t τ_tᵀ τ_t / ‖τ_t‖² is a bound that remembers: what an
-expert's inputs do not reach costs it nothing. Its sum over the experts is least at
-M = Σ_t τ_t S_t (Σ_k S_k)⁻¹, which is Theorem 10 with a matrix in place of each number.
+What a merge costs task t is bounded by tr(h_t S_t h_tᵀ), where h_t is the distance from the merge
+to expert t, and S_t = λ_t τ_tᵀ τ_t / ‖τ_t‖². The sum over the experts is least at Σ_t τ_t S_t C⁻¹
+with C = Σ_t S_t: Theorem 10 with a matrix in place of each number. That inverse amplifies what the
+experts do not determine. So it is used only in K leading eigenvectors of C, V; elsewhere the
+experts hardly meet, and what they do is added up::
 
-That inverse amplifies what the experts do not determine. So M is used only in the K directions in
-which they move most, V; elsewhere they hardly meet, and what they do is added up::
+    M = Σ_t τ_t V (Vᵀ S_t V) (Vᵀ C V)⁻¹ Vᵀ + Σ_t c_t τ_t (I − V Vᵀ)
 
-    M = Σ_t τ_t V (Vᵀ S_t V) (Vᵀ C V)⁻¹ Vᵀ + Σ_t c_t τ_t (I − V Vᵀ)        C = Σ_t S_t
-
-V are leading eigenvectors of C, within the span Q of the leading directions of every expert. A
-randomized range finder (Halko, Martinsson and Tropp, 2011) finds Q in a sample of the rows. K is
-the participation number of the eigenvalues. c_t is 1, but experts that move alike share it. For
-the rows of a table that is only looked up, and the elements of a vector, every S_t is diagonal, and
-M is their mean, weighted by S_t.
+V lie within the span Q of the leading directions of every expert, which a randomized range finder
+finds in a sample of the rows. K is the participation number of the eigenvalues. c_t is 1, but
+experts that move alike share it. For the rows of a table that is only looked up, and the elements
+of a vector, every S_t is diagonal, and M is their mean, weighted by S_t. The package's README says
+where this comes from.
 """
 
 import math
@@ -33,8 +30,8 @@ from mergekit_metagpt.core.range_finder import basis_of, drawn_rows, longest_row
 from mergekit_metagpt.core.roles import Role
 from mergekit_metagpt.core.task_vectors import (
     add_task_vectors,
-    by_parts,
     promoted_dtype,
+    squared_norms,
     working_dtype,
 )
 
@@ -90,7 +87,7 @@ def merge_directions(
             computes the figures only.
 
     Raises:
-        ValueError: if autograd would have to follow the result, or ``out`` is not contiguous.
+        ValueError: if autograd would have to follow the result.
         FloatingPointError: if a number is NaN or Inf, or a square exceeds even float64's range.
     """
     tensors = [base, *experts]
@@ -101,10 +98,9 @@ def merge_directions(
         )
     is_matrix = role in (Role.LINEAR, Role.TRANSPOSED)
     merge = _merge_matrix if is_matrix else _merge_rows
-    rule = rule.relative()
+    most = max(rule.priors, default=0) or 1
+    rule = replace(rule, priors=[prior / most for prior in rule.priors])  # the largest is 1
     matrices = [matrices_of(tensor.detach(), role) for tensor in tensors]
-    if out is not None and not out.is_contiguous():
-        raise ValueError("A merge by directions is written to a contiguous tensor.")
     targets = [None] * len(matrices[0]) if out is None else matrices_of(out, role)
     parts = []
     for number, (target, *views) in enumerate(zip(targets, *matrices, strict=True)):
@@ -119,9 +115,8 @@ def _merge_movers(
 ) -> "_Part":
     """Merge the experts that differ from the base and have a prior; the others take no part."""
     movers = inputs.movers(rule.priors)
-    if len(movers) < 2:
-        return _merge_one(inputs, rule, movers, scale, out)
     moving, its = inputs.of(movers), rule.of(movers)
+    merge = merge if len(movers) > 1 else _merge_one
     try:
         part = merge(moving, its, scale, out)
     except FloatingPointError:  # float32 may be too narrow for squares
@@ -167,18 +162,13 @@ def _merge_rows(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | No
     return _Part(norms, products, length, inputs.base.shape[1])
 
 
-def _merge_one(
-    inputs: MatrixInputs, rule: Rule, movers: Sequence[int], scale: float, out: Tensor | None
-) -> _Part:
-    """Merge if at most one expert takes part: what it moves is added whole."""
-    norms = torch.tensor(inputs.norms_of_others([]), dtype=torch.float64, device="cpu")
-    shares = torch.zeros_like(norms)
-    for t in movers:
-        shares[t] = rule.priors[t]
+def _merge_one(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
+    """Merge at most one expert: what it moves is added whole."""
+    norms = squared_norms(inputs.base, inputs.experts)
+    norms, priors = torch.tensor([norms, rule.priors], dtype=torch.float64, device="cpu")
     if out is not None:
-        out.copy_(add_task_vectors(inputs.base, inputs.experts, shares.tolist(), scale))
-    length = float(shares.square() @ norms)
-    return _Part(norms, shares * norms, length, inputs.base.shape[1])
+        out.copy_(add_task_vectors(inputs.base, inputs.experts, rule.priors, scale))
+    return _Part(norms, priors * norms, float(priors.square() @ norms), inputs.base.shape[1])
 
 
 def _merge_matrix(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | None) -> _Part:
@@ -197,8 +187,7 @@ def _merge_matrix(inputs: MatrixInputs, rule: Rule, scale: float, out: Tensor | 
             merged = torch.mul(block.task_vectors[0], first, out=block.spare)
             for tau, share in zip(block.task_vectors[1:], others, strict=True):
                 merged.add_(tau, alpha=share)
-            target, part = by_parts(merged), by_parts(left[block.rows])
-            target.baddbmm_(part, right.expand(len(part), -1, -1))
+            block.add_product(left[block.rows], right)
             out[block.rows] = merged.add_(block.base)
     n, decided = len(basis), found.directions.shape[1]
     return _Part(norms, found.products, found.squared_norm, n, decided)

@@ -3,16 +3,27 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mergekit_metagpt.core.buffers import where_possible
+from mergekit_metagpt.core.buffers import (
+    ACCELERATOR_CHUNK,
+    BLOCK,
+    converted,
+    room_for,
+    where_possible,
+)
 from mergekit_metagpt.core.roles import Role
-from mergekit_metagpt.core.task_vectors import Block, blocks, in_float32_range, squared_norms
+from mergekit_metagpt.core.task_vectors import in_float32_range, squared_norms
 
 # Squared norms above this may overflow float32 in products with what is drawn.
 _LARGEST = 1e36
+# The product that is written is taken by so many parts of a block's rows, if they can be divided.
+# So a core multiplies numbers that it has just subtracted; from another core's cache they take
+# three times as long.
+_ROW_PARTS = 8
 
 
 def matrices_of(tensor: Tensor, role: Role) -> list[Tensor]:
@@ -26,6 +37,43 @@ def matrices_of(tensor: Tensor, role: Role) -> list[Tensor]:
         return [tensor.reshape(len(tensor), -1)]
     stack = list(tensor.reshape(-1, *tensor.shape[-2:]))
     return [matrix.T for matrix in stack] if role is Role.TRANSPOSED else stack
+
+
+class Block(NamedTuple):
+    """Some rows of a matrix and of its task vectors; the next block overwrites it.
+
+    Attributes:
+        rows: which rows of the m x n matrix these are.
+        base: their part of θ_0, rows x n.
+        task_vectors: their part of τ_t, T x rows x n, contiguous.
+        spare: room for the caller, rows x n.
+    """
+
+    rows: slice
+    base: Tensor
+    task_vectors: Tensor
+    spare: Tensor
+
+    def squares(self) -> Tensor:
+        """Return the squared length of each row of each task vector, T x rows; uses ``spare``."""
+        return torch.stack(
+            [torch.mul(tau, tau, out=self.spare).sum(1) for tau in self.task_vectors]
+        )
+
+    def products(self) -> Tensor:
+        """Return ⟨τ_t, τ_k⟩ over these rows, T x T."""
+        count, _, n = self.task_vectors.shape
+        if n < count**2:  # a product for each row would take more room than the rows
+            flat = self.task_vectors.flatten(1)
+            return flat @ flat.T
+        by_row = self.task_vectors.transpose(0, 1)  # half the time of one product of long rows
+        return torch.bmm(by_row, by_row.mT).sum(0)
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add left @ right, rows x K and K x n, to ``spare``."""
+        parts = 1 if len(left) % _ROW_PARTS else _ROW_PARTS
+        target, left = (matrix.view(parts, -1, matrix.shape[1]) for matrix in (self.spare, left))
+        target.baddbmm_(left, right.expand(parts, -1, -1))
 
 
 @dataclass(frozen=True)
@@ -66,8 +114,21 @@ class MatrixInputs:
         return [0.0 if t in movers else squared_norms(self.base, [e])[0] for t, e in others]
 
     def blocks(self) -> Iterator[Block]:
-        """Yield all rows, some at a time."""
-        return blocks(self.base, self.experts, self.dtype)
+        """Yield all rows, some at a time, subtracted in the inputs' dtype."""
+        m, n = self.base.shape
+        count = len(self.experts) + 2
+        limit = BLOCK if self.base.device.type == "cpu" else ACCELERATOR_CHUNK
+        rows = max(1, limit // (count * n))
+        rows = min(m, rows if rows < _ROW_PARTS else rows - rows % _ROW_PARTS)
+        room = room_for(self.base, self.dtype, count * rows * n)
+        for start in range(0, m, rows):
+            part = slice(start, min(m, start + rows))
+            size = part.stop - part.start
+            origin, spare, *differences = parts = room[: count * size * n].view(count, size, n)
+            origin.copy_(self.base[part])
+            for difference, expert in zip(differences, self.experts, strict=True):
+                torch.sub(converted(expert[part], difference), origin, out=difference)
+            yield Block(part, origin, parts[2:], spare)
 
     def row_norms(self, squares: Sequence[Tensor]) -> Tensor:
         """Return the squares of each block's rows, T x rows, together: T x m float64.

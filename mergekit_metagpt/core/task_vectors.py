@@ -9,18 +9,14 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mergekit_metagpt.core.buffers import (
-    ACCELERATOR_CHUNK,
-    BLOCK,
     buffers_like,
     chunks_of,
     converted,
-    room_for,
     where_possible,
 )
 from mergekit_metagpt.mergekit_private import squared_difference
@@ -33,9 +29,6 @@ _STEP = 128
 _ROW = 1 << 12
 # Below this mean square, float32 squares start to underflow (the least normal one is 1e-38).
 _LEAST_MEAN_SQUARE = 1e-30
-# The product that is written is taken by so many parts of a block's rows. So a core multiplies
-# numbers that it has just subtracted; from another core's cache they take three times as long.
-_ROW_PARTS = 8
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -66,12 +59,8 @@ def squared_norms(base: Tensor, experts: Sequence[Tensor]) -> list[float]:
 
 def squared_norm(tensor: Tensor) -> float:
     """Return ‖θ‖² of a tensor of any shape and floating-point dtype, summed as above."""
-    dtype = working_dtype(tensor.dtype)
-    total, (buffer, squares) = Sum(), buffers_like(tensor, dtype, 2)
-    for (chunk,) in chunks_of(tensor):
-        values = converted(chunk, buffer)
-        total.add(torch.mul(values, values, out=squares[: len(values)]))
-    return total.value
+    zeros = tensor.new_zeros((), dtype=working_dtype(tensor.dtype)).expand_as(tensor)
+    return squared_norms(zeros, [tensor])[0]
 
 
 def inner_products(base: Tensor, experts: Sequence[Tensor]) -> list[list[float]]:
@@ -178,63 +167,6 @@ def deltas_of(
         for row in rows[1:]:  # at once, torch would give each core other columns than before
             row.sub_(rows[0])
         yield slice(start, stop), rows[0], rows[1:]
-
-
-class Block(NamedTuple):
-    """Some rows of a matrix and of its task vectors; the next block overwrites it.
-
-    Attributes:
-        rows: which rows of the m x n matrix these are.
-        base: their part of θ_0, rows x n.
-        task_vectors: their part of τ_t, T x rows x n, contiguous.
-        spare: room for the caller, rows x n.
-    """
-
-    rows: slice
-    base: Tensor
-    task_vectors: Tensor
-    spare: Tensor
-
-    def squares(self) -> Tensor:
-        """Return the squared length of each row of each task vector, T x rows; uses ``spare``."""
-        return torch.stack(
-            [torch.mul(tau, tau, out=self.spare).sum(1) for tau in self.task_vectors]
-        )
-
-    def products(self) -> Tensor:
-        """Return ⟨τ_t, τ_k⟩ over these rows, T x T."""
-        count, _, n = self.task_vectors.shape
-        if n < count**2:  # a product for each row would take more room than the rows
-            flat = self.task_vectors.flatten(1)
-            return flat @ flat.T
-        by_row = self.task_vectors.transpose(0, 1)  # half the time of one product of long rows
-        return torch.bmm(by_row, by_row.mT).sum(0)
-
-
-def by_parts(rows: Tensor) -> Tensor:
-    """Return a view of a block's rows, parts x rows of a part x n.
-
-    There are ``_ROW_PARTS`` parts, or one if the number of rows is no multiple of that.
-    """
-    return rows.view(1 if len(rows) % _ROW_PARTS else _ROW_PARTS, -1, rows.shape[1])
-
-
-def blocks(base: Tensor, experts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Block]:
-    """Yield a matrix and its task vectors, some rows at a time, subtracted in ``dtype``."""
-    m, n = base.shape
-    count = len(experts) + 2
-    limit = BLOCK if base.device.type == "cpu" else ACCELERATOR_CHUNK
-    rows = max(1, limit // (count * n))
-    rows = min(m, rows if rows < _ROW_PARTS else rows - rows % _ROW_PARTS)
-    room = room_for(base, dtype, count * rows * n)
-    for start in range(0, m, rows):
-        part = slice(start, min(m, start + rows))
-        size = part.stop - part.start
-        origin, spare, *differences = parts = room[: count * size * n].view(count, size, n)
-        origin.copy_(base[part])
-        for difference, expert in zip(differences, experts, strict=True):
-            torch.sub(converted(expert[part], difference), origin, out=difference)
-        yield Block(part, origin, parts[2:], spare)
 
 
 def in_float32_range(squared_norm: float, size: int) -> bool:

@@ -24,7 +24,6 @@ _DIGITS = 6
 # The token ids of an example are <s>, the task, the digits, "=", the answer's digits, </s>.
 # This is the position of the answer.
 _ANSWER = _DIGITS + 3
-_IGNORED = -100  # the label that transformers leaves out of the loss
 
 # Fine-tuning takes smaller steps, so that experts do not forget what they have in common.
 _BASE_RATE = 2e-3
@@ -64,7 +63,8 @@ def examples(task: str, scale: Scale) -> tuple[list[str], list[str], list[str]]:
     numbers = random.Random(f"{scale.seed}/{task}").sample(
         range(10**_DIGITS), kept + scale.batch * scale.expert_steps
     )
-    lines = [_line(task, f"{number:0{_DIGITS}d}") for number in numbers]
+    prompts = [f"{number:0{_DIGITS}d}" for number in numbers]
+    lines = [f"{task} {' '.join(it)} = {' '.join(TASKS[task](it))} </s>" for it in prompts]
     return lines[: scale.held_out], lines[scale.held_out : kept], lines[kept:]
 
 
@@ -159,16 +159,12 @@ def encode(tokenizer: transformers.PreTrainedTokenizerBase, lines: Iterable[str]
     return ids
 
 
-def _line(task: str, number: str) -> str:
-    return f"{task} {' '.join(number)} = {' '.join(TASKS[task](number))} </s>"
-
-
 def _train(
     model: transformers.PreTrainedModel, ids: Tensor, batch: int, rate: float, label: str
 ) -> None:
     """Train once on each row of ids, of shape [examples, tokens]; only answers count as loss."""
     labels = ids.clone()
-    labels[:, :_ANSWER] = _IGNORED
+    labels[:, :_ANSWER] = -100  # which transformers leaves out of the loss
     steps = len(ids) // batch
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)

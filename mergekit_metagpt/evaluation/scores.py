@@ -50,11 +50,6 @@ def figures_of(result: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def absolute_average(scores: Sequence[float]) -> float:
-    """Return the mean of a model's scores, the paper's "Abs. Avg", in the unit of the scores."""
-    return fmean(scores)
-
-
 def normalized_average(scores: Sequence[float], references: Sequence[float]) -> float:
     """Return the mean of score / reference, the paper's "Nor. Avg"; nan if a reference is 0.
 
@@ -75,8 +70,8 @@ def average_loss_difference(losses: Sequence[float], references: Sequence[float]
 def averages(pairs: Sequence[tuple[Score, Score]]) -> dict[str, float | None]:
     """Return a model's averages over the tasks that have them; None if there are none.
 
-    Each pair is its score on a task, and that of the best expert. Abs. Avg and Nor. Avg are over
-    tasks in which a higher figure is better, ALD (equation 4) over those with a loss, in nats.
+    Each pair is its score on a task, and that of the best expert. Abs. Avg, the mean score, and
+    Nor. Avg are over tasks in which a higher figure is better, ALD over those with a loss.
     """
     unknown = [(math.nan, math.nan)]
     higher = [(own.value, best.value) for own, best in pairs if own.higher_is_better] or unknown
@@ -84,7 +79,7 @@ def averages(pairs: Sequence[tuple[Score, Score]]) -> dict[str, float | None]:
     losses = [(own, best) for own, best in both if own is not None and best is not None] or unknown
     scores, references = zip(*higher, strict=True)
     figures = {
-        "absolute_average": absolute_average(scores),
+        "absolute_average": fmean(scores),
         "normalized_average": normalized_average(scores, references),
         "average_loss_difference": average_loss_difference(*zip(*losses, strict=True)),
     }

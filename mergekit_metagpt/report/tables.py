@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mergekit_metagpt.core.coefficients import bound, bound_of_parts, scaling_coefficients
+from mergekit_metagpt.core.coefficients import bound, scaling_coefficients
 from mergekit_metagpt.measure.survey import Survey
 from mergekit_metagpt.method.advice import share
 from mergekit_metagpt.method.summary import Summary
@@ -46,10 +46,11 @@ def bounds(forecast: Forecast) -> dict[str, float]:
     numbers = {"uniform": 1 / count, "0.3": 0.3, "1.0": 1.0}
     choices = {"metagpt": scaling_coefficients(forecast.survey.model)}
     choices |= {name: [number] * count for name, number in numbers.items()}
-    values = {k: bound(forecast.survey.products or (), choice) for k, choice in choices.items()}
+    products = forecast.survey.products or ()
+    values = {name: bound([(products, choice)]) for name, choice in choices.items()}
     least = values["metagpt"]
     if forecast.in_place is not None:
-        values = {"merge": bound_of_parts(forecast.in_place), **values}
+        values = {"merge": bound(forecast.in_place), **values}
     # With one expert, or equal ones, the merge can reach every expert: the least bound is 0.
     return {k: v / least if least else (math.inf if v else 1.0) for k, v in values.items()}
 
