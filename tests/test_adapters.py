@@ -159,9 +159,9 @@ def test_whole_adapters_are_no_problem_unless_peft_cannot_merge_them(
 
 
 def test_an_adapter_is_planned_without_being_applied_and_needs_a_cache(family, adapter, tmp_path):
-    yml = str(write_yaml(tmp_path / "merge.yml", config_of(family["base"], adapter)))
-    cache = tmp_path / "cache"
-    the_only(inspect(yml).problems, "pass --lora-merge-cache DIRECTORY")
+    config, cache = config_of(family["base"], adapter), tmp_path / "cache"
+    yml = str(write_yaml(tmp_path / "merge.yml", config))
+    the_only(problems_of(config, tmp_path), "pass --lora-merge-cache DIRECTORY")
     costs = inspect(yml, options=MergeOptions(lora_merge_cache=str(cache))).costs
     assert not cache.exists()
     assert costs.bytes_applied == sum(tensor.nbytes for tensor in read(family["base"]).values())
