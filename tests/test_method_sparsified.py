@@ -258,12 +258,14 @@ def test_of_equal_ones_the_first_have_the_highest_ranks(way, rule, kind):
 
 
 def test_ranks_that_draws_need_are_exact():
-    rising = (torch.arange(70_000).float() / 69_999 * 0.3 + 0.4).numpy()
     infinite = np.float32(np.inf)
-    for values in (rising, np.nextafter(rising, infinite), np.nextafter(rising, -infinite)):
-        inside = values[(values >= rising[0]) & (values < rising[-1])]
-        counts = ranks._counts_up_to(inside, rising)
-        assert (counts == np.searchsorted(rising, inside, side="right")).all()
+    for length, spread in ((70_000, 0.3), (16_777_219, 0.9)):
+        rising = (torch.arange(length).float() / (length - 1) * spread + 0.05).numpy()
+        near = rising[-100_000:]
+        for values in (near, np.nextafter(near, infinite), np.nextafter(near, -infinite)):
+            inside = values[(values >= rising[0]) & (values < rising[-1])]
+            counts = ranks._counts_up_to(inside, rising)
+            assert (counts == np.searchsorted(rising, inside, side="right")).all()
 
 
 def test_a_million_differences_are_kept_as_in_mergekit(rule):

@@ -77,8 +77,12 @@ def on_all_cores(
             room = _ROOMS.pop()
         except IndexError:
             room = Room()
-        for number in numbers:  # each thread takes the next one
-            results[number] = function(items[number], room)
+        try:
+            for number in numbers:  # each thread takes the next one
+                results[number] = function(items[number], room)
+        finally:
+            for _ in numbers:  # after a failure, the others stop too
+                pass
         if room.flags.shape[1] <= _LARGEST:
             _ROOMS.append(room)
 

@@ -79,7 +79,8 @@ class Magnitudes:
             return (end.float() - start.float()).abs_()
         room.fit(len(start))
         result, other = room.numbers[:, : len(start)]
-        np.subtract(as_float32(end, result), as_float32(start, other), out=result)
+        with np.errstate(over="ignore"):  # the largest magnitude is infinite, then
+            np.subtract(as_float32(end, result), as_float32(start, other), out=result)
         return np.abs(result, out=result)
 
     def flags(self, comparison: str, its: Any, value: float, room: Room, number: int = 0) -> Any:
@@ -109,9 +110,11 @@ def order_statistics(
         experts,
         magnitudes.device,
     )
-    found = _between(magnitudes, places, limits)
-    if any(None in its for its in found):
-        found = _between(magnitudes, places, [[(-1.0, math.inf)] * len(its) for its in places])
+    found = _between(magnitudes, experts, places, limits)
+    for t, its in enumerate(found):
+        if None in its:  # this sample has misled
+            anywhere = [(-1.0, math.inf)] * len(its)
+            [found[t]] = _between(magnitudes, [t], [places[t]], [anywhere])
     return [[it for it in its if it] for its in found]
 
 
@@ -127,23 +130,23 @@ def _limits(sample: Any, size: int, places: Sequence[int]) -> list[Limits]:
 
 
 def _between(
-    magnitudes: Magnitudes, places: Sequence[Sequence[int]], limits: Sequence[Sequence[Limits]]
+    magnitudes: Magnitudes,
+    experts: Sequence[int],
+    places: Sequence[Sequence[int]],
+    limits: Sequence[Sequence[Limits]],
 ) -> list[list[OrderStatistic | None]]:
-    """Look for each place between two limits; None if it is beyond them."""
-    pairs = list(product(range(len(places)), magnitudes.chunks))
+    """Look for each place of some experts between two limits; None if it is beyond them."""
+    parts = list(product(zip(experts, limits, strict=True), magnitudes.chunks))
     counts = on_all_cores(
-        lambda pair, room: _counted(magnitudes, pair[0], pair[1], limits[pair[0]], room),
-        pairs,
+        lambda part, room: _counted(magnitudes, part[0][0], part[1], part[0][1], room),
+        parts,
         magnitudes.device,
     )
-    length = len(magnitudes.chunks)
-    return [
-        [
-            _found(place, pair, [chunk[i] for chunk in counts[t * length : (t + 1) * length]])
-            for i, (place, pair) in enumerate(zip(places[t], limits[t], strict=True))
-        ]
-        for t in range(len(places))
-    ]
+    length, found = len(magnitudes.chunks), []
+    for number, (its, pairs) in enumerate(zip(places, limits, strict=True)):
+        by_place = zip(*counts[number * length : (number + 1) * length], strict=True)
+        found.append([_found(*each) for each in zip(its, pairs, by_place, strict=True)])
+    return found
 
 
 class _Counts(NamedTuple):

@@ -7,6 +7,8 @@ import torch
 
 from mergekit_metagpt.core.arrays import in_order, places_of
 
+_LEAST_SPREAD = 1e-30  # of probabilities, to be divided by
+
 
 def kept_by_rank(rows: Any, uniform: Any, by_rank: Any) -> Any:
     """Return whether each number is kept: whether its rank's probability is above what was drawn.
@@ -53,9 +55,10 @@ def _counts_up_to(values: Any, rising: Any) -> Any:
     """
     if not isinstance(values, np.ndarray):
         return torch.searchsorted(rising, values, right=True)
-    per_step = (len(rising) - 1) / (float(rising[-1] - rising[0]) or 1.0)
+    per_step = (len(rising) - 1) / max(rising[-1] - rising[0], _LEAST_SPREAD)
     around = np.concatenate(([-np.inf], rising, [np.inf])).astype(rising.dtype)
-    counts = ((values - rising[0]) * per_step + 1).astype(np.intp)
+    guesses = (values - rising[0]) * per_step + 1
+    counts = np.minimum(guesses.astype(np.intp), len(rising))
     wrong = (around.take(counts) > values) | (around.take(counts + 1) <= values)
     counts[wrong] = np.searchsorted(rising, values[wrong], side="right")
     return counts
