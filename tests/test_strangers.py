@@ -10,14 +10,13 @@ from string import Template
 
 import click
 import numpy as np
-import peft
 import pytest
 import reference
 import torch
 import transformers
 import yaml
 from click.testing import CliRunner
-from conftest import llama_config, read, save_family, save_tokenizer
+from conftest import llama_config, lora, read, save_adapter, save_family, save_tokenizer
 from mergekit import merge_methods
 from mergekit.common import dtype_from_name
 from mergekit.io.tasks import LoaderCache
@@ -62,9 +61,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         more = ["<|im_start|>", "<|im_end|>"] if name == "bigger" else []
         save_tokenizer(found[name], *WORDS, *more, **ENDS)
     found |= {name: str(place / name) for name in ("lora", "cache")}
-    base = transformers.AutoModelForCausalLM.from_pretrained(found["base"])
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    peft.get_peft_model(base, lora).save_pretrained(found["lora"])
+    save_adapter(found["base"], place / "lora", lora(target_modules=["q_proj", "up_proj"]))
     return found
 
 

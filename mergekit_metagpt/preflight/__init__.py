@@ -22,7 +22,6 @@ __all__ = ["Costs", "Preflight", "ignored", "inspect"]
 # In the order in which their sentences are printed. The first that cannot look any further,
 # because of a problem, raises it.
 _CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
-    configs.unknown_keys,
     configs.ignored_parameters,
     configs.bad_parameters,
     configs.bad_dtypes,
@@ -75,6 +74,7 @@ def inspect(
         written = read_config(config) if isinstance(config, str) else config
         with alone():
             job = Job(written, options or MergeOptions())
+            problems += configs.unknown_keys(job)  # also if MergeKit cannot read the rest
             job.options = with_own_adapters(job.options, job.parsed)
             problems += output.bad_output(job, out) if out else ()
             for check in _CHECKS:

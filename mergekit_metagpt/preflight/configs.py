@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mergekit import merge_methods
-from mergekit.config import InputModelDefinition, InputSliceDefinition
+from mergekit.config import InputModelDefinition, InputSliceDefinition, MergeConfiguration
 from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope, ParameterSpec
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 from pydantic import BaseModel, ValidationError
@@ -39,22 +39,28 @@ class Level:
         return f" at {self.path}{model}" if self.path else ""
 
 
-def _levels(raw: Any, read: Any, path: str = "") -> Iterator[Level]:
+def _levels(job: Job) -> Iterator[Level]:
+    yield Level("", job.config.raw, MergeConfiguration)  # also if the rest cannot be read
+    yield from _within(job.config.raw, job.parsed, "")
+
+
+def _within(raw: Any, read: Any, path: str) -> Iterator[Level]:
     """Walk through what is written and what MergeKit has read, side by side."""
-    if isinstance(raw, dict) and isinstance(read, BaseModel):
-        yield Level(path, raw, type(read), getattr(read, "model", None))
     inner: list[tuple[str, Any, Any]] = []
     if isinstance(raw, list) and isinstance(read, list):
         inner = [(f"[{number}]", *pair) for number, pair in enumerate(zip(raw, read, strict=True))]
     elif isinstance(raw, dict) and isinstance(read, BaseModel | dict):
         inner = [(f".{key}", raw.get(key), member) for key, member in dict(read).items()]
     for end, value, member in inner:
-        yield from _levels(value, member, f"{path}{end}".lstrip("."))
+        place = f"{path}{end}".lstrip(".")
+        if isinstance(value, dict) and isinstance(member, BaseModel):
+            yield Level(place, value, type(member), getattr(member, "model", None))
+        yield from _within(value, member, place)
 
 
 def _settings(job: Job) -> Iterator[tuple[Level, str, Any]]:
     """Yield every parameter that a config sets, and where."""
-    for level in _levels(job.config.raw, job.parsed):
+    for level in _levels(job):
         if "parameters" in level.schema.model_fields:
             for name, setting in (level.values.get("parameters") or {}).items():
                 yield level, name, setting
@@ -62,7 +68,7 @@ def _settings(job: Job) -> Iterator[tuple[Level, str, Any]]:
 
 def unknown_keys(job: Job) -> Iterator[str]:
     """Find keys that MergeKit does not know."""
-    for level in _levels(job.config.raw, job.parsed):
+    for level in _levels(job):
         known = level.schema.model_fields.keys() - _UNUSED
         for key in level.values:
             if key in known:
