@@ -335,12 +335,8 @@ class TestTheLock:
 @pytest.fixture
 def handled():
     """A handler of SIGHUP, for tests that may have been started with nohup."""
-
-    def unhandled(*_):
-        raise AssertionError("nothing handles this signal")
-
-    before = signal.signal(signal.SIGHUP, unhandled)
-    yield unhandled
+    before = signal.signal(signal.SIGHUP, signal.default_int_handler)
+    yield signal.default_int_handler
     signal.signal(signal.SIGHUP, before)
 
 

@@ -81,8 +81,7 @@ def test_the_command_prints_the_same_bytes(family, tmp_path, monkeypatch):
     assert invoke(*words).stdout == found
 
 
-def test_without_ray_or_a_cluster_there_is_one_sentence(family, tmp_path, monkeypatch):
-    config = write_yaml(tmp_path / "metagpt.yml", merge_config(family))
+def test_without_ray_or_a_cluster_there_is_one_sentence(config, monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     done = invoke("coefficients", config, "--ray", "127.0.0.1:1", status=1)
     assert "No Ray cluster could be reached at 127.0.0.1:1: " in done.stderr
