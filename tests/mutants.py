@@ -21,7 +21,7 @@ MUTANTS = {
         "total = math.fsum(shares)": "total = sum(shares)",
     },
     ("core/decision.py", "test_directions.py"): {
-        "found = _participation(values**_POWER)": "found = _participation(values)",
+        "weights = values**_POWER": "weights = values",
         "farther <= _FARTHER * float(gram.trace())": "True",
         "alike.fill_diagonal_(1)": "alike.fill_diagonal_(0)",
     },

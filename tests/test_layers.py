@@ -39,13 +39,9 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: import by the full name"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     own = {name.removeprefix("mergekit_metagpt.") for name in found if "mergekit_metagpt" in name}
-    resolved = set()
-    for name in own:
-        while name and name not in FILES and f"{name}.__init__" not in FILES:
-            name = name.rpartition(".")[0]
-        if name:
-            resolved.add(name if name in FILES else f"{name}.__init__")
-    return resolved
+    # A name is a module, a package, or something in one of them.
+    places = {it for name in own for it in (name, name.rpartition(".")[0])}
+    return {it for place in places for it in (place, f"{place}.__init__") if it in FILES}
 
 
 def package(module: str) -> str:

@@ -71,7 +71,10 @@ def solve(projected: Tensor, gram: Tensor, rule: Rule) -> Solution:
     energies = (projected.mT @ projected).cpu().double() * factors.view(-1, 1, 1)
     values, vectors = torch.linalg.eigh(energies.sum(0))
     values, vectors = values.flip(0).clamp_min_(_TINY), vectors.flip(1)
-    found = _participation(values**_POWER)
+    weights = values**_POWER
+    weights = weights / weights.max()
+    # The participation number: how many of them carry their sum.
+    found = max(1, round(float(weights.sum() ** 2 / weights.square().sum())))
     while True:
         directions = vectors[:, :found]
         # What each expert wants, in proportion to its prior. T x K x K
@@ -90,12 +93,6 @@ def solve(projected: Tensor, gram: Tensor, rule: Rule) -> Solution:
     # ‖M‖² = c·(G c + 2 along) + ‖H‖²
     length = float(elsewhere @ (products + along)) + float(left.square().sum())
     return Solution(elsewhere.tolist(), left, directions.to(projected), products, length)
-
-
-def _participation(values: Tensor) -> int:
-    """Return the participation number of a spectrum: how many values carry its sum."""
-    parts = values / values.max()
-    return max(1, round(float(parts.sum() ** 2 / parts.square().sum())))
 
 
 def _shares(gram: Tensor, priors: Tensor) -> Tensor:

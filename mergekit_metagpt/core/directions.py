@@ -121,8 +121,10 @@ def _merge_movers(
         part = merge(moving, its, scale, out)
     except FloatingPointError:  # float32 may be too narrow for squares
         part = merge(moving.widened(), its, scale, out)
-    norms = torch.tensor(inputs.norms_of_others(movers), dtype=torch.float64, device="cpu")
+    norms = torch.zeros(len(inputs.experts), dtype=torch.float64, device="cpu")
     products = torch.zeros_like(norms)
+    for t in set(range(len(norms))).difference(movers):
+        norms[t] = squared_norms(inputs.base, [inputs.experts[t]])[0]
     norms[movers], products[movers] = part.norms, part.products
     return replace(part, norms=norms, products=products)
 

@@ -16,7 +16,7 @@ from mergekit_metagpt.core.buffers import (
     where_possible,
 )
 from mergekit_metagpt.core.roles import Role
-from mergekit_metagpt.core.task_vectors import in_float32_range, squared_norms
+from mergekit_metagpt.core.task_vectors import in_float32_range
 
 # Squared norms above this may overflow float32 in products with what is drawn.
 _LARGEST = 1e36
@@ -107,11 +107,6 @@ class MatrixInputs:
         return replace(
             self, base=self.base[rows], experts=[expert[rows] for expert in self.experts]
         )
-
-    def norms_of_others(self, movers: Sequence[int]) -> list[float]:
-        """Return ‖τ_t‖² of experts that take no part, and 0 for those that do."""
-        others = enumerate(self.experts)
-        return [0.0 if t in movers else squared_norms(self.base, [e])[0] for t, e in others]
 
     def blocks(self) -> Iterator[Block]:
         """Yield all rows, some at a time, subtracted in the inputs' dtype."""
