@@ -63,11 +63,12 @@ def _methods() -> "list[MetaGPTMerge]":
     from mergekit.merge_methods import registry
     from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 
+    from mergekit_metagpt.measure.provider import PROVIDER
     from mergekit_metagpt.method.merge_method import MetaGPTMerge
 
     stock = registry.registered_methods()
     own = [method for method in stock if isinstance(method, GeneralizedTaskArithmeticMerge)]
-    return [MetaGPTMerge(method) for method in own]
+    return [MetaGPTMerge(method, PROVIDER) for method in own]
 
 
 class _Finder:

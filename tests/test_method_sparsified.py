@@ -348,7 +348,7 @@ def test_methods_that_others_derive_are_left_to_mergekit():
 
     settings_ = (ConsensusMethod.count, None, False, False, "own", "Own", None)
     base, experts = family((61, 83), torch.bfloat16)
-    stock = GeneralizedTaskArithmeticMerge(*settings_)
-    assert_same_bytes(MetaGPTMerge(stock), base, experts)
-    own = MetaGPTMerge(Own(*settings_))
+    stock, provider = GeneralizedTaskArithmeticMerge(*settings_), OURS[0].provider
+    assert_same_bytes(MetaGPTMerge(stock, provider), base, experts)
+    own = MetaGPTMerge(Own(*settings_), provider)
     assert torch.equal(ours_and_coefficients(own, base, experts)[0], base.float().add(1).bfloat16())

@@ -54,7 +54,7 @@ class Provider:
         if checkpoints is not None:
             SURVEYS.require_unchanged(checkpoints)
 
-    def models_of(self, tensors: Sequence[TensorInputs]) -> "Models":
+    def models_of(self, tensors: Sequence[TensorInputs]) -> "StoredModels | ModelsInMemory":
         """Return the models that tensors with the same ids are from."""
         checkpoints = _checkpoints_of(tensors[0].ids, tensors[0].base_id) if tensors else None
         if checkpoints is None:
@@ -182,7 +182,6 @@ class ModelsInMemory:
         return Survey(self.tensors[0].ids, measured, tied)
 
 
-Models = StoredModels | ModelsInMemory
 PROVIDER = Provider()
 
 

@@ -29,9 +29,9 @@ from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.roles import ShapeOf, role_of
 from mergekit_metagpt.core.task_vectors import add_task_vectors
-from mergekit_metagpt.measure.provider import PROVIDER, Models
 from mergekit_metagpt.method.notes import WATCH, note
 from mergekit_metagpt.method.parameters import exponent_of, with_priors
+from mergekit_metagpt.method.provider import Models, Provider
 from mergekit_metagpt.method.sparsified import merge_sparsified
 from mergekit_metagpt.method.summary import Entry
 
@@ -47,9 +47,11 @@ class MetaGPTMerge(GroupMergeMethod):
 
     Attributes:
         stock: MergeKit's method X; this class only chooses its weights.
+        provider: knows the whole models.
     """
 
     stock: GeneralizedTaskArithmeticMerge
+    provider: Provider
 
     def merge_group(
         self, group: TensorGroup, /, *, models: Models | None = None, **parameters: Any
@@ -74,7 +76,7 @@ class MetaGPTMerge(GroupMergeMethod):
         base, scale = inputs.base, parameters["lambda"]
         if not inputs.experts or not base.numel():
             return base.clone()
-        models = models or PROVIDER.models_of([inputs])
+        models = models or self.provider.models_of([inputs])
         parameters = {"granularity": "tensor", "exponent": None, **parameters}
 
         if GRANULARITIES[parameters["granularity"]].by_direction:
@@ -138,9 +140,9 @@ class MetaGPTMerge(GroupMergeMethod):
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         if group_name is None or _SLICE.search(group_name):
             WATCH.begin()
-            PROVIDER.begin(input_ids, base_id)
+            self.provider.begin(input_ids, base_id)
         else:
-            PROVIDER.require_unchanged(input_ids, base_id)
+            self.provider.require_unchanged(input_ids, base_id)
 
     def _execute(
         self,
@@ -152,7 +154,7 @@ class MetaGPTMerge(GroupMergeMethod):
         out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, ...]:
         """Merge groups as MergeKit does; ``merge_state_dicts`` passes whole models at once."""
-        models = PROVIDER.models_of([TensorInputs.of(group) for group in groups])
+        models = self.provider.models_of([TensorInputs.of(group) for group in groups])
         places = models.merged_as(parameters)
         once = sorted(set(places))
         found: tuple[Tensor, ...] = super()._execute(

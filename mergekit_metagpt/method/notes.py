@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
 
-from mergekit_metagpt.measure.provider import Models
 from mergekit_metagpt.method.advice import concerns, share, warnings
+from mergekit_metagpt.method.provider import Models
 from mergekit_metagpt.method.summary import Entry, Summary
 
 LOG = logging.getLogger(__name__)
