@@ -76,6 +76,7 @@ class _Finder:
 
     def __init__(self) -> None:
         self._searches: set[tuple[int, str]] = set()
+        self._leads = False
 
     def find_spec(
         self,
@@ -83,10 +84,11 @@ class _Finder:
         path: "Sequence[str] | None" = None,
         target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
-        if "mergekit" in sys.modules and self in sys.meta_path[1:]:
-            # Else another finder, such as a type checker's, might find what this one waits for.
-            sys.meta_path.remove(self)
-            sys.meta_path.insert(0, self)
+        if not self._leads and "mergekit" in sys.modules:
+            # Go first, once: another finder, such as a type checker's, may have come in front, and
+            # would find MergeKit's modules without this one.
+            self._leads = True
+            sys.meta_path[:] = [self, *(it for it in sys.meta_path if it is not self)]
         hook = _HOOKS.get(name)
         search = (_thread.get_ident(), name)
         if hook is None or search in self._searches:  # another finder calls this one
@@ -133,8 +135,8 @@ def _run(hook: "Callable[[ModuleType], None]", module: "ModuleType") -> None:
 
 def _register(registry: "ModuleType") -> None:
     method = sys.modules.get("mergekit_metagpt.method.merge_method")
-    stock = "GeneralizedTaskArithmeticMerge"
-    if method is not None and getattr(method, stock) is not getattr(registry, stock):
+    name = "GeneralizedTaskArithmeticMerge"
+    if method is not None and getattr(method, name) is not getattr(registry, name):
         # MergeKit was imported again: remove our modules, whose classes derive from the old one.
         for name in [n for n in sys.modules if n.startswith("mergekit_metagpt.")]:
             if name != __name__:

@@ -10,7 +10,8 @@ from benchmarks.scaling import CASES
 from benchmarks.speed import OF_A_BLOCK, QUICK, SLOW, on_gpu, shares_table, table
 from benchmarks.timing import Case, interleaved
 
-ALL = [*CASES, *QUICK, *SLOW, *OF_A_BLOCK, *on_gpu("cuda")]
+SERIES = [QUICK, SLOW, OF_A_BLOCK, on_gpu("cuda")]
+ALL = [*CASES, *(case for cases in SERIES for case in cases)]
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
@@ -20,6 +21,12 @@ def test_mergekit_takes_every_config(case, tmp_path):
     known = {spec.name for spec in get(config.merge_method).spec.parameters}
     assert set(config.parameters or {}) <= known
     assert config.base_model is None or config.merge_method != "linear"
+
+
+def test_counterparts_are_timed_in_the_same_rounds():
+    for cases in SERIES:
+        names = {case.name for case in cases}
+        assert {case.counterpart for case in cases} - {None} <= names
 
 
 @on_posix

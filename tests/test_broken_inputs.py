@@ -189,10 +189,12 @@ def mergekit_yaml(yml: Path, out: Path) -> tuple[Result, str]:
     return done, str(done.exception)
 
 
-@pytest.mark.parametrize(
-    ("command", "granularity", "place"), [(merge, "model", 1), (mergekit_yaml, "tensor", 2)]
-)
-@pytest.mark.parametrize("name", CASES)
+RUNS = [(name, merge, "model", 1) for name in CASES]
+RUNS += [(name, mergekit_yaml, "tensor", 2) for name in CASES]
+RUNS += [(name, mergekit_yaml, "model", 2) for name, case in CASES.items() if callable(case[2])]
+
+
+@pytest.mark.parametrize(("name", "command", "granularity", "place"), RUNS)
 def test_a_merge_ends_in_a_right_result_or_one_clear_sentence(
     name, command, granularity, place, own, tmp_path
 ):
@@ -214,13 +216,17 @@ COMMANDS = pytest.mark.parametrize("command", [merge, mergekit_yaml])
 
 
 @COMMANDS
+@pytest.mark.parametrize("granularity", ["tensor", "model"])
 @pytest.mark.parametrize("source", [None, "base", "union"])
-def test_models_of_other_vocabularies_merge_token_by_token(source, command, own, tmp_path):
+def test_models_of_other_vocabularies_merge_token_by_token(
+    source, granularity, command, own, tmp_path
+):
     own["b"] = save_family(tmp_path / "larger", llama_config(vocab_size=66))["b"]
     if source:
         for name, path in own.items():
             save_tokenizer(path, *(f"w{number}" for number in range(66 if name == "b" else 64)))
-    config = merge_config(own, tokenizer=source and {"source": source})
+    tokenizer, parameters = source and {"source": source}, {"granularity": granularity}
+    config = merge_config(own, tokenizer=tokenizer, parameters=parameters)
     done, said = command(write_yaml(tmp_path / "metagpt.yml", config), tmp_path / "out")
     if source is None:
         assert done.exit_code == 1
@@ -230,12 +236,18 @@ def test_models_of_other_vocabularies_merge_token_by_token(source, command, own,
     models, merged = [read(path) for path in own.values()], read(tmp_path / "out")
     vocabulary = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
     rows = [int(word.removeprefix("w")) for word in sorted(vocabulary, key=vocabulary.__getitem__)]
-    for name in (HEAD, "model.embed_tokens.weight"):
+    vocabularies = (HEAD, "model.embed_tokens.weight")
+    for name in vocabularies:
         largest = models[-1][name]
         for model in models:  # what a model lacks is the other's
             model[name] = torch.cat([model[name], largest[len(model[name]) :]])[rows]
     base, *experts = models
-    reference.assert_merged(merged, base, experts, reference.coefficients(base, experts))
+    by_tensor = reference.coefficients(base, experts)
+    if granularity == "model":  # vocabularies have the coefficients of all others
+        rest = [{n: t for n, t in it.items() if n not in vocabularies} for it in models]
+        shared, *_ = reference.coefficients(rest[0], rest[1:], "model").values()
+        by_tensor = dict.fromkeys(base, shared)
+    reference.assert_merged(merged, base, experts, by_tensor)
 
 
 @COMMANDS

@@ -80,4 +80,4 @@ def test_a_device_that_is_not_there_is_one_sentence(device, config):
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("it is there")
     (line,) = invoke("check", config, "--device", device, status=1).stderr.splitlines()
-    assert f"no {device.partition(':')[0]} device here; use --device cpu." in line
+    assert f"no {device} device here; use --device cpu." in line

@@ -22,6 +22,7 @@ from conftest import (
 from conftest import invoke_merge as merge
 from mergekit.tokenizer import BuildTokenizer
 
+from mergekit_metagpt import mergekit_private
 from mergekit_metagpt.measure.identity import sha256_of
 from mergekit_metagpt.merging import by_shard, whole
 
@@ -115,6 +116,22 @@ def test_it_is_kept_where_it_cannot_be_moved_and_then_only_published(
     merge(config, out)
     assert names(out.parent) == {"merged"}
     assert_merge_of(out, family)
+
+
+@pytest.mark.parametrize(
+    ("module", "step", "error"),
+    [
+        (whole, "merge_record", RuntimeError("no such luck")),
+        (mergekit_private, "copy_tagalong_files", KeyboardInterrupt()),
+    ],
+)
+def test_weights_are_kept_if_a_step_after_them_fails_or_is_stopped(
+    module, step, error, config, family, out, monkeypatch
+):
+    monkeypatch.setattr(module, step, failing(error))
+    assert str(error) in merge(config, out, status=1).stderr
+    (kept,) = out.parent.iterdir()
+    assert_merge_of(kept / "merged", family)
 
 
 @pytest.mark.parametrize(

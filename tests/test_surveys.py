@@ -14,6 +14,7 @@ from conftest import (
     invoke,
     llama_config,
     merge_config,
+    save_adapter,
     save_family,
     save_tokenizer,
     slices_config,
@@ -182,3 +183,21 @@ def test_where_no_cache_can_be_written_models_are_measured(family, monkeypatch, 
     mergekit_metagpt.survey(family["base"], [family["a"]])
     assert len(passes) == 3
     assert len(cached()) == 1
+
+
+def test_a_lora_expert_is_surveyed_as_it_is_merged_and_again_when_trained_again(
+    family, tmp_path, passes
+):
+    words = ["--lora-merge-cache", tmp_path / "cache", "--json"]
+    expert = f"{family['base']}+{tmp_path / 'lora'}"
+    config = merge_config({"base": family["base"], "lora": expert, "a": family["a"]})
+    yml = write_yaml(tmp_path / "metagpt.yml", config)
+    norms = set()
+    for seed in (1, 2):
+        save_adapter(family["base"], tmp_path / "lora", seed=seed)
+        shown = json.loads(invoke("survey", family["base"], expert, family["a"], *words).stdout)
+        norm = dict(zip(shown["experts"], shown["squared_norms"], strict=True))[expert]
+        planned = json.loads(invoke("coefficients", yml, *words).stdout)
+        assert norm in [it["squared_norm"] for it in planned["experts"]]
+        norms.add(norm)
+    assert len(passes) == len(norms) == 2

@@ -59,8 +59,8 @@ def size(text: str | int) -> int:
         ) from None
 
 
-# Of MergeKit's options by name, where its own types raise Python's errors, or let through what
-# fails later.
+# Types for some of MergeKit's options, by name: its own let through values that fail later, or
+# show an exception of Python.
 _TYPES = {
     "out_shard_size": size,
     "num_threads": click.IntRange(1),
@@ -136,9 +136,13 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 def _require_device(options: MergeOptions) -> None:
     if options.multi_gpu and not torch.accelerator.device_count():
         raise click.ClickException("There is no GPU here; leave --multi-gpu out.")
-    kind = (options.device or "cpu").partition(":")[0]
-    is_available = getattr(getattr(torch, kind, None), "is_available", bool)
-    if kind != "cpu" and not is_available():
+    device = options.device or "cpu"
+    try:
+        kind = torch.device(device).type
+        is_here = kind == "cpu" or getattr(torch, kind).is_available()
+    except (RuntimeError, AttributeError):  # no such kind, or no such number
+        kind, is_here = device, False
+    if not is_here:
         raise click.ClickException(f"There is no {kind} device here; use --device cpu.")
 
 

@@ -1,8 +1,10 @@
 """``mergekit-metagpt compare``: what other parameters would give, from one survey."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +15,6 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_metagpt.api.functions import forecasts
-from mergekit_metagpt.api.results import Plan
 from mergekit_metagpt.cli import _shared
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.method.advice import DOMINANT, dominated_part
@@ -119,18 +120,22 @@ class Choice:
         words = [self.summary.granularity, f"exponent {self.summary.exponent}", self.weights]
         return ", ".join(filter(None, words))
 
+    @cached_property
+    def bound(self) -> float | None:
+        """The paper's bound, relative to that of MetaGPT for the whole model, if it is known."""
+        return tables.bounds(self.forecast).get("merge")
+
     @property
     def cells(self) -> dict[str, str]:
-        """The row of a table, by the titles of its columns; the paper's bound, if it is known."""
+        """The row of a table, by the titles of its columns."""
         kept = [expert.kept for expert in self.summary.experts if expert.kept is not None]
-        bound = tables.bounds(self.forecast).get("merge")
         digits = 3 if len(self.summary.ids) < 4 else 2  # 80 columns have no room for more
         return {
             "granularity": self.summary.granularity,
             "k": self.summary.exponent,
             "weights": self.weights,
             **{str(n): f"{it.mean:.{digits}f}" for n, it in enumerate(self.summary.experts, 1)},
-            "bound": "" if bound is None else f"{bound:.3f}",
+            "bound": "" if self.bound is None else f"{self.bound:.3f}",
             "kept": f"{fmean(kept):.1%}" if kept else "",
             "dom.": f"{dominated_part(self.summary):.0%}",
         }
@@ -138,13 +143,13 @@ class Choice:
     def as_json(self) -> dict[str, Any]:
         """Return the choice and its figures as JSON types."""
         shown = ("model", "coefficient", "least", "largest", "kept")
-        its = Plan(self.forecast).as_json()
+        experts = [expert.as_json() for expert in self.summary.experts]
         return {
             "granularity": self.summary.granularity,
             "exponent": self.summary.exponent,
             "weights": self.priors and {str(model): w for model, w in self.priors.items()},
-            "experts": [{key: expert[key] for key in shown} for expert in its["experts"]],
-            "bound": its["bound"].get("merge"),
+            "experts": [{key: expert[key] for key in shown} for expert in experts],
+            "bound": self.bound if math.isfinite(self.bound or 0.0) else None,
             "dominated": dominated_part(self.summary),
         }
 

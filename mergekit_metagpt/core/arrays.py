@@ -1,7 +1,7 @@
-"""CPU tensors as NumPy arrays, which compare, find and sort several times as fast.
+"""CPU tensors as NumPy arrays: NumPy compares, finds and sorts several times as fast as torch.
 
-NumPy works on one core, so there are threads beside it; torch's own would wait for each other.
-The other functions take what ``as_array`` returns.
+NumPy uses one core, so ``on_all_cores`` runs it in threads. The functions below that one take what
+``as_array`` returns.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,40 +27,45 @@ def library_of(array: Any) -> Any:
 
 
 def as_bits(tensor: Tensor) -> Any:
-    """Return what ``as_array`` does; NumPy has no bfloat16, but int16."""
+    """Return what ``as_array`` does, but bfloat16 as its bits in int16: NumPy has no bfloat16."""
     is_narrow = tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
     return as_array(tensor.view(torch.int16) if is_narrow else tensor)
 
 
 class Room:
-    """Memory that a core works in again and again: new pages take longer than the arithmetic."""
+    """Memory that a core works in again and again: new pages take longer than the arithmetic.
+
+    Attributes:
+        numbers: two rows of numbers.
+        flags: two rows of as many flags.
+    """
 
     def __init__(self) -> None:
         self.numbers = np.empty((2, 0), np.float32)
         self.flags = np.empty((2, 0), np.bool_)
 
     def fit(self, size: int) -> None:
-        """Make room for so many numbers, twice."""
+        """Make the rows at least so long."""
         if self.flags.shape[1] < size:
             self.numbers = np.empty((2, size), np.float32)
             self.flags = np.empty((2, size), np.bool_)
 
 
-_ROOMS: list[Room] = []  # that no core works in
-_LARGEST = 1 << 22  # a single long row is not kept
+_ROOMS: list[Room] = []  # that no core works in now
+_LONGEST = 1 << 20  # longer rows of a room are not kept
 
 
-def as_float32(numbers: Any, room: Any) -> Any:
-    """Return an array in float32: itself, or in a room of its size what ``as_bits`` returned."""
+def as_float32(numbers: Any, out: Any) -> Any:
+    """Return what ``as_bits`` returned in float32: as it is, or converted into ``out``."""
     if numbers.dtype == np.float32:
         return numbers
     if numbers.dtype == np.int16:  # a bfloat16 is the upper half of a float32
-        bits = room.view(np.int32)
+        bits = out.view(np.int32)
         np.copyto(bits, numbers)
         bits <<= 16
     else:
-        np.copyto(room, numbers)
-    return room
+        np.copyto(out, numbers)
+    return out
 
 
 def on_all_cores(
@@ -83,7 +88,7 @@ def on_all_cores(
         finally:
             for _ in numbers:  # after a failure, the others stop too
                 pass
-        if room.flags.shape[1] <= _LARGEST:
+        if room.flags.shape[1] <= _LONGEST:
             _ROOMS.append(room)
 
     others = min(torch.get_num_threads(), len(items)) - 1 if device.type == "cpu" else 0

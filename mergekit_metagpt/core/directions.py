@@ -87,7 +87,7 @@ def merge_directions(
             computes the figures only.
 
     Raises:
-        ValueError: if autograd would have to follow the result.
+        ValueError: if autograd would have to follow the result, or ``out`` is not contiguous.
         FloatingPointError: if a number is NaN or Inf, or a square exceeds even float64's range.
     """
     tensors = [base, *experts]
@@ -101,6 +101,8 @@ def merge_directions(
     most = max(rule.priors, default=0) or 1
     rule = replace(rule, priors=[prior / most for prior in rule.priors])  # the largest is 1
     matrices = [matrices_of(tensor.detach(), role) for tensor in tensors]
+    if out is not None and not out.is_contiguous():
+        raise ValueError("A merge by directions is written to a contiguous tensor.")
     targets = [None] * len(matrices[0]) if out is None else matrices_of(out, role)
     parts = []
     for number, (target, *views) in enumerate(zip(targets, *matrices, strict=True)):

@@ -44,9 +44,9 @@ class OrderStatistic(NamedTuple):
         return self.start + sum(self.equals)
 
     def within(self, start: int, stop: int) -> list[int]:
-        """Return how many of each chunk's equals are at these places, the first in memory.
+        """Return how many equals of each chunk to keep, so that those from start to stop are kept.
 
-        Some are.
+        The first in memory are kept. At least one is.
         """
         left, counts = min(self.stop, stop) - max(self.start, start), []
         for equals in self.equals:
@@ -56,9 +56,10 @@ class OrderStatistic(NamedTuple):
 
 
 class Magnitudes:
-    """The magnitudes of T flat task vectors in float32, some at a time: arrays of a CPU's NumPy.
+    """The magnitudes of T flat task vectors in float32, some at a time.
 
-    Those that are in a room are overwritten by the next ones; so are flags of the same number.
+    On a CPU they are NumPy arrays in a room: the next call overwrites them, and the next flags of
+    the same number overwrite those.
 
     Attributes:
         device: of the tensors.
@@ -79,7 +80,7 @@ class Magnitudes:
             return (end.float() - start.float()).abs_()
         room.fit(len(start))
         result, other = room.numbers[:, : len(start)]
-        with np.errstate(over="ignore"):  # the largest magnitude is infinite, then
+        with np.errstate(over="ignore"):  # a difference beyond float32 counts as infinite
             np.subtract(as_float32(end, result), as_float32(start, other), out=result)
         return np.abs(result, out=result)
 
@@ -136,12 +137,13 @@ def _between(
     limits: Sequence[Sequence[Limits]],
 ) -> list[list[OrderStatistic | None]]:
     """Look for each place of some experts between two limits; None if it is beyond them."""
+
+    def counted(part: tuple[tuple[int, Sequence[Limits]], slice], room: Room) -> list[_Counts]:
+        (expert, pairs), chunk = part
+        return _counted(magnitudes.of(expert, chunk, room), magnitudes, pairs, room)
+
     parts = list(product(zip(experts, limits, strict=True), magnitudes.chunks))
-    counts = on_all_cores(
-        lambda part, room: _counted(magnitudes, part[0][0], part[1], part[0][1], room),
-        parts,
-        magnitudes.device,
-    )
+    counts = on_all_cores(counted, parts, magnitudes.device)
     length, found = len(magnitudes.chunks), []
     for number, (its, pairs) in enumerate(zip(places, limits, strict=True)):
         by_place = zip(*counts[number * length : (number + 1) * length], strict=True)
@@ -150,7 +152,7 @@ def _between(
 
 
 class _Counts(NamedTuple):
-    """How many magnitudes of a chunk are below two limits and equal to them, and those between."""
+    """Of a chunk: how many are below the lower limit, equal to it and to the upper; and between."""
 
     below: int
     low: int
@@ -159,9 +161,9 @@ class _Counts(NamedTuple):
 
 
 def _counted(
-    magnitudes: Magnitudes, expert: int, chunk: slice, limits: Sequence[Limits], room: Room
+    its: Any, magnitudes: Magnitudes, limits: Sequence[Limits], room: Room
 ) -> list[_Counts]:
-    its, counts = magnitudes.of(expert, chunk, room), []
+    counts = []
     for low, high in limits:
         below = count_of(magnitudes.flags("less", its, low, room))
         inside = magnitudes.flags("greater", its, low, room, number=1)

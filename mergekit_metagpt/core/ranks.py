@@ -7,14 +7,14 @@ import torch
 
 from mergekit_metagpt.core.arrays import in_order, places_of
 
-_LEAST_SPREAD = 1e-30  # of probabilities, to be divided by
+_LEAST_SPREAD = 1e-30  # so that equal probabilities do not divide by 0
 
 
 def kept_by_rank(rows: Any, uniform: Any, by_rank: Any) -> Any:
-    """Return whether each number is kept: whether its rank's probability is above what was drawn.
+    """Return which numbers are kept: those whose rank has a probability above what was drawn.
 
-    To sort keys and to look up the rank that a draw needs takes a third of the time that finding
-    every rank takes.
+    Sorting keys, and looking up the least rank that each draw needs, takes less time than finding
+    every rank.
 
     Args:
         rows: magnitudes in float32, of which those along the last axis are ranked; what

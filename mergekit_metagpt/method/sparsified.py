@@ -27,9 +27,9 @@ from mergekit_metagpt.core.ranks import kept_by_rank
 from mergekit_metagpt.core.task_vectors import Sum, deltas_of, working_dtype
 from mergekit_metagpt.method.random_streams import own_stream
 
-# Each core selects by itself, in parts of the chunks that torch divides among all of them.
+# A core selects by itself, in this part of the chunks that torch divides among all of them.
 _PARTS = 2
-_PARTS_TO_SORT = 16  # of int64
+_PARTS_TO_SORT = 16  # keys are int64, and are copied
 _LEAST = 2.0**-149  # the least positive float32
 
 
@@ -150,6 +150,7 @@ def _keep_between(
         t, number = pair
         its, both = magnitudes.of(t, chunks[number], room), zip(ends[t], quotas[t], strict=True)
         cuts = [(end.value, end.equals[number], quota[number]) for end, quota in both]
+        # Where all equals are kept, a comparison includes them; where only some are, they follow.
         (value, equals, quota), *upper = cuts
         flags = magnitudes.flags("greater" + "_equal" * (quota == equals), its, value, room)
         for value, equals, quota in upper:
@@ -177,7 +178,7 @@ def _draw_by_rank(
 
 
 def _draw_part(mask: Tensor, base: Tensor, expert: Tensor, apart: int, by_rank: Any) -> None:
-    """Draw numbers with the probabilities of their ranks; those of a row are ``apart``."""
+    """Draw numbers with the probabilities of their ranks; ``apart`` lie those of one row."""
     unit = len(by_rank) * apart
     parts = _chunks(len(mask), chunk_size(base.device) // _PARTS_TO_SORT, unit)
     magnitudes = Magnitudes(base, [expert], parts)
@@ -200,7 +201,10 @@ def _chunks(size: int, chunk: int, unit: int = 1) -> list[slice]:
 
 
 def _drawn(like: Tensor) -> Tensor:
-    """Return numbers from 0 to 1 in float32, as ``torch.bernoulli`` draws them on the CPU."""
+    """Return numbers from 0 to 1 in float32, as ``torch.bernoulli`` draws them on the CPU.
+
+    The next call in this thread overwrites them.
+    """
     return room_for(like, torch.float32, len(like)).uniform_()
 
 

@@ -27,8 +27,8 @@ from mergekit_metagpt.planning.config import parts
 class TensorMerge:
     """The task that writes one tensor of the output, and the place of the config it is from.
 
-    What its inputs are is empty until the headers of the models have been read. MergeKit makes some
-    inputs from other tensors: these are read under several names.
+    ``stored`` and ``read`` are empty until ``plan_outputs`` has read the headers. An input that
+    MergeKit makes from other tensors is read under several names.
     """
 
     name: str  # in the output

@@ -44,7 +44,7 @@ _CHECKS: tuple[Callable[[Job], Iterable[str]], ...] = (
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a merge that nothing stands against will do."""
+    """What :func:`inspect` returns of a merge that nothing stands against."""
 
     costs: Costs
     outputs: Outputs | None  # None if MergeKit first has to download a model or apply an adapter

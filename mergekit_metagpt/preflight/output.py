@@ -3,30 +3,33 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from mergekit.common import ModelReference
 from rich.filesize import decimal
 
 from mergekit_metagpt.planning.directory import Output
 from mergekit_metagpt.planning.job import Job
+from mergekit_metagpt.planning.models import ModelFiles
 from mergekit_metagpt.preflight.costs import Costs
 
 
 def bad_output(job: Job, out: str) -> Iterator[str]:
     """Find a reason not to write to a directory."""
+    models = job.models  # outside: what is wrong with these is no fault of the directory
     try:
-        why_not = _why_not(job, Path(out))
+        why_not = _why_not(models, Path(out))
     except OSError as error:
         why_not = f"cannot be used ({error.strerror}); choose another directory"
     if why_not:
         yield f"Output {out} {why_not}."
 
 
-def _why_not(job: Job, out: Path) -> str | None:
+def _why_not(models: Mapping[ModelReference, ModelFiles], out: Path) -> str | None:
     """Look at what is there, or at the directory that the output will be made in."""
     path = Output.of(out).path
-    for model, files in job.models.items():
+    for model, files in models.items():
         if files.to_apply and Path(files.to_apply).resolve().is_relative_to(path):
             return (
                 "is the --lora-merge-cache, or holds it, and MergeKit writes there first; choose "

@@ -49,16 +49,20 @@ def stock_config(forecast: Forecast) -> str:
 
 
 def _set_chat_template(config: MergeConfiguration) -> None:
-    """Write out the first of the most frequent templates, of which stock MergeKit takes any."""
+    """Write out the template that ``auto`` takes here, if those of the models differ.
+
+    It is the first of the most frequent ones, of which stock MergeKit takes any.
+    """
     templates = Counter[str]()
     for model in config.referenced_models():
         models = [InputModelDefinition(model=model)]
-        alone = MergeConfiguration(merge_method="linear", models=models, chat_template="auto")
+        of_one = MergeConfiguration(merge_method="linear", models=models, chat_template="auto")
         tokenizer = SimpleNamespace(chat_template="")
-        set_chat_template(tokenizer, alone)
-        templates.update(filter(None, [tokenizer.chat_template]))
+        set_chat_template(tokenizer, of_one)
+        if tokenizer.chat_template:
+            templates[tokenizer.chat_template] += 1
     if len(templates) > 1:
-        ((config.chat_template, _),) = templates.most_common(1)
+        config.chat_template = templates.most_common(1)[0][0]
 
 
 def _set_weights(part: Part, forecast: Forecast) -> None:
