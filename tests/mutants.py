@@ -118,7 +118,7 @@ MUTANTS = {
         "if len(templates) > 1:": "if templates:",
     },
     ("startup.py", "test_startup_imports.py"): {
-        'if "mergekit" in sys.modules and self in sys.meta_path[1:]:': "if False:",
+        'if not self._leads and "mergekit" in sys.modules:': "if False:",
     },
 }
 
