@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mergekit_metagpt.core import arrays
+from mergekit_metagpt.core import arrays, buffers
 
 CPU = torch.device("cpu")
 
@@ -30,6 +30,6 @@ def test_after_a_failure_all_threads_stop_and_the_next_call_is_right():
 
 
 def test_room_for_a_long_row_is_not_kept():
-    sizes = [10, 2 * arrays._LONGEST, 20]
+    sizes = [10, 2 * buffers._LONGEST, 20]
     arrays.on_all_cores(lambda size, room: room.fit(size), sizes, CPU)
-    assert all(room.flags.shape[1] <= arrays._LONGEST for room in arrays._ROOMS)
+    assert all(room.flags.shape[1] <= buffers._LONGEST for room in buffers._ROOMS)

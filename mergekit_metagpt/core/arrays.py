@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergekit_metagpt.core.buffers import Room, own_room
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -30,29 +32,6 @@ def as_bits(tensor: Tensor) -> Any:
     """Return what ``as_array`` does, but bfloat16 as its bits in int16: NumPy has no bfloat16."""
     is_narrow = tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
     return as_array(tensor.view(torch.int16) if is_narrow else tensor)
-
-
-class Room:
-    """Memory that a core works in again and again: new pages take longer than the arithmetic.
-
-    Attributes:
-        numbers: two rows of numbers.
-        flags: two rows of as many flags.
-    """
-
-    def __init__(self) -> None:
-        self.numbers = np.empty((2, 0), np.float32)
-        self.flags = np.empty((2, 0), np.bool_)
-
-    def fit(self, size: int) -> None:
-        """Make the rows at least so long."""
-        if self.flags.shape[1] < size:
-            self.numbers = np.empty((2, size), np.float32)
-            self.flags = np.empty((2, size), np.bool_)
-
-
-_ROOMS: list[Room] = []  # that no core works in now
-_LONGEST = 1 << 20  # longer rows of a room are not kept
 
 
 def as_float32(numbers: Any, out: Any) -> Any:
@@ -78,18 +57,13 @@ def on_all_cores(
     results, numbers = dict[int, Result](), iter(range(len(items)))
 
     def work() -> None:
-        try:
-            room = _ROOMS.pop()
-        except IndexError:
-            room = Room()
-        try:
-            for number in numbers:  # each thread takes the next one
-                results[number] = function(items[number], room)
-        finally:
-            for _ in numbers:  # after a failure, the others stop too
-                pass
-        if room.flags.shape[1] <= _LONGEST:
-            _ROOMS.append(room)
+        with own_room() as room:
+            try:
+                for number in numbers:  # each thread takes the next one
+                    results[number] = function(items[number], room)
+            finally:
+                for _ in numbers:  # after a failure, the others stop too
+                    pass
 
     others = min(torch.get_num_threads(), len(items)) - 1 if device.type == "cpu" else 0
     if others < 1:
@@ -110,7 +84,7 @@ def places_of(flags: Any) -> Any:
 
 def count_of(flags: Any) -> int:
     """Return how many flags are set."""
-    return int(np.count_nonzero(flags) if isinstance(flags, np.ndarray) else flags.sum())
+    return int(library_of(flags).count_nonzero(flags))
 
 
 def at_place(array: Any, place: int) -> float:

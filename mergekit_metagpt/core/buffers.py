@@ -5,8 +5,10 @@ The obvious formulas spend half of their time on page faults of new temporaries.
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +53,43 @@ def room_for(like: Tensor, dtype: torch.dtype, numbers: int) -> Tensor:
         with torch.inference_mode(False):  # as in buffers_like
             room = _SCRATCH.rooms[dtype] = torch.empty(numbers, dtype=dtype, device="cpu")
     return room[:numbers]
+
+
+class Room:
+    """Memory that a core works in again and again: new pages take longer than the arithmetic.
+
+    Attributes:
+        numbers: two rows of numbers.
+        flags: two rows of as many flags.
+    """
+
+    def __init__(self) -> None:
+        self.numbers = np.empty((2, 0), np.float32)
+        self.flags = np.empty((2, 0), np.bool_)
+
+    def fit(self, size: int) -> None:
+        """Make the rows at least so long."""
+        if self.flags.shape[1] < size:
+            self.numbers = np.empty((2, size), np.float32)
+            self.flags = np.empty((2, size), np.bool_)
+
+
+_ROOMS: list[Room] = []  # that no core works in now
+_LONGEST = 1 << 20  # longer rows of a room are not kept
+
+
+@contextmanager
+def own_room() -> Iterator[Room]:
+    """Give a thread that will soon end room that others have used, and will use again."""
+    try:
+        room = _ROOMS.pop()
+    except IndexError:
+        room = Room()
+    try:
+        yield room
+    finally:
+        if room.flags.shape[1] <= _LONGEST:
+            _ROOMS.append(room)
 
 
 def chunks_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mergekit_metagpt.core.arrays import (
-    Room,
     as_array,
     as_bits,
     as_float32,
@@ -24,6 +23,7 @@ from mergekit_metagpt.core.arrays import (
     library_of,
     on_all_cores,
 )
+from mergekit_metagpt.core.buffers import Room
 
 # How far a place may be from that in a random sample. If it is farther, counting shows it.
 _DEVIATIONS = 3

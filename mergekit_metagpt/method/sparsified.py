@@ -19,8 +19,8 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_metagpt.core.arrays import Room, as_array, on_all_cores, places_of
-from mergekit_metagpt.core.buffers import chunk_size, room_for
+from mergekit_metagpt.core.arrays import as_array, on_all_cores, places_of
+from mergekit_metagpt.core.buffers import Room, chunk_size, room_for
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.order_statistics import Magnitudes, order_statistics
 from mergekit_metagpt.core.ranks import kept_by_rank
@@ -171,10 +171,11 @@ def _draw_by_rank(
     if density + epsilon >= 1 or density - epsilon <= 0:
         raise ValueError("Epsilon must be chosen such that density +/- epsilon is in (0, 1)")
     length, *inner = shape[1:] if len(shape) > 1 else shape
+    apart = math.prod(inner)
     ranks = torch.arange(length, dtype=torch.float32, device=base.device)
-    by_rank = ranks.div_(length - 1).mul_(2 * epsilon).add_(density - epsilon)
-    for part in _chunks(len(mask), chunk_size(base.device), length * math.prod(inner)):
-        _draw_part(mask[part], base[part], expert[part], math.prod(inner), as_array(by_rank))
+    by_rank = as_array(ranks.div_(length - 1).mul_(2 * epsilon).add_(density - epsilon))
+    for part in _chunks(len(mask), chunk_size(base.device), length * apart):
+        _draw_part(mask[part], base[part], expert[part], apart, by_rank)
 
 
 def _draw_part(mask: Tensor, base: Tensor, expert: Tensor, apart: int, by_rank: Any) -> None:
