@@ -35,16 +35,18 @@ MUTANTS = {
     },
     ("core/arrays.py", "test_method_sparsified.py"): {
         "np.partition(array, place)[place]": "array[place]",
-        "dict[int, Result](), iter(range(len(items)))": "{0: None}, iter(range(1, len(items)))",
+    },
+    ("core/arrays.py", "test_arrays.py"): {
+        "for _ in left:": "for _ in ():",
     },
     ("core/order_statistics.py", "test_method_sparsified.py"): {
         "if None in its:": "if False:",
-        "if end.start <= place < end.stop:": "if end.start <= place <= end.stop:",
-        "if low < high else 0": "",
-        "min(self.stop, stop) - max(self.start, start)": "self.stop - self.start",
+        "if lowest.start <= place < lowest.stop:": "if lowest.start <= place <= lowest.stop:",
+        "beyond &= its <= high": "beyond &= its < high",
+        "min(self.stop, places.stop) - max(self.start, places.start)": "self.stop - self.start",
         "            left -= counts[-1]\n": "",
     },
-    ("core/ranks.py", "test_method_sparsified.py"): {
+    ("core/draws.py", "test_method_sparsified.py"): {
         "np.arange(last, -1, -1)": "np.arange(last + 1)",
         "counts[wrong] = ": "_ = ",
     },
@@ -59,7 +61,8 @@ MUTANTS = {
     ("method/sparsified.py", "test_method_sparsified.py"): {
         "size - max(1, int(density * size))": "size - int(density * size)",
         "majority = votes.sum(dim=0).ge_(0)": "majority = votes.sum(dim=0).gt_(0)",
-        "if 0 < quota < equals:": "if False:",
+        "if 0 < first < equals:": "if False:",
+        "names[first == equals]": "names[1]",
     },
     ("measure/identity.py", "test_surveys.py"): {
         "return stat.st_ino, stat.st_size, stat.st_mtime_ns": "return stat.st_ino, stat.st_size, 0",

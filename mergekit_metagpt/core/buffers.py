@@ -5,10 +5,8 @@ The obvious formulas spend half of their time on page faults of new temporaries.
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +16,9 @@ _CHUNK = 1 << 20
 ACCELERATOR_CHUNK = 1 << 25
 # A block of rows of the base and of all task vectors has so many numbers.
 BLOCK = 1 << 22
+# torch.sum over five or more rows adds them in another order beyond the last block of up to 128
+# columns. So parts of several rows hold a multiple of that, and the last one is not smaller.
+_COLUMNS = 128
 
 
 class _Scratch(threading.local):
@@ -55,43 +56,6 @@ def room_for(like: Tensor, dtype: torch.dtype, numbers: int) -> Tensor:
     return room[:numbers]
 
 
-class Room:
-    """Memory that a core works in again and again: new pages take longer than the arithmetic.
-
-    Attributes:
-        numbers: two rows of numbers.
-        flags: two rows of as many flags.
-    """
-
-    def __init__(self) -> None:
-        self.numbers = np.empty((2, 0), np.float32)
-        self.flags = np.empty((2, 0), np.bool_)
-
-    def fit(self, size: int) -> None:
-        """Make the rows at least so long."""
-        if self.flags.shape[1] < size:
-            self.numbers = np.empty((2, size), np.float32)
-            self.flags = np.empty((2, size), np.bool_)
-
-
-_ROOMS: list[Room] = []  # that no core works in now
-_LONGEST = 1 << 20  # longer rows of a room are not kept
-
-
-@contextmanager
-def own_room() -> Iterator[Room]:
-    """Give a thread that will soon end room that others have used, and will use again."""
-    try:
-        room = _ROOMS.pop()
-    except IndexError:
-        room = Room()
-    try:
-        yield room
-    finally:
-        if room.flags.shape[1] <= _LONGEST:
-            _ROOMS.append(room)
-
-
 def chunks_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the tensors' flat chunks side by side, detached from autograd."""
     size = _chunk_size(tensors[0])
@@ -100,6 +64,13 @@ def chunks_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _chunk_size(tensor: Tensor) -> int:
     return max(1, min(chunk_size(tensor.device), tensor.numel()))
+
+
+def parts_of(size: int, length: int, unit: int = _COLUMNS) -> list[slice]:
+    """Return parts of about a length, each of whole units; the rest belongs to the last one."""
+    step = max(1, length // unit) * unit
+    starts = range(0, max(1, size - unit + 1), step)
+    return [slice(*pair) for pair in zip(starts, [*starts[1:], size], strict=True)]
 
 
 def chunk_size(device: torch.device) -> int:

@@ -17,13 +17,11 @@ from mergekit_metagpt.core.buffers import (
     buffers_like,
     chunks_of,
     converted,
+    room_for,
     where_possible,
 )
 from mergekit_metagpt.mergekit_private import squared_difference
 
-# torch.sum over five or more rows adds them in another order beyond the last block of up to 128
-# columns. So chunks of several rows hold a multiple of that, and the last one is not smaller.
-_STEP = 128
 # torch.sum adds float32 pairwise. Over rows of 4096 its error is at most 2e-7, even if all
 # elements are equal and round the same way. A vector_norm of a row is off by 6e-6, a dot by 1e-4.
 _ROW = 1 << 12
@@ -148,25 +146,24 @@ def add_task_vectors(
 
 
 def deltas_of(
-    base: Tensor, experts: Sequence[Tensor], size: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield flat task vectors side by side, in float32, in chunks of about ``size`` in all.
+    base: Tensor, experts: Sequence[Tensor], chunks: Sequence[slice]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield chunks of flat task vectors side by side, in float32.
 
     Yields:
-        Where the chunk is, the base there (n), and the task vectors there (T, n). The tensors may
-        be overwritten; the next chunk does so, too.
+        The base there (n), and the task vectors there (T, n). The tensors may be overwritten; the
+        next chunk does so, too.
     """
     flat = [base, *experts]
-    size = max(_STEP, size // len(flat) // _STEP * _STEP)
-    starts = range(0, max(1, len(base) - _STEP + 1), size)
-    room = base.new_empty(len(flat) * min(len(base), size + _STEP), dtype=torch.float32)
-    for start, stop in zip(starts, [*starts[1:], len(base)], strict=True):
-        rows = room[: len(flat) * (stop - start)].view(len(flat), -1)
+    lengths = [chunk.stop - chunk.start for chunk in chunks]
+    room = room_for(base, torch.float32, len(flat) * max(lengths))
+    for chunk, length in zip(chunks, lengths, strict=True):
+        rows = room[: len(flat) * length].view(len(flat), length)
         for row, tensor in zip(rows, flat, strict=True):
-            row.copy_(tensor[start:stop])
+            row.copy_(tensor[chunk])
         for row in rows[1:]:  # at once, torch would give each core other columns than before
             row.sub_(rows[0])
-        yield slice(start, stop), rows[0], rows[1:]
+        yield rows[0], rows[1:]
 
 
 def in_float32_range(squared_norm: float, size: int) -> bool:

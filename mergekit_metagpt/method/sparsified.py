@@ -5,9 +5,8 @@ equal magnitudes the first in memory are kept; with MergeKit, those that its sor
 first, which differ from platform to platform.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import product
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,18 +18,19 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_metagpt.core.arrays import as_array, on_all_cores, places_of
-from mergekit_metagpt.core.buffers import Room, chunk_size, room_for
+from mergekit_metagpt.core.buffers import chunk_size, parts_of
+from mergekit_metagpt.core.draws import drawn, drawn_by_rank
 from mergekit_metagpt.core.inputs import TensorInputs
-from mergekit_metagpt.core.order_statistics import Magnitudes, order_statistics
-from mergekit_metagpt.core.ranks import kept_by_rank
+from mergekit_metagpt.core.order_statistics import OrderStatistic, order_statistics
 from mergekit_metagpt.core.task_vectors import Sum, deltas_of, working_dtype
 from mergekit_metagpt.method.random_streams import own_stream
 
-# A core selects by itself, in this part of the chunks that torch divides among all of them.
-_PARTS = 2
-_PARTS_TO_SORT = 16  # keys are int64, and are copied
+# The task vectors of several experts are mixed side by side, so in this part of a chunk.
+_PARTS = 4
 _LEAST = 2.0**-149  # the least positive float32
+
+# Sets to 0 what is dropped of a chunk of a task vector; the number of the chunk tells where it is.
+Keep = Callable[[Tensor, int], None]
 
 
 def merge_sparsified(
@@ -71,150 +71,102 @@ def _merge(
         return result.to(inputs.base.dtype)
 
     base, *experts = (tensor.detach().reshape(-1) for tensor in tensors)
-    masks = base.new_ones((len(experts), len(base)), dtype=torch.int8)
-    factors = base.new_ones((len(experts), 1), dtype=torch.float32)
-    _sparsify(masks, base, experts, stock.sparsification_method, inputs, parameters)
+    chunks = parts_of(len(base), chunk_size(base.device) // _PARTS)
+    keeps = _keeps(base, experts, chunks, stock.sparsification_method, inputs, parameters)
+    factors = [1.0] * len(experts)
     if parameters["rescale"]:
-        for mask, expert, factor in zip(masks, experts, factors, strict=True):
-            factor.fill_(_factor(mask, base, expert))
+        factors = [_factor(base, *pair, chunks) for pair in zip(experts, keeps, strict=True)]
     weights = base.new_tensor([[parameters["weight"][i]] for i in inputs.ids], dtype=torch.float32)
     merged = torch.empty_like(base)
-    for chunk, start, deltas in deltas_of(base, experts, chunk_size(base.device)):
+    for number, (start, deltas) in enumerate(deltas_of(base, experts, chunks)):
         # Row by row, as in deltas_of: a core then works on the same columns each time. Those that
         # it takes from another core's cache take three times as long.
-        for delta, mask, factor, weight in zip(deltas, masks, factors, weights, strict=True):
-            delta.mul_(mask[chunk]).mul_(factor).mul_(weight)
+        for delta, keep, factor, weight in zip(deltas, keeps, factors, weights, strict=True):
+            keep(delta, number)
+            delta.mul_(factor).mul_(weight)
         mixed = _mixed(deltas, weights, stock.consensus_method, parameters)
-        merged[chunk] = mixed.add_(start)
+        merged[chunks[number]] = mixed.add_(start)
     return merged.view(inputs.base.shape)
 
 
-def _sparsify(
-    masks: Tensor,
+def _keeps(
     base: Tensor,
     experts: Sequence[Tensor],
+    chunks: Sequence[slice],
     method: SparsificationMethod | None,
     inputs: TensorInputs,
     parameters: Mapping[str, Any],
-) -> None:
-    """Write 0 into masks of ones (int8) where ``mergekit.sparsify`` drops numbers of θ_t − θ_0.
+) -> list[Keep]:
+    """Return what sets to 0, in chunks of each θ_t − θ_0, what ``mergekit.sparsify`` drops.
 
     The tensors are flat; DELLA needs the shape that they had.
     """
-    size, kept = len(base), dict[int, tuple[int, int]]()  # by expert
-    for t, (id_, mask) in enumerate(zip(inputs.ids, masks, strict=True)):
+    size, keeps, ranges = len(base), dict[int, Keep](), dict[int, range]()
+    for t, (id_, expert) in enumerate(zip(inputs.ids, experts, strict=True)):
         density = parameters["density"][id_] if method else 1.0
         if density >= 1:
-            continue
-        if method == SparsificationMethod.random:
-            for part in torch.split(mask, chunk_size(mask.device)):
-                as_array(part)[:] = as_array(_drawn(part)) < density
+            keeps[t] = _keep_all
+        elif method == SparsificationMethod.random:
+            keeps[t] = partial(_keep_marked, drawn(density, base, chunks), chunks)
         elif density <= 0:
-            mask.zero_()
+            continue
         elif method == SparsificationMethod.magnitude:
-            kept[t] = size - max(1, int(density * size)), size
+            ranges[t] = range(size - max(1, int(density * size)), size)
         elif method == SparsificationMethod.magnitude_outliers:
             count = int(density * size)
             start = max(0, size - count - int(parameters["gamma"][id_] * size))
-            if count:
-                kept[t] = start, start + count
-            else:
-                mask.zero_()
+            ranges[t] = range(start, start + count)
         else:
             epsilon = parameters["epsilon"][id_]
-            _draw_by_rank(mask, base, experts[t], inputs.base.shape, density, epsilon)
-    if kept:
-        its = [experts[t] for t in kept]
-        _keep_between([masks[t] for t in kept], base, its, list(kept.values()))
+            marks = drawn_by_rank(base, expert, inputs.base.shape, density, epsilon)
+            keeps[t] = partial(_keep_marked, marks, chunks)
+    ranges = {t: its for t, its in ranges.items() if its}
+    if ranges:
+        # If there are no outliers to drop, there is no second end to find.
+        places = [[its[0]] if its.stop == size else [its[0], its[-1]] for its in ranges.values()]
+        ends = order_statistics(base, [experts[t] for t in ranges], chunks, places)
+        for (t, its), both in zip(ranges.items(), ends, strict=True):
+            keeps[t] = partial(_keep_between, [(end, end.first_within(its)) for end in both])
+    return [keeps.get(t, _keep_none) for t in range(len(experts))]
+
+
+def _keep_all(delta: Tensor, number: int) -> None:
+    pass
+
+
+def _keep_none(delta: Tensor, number: int) -> None:
+    delta.mul_(0)  # keeps the sign of 0
+
+
+def _keep_marked(marks: Tensor, chunks: Sequence[slice], delta: Tensor, number: int) -> None:
+    delta.mul_(marks[chunks[number]])
 
 
 def _keep_between(
-    masks: Sequence[Tensor],
-    base: Tensor,
-    experts: Sequence[Tensor],
-    kept: Sequence[tuple[int, int]],
+    ends: Sequence[tuple[OrderStatistic, Sequence[int]]], delta: Tensor, number: int
 ) -> None:
-    """Keep of each expert what is from start to stop when the smallest magnitude comes first.
+    """Keep the magnitudes between a lower end and perhaps an upper one.
 
-    Of equal magnitudes the first in memory are kept.
+    Of those that equal an end, so many of each chunk are kept, the first in memory.
     """
-    size = len(base)
-    chunks = _chunks(size, chunk_size(base.device) // _PARTS)
-    magnitudes = Magnitudes(base, experts, chunks)
-    # If there are no outliers to drop, there is no second end to find.
-    places = [[start] if stop == size else [start, stop - 1] for start, stop in kept]
-    ends = order_statistics(magnitudes, places)
-    quotas = [[end.within(*kept[t]) for end in its] for t, its in enumerate(ends)]
-
-    def keep(pair: tuple[int, int], room: Room) -> None:
-        t, number = pair
-        its, both = magnitudes.of(t, chunks[number], room), zip(ends[t], quotas[t], strict=True)
-        cuts = [(end.value, end.equals[number], quota[number]) for end, quota in both]
+    magnitudes = delta.abs()
+    for (end, counts), names in zip(ends, (("gt", "ge"), ("lt", "le")), strict=False):
+        first, equals = counts[number], end.equals[number]
         # Where all equals are kept, a comparison includes them; where only some are, they follow.
-        (value, equals, quota), *upper = cuts
-        flags = magnitudes.flags("greater" + "_equal" * (quota == equals), its, value, room)
-        for value, equals, quota in upper:
-            comparison = "less" + "_equal" * (quota == equals)
-            flags &= magnitudes.flags(comparison, its, value, room, number=1)
-        for value, equals, quota in cuts:
-            if 0 < quota < equals:
-                flags[places_of(its == value)[:quota]] = True
-        as_array(masks[t])[chunks[number]] = flags
-
-    on_all_cores(keep, list(product(range(len(experts)), range(len(chunks)))), base.device)
+        compare = getattr(torch, names[first == equals])
+        kept = compare(magnitudes, end.value, out=torch.empty_like(delta))
+        if 0 < first < equals:
+            kept[(magnitudes == end.value).nonzero()[:first, 0]] = 1
+        delta.mul_(kept)
 
 
-def _draw_by_rank(
-    mask: Tensor, base: Tensor, expert: Tensor, shape: Sequence[int], density: float, epsilon: float
-) -> None:
-    """Draw numbers, the larger ones of those along the second axis with a higher probability."""
-    if density + epsilon >= 1 or density - epsilon <= 0:
-        raise ValueError("Epsilon must be chosen such that density +/- epsilon is in (0, 1)")
-    length, *inner = shape[1:] if len(shape) > 1 else shape
-    apart = math.prod(inner)
-    ranks = torch.arange(length, dtype=torch.float32, device=base.device)
-    by_rank = as_array(ranks.div_(length - 1).mul_(2 * epsilon).add_(density - epsilon))
-    for part in _chunks(len(mask), chunk_size(base.device), length * apart):
-        _draw_part(mask[part], base[part], expert[part], apart, by_rank)
-
-
-def _draw_part(mask: Tensor, base: Tensor, expert: Tensor, apart: int, by_rank: Any) -> None:
-    """Draw numbers with the probabilities of their ranks; ``apart`` lie those of one row."""
-    unit = len(by_rank) * apart
-    parts = _chunks(len(mask), chunk_size(base.device) // _PARTS_TO_SORT, unit)
-    magnitudes = Magnitudes(base, [expert], parts)
-    marks, drawn = as_array(mask), as_array(_drawn(mask))
-
-    def rows_of(flat: Any) -> Any:
-        return flat.reshape(-1, len(by_rank), apart).swapaxes(1, 2)
-
-    def keep(part: slice, room: Room) -> None:
-        rows = rows_of(magnitudes.of(0, part, room))
-        rows_of(marks[part])[:] = kept_by_rank(rows, rows_of(drawn[part]), by_rank)
-
-    on_all_cores(keep, parts, base.device)
-
-
-def _chunks(size: int, chunk: int, unit: int = 1) -> list[slice]:
-    """Return parts of about a chunk, each of whole units."""
-    step = max(1, chunk // unit) * unit
-    return [slice(start, start + step) for start in range(0, size, step)]
-
-
-def _drawn(like: Tensor) -> Tensor:
-    """Return numbers from 0 to 1 in float32, as ``torch.bernoulli`` draws them on the CPU.
-
-    The next call in this thread overwrites them.
-    """
-    return room_for(like, torch.float32, len(like)).uniform_()
-
-
-def _factor(mask: Tensor, base: Tensor, expert: Tensor) -> float:
+def _factor(base: Tensor, expert: Tensor, keep: Keep, chunks: Sequence[slice]) -> float:
     """Return what the kept numbers are multiplied by, so that ‖τ‖₁ stays the same."""
     before, after = Sum(), Sum()
-    for chunk, _, [delta] in deltas_of(base, [expert], chunk_size(base.device)):
-        before.add(delta.abs_())
-        after.add(delta.mul_(mask[chunk]))
+    for number, (_, [delta]) in enumerate(deltas_of(base, [expert], chunks)):
+        before.add(delta.abs())
+        keep(delta, number)
+        after.add(delta.abs_())
     is_tiny = min(before.value, after.value) < 1e-7  # MergeKit does not rescale these
     return 1.0 if is_tiny else before.value / after.value
 
