@@ -142,6 +142,11 @@ class TestRefusals:
         monkeypatch.setattr(harness, "_task_manager", without_its_own)  # indexing takes seconds
         done = evaluate(made, tasks="agi_eval", status=1)
         assert done.stderr.endswith("lm-eval has no task agi_eval; write agieval instead.\n")
+        many = [f"task {number}" for number in range(10_000)]
+        monkeypatch.setattr(TaskManager, "all_subtasks", many)
+        done = evaluate(made, tasks="none", status=1)
+        assert "no task none; correct its name, or name the folder of its own" in done.stderr
+        assert len(done.stderr) < 300  # lm-eval knows thousands
 
     def test_a_task_whose_data_is_missing_or_that_runs_code_is_named(self, folder):
         write_answers(folder / "tasks", "two", [])

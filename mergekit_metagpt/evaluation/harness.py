@@ -27,7 +27,7 @@ from mergekit.options import MergeOptions
 from mergekit_metagpt.evaluation.scores import Score
 from mergekit_metagpt.measure.identity import sha256_of
 from mergekit_metagpt.measure.loaders import weight_files
-from mergekit_metagpt.wording import BadInputError, instead, reason
+from mergekit_metagpt.wording import BadInputError, nearest, reason
 
 
 def evaluate(model: dict[str, Any], tasks: TaskDict, shots: int | None, **settings: Any) -> Any:
@@ -58,9 +58,11 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> TaskDict:
     if not set(names) <= set(manager.all_tasks):
         manager = _task_manager(folder, True)
     known = {*manager.all_groups, *manager.all_subtasks}
-    unknown = [f"lm-eval has no task {n}; {instead(n, known)}." for n in names if n not in known]
-    if unknown:
-        raise BadInputError(*unknown)
+    if unknown := [name for name in names if name not in known]:
+        other = "correct its name, or name the folder of its own YAML (--include-path)"
+        ways = [f"write {it} instead" if (it := nearest(n, known)) else other for n in unknown]
+        pairs = zip(unknown, ways, strict=True)
+        raise BadInputError(*(f"lm-eval has no task {name}; {way}." for name, way in pairs))
     return manager.load(list(names))
 
 
