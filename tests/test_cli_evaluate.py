@@ -119,6 +119,14 @@ class TestTheResults:
             file.with_name(f"results_{number}.json").write_text(content)
         assert scored(evaluate(folder)) == ("expert a", "merge")
 
+    def test_a_model_is_scored_again_if_it_computes_or_reads_otherwise(self, folder):
+        for name, old, new in (("config", "1e-06", "1e-02"), ("tokenizer", '"w9"', '"v9"')):
+            file = folder / "merged" / f"{name}.json"
+            text = file.read_text()
+            file.write_text(text.replace(old, new))
+            assert file.read_text() != text
+            assert scored(evaluate(folder, tasks="one")) == ("merge",)
+
     def test_every_model_is_if_the_settings_or_the_tasks_change(self, folder):
         data = folder / "tasks" / "one.jsonl"
         for words, run in (([], MODELS), ([], ()), (["--shots", 1], MODELS)):
