@@ -138,6 +138,12 @@ def test_a_head_that_is_the_embeddings_is_merged_as_them_also_if_models_store_bo
         assert all(torch.equal(in_memory[name], tensor) for name, tensor in twice.items())
 
 
+def test_a_plan_is_that_of_the_merge_also_where_the_caller_has_torch_round_products(family):
+    expected = mergekit_metagpt.plan(config_of(family)).as_json()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mergekit_metagpt.plan(config_of(family)).as_json() == expected
+
+
 def test_the_head_of_a_tied_model_is_merged_as_its_embedding_in_any_order():
     tables = [torch.randn(20, 8, generator=torch.Generator().manual_seed(n)) for n in range(3)]
     names = ("lm_head.weight", "model.embed_tokens.weight")
