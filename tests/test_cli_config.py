@@ -5,7 +5,17 @@ import threading
 
 import pytest
 import torch
-from conftest import invoke, invoke_merge, merge_config, on_posix, slices_config, write_yaml
+from conftest import (
+    invoke,
+    invoke_merge,
+    merge_config,
+    on_posix,
+    problems_of,
+    slices_config,
+    write_yaml,
+)
+
+import mergekit_metagpt
 
 
 def test_standard_input_is_a_config(config, tmp_path):
@@ -37,6 +47,16 @@ def test_bad_slices_are_explained_as_check_does(layers, sentence, family, tmp_pa
     yml = write_yaml(tmp_path / "metagpt.yml", slices_config(family, layers))
     assert sentence in invoke("check", yml, status=1).stderr
     assert sentence in invoke("coefficients", yml, status=1).stderr
+
+
+def test_a_setting_that_is_ignored_does_not_hide_why_nothing_can_be_planned(family, tmp_path):
+    config = slices_config(family, [[0, 1], [0, 2], [0, 1]])
+    config["slices"][0]["sources"][0]["parameters"] = {"weight": 2.0}  # of the base
+    reasons = problems_of(config, tmp_path)
+    assert len(reasons) == 2
+    assert "must contain the same number of layers" in reasons[1]
+    with pytest.raises(ValueError, match="must contain the same number of layers"):
+        mergekit_metagpt.plan(config)
 
 
 @pytest.mark.parametrize("name", ["coefficients", "resolve"])

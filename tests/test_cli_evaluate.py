@@ -119,6 +119,14 @@ class TestTheResults:
             file.with_name(f"results_{number}.json").write_text(content)
         assert scored(evaluate(folder)) == ("expert a", "merge")
 
+    def test_a_model_is_scored_again_if_it_computes_or_reads_otherwise(self, folder):
+        for name, old, new in (("config", "1e-06", "1e-02"), ("tokenizer", '"w9"', '"v9"')):
+            file = folder / "merged" / f"{name}.json"
+            text = file.read_text()
+            file.write_text(text.replace(old, new))
+            assert file.read_text() != text
+            assert scored(evaluate(folder, tasks="one")) == ("merge",)
+
     def test_every_model_is_if_the_settings_or_the_tasks_change(self, folder):
         data = folder / "tasks" / "one.jsonl"
         for words, run in (([], MODELS), ([], ()), (["--shots", 1], MODELS)):
@@ -142,6 +150,11 @@ class TestRefusals:
         monkeypatch.setattr(harness, "_task_manager", without_its_own)  # indexing takes seconds
         done = evaluate(made, tasks="agi_eval", status=1)
         assert done.stderr.endswith("lm-eval has no task agi_eval; write agieval instead.\n")
+        many = [f"task {number}" for number in range(10_000)]
+        monkeypatch.setattr(TaskManager, "all_subtasks", many)
+        done = evaluate(made, tasks="none", status=1)
+        assert "no task none; correct its name, or name the folder of its own" in done.stderr
+        assert len(done.stderr) < 300  # lm-eval knows thousands
 
     def test_a_task_whose_data_is_missing_or_that_runs_code_is_named(self, folder):
         write_answers(folder / "tasks", "two", [])

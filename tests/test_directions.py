@@ -128,6 +128,20 @@ def test_the_range_finder_finds_leading_directions():
     assert held > 0.85
 
 
+@pytest.mark.parametrize("others", [["lora"], ["lora", "lora of another"], ["alike", "other"]])
+def test_rounding_errors_of_experts_of_low_rank_or_alike_decide_nothing(others):
+    """Else they would depend on the order of the experts, and on the number of threads."""
+    shape, dtype = (300, 200), torch.float32
+    base, (lora, another) = of_low_rank(shape, (2, 3), dtype)
+    falling = 0.98 ** torch.arange(200) / 14
+    expert, other = ((drawn(*shape, seed=n) * falling).to(dtype) for n in (8, 9))
+    known = {"lora": lora, "lora of another": another, "alike": expert.clone(), "other": other}
+    experts = [expert, *(known[name] for name in others)]
+    merged, _ = merge(base, experts)
+    turned, _ = merge(base, experts[::-1])
+    np.testing.assert_allclose(merged, turned, atol=1e-6 * float(merged.abs().max()))
+
+
 @pytest.mark.parametrize("moved", [1, 2, 5, 20, 100])
 @pytest.mark.parametrize("drift", [0.0, 1.0])
 def test_few_rows_that_move_far_are_not_missed(moved, drift):

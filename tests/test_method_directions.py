@@ -8,6 +8,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from conftest import (
+    edit,
     invoke,
     llama_config,
     lora,
@@ -21,11 +22,14 @@ from conftest import (
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.scripts import merge_raw_pytorch
 
+import mergekit_metagpt
 from mergekit_metagpt.core.directions import Rule, merge_directions
 from mergekit_metagpt.core.roles import Role
 from mergekit_metagpt.method.advice import warnings
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Summary
+
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def config_of(family, **parameters):
@@ -113,6 +117,31 @@ def test_gpt2_stores_its_inputs_as_rows_also_in_layers_that_its_base_has_not(mer
             its, *others = ({name: model[source]} for model in (base, *experts))
             roles = {name: Role.TRANSPOSED}
             assert_merged({name: merged[name]}, its, others, Rule((1.0, 1.0)), roles=roles)
+
+
+@pytest.mark.parametrize("storing", [["base", "a", "b"], ["base"], ["a", "b"], ["b"]])
+def test_a_head_that_is_the_embeddings_is_merged_as_them_also_if_models_store_both(
+    storing, merge, tmp_path
+):
+    paths = save_family(tmp_path, llama_config(tie_word_embeddings=True))
+    once = merge(config_of(paths))
+    for name in storing:
+        edit(paths[name], lambda tensors: tensors.update({HEAD: tensors[TABLE].clone()}))
+    mergekit_metagpt.merge(config_of(paths), tmp_path / "out")
+    twice, loaded = read(tmp_path / "out"), [read(path) for path in paths.values()]
+    assert all(torch.equal(twice[name], tensor) for name, tensor in once.items())
+    assert torch.equal(twice[HEAD], twice[TABLE])
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"]
+    if len(storing) == len(paths):
+        parameters = {"granularity": "direction"}
+        in_memory = merge_state_dicts(loaded, "metagpt", base=0, parameters=parameters)
+        assert all(torch.equal(in_memory[name], tensor) for name, tensor in twice.items())
+
+
+def test_a_plan_is_that_of_the_merge_also_where_the_caller_has_torch_round_products(family):
+    expected = mergekit_metagpt.plan(config_of(family)).as_json()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mergekit_metagpt.plan(config_of(family)).as_json() == expected
 
 
 def test_the_head_of_a_tied_model_is_merged_as_its_embedding_in_any_order():

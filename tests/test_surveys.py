@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from conftest import (
     invoke,
     llama_config,
     merge_config,
+    on_posix,
     save_adapter,
     save_family,
     save_tokenizer,
@@ -94,6 +96,19 @@ def test_a_model_with_another_tokenizer_is_measured_again(own, passes):
         save_tokenizer(own["b"], *tokens)
         mergekit_metagpt.plan(config)
         assert len(passes) == count
+
+
+@on_posix
+def test_a_file_written_over_by_a_copy_with_the_same_time_is_measured_again(own, passes):
+    """As archives that have one time for all files, unpacked in place, leave it."""
+    config = merge_config(own, parameters={"granularity": "model"})
+    mergekit_metagpt.plan(config)
+    file = Path(own["b"], "model.safetensors")
+    before, tensors = file.stat(), load_file(file)
+    file.write_bytes(save({n: 2 * t for n, t in tensors.items()}, metadata={"format": "pt"}))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    mergekit_metagpt.plan(config)
+    assert len(passes) == 2
 
 
 def test_a_file_that_an_index_finds_in_a_folder_below_counts(own, passes):

@@ -15,6 +15,8 @@ RANK = 8
 _ONE_ROW_OF, _LEAST_ROWS = 16, 256
 # A sample in which an expert moves in fewer rows may miss what matters.
 _ENOUGH_ROWS = 64
+# Directions of so small a part of the largest are rounding errors, of about 1e-7 in float32.
+_NOISE = 1e-6
 
 
 def drawn_rows(inputs: MatrixInputs) -> Tensor | None:
@@ -48,9 +50,10 @@ def longest_rows(squares: Tensor, drawn: Tensor | None) -> Tensor | None:
 
 
 def basis_of(inputs: MatrixInputs, rows: Tensor | None) -> Tensor:
-    """Return Q, n x T r: orthonormal directions that span where the experts move in these rows.
+    """Return Q, n x q: orthonormal directions that span where the experts move in these rows.
 
-    None stands for all rows. If T r ≥ n, the experts may move everywhere: Q is the identity.
+    q is at most T r. If T r ≥ n, the experts may move everywhere: Q is the identity. None stands
+    for all rows.
 
     Raises:
         FloatingPointError: if products are out of the range of the inputs' dtype.
@@ -58,8 +61,13 @@ def basis_of(inputs: MatrixInputs, rows: Tensor | None) -> Tensor:
     if _may_move_everywhere(inputs):
         n = inputs.base.shape[1]
         return torch.eye(n, dtype=inputs.dtype, device=inputs.base.device)
-    basis: Tensor = torch.linalg.qr(_ranges(inputs, rows).flatten(0, 1).T).Q
-    return basis
+    ranges = _ranges(inputs, rows)
+    ranges /= ranges.abs().amax((1, 2), keepdim=True).clamp_min_(torch.finfo(ranges.dtype).tiny)
+    basis, mixtures = torch.linalg.qr(ranges.flatten(0, 1).T)
+    # The rest of an expert of a lower rank, or of one like another, is noise, not a direction.
+    turns, lengths, _ = torch.linalg.svd(mixtures.cpu().double())
+    span: Tensor = basis @ turns[:, lengths >= _NOISE * lengths[0]].to(basis)
+    return span
 
 
 def _may_move_everywhere(inputs: MatrixInputs) -> bool:

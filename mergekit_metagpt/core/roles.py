@@ -67,6 +67,11 @@ def is_table(name: str | None) -> bool:
     return first in (Role.ROWS, _of_tokens)
 
 
+def is_head(name: str | None) -> bool:
+    """Return whether a tensor of this name is a head, which may be a table."""
+    return (name or "").removesuffix(".weight").rpartition(".")[2] in _HEADS
+
+
 def _rules_of(name: str | None) -> "Iterator[tuple[re.Match[str], _Rule, _Rule]]":
     """Yield the rules that fit a name; the first one decides."""
     for parts, matrix, stack in _RULES:

@@ -27,7 +27,11 @@ from mergekit.options import MergeOptions
 from mergekit_metagpt.evaluation.scores import Score
 from mergekit_metagpt.measure.identity import sha256_of
 from mergekit_metagpt.measure.loaders import weight_files
-from mergekit_metagpt.wording import BadInputError, instead, reason
+from mergekit_metagpt.measure.vocabularies import TOKENIZER_FILES
+from mergekit_metagpt.wording import BadInputError, nearest, reason
+
+# What decides, beside the weights, how a model computes, reads and writes.
+_DESCRIBING = (*TOKENIZER_FILES, "*config.json", "*_tokens*.json", "chat_template.jinja")
 
 
 def evaluate(model: dict[str, Any], tasks: TaskDict, shots: int | None, **settings: Any) -> Any:
@@ -58,9 +62,11 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> TaskDict:
     if not set(names) <= set(manager.all_tasks):
         manager = _task_manager(folder, True)
     known = {*manager.all_groups, *manager.all_subtasks}
-    unknown = [f"lm-eval has no task {n}; {instead(n, known)}." for n in names if n not in known]
-    if unknown:
-        raise BadInputError(*unknown)
+    if unknown := [name for name in names if name not in known]:
+        other = "correct its name, or name the folder of its own YAML (--include-path)"
+        ways = [f"write {it} instead" if (it := nearest(n, known)) else other for n in unknown]
+        pairs = zip(unknown, ways, strict=True)
+        raise BadInputError(*(f"lm-eval has no task {name}; {way}." for name, way in pairs))
     return manager.load(list(names))
 
 
@@ -125,7 +131,7 @@ class Bench:
         return scores
 
     def _scores(self, model: ModelReference) -> dict[str, Score]:
-        """Return a model's scores by task, so far; its weights are recognized by their content."""
+        """Return a model's scores by task, so far; it is recognized by the content of its files."""
         settings, scores = self._settings(model), dict[str, Score]()
         for file in sorted(self.folder.glob("*/results_*.json"), key=lambda path: path.name):
             try:
@@ -144,8 +150,12 @@ class Bench:
         folder = self.task_folder
         tasks = folder.rglob("*.yaml") if folder else ()
         beside = {file for task in tasks for file in task.parent.iterdir() if file.is_file()}
+        loader = LoaderCache().get(model)
+        files = weight_files(loader)
+        for place in {loader.index.base_path, model.model.path}:  # with an adapter, and without
+            files += [file for name in _DESCRIBING for file in Path(place).glob(name)]
         return {
-            "files": sorted(map(sha256_of, weight_files(LoaderCache().get(model)))),
+            "files": sorted(set(map(sha256_of, files))),
             "task_files": {str(file.relative_to(str(folder))): sha256_of(file) for file in beside},
             "lm_eval": lm_eval.__version__,
             **self.deciding,

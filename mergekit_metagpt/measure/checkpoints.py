@@ -137,8 +137,15 @@ class Checkpoints:
             read |= names
         config = self.base.config(LoaderCache().trust_remote_code)
         architecture = next(iter(config.architectures or []), "")
-        is_tied = getattr(config, "tie_word_embeddings", False)
-        return sorted(unread(self.headers, read, architecture, is_tied))
+        return sorted(unread(self.headers, read, architecture, self.is_tied))
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head may be the embeddings; a config says so, but single files have none."""
+        if self.are_files:
+            return True
+        config = self.base.config(LoaderCache().trust_remote_code)
+        return bool(getattr(config, "tie_word_embeddings", False))
 
     def _stored_name(self, model: ModelReference, weight: WeightInfo) -> str | None:
         # Its own name, an alias, or the name of a weight tied to it; None if the model lacks it.
@@ -204,7 +211,7 @@ class Checkpoints:
                 self.are_files or weight.vocabulary_axis is not None or weight.tied_names
             ):
                 alike = tieable.setdefault(tensor.norms, [])
-                twin = next((other for other in alike if self._are_equal(weight, other)), None)
+                twin = next((other for other in alike if self.are_equal(weight, other)), None)
                 if twin is not None:  # tied, and stored twice
                     tied[weight.name] = twin.name
                     continue
@@ -272,7 +279,8 @@ class Checkpoints:
                 tied[weight.name] = first.name
         return list(weights.values()), tied
 
-    def _are_equal(self, weight: WeightInfo, other: WeightInfo) -> bool:
+    def are_equal(self, weight: WeightInfo, other: WeightInfo) -> bool:
+        """Return whether two weights are the same in each model that has both."""
         return all(
             torch.equal(first, second)
             for model in self.models

@@ -1,7 +1,8 @@
 """What identifies files and models. Nothing here samples: what is equal is the same file.
 
-Inside a process, and for caches, a file is its path, inode, size and modification time; a model
-that was downloaded is its repository and commit. What leaves the process has the SHA-256.
+Inside a process, and for caches, a file is its path, inode, size, and times of modification and
+change; a model that was downloaded is its repository and commit. What leaves the process has the
+SHA-256.
 """
 
 import hashlib
@@ -14,8 +15,9 @@ from typing import Any
 
 from mergekit_metagpt.wording import BadInputError
 
-# Inode, size in bytes and modification time in ns; None if the file is gone.
-Stat = tuple[int, int, int] | None
+# Inode, size in bytes, and times in ns of its content and of any change, which no program sets
+# (that of its creation on Windows); None if the file is gone.
+Stat = tuple[int, int, int, int] | None
 
 # A snapshot in the hub's cache: its repository and its commit. "--" is in no name.
 _SNAPSHOT = re.compile(r"[/\\]models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?")
@@ -30,7 +32,7 @@ def stat_of(path: str | Path) -> Stat:
         stat = os.stat(path)
     except OSError:
         return None
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def changed_files(before: dict[str, Stat]) -> list[str]:

@@ -7,7 +7,7 @@ merge of the process. :data:`PROVIDER` finds the models that they are from.
 import math
 import re
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import torch
 from mergekit_metagpt.core.coefficients import Norms
 from mergekit_metagpt.core.granularities import GRANULARITIES, moved
 from mergekit_metagpt.core.inputs import TensorInputs, place_of
-from mergekit_metagpt.core.roles import is_table
+from mergekit_metagpt.core.roles import is_head, is_table
 from mergekit_metagpt.measure.survey import Measured, Survey
 from mergekit_metagpt.measure.surveys import SURVEYS
 from mergekit_metagpt.names import canonical, grouped, layer_of
@@ -77,11 +77,20 @@ class StoredModels:
 
     def shape_of(self, tensor: str) -> Sequence[int] | None:
         """Return the shape of a tensor of the base, or None if it has none of this name."""
+        if is_head(tensor) and tensor in self.twins:
+            return None
         # A merge may have more layers than the base; then a tensor is like that of the first layer.
         like = re.sub(r"(?<=\.)\d+(?=\.)", "0", tensor, count=1)
         headers = self.checkpoints.headers
         header = headers.get(tensor) or headers.get(like)
         return header.shape if header else None
+
+    @cached_property
+    def twins(self) -> dict[str, str]:
+        """The heads that are stored beside the embeddings that they are, and these."""
+        weights, are_equal = self.checkpoints.weights, self.checkpoints.are_equal
+        may_be = weights if self.checkpoints.is_tied else ()
+        return _twins(may_be, lambda head, table: are_equal(weights[head], weights[table]))
 
     @cached_property
     def parameters(self) -> int | None:
@@ -132,7 +141,17 @@ class ModelsInMemory:
     def shape_of(self, tensor: str) -> Sequence[int] | None:
         """Return the shape of a tensor, or None if there is none of this name."""
         stored = self._stored.get(tensor)
-        return stored.base.shape if stored else None
+        return stored.base.shape if stored and tensor not in self.twins else None
+
+    @cached_property
+    def twins(self) -> dict[str, str]:
+        """The heads that are stored beside the embeddings that they are, and these."""
+
+        def are_equal(*names: str) -> bool:
+            pairs = zip(*(self._stored[name] for name in names), strict=True)
+            return all(torch.equal(head, table) for (_, head), (_, table) in pairs)
+
+        return _twins(self._stored, are_equal)
 
     def squared_norms(self, tensor: TensorInputs, granularity: str) -> Norms:
         """Return ‖τ_t‖² over a tensor's scope, T floats.
@@ -180,6 +199,12 @@ class ModelsInMemory:
         tied = {names[number]: names[first] for first, *others in alike for number in others}
         measured = {name: Measured.of(it) for name, it in self._stored.items()}
         return Survey(self.tensors[0].ids, measured, tied)
+
+
+def _twins(names: Collection[str], are_equal: Callable[[str, str], bool]) -> dict[str, str]:
+    tables = list(filter(is_table, names))
+    heads = filter(is_head, names)
+    return {head: table for head in heads for table in tables if are_equal(head, table)}
 
 
 PROVIDER = Provider()

@@ -14,7 +14,7 @@ from mergekit_metagpt.mergekit_private import wants_remote_code
 from mergekit_metagpt.wording import BadInputError, reason
 
 # The names of files of all tokenizers of transformers.
-_FILES = ("tokenizer*.*", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
+TOKENIZER_FILES = ("tokenizer*.*", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 
 # A model's tokens by token id.
 Vocabulary = dict[int, str]
@@ -55,7 +55,7 @@ def _tokenizer_files(model: ModelPath) -> list[str]:
             return []
         except Exception:  # of the hub's client, or of its connection: nobody knows
             return [""]
-    return [file for file in files if any(fnmatch(file, name) for name in _FILES)]
+    return [file for file in files if any(fnmatch(file, name) for name in TOKENIZER_FILES)]
 
 
 def load_vocabulary(

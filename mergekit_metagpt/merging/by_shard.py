@@ -40,6 +40,7 @@ from mergekit_metagpt.names import canonical
 from mergekit_metagpt.planning.directory import Work
 from mergekit_metagpt.planning.job import Job
 from mergekit_metagpt.planning.planner import TensorMerge
+from mergekit_metagpt.wording import reason
 from mergekit_metagpt.workers import Mapper, RayMapper, in_this_process
 
 LOG = logging.getLogger(__name__)
@@ -236,6 +237,7 @@ def _write_model_files(job: Job, directory: Path) -> None:
         try:
             mergekit_private.copy_tokenizer(config, str(directory), options)
         except Exception as error:  # tokenizers raise many kinds of errors
-            LOG.error("Failed to copy tokenizer (%s); copy its files into the merge.", error)
+            said = reason(error)
+            LOG.error("Failed to copy tokenizer (%s); copy its files into the merge.", said)
     tagalong = architecture.tagalong_files or []
     mergekit_private.copy_tagalong_files(config, str(directory), tagalong, options)

@@ -27,7 +27,7 @@ from mergekit_metagpt.core.decision import Rule
 from mergekit_metagpt.core.directions import Directions, merge_directions
 from mergekit_metagpt.core.granularities import GRANULARITIES
 from mergekit_metagpt.core.inputs import TensorInputs
-from mergekit_metagpt.core.roles import ShapeOf, role_of
+from mergekit_metagpt.core.roles import role_of
 from mergekit_metagpt.core.task_vectors import add_task_vectors
 from mergekit_metagpt.method.notes import WATCH, note
 from mergekit_metagpt.method.parameters import exponent_of, with_priors
@@ -81,7 +81,7 @@ class MetaGPTMerge(GroupMergeMethod):
 
         if GRANULARITIES[parameters["granularity"]].by_direction:
             merged = torch.empty_like(base, memory_format=torch.contiguous_format)
-            found = by_directions(inputs, models.shape_of, parameters, merged)
+            found = by_directions(inputs, models, parameters, merged)
             norms, size = found.squared_norms, base.numel()
             note(Entry.of(inputs.name, inputs.ids, norms, size, parameters, found), models)
             return _require_finite(merged, inputs.name)
@@ -171,7 +171,7 @@ class MetaGPTMerge(GroupMergeMethod):
 
 
 def by_directions(
-    inputs: TensorInputs, shape_of: ShapeOf, parameters: dict[str, Any], out: Tensor | None = None
+    inputs: TensorInputs, models: Models, parameters: dict[str, Any], out: Tensor | None = None
 ) -> Directions:
     """Merge a tensor into ``out`` with a coefficient for every direction, or return figures only.
 
@@ -179,13 +179,14 @@ def by_directions(
         ValueError: if an input is not finite.
     """
     priors = [parameters["weight"][expert] for expert in inputs.ids]
+    name = models.twins.get(inputs.name or "", inputs.name)
     try:
         return merge_directions(
             inputs.base,
             inputs.experts,
             Rule(priors, exponent_of(parameters)),
-            role=role_of(inputs.name, inputs.base.shape, shape_of),
-            name=inputs.name,
+            role=role_of(name, inputs.base.shape, models.shape_of),
+            name=name,
             scale=parameters["lambda"],
             out=out,
         )

@@ -21,7 +21,11 @@ class Models(Protocol):
         """Return ‖τ_t‖² over the tensor's scope, T finite floats."""
 
     def shape_of(self, tensor: str) -> Sequence[int] | None:
-        """Return the shape of a tensor of the base, or None if it has none of this name."""
+        """Return the shape of a tensor of the base, or None if it has none, or it is a twin."""
+
+    @property
+    def twins(self) -> Mapping[str, str]:
+        """The heads that are stored beside the embeddings that they are, and these."""
 
     def merged_as(self, parameters: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return for each tensor the number of the one whose merge is also its own."""

@@ -188,7 +188,8 @@ def _entry(
     experts: tuple[Any, ...] = loaded.ids
     parameters, found = merge.parameters_of(experts), None
     if merge.granularity.by_direction:
-        found = by_directions(loaded, PROVIDER.models_of([loaded]).shape_of, parameters)
+        with torch.autocast(loaded.base.device.type, enabled=False):  # as MergeKit merges
+            found = by_directions(loaded, PROVIDER.models_of([loaded]), parameters)
         norms = found.squared_norms
     elif merge.granularity.needs_survey:
         norms = survey_of(experts).norms_of(loaded, parameters["granularity"])

@@ -87,7 +87,8 @@ def inspect(
                 warnings = list(models.different_settings(job))
                 return Preflight(total, job.outputs if final else None, warnings)
     except PlannerError as error:
-        problems = problems or [*error.args]  # which may be why
+        if set(problems) <= set(ignored(job)):  # others may be why
+            problems += error.args
     except BadInputError as error:
         problems += error.args
     raise BadInputError(*dict.fromkeys(problems))
