@@ -42,7 +42,7 @@ MUTANTS = {
     ("core/order_statistics.py", "test_method_sparsified.py"): {
         "if None in its:": "if False:",
         "if lowest.start <= place < lowest.stop:": "if lowest.start <= place <= lowest.stop:",
-        "beyond &= its <= high": "beyond &= its < high",
+        "lowest.stop + count_of(beyond < value)": "lowest.stop",
         "min(self.stop, places.stop) - max(self.start, places.start)": "self.stop - self.start",
         "            left -= counts[-1]\n": "",
     },

@@ -1,5 +1,7 @@
 """What a failure leaves behind in the threads that calculate with NumPy."""
 
+import time
+
 import pytest
 import torch
 
@@ -19,13 +21,15 @@ def three_threads():
 def test_after_a_failure_all_threads_stop_and_the_next_call_is_right():
     begun = []
 
-    def fail(item):
+    def fail_first(item):
         begun.append(item)
-        raise RuntimeError("no such luck")
+        if item == 0:
+            raise RuntimeError("no such luck")
+        time.sleep(0.01)
 
     with pytest.raises(RuntimeError, match="no such luck"):
-        arrays.on_all_cores(fail, range(1000), CPU)
-    assert len(begun) <= 3
+        arrays.on_all_cores(fail_first, range(1000), CPU)
+    assert len(begun) < 500
     done = []
     arrays.on_all_cores(done.append, range(9), CPU)
     assert sorted(done) == list(range(9))

@@ -317,6 +317,15 @@ def test_threads_chunks_modes_and_devices_of_the_caller_do_not_matter(method, re
         assert torch.equal(merge(), expected)
 
 
+def test_a_process_may_flush_subnormal_numbers_to_zero(request):
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    request.addfinalizer(partial(torch.set_flush_denormal, False))
+    for method in OURS:
+        merged, _ = ours_and_coefficients(method, *family((61, 83), torch.float32))
+        assert merged.isfinite().all()
+
+
 @pytest.mark.parametrize(("density", "epsilon"), [(0.9, 0.2), (0.1, 0.1)])
 def test_probabilities_beyond_0_and_1_are_refused_as_in_mergekit(density, epsilon):
     base, experts = family((61, 83), torch.float32)

@@ -27,7 +27,7 @@ from mergekit_metagpt.method.random_streams import own_stream
 
 # The task vectors of several experts are mixed side by side, so in this part of a chunk.
 _PARTS = 4
-_LEAST = 2.0**-149  # the least positive float32
+_LEAST = torch.finfo(torch.float32).tiny  # smaller ones may be flushed to 0
 
 # Sets to 0 what is dropped of a chunk of a task vector; the number of the chunk tells where it is.
 Keep = Callable[[Tensor, int], None]
