@@ -11,8 +11,8 @@ from operator import mul
 Norms = tuple[float, ...]
 # ⟨τ_i, τ_j⟩, a symmetric T x T matrix.
 Gram = Sequence[Sequence[float]]
-# A part of a model with coefficients λ_t of its own.
-Part = tuple[Gram, Sequence[float]]
+# What shares coefficients λ_t, such as a tensor or a layer: the products there, and these.
+Scope = tuple[Gram, Sequence[float]]
 
 
 def scaling_coefficients(
@@ -79,31 +79,31 @@ def scaling_coefficients(
     return [share / total if total else 0.0 for share in shares]
 
 
-def bound(parts: Sequence[Part]) -> float:
+def bound(scopes: Sequence[Scope]) -> float:
     """Return Σ_t ‖τ_t‖² ‖h_t‖², the bound of Theorem 8 on the average loss difference.
 
     h_t = Σ_k λ_k τ_k − τ_t is the distance of the merge to expert t (equation 7). The
     constant c of the theorem is left out, so only ratios of bounds are meaningful. For every
     Gram matrix, the coefficients of MetaGPT minimise the bound: they put the merge at the
-    centroid of the experts, weighted by ‖τ_t‖². Squared lengths add up over the parts of a model.
+    centroid of the experts, weighted by ‖τ_t‖². Squared lengths add up over the scopes of a model.
 
     >>> bound([([[1.0, 0.0], [0.0, 1.0]], [0.5, 0.5])])
     1.0
     >>> bound([([[1.0, 0.0], [0.0, 0.0]], [1.0, 0.0]), ([[0.0, 0.0], [0.0, 1.0]], [0.0, 1.0])])
     2.0
     """
-    distances = _sum_by_expert(_squared_distances(*part) for part in parts)
-    return math.fsum(map(mul, _squared_lengths(parts), distances))
+    distances = _sum_by_expert(_squared_distances(*scope) for scope in scopes)
+    return math.fsum(map(mul, _squared_lengths(scopes), distances))
 
 
-def kept_of_parts(parts: Sequence[Part]) -> list[float]:
+def kept_of(scopes: Sequence[Scope]) -> list[float]:
     """Return how much of each task vector τ_t is in the merged one M: ⟨M, τ_t⟩ / ‖τ_t‖², T floats.
 
-    >>> kept_of_parts([([[1.0, 0.0], [0.0, 4.0]], [0.25, 0.5])])
+    >>> kept_of([([[1.0, 0.0], [0.0, 4.0]], [0.25, 0.5])])
     [0.25, 0.5]
     """
-    inside = _sum_by_expert(_products_with_merged(*part) for part in parts)
-    lengths = _squared_lengths(parts)
+    inside = _sum_by_expert(_products_with_merged(*scope) for scope in scopes)
+    lengths = _squared_lengths(scopes)
     return [own / norm if norm else 0.0 for own, norm in zip(inside, lengths, strict=True)]
 
 
@@ -119,8 +119,8 @@ def _squared_distances(gram: Gram, coefficients: Sequence[float]) -> Norms:
     return tuple(max(0.0, length - 2 * merged[t] + row[t]) for t, row in enumerate(gram))
 
 
-def _squared_lengths(parts: Sequence[Part]) -> list[float]:
-    return _sum_by_expert([row[t] for t, row in enumerate(gram)] for gram, _ in parts)
+def _squared_lengths(scopes: Sequence[Scope]) -> list[float]:
+    return _sum_by_expert([row[t] for t, row in enumerate(gram)] for gram, _ in scopes)
 
 
 def _sum_by_expert(rows: Iterable[Sequence[float]]) -> list[float]:

@@ -4,7 +4,7 @@ MergeKit reads the config: its planner applies filters, gradients, slices and mo
 module then computes the coefficients of the plan with the same functions as the merge.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task
 from mergekit.options import MergeOptions
 
-from mergekit_metagpt.core.coefficients import kept_of_parts
+from mergekit_metagpt.core.coefficients import Scope, kept_of
 from mergekit_metagpt.core.granularities import moved
 from mergekit_metagpt.core.inputs import TensorInputs
 from mergekit_metagpt.core.task_vectors import working_dtype
@@ -48,11 +48,11 @@ class Forecast:
     @cached_property
     def summary(self) -> Summary:
         """The coefficients, summarized."""
-        kept = None if self.in_place is None else kept_of_parts(self.in_place)
+        kept = None if self.in_place is None else kept_of(self.in_place)
         return Summary(self.entries.values(), kept)
 
     @cached_property
-    def in_place(self) -> list[tuple[Sequence[Sequence[float]], list[float]]] | None:
+    def in_place(self) -> list[Scope] | None:
         """Inner products and coefficients of each surveyed tensor, if the merge adds those up.
 
         None with a sparsified method, by directions, or if slices move layers.
