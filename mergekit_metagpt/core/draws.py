@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from mergekit_metagpt.core.arrays import as_array, in_order, on_all_cores, places_of
-from mergekit_metagpt.core.buffers import chunk_size, parts_of
+from mergekit_metagpt.core.buffers import chunk_size, parts_of, room_for
 
 _LEAST_SPREAD = 1e-30  # so that equal probabilities do not divide by 0
 _PARTS = 16  # of a chunk: a core sorts one, as int64 keys, and copies it
 
 
 def drawn(density: float, like: Tensor, chunks: Sequence[slice]) -> Tensor:
-    """Return marks (bool) of numbers, each of which is drawn with a probability."""
-    marks = torch.empty_like(like, dtype=torch.bool)
+    """Return marks (int8, 0 or 1) of numbers, each of which is drawn with a probability."""
+    marks = torch.empty_like(like, dtype=torch.int8)
     for chunk in chunks:
         as_array(marks[chunk])[:] = as_array(_uniform(like[chunk])) < density
     return marks
@@ -29,7 +29,7 @@ def drawn(density: float, like: Tensor, chunks: Sequence[slice]) -> Tensor:
 def drawn_by_rank(
     base: Tensor, expert: Tensor, shape: Sequence[int], density: float, epsilon: float
 ) -> Tensor:
-    """Return marks (bool) of the numbers of θ_t − θ_0 that are drawn by rank.
+    """Return marks (int8, 0 or 1) of the numbers of θ_t − θ_0 that are drawn by rank.
 
     Args:
         base: θ_0, flat.
@@ -44,7 +44,7 @@ def drawn_by_rank(
     apart = math.prod(inner)
     ranks = torch.arange(length, dtype=torch.float32, device=base.device)
     by_rank = as_array(ranks.div_(length - 1).mul_(2 * epsilon).add_(density - epsilon))
-    marks = torch.empty_like(base, dtype=torch.bool)
+    marks = torch.empty_like(base, dtype=torch.int8)
     for part in parts_of(len(base), chunk_size(base.device), length * apart):
         _draw_by_rank(marks[part], base[part], expert[part], apart, by_rank)
     return marks
@@ -66,8 +66,11 @@ def _draw_by_rank(marks: Tensor, base: Tensor, expert: Tensor, apart: int, by_ra
 
 
 def _uniform(like: Tensor) -> Tensor:
-    """Return numbers from 0 to 1 in float32, as ``torch.bernoulli`` draws them on the CPU."""
-    return torch.empty_like(like, dtype=torch.float32).uniform_()
+    """Return numbers from 0 to 1 in float32, as ``torch.bernoulli`` draws them on the CPU.
+
+    The next call in this thread overwrites them.
+    """
+    return room_for(like, torch.float32, len(like)).uniform_()
 
 
 def _kept_by_rank(rows: Any, uniform: Any, by_rank: Any) -> Any:
