@@ -8,6 +8,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from conftest import (
+    checkpoints,
     edit,
     invoke,
     llama_config,
@@ -25,6 +26,8 @@ from mergekit.scripts import merge_raw_pytorch
 import mergekit_metagpt
 from mergekit_metagpt.core.directions import Rule, merge_directions
 from mergekit_metagpt.core.roles import Role
+from mergekit_metagpt.measure.checkpoints import Checkpoints
+from mergekit_metagpt.measure.provider import StoredModels
 from mergekit_metagpt.method.advice import warnings
 from mergekit_metagpt.method.notes import noted
 from mergekit_metagpt.method.summary import Summary
@@ -136,6 +139,12 @@ def test_a_head_that_is_the_embeddings_is_merged_as_them_also_if_models_store_bo
         parameters = {"granularity": "direction"}
         in_memory = merge_state_dicts(loaded, "metagpt", base=0, parameters=parameters)
         assert all(torch.equal(in_memory[name], tensor) for name, tensor in twice.items())
+
+
+def test_embeddings_that_are_stored_once_are_not_read_to_find_a_head(tmp_path, monkeypatch):
+    paths = save_family(tmp_path, llama_config(tie_word_embeddings=True))
+    monkeypatch.setattr(Checkpoints, "load", None)
+    assert StoredModels(checkpoints(paths), quiet=True).twins == {}
 
 
 def test_a_plan_is_that_of_the_merge_also_where_the_caller_has_torch_round_products(family):

@@ -4,7 +4,7 @@ NumPy uses one core; ``on_all_cores`` runs it in threads. The functions below th
 ``as_array`` returns.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ def library_of(array: Any) -> Any:
 
 
 def on_all_cores(
-    function: Callable[[Item], object], items: Iterable[Item], device: torch.device
+    function: Callable[[Item], object], items: Sequence[Item], device: torch.device
 ) -> None:
     """Call a function for each item, on a CPU in as many threads as torch may use."""
     left = iter(items)
@@ -39,8 +39,8 @@ def on_all_cores(
             for _ in left:  # after a failure, the others stop too
                 pass
 
-    others = torch.get_num_threads() - 1 if device.type == "cpu" else 0
-    if not others:
+    others = min(torch.get_num_threads(), len(items)) - 1 if device.type == "cpu" else 0
+    if others < 1:
         work()
         return
     with ThreadPoolExecutor(others) as pool:

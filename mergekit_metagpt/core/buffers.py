@@ -47,7 +47,7 @@ def buffers_like(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
 
 def room_for(like: Tensor, dtype: torch.dtype, numbers: int) -> Tensor:
     """Return room for so many numbers, which the next call in this thread overwrites."""
-    if like.device.type != "cpu" or numbers > BLOCK:  # a single long row is not kept
+    if like.device.type != "cpu" or numbers > BLOCK:  # what is larger is not kept
         return like.new_empty(numbers, dtype=dtype)
     room = _SCRATCH.rooms.get(dtype)
     if room is None or len(room) < numbers:
@@ -67,7 +67,7 @@ def _chunk_size(tensor: Tensor) -> int:
 
 
 def parts_of(size: int, length: int, unit: int = _COLUMNS) -> list[slice]:
-    """Return parts of about a length, each of whole units; the rest belongs to the last one."""
+    """Return parts of about a length, of whole units, but the last one also has the rest."""
     step = max(1, length // unit) * unit
     starts = range(0, max(1, size - unit + 1), step)
     return [slice(*pair) for pair in zip(starts, [*starts[1:], size], strict=True)]

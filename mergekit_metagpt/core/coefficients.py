@@ -11,7 +11,7 @@ from operator import mul
 Norms = tuple[float, ...]
 # ⟨τ_i, τ_j⟩, a symmetric T x T matrix.
 Gram = Sequence[Sequence[float]]
-# What shares coefficients λ_t, such as a tensor or a layer: the products there, and these.
+# What shares coefficients, such as a tensor or a layer: its Gram matrix, and its λ_t.
 Scope = tuple[Gram, Sequence[float]]
 
 

@@ -15,7 +15,7 @@ from mergekit_metagpt.core.arrays import as_array, in_order, on_all_cores, place
 from mergekit_metagpt.core.buffers import chunk_size, parts_of, room_for
 
 _LEAST_SPREAD = 1e-30  # so that equal probabilities do not divide by 0
-_PARTS = 16  # of a chunk: a core sorts one, as int64 keys, and copies it
+_SORTED_PARTS = 16  # of a chunk: a core sorts one, as int64 keys, and copies it
 
 
 def drawn(density: float, like: Tensor, chunks: Sequence[slice]) -> Tensor:
@@ -61,7 +61,7 @@ def _draw_by_rank(marks: Tensor, base: Tensor, expert: Tensor, apart: int, by_ra
         magnitudes = rows_of(expert[part].float().sub(base[part]).abs_())
         rows_of(marks[part])[:] = _kept_by_rank(magnitudes, rows_of(uniform[part]), by_rank)
 
-    parts = parts_of(len(base), chunk_size(base.device) // _PARTS, len(by_rank) * apart)
+    parts = parts_of(len(base), chunk_size(base.device) // _SORTED_PARTS, len(by_rank) * apart)
     on_all_cores(draw, parts, base.device)
 
 

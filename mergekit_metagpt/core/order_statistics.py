@@ -1,7 +1,8 @@
 """Order statistics of the magnitudes of task vectors, without sorting them.
 
 R. W. Floyd and R. L. Rivest, "Expected time bounds for selection", CACM 18, 1975. Task vectors of
-16-bit models have many equal magnitudes, so those that equal a limit are counted, not collected.
+16-bit models have many equal magnitudes, most of them 0, so those that equal the lower limit are
+counted, not collected.
 """
 
 import math

@@ -15,7 +15,8 @@ RANK = 8
 _ONE_ROW_OF, _LEAST_ROWS = 16, 256
 # A sample in which an expert moves in fewer rows may miss what matters.
 _ENOUGH_ROWS = 64
-# Directions of so small a part of the largest are rounding errors, of about 1e-7 in float32.
+# The range finder squares singular values in float32. Squares of so small a part of the largest
+# may be rounding errors.
 _NOISE = 1e-6
 
 

@@ -31,7 +31,7 @@ from mergekit_metagpt.measure.vocabularies import TOKENIZER_FILES
 from mergekit_metagpt.wording import BadInputError, nearest, reason
 
 # What decides, beside the weights, how a model computes, reads and writes.
-_DESCRIBING = (*TOKENIZER_FILES, "*config.json", "*_tokens*.json", "chat_template.jinja")
+_DESCRIBING = (*TOKENIZER_FILES, "*config.json", "*_tokens*.json", "*.jinja", "*.py")
 
 
 def evaluate(model: dict[str, Any], tasks: TaskDict, shots: int | None, **settings: Any) -> Any:
@@ -153,7 +153,8 @@ class Bench:
         loader = LoaderCache().get(model)
         files = weight_files(loader)
         for place in {loader.index.base_path, model.model.path}:  # with an adapter, and without
-            files += [file for name in _DESCRIBING for file in Path(place).glob(name)]
+            found = (file for name in _DESCRIBING for file in Path(place).glob(name))
+            files += filter(Path.is_file, found)
         return {
             "files": sorted(set(map(sha256_of, files))),
             "task_files": {str(file.relative_to(str(folder))): sha256_of(file) for file in beside},

@@ -15,8 +15,8 @@ from typing import Any
 
 from mergekit_metagpt.wording import BadInputError
 
-# Inode, size in bytes, and times in ns of its content and of any change, which no program sets
-# (that of its creation on Windows); None if the file is gone.
+# Inode, size in bytes, mtime, and ctime, which no program can set (on Windows, that of creation);
+# times in ns. None if the file is gone.
 Stat = tuple[int, int, int, int] | None
 
 # A snapshot in the hub's cache: its repository and its commit. "--" is in no name.

@@ -76,7 +76,7 @@ class StoredModels:
         return list(range(len(parameters)))
 
     def shape_of(self, tensor: str) -> Sequence[int] | None:
-        """Return the shape of a tensor of the base, or None if it has none of this name."""
+        """Return the shape of a tensor of the base, or None if it has none, or only as a twin."""
         if is_head(tensor) and tensor in self.twins:
             return None
         # A merge may have more layers than the base; then a tensor is like that of the first layer.
@@ -88,9 +88,14 @@ class StoredModels:
     @cached_property
     def twins(self) -> dict[str, str]:
         """The heads that are stored beside the embeddings that they are, and these."""
-        weights, are_equal = self.checkpoints.weights, self.checkpoints.are_equal
-        may_be = weights if self.checkpoints.is_tied else ()
-        return _twins(may_be, lambda head, table: are_equal(weights[head], weights[table]))
+        checkpoints, weights = self.checkpoints, self.checkpoints.weights
+        indices = [checkpoints.loader(model).index for model in checkpoints.models]
+        heads = [it for it in weights if any(it in index.tensor_paths for index in indices)]
+        return _twins(
+            heads if checkpoints.is_tied else (),
+            weights,
+            lambda head, table: checkpoints.are_equal(weights[head], weights[table]),
+        )
 
     @cached_property
     def parameters(self) -> int | None:
@@ -139,7 +144,7 @@ class ModelsInMemory:
     parameters = None  # nothing is said of them
 
     def shape_of(self, tensor: str) -> Sequence[int] | None:
-        """Return the shape of a tensor, or None if there is none of this name."""
+        """Return the shape of a tensor, or None if there is none, or only as a twin."""
         stored = self._stored.get(tensor)
         return stored.base.shape if stored and tensor not in self.twins else None
 
@@ -149,9 +154,9 @@ class ModelsInMemory:
 
         def are_equal(*names: str) -> bool:
             pairs = zip(*(self._stored[name] for name in names), strict=True)
-            return all(torch.equal(head, table) for (_, head), (_, table) in pairs)
+            return all(torch.equal(head, table.to(head.device)) for (_, head), (_, table) in pairs)
 
-        return _twins(self._stored, are_equal)
+        return _twins(self._stored, self._stored, are_equal)
 
     def squared_norms(self, tensor: TensorInputs, granularity: str) -> Norms:
         """Return ‖τ_t‖² over a tensor's scope, T floats.
@@ -201,10 +206,15 @@ class ModelsInMemory:
         return Survey(self.tensors[0].ids, measured, tied)
 
 
-def _twins(names: Collection[str], are_equal: Callable[[str, str], bool]) -> dict[str, str]:
-    tables = list(filter(is_table, names))
-    heads = filter(is_head, names)
-    return {head: table for head in heads for table in tables if are_equal(head, table)}
+def _twins(
+    stored: Collection[str], names: Collection[str], are_equal: Callable[[str, str], bool]
+) -> dict[str, str]:
+    # Of several equal tables the first by name, whatever order a file has them in.
+    tables = sorted(filter(is_table, names))
+    pairs = (
+        (it, next((t for t in tables if are_equal(it, t)), "")) for it in filter(is_head, stored)
+    )
+    return {head: table for head, table in pairs if table}
 
 
 PROVIDER = Provider()

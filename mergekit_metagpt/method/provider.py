@@ -21,7 +21,7 @@ class Models(Protocol):
         """Return ‖τ_t‖² over the tensor's scope, T finite floats."""
 
     def shape_of(self, tensor: str) -> Sequence[int] | None:
-        """Return the shape of a tensor of the base, or None if it has none, or it is a twin."""
+        """Return the shape of a tensor of the base, or None if it has none, or only as a twin."""
 
     @property
     def twins(self) -> Mapping[str, str]:

@@ -25,7 +25,8 @@ from mergekit_metagpt.core.order_statistics import OrderStatistic, order_statist
 from mergekit_metagpt.core.task_vectors import Sum, deltas_of, working_dtype
 from mergekit_metagpt.method.random_streams import own_stream
 
-# The task vectors of several experts are mixed side by side, so in this part of a chunk.
+# The task vectors of several experts are mixed side by side, so in this part of a chunk: whole
+# rows of what ``Sum`` adds up, so that sums do not depend on it.
 _PARTS = 4
 _LEAST = torch.finfo(torch.float32).tiny  # smaller ones may be flushed to 0
 
@@ -97,7 +98,7 @@ def _keeps(
     inputs: TensorInputs,
     parameters: Mapping[str, Any],
 ) -> list[Keep]:
-    """Return what sets to 0, in chunks of each θ_t − θ_0, what ``mergekit.sparsify`` drops.
+    """Return functions that set numbers of each θ_t − θ_0 to 0 as ``mergekit.sparsify`` does.
 
     The tensors are flat; DELLA needs the shape that they had.
     """
