@@ -22,8 +22,10 @@ def nearest(name: Any, known: Iterable[str]) -> str | None:
     return next((by_lower[it] for it in get_close_matches(str(name).lower(), by_lower, n=1)), None)
 
 
-def instead(name: Any, known: Iterable[str]) -> str:
+def instead(name: Any, known: Iterable[str], otherwise: str = "") -> str:
     """Return advice on what to write instead of an unknown name.
+
+    ``otherwise`` is the advice if no name is close, where they are too many to list.
 
     >>> instead("densitty", ["weight", "density"])
     'write density instead'
@@ -34,7 +36,7 @@ def instead(name: Any, known: Iterable[str]) -> str:
     close = nearest(name, known)
     if close:
         return f"write {close} instead"
-    return f"use one of {', '.join(known)}" if known else "remove it"
+    return otherwise or (f"use one of {', '.join(known)}" if known else "remove it")
 
 
 def one_of(choices: Iterable[str]) -> str:

@@ -58,6 +58,7 @@ def _draw_by_rank(marks: Tensor, base: Tensor, expert: Tensor, apart: int, by_ra
         return as_array(flat).reshape(-1, len(by_rank), apart).swapaxes(1, 2)
 
     def draw(part: slice) -> None:
+        # Here, not by deltas_of before: torch's threads would keep a core busy beside these.
         magnitudes = rows_of(expert[part].float().sub(base[part]).abs_())
         rows_of(marks[part])[:] = _kept_by_rank(magnitudes, rows_of(uniform[part]), by_rank)
 

@@ -28,7 +28,7 @@ from mergekit_metagpt.evaluation.scores import Score
 from mergekit_metagpt.measure.identity import sha256_of
 from mergekit_metagpt.measure.loaders import weight_files
 from mergekit_metagpt.measure.vocabularies import TOKENIZER_FILES
-from mergekit_metagpt.wording import BadInputError, nearest, reason
+from mergekit_metagpt.wording import BadInputError, instead, reason
 
 # What decides, beside the weights, how a model computes, reads and writes.
 _DESCRIBING = (*TOKENIZER_FILES, "*config.json", "*_tokens*.json", "*.jinja", "*.py")
@@ -62,11 +62,12 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> TaskDict:
     if not set(names) <= set(manager.all_tasks):
         manager = _task_manager(folder, True)
     known = {*manager.all_groups, *manager.all_subtasks}
-    if unknown := [name for name in names if name not in known]:
-        other = "correct its name, or name the folder of its own YAML (--include-path)"
-        ways = [f"write {it} instead" if (it := nearest(n, known)) else other for n in unknown]
-        pairs = zip(unknown, ways, strict=True)
-        raise BadInputError(*(f"lm-eval has no task {name}; {way}." for name, way in pairs))
+    way = "correct its name, or name the folder of its own YAML (--include-path)"
+    unknown = [
+        f"lm-eval has no task {n}; {instead(n, known, way)}." for n in names if n not in known
+    ]
+    if unknown:
+        raise BadInputError(*unknown)
     return manager.load(list(names))
 
 
